@@ -1,0 +1,95 @@
+"""The value that a resolution answers: one agent's whole configuration, frozen, with its origin.
+
+Knows no clock but the monotonic one, and nothing of where values come from.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import SecretStr
+
+
+class Step(enum.StrEnum):
+    """Which step of the chain answered (docs/protocol.md section 5)."""
+
+    AGENT = "agent"
+    DEFAULT = "default"
+    ENVIRONMENT = "environment"
+    HARDCODED = "hardcoded"
+
+
+class SecretText(str):
+    """A string that is the secret wherever it is used, and `***` wherever it is shown by repr.
+
+    `get_agent_config` answers a plain dict whose `llm_api_key` must be usable as it is; printing
+    or logging that dict must not print the key.
+    """
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "'***'"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ResolvedConfig:
+    """One agent's configuration as `SLMClient.resolve` answers it.
+
+    Attributes:
+        agent_id: the agent that was asked for; with step `default` the config is another agent's.
+        step: which step of the chain answered.
+        llm_provider: `ollama`, `openai` or `anthropic`.
+        llm_endpoint: the base URL; None stands for the provider's own.
+        llm_model: the model's name.
+        llm_api_key: the key, or None.
+        llm_timeout: seconds for the whole call; of a stream, to its first token and between tokens.
+        llm_temperature: 0 to 2.
+        llm_max_tokens: the most tokens to generate, or None for the provider's default.
+        llm_options: whatever else the provider takes, passed on as it is; not to be changed.
+        revision: the revision of this config; None outside the SLM's steps.
+        api_key_revision: the revision at which the key was last set; None with no key.
+        source_agent_id: the agent whose row this is: agent_id, or the default agent's id.
+    """
+
+    agent_id: str
+    step: Step
+    llm_provider: str
+    llm_model: str
+    llm_endpoint: str | None = None
+    llm_api_key: SecretStr | None = None
+    llm_timeout: int = 30
+    llm_temperature: float = 0.7
+    llm_max_tokens: int | None = None
+    llm_options: Mapping[str, Any] = field(default_factory=dict)
+    revision: int | None = None
+    api_key_revision: int | None = None
+    source_agent_id: str | None = None
+    _freshness: Callable[[], tuple[float, bool]] | None = field(default=None, repr=False)
+
+    @property
+    def age(self) -> float:
+        """Seconds since this value was last known to be the current one; 0 while live."""
+        return 0.0 if self._freshness is None else self._freshness()[0]
+
+    @property
+    def stale(self) -> bool:
+        """Whether the SLM may have a newer value: not live, and the TTL has passed or a key waits."""
+        return False if self._freshness is None else self._freshness()[1]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return a fresh dict of the llm_* fields with `llm_api_key`, as the mission has it."""
+        key = self.llm_api_key
+        return {
+            "llm_provider": self.llm_provider,
+            "llm_endpoint": self.llm_endpoint,
+            "llm_model": self.llm_model,
+            "llm_api_key": None if key is None else SecretText(key.get_secret_value()),
+            "llm_timeout": self.llm_timeout,
+            "llm_temperature": self.llm_temperature,
+            "llm_max_tokens": self.llm_max_tokens,
+            "llm_options": dict(self.llm_options),
+        }

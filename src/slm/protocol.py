@@ -1,0 +1,201 @@
+"""The WebSocket messages of docs/protocol.md section 4 as tagged types, encoded and parsed.
+
+Pure: no I/O, no clock. A reader ignores fields and message types that it does not know; a message
+of a known type and the wrong shape is a `ProtocolError`, which never holds the message's text.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Final, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, ValidationError
+
+from slm.errors import ProtocolError
+from slm.schemas import AgentConfig
+
+CHANNEL: Final = "agent_config"
+"""The only channel there is."""
+
+MAX_FRAME_BYTES: Final = 64 * 1024
+"""The largest message a client may send, acks apart."""
+
+MAX_ACK_BYTES: Final = 1024 * 1024
+
+Revision = Annotated[StrictInt, Field(ge=0, le=2**63 - 1)]
+
+
+class _Message(BaseModel):
+    model_config = ConfigDict(
+        extra="ignore", frozen=True, hide_input_in_errors=True, protected_namespaces=()
+    )
+
+
+_M = TypeVar("_M", bound=_Message)
+
+
+# --- client to server ---
+
+
+class ClientInfo(_Message):
+    """Who subscribes, as the fleet view shows it."""
+
+    name: Annotated[str, Field(max_length=128)] | None = None
+    instance: Annotated[str, Field(max_length=128)] | None = None
+    version: Annotated[str, Field(max_length=64)] | None = None
+    host: Annotated[str, Field(max_length=255)] | None = None
+    pid: StrictInt | None = None
+
+
+class Subscribe(_Message):
+    """Ask for live changes; with `since` and its epoch, for every change after it first."""
+
+    subscribe: Literal["agent_config"]
+    since: Revision | None = None
+    epoch: Annotated[str, Field(max_length=128)] | None = None
+    client: ClientInfo | None = None
+
+
+class NotInForce(_Message):
+    """Why a revision that was received is not what the backend uses."""
+
+    revision: Revision
+    reason: Annotated[str, Field(max_length=1024)]
+
+
+class Ack(_Message):
+    """Everything up to `ack` was received; the full state, each time."""
+
+    ack: Revision
+    not_in_force: dict[str, NotInForce] = Field(default_factory=dict)
+    keys: dict[str, Revision | None] = Field(default_factory=dict)
+
+
+ClientMessage = Subscribe | Ack
+
+
+# --- server to client ---
+
+
+class Subscribed(_Message):
+    """The first answer: what follows starts after `revision`; heartbeats come every `heartbeat` s."""
+
+    type: Literal["subscribed"] = "subscribed"
+    channel: Literal["agent_config"] = "agent_config"
+    revision: Revision
+    epoch: str
+    heartbeat: float
+
+
+class AgentChanged(_Message):
+    """An agent was created or changed; `config` is its whole configuration without the key."""
+
+    type: Literal["agent_config_changed", "agent_created"]
+    agent_id: str
+    revision: Revision
+    config: AgentConfig
+
+
+class AgentDeleted(_Message):
+    """An agent is gone, or left what the token may see."""
+
+    type: Literal["agent_deleted"] = "agent_deleted"
+    agent_id: str
+    revision: Revision
+
+
+class Resync(_Message):
+    """`since` cannot be resumed: take a snapshot at `revision` or later."""
+
+    type: Literal["resync"] = "resync"
+    revision: Revision
+    epoch: str
+    reason: str
+
+
+class Heartbeat(_Message):
+    """The stream is alive and whole up to `revision`; `behind` when the database is out of sight."""
+
+    type: Literal["heartbeat"] = "heartbeat"
+    revision: Revision
+    behind: StrictBool = False
+
+
+class Error(_Message):
+    """The last message was not understood; the stream goes on."""
+
+    type: Literal["error"] = "error"
+    code: str
+    detail: str
+
+
+ServerMessage = Subscribed | AgentChanged | AgentDeleted | Resync | Heartbeat | Error
+
+_SERVER_TYPES: Final[dict[str, type[ServerMessage]]] = {
+    "subscribed": Subscribed,
+    "agent_config_changed": AgentChanged,
+    "agent_created": AgentChanged,
+    "agent_deleted": AgentDeleted,
+    "resync": Resync,
+    "heartbeat": Heartbeat,
+    "error": Error,
+}
+
+
+def encode(message: ServerMessage | ClientMessage) -> str:
+    """Return the message as one line of JSON; fields that are None and optional are left out."""
+    if isinstance(message, Subscribe):
+        return message.model_dump_json(exclude_none=True)
+    return message.model_dump_json()
+
+
+def parse_server_message(text: str) -> ServerMessage | None:
+    """Return what the server sent, or None for a type that this version does not know.
+
+    Raises:
+        ProtocolError: it is not a JSON object with a `type`, or not of that type's shape.
+    """
+    data = _json_object(text)
+    kind = data.get("type")
+    if not isinstance(kind, str):
+        raise ProtocolError("a message of the server has no type")
+    model = _SERVER_TYPES.get(kind)
+    return None if model is None else _validated(model, data)
+
+
+def parse_client_message(text: str) -> ClientMessage | None:
+    """Return what a client sent, or None where it is neither a subscription nor an ack.
+
+    Raises:
+        ProtocolError: it is not a JSON object, or not of the contract's shape, or has a `since`
+            without an epoch.
+    """
+    data = _json_object(text)
+    if "subscribe" in data:
+        message = _validated(Subscribe, data)
+        if message.since is not None and message.epoch is None:
+            raise ProtocolError("since needs the epoch that it belongs to")
+        return message
+    if "ack" in data:
+        return _validated(Ack, data)
+    return None
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError):
+        raise ProtocolError("a message is not JSON") from None
+    if not isinstance(data, dict):
+        raise ProtocolError("a message is not a JSON object")
+    return data
+
+
+def _validated(model: type[_M], data: dict[str, Any]) -> _M:
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        where = ".".join(str(part) for part in error.errors(include_input=False)[0]["loc"][:1])
+        raise ProtocolError(
+            f"a {model.__name__} message is not of the contract's shape at {where or 'its top'}"
+        ) from None

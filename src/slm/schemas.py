@@ -1,0 +1,262 @@
+"""What travels over REST: agents as written, as read, and with their key (docs/protocol.md 1, 3).
+
+Rules apply on write (`AgentCreate`, `AgentUpdate`). What is read (`Agent`, `LLMConfig`, …) is
+served as it is stored, since a database made by others may break those rules; so the reading models
+check types alone and ignore fields they do not know.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from datetime import datetime
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    StrictBool,
+    StrictInt,
+    field_validator,
+)
+
+from slm.endpoints import refused_endpoint
+
+AGENT_ID_PATTERN: Final = r"^[a-z0-9][a-z0-9._-]{0,63}$"
+MAX_OPTIONS_BYTES: Final = 16 * 1024
+MAX_OPTIONS_DEPTH: Final = 32
+MAX_KEY_LENGTH: Final = 4096
+_KEY: Final = re.compile(r"[\x21-\x7e]+")
+
+Provider = Literal["ollama", "openai", "anthropic"]
+
+
+def _printable(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("holds a control character or one that cannot be printed")
+    return text
+
+
+def _storable(text: str) -> str:
+    """Refuse what a database or a UTF-8 encoder cannot take: NUL and lone surrogates."""
+    if "\x00" in text:
+        raise ValueError("holds a NUL character")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("holds a lone surrogate") from None
+    return text
+
+
+def _allowed_endpoint(url: str) -> str:
+    reason = refused_endpoint(url)
+    if reason is not None:
+        raise ValueError(reason)
+    return url
+
+
+def _depth(value: Any) -> int:
+    deepest = 0
+    pending = [(value, 1)]
+    while pending:
+        item, level = pending.pop()
+        deepest = max(deepest, level)
+        if isinstance(item, dict):
+            pending.extend((child, level + 1) for child in item.values())
+        elif isinstance(item, list):
+            pending.extend((child, level + 1) for child in item)
+    return deepest
+
+
+def _bounded_options(options: dict[str, Any]) -> dict[str, Any]:
+    if _depth(options) > MAX_OPTIONS_DEPTH:
+        raise ValueError(f"is nested deeper than {MAX_OPTIONS_DEPTH} levels")
+    try:
+        text = json.dumps(options, ensure_ascii=False, allow_nan=False)
+        size = len(text.encode())
+    except (ValueError, UnicodeEncodeError):
+        raise ValueError("holds a number or a character that JSON cannot carry") from None
+    if "\\u0000" in text:
+        raise ValueError("holds a NUL character")
+    if size > MAX_OPTIONS_BYTES:
+        raise ValueError(f"is larger than {MAX_OPTIONS_BYTES} bytes as JSON")
+    return options
+
+
+def _usable_key(key: SecretStr) -> SecretStr:
+    text = key.get_secret_value()
+    if len(text) > MAX_KEY_LENGTH:
+        raise ValueError(f"is longer than {MAX_KEY_LENGTH} characters")
+    if not _KEY.fullmatch(text):
+        raise ValueError("must be printable ASCII without spaces, and not empty")
+    return key
+
+
+def _strict_secret(value: Any) -> Any:
+    if not isinstance(value, str | SecretStr):
+        raise ValueError("must be a string")  # noqa: TRY004 - pydantic turns ValueError into 422
+    return value
+
+
+AgentId = Annotated[str, Field(pattern=AGENT_ID_PATTERN)]
+Name = Annotated[str, Field(min_length=1, max_length=128), AfterValidator(_printable)]
+Description = Annotated[str, Field(max_length=16_384), AfterValidator(_storable)]
+Endpoint = Annotated[str, Field(max_length=256), AfterValidator(_allowed_endpoint)]
+Model = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(_printable)]
+ApiKey = Annotated[SecretStr, BeforeValidator(_strict_secret), AfterValidator(_usable_key)]
+TimeoutSeconds = Annotated[StrictInt, Field(ge=1, le=3600)]
+Temperature = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False, strict=True)]
+MaxTokens = Annotated[StrictInt, Field(ge=1, le=2**31 - 1)]
+Options = Annotated[dict[str, Any], AfterValidator(_bounded_options)]
+
+
+class _Written(BaseModel):
+    """What a client sends: strict types, unknown fields refused, the input never in an error."""
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, hide_input_in_errors=True, frozen=True, protected_namespaces=()
+    )
+
+
+class AgentCreate(_Written):
+    """The body of POST /api/agents (docs/protocol.md section 3)."""
+
+    agent_id: AgentId
+    name: Name
+    description: Description | None = None
+    llm_provider: Provider
+    llm_endpoint: Endpoint | None = None
+    llm_model: Model
+    llm_api_key: ApiKey | None = None
+    llm_timeout: TimeoutSeconds = 30
+    llm_temperature: Temperature = 0.7
+    llm_max_tokens: MaxTokens | None = None
+    llm_options: Options = Field(default_factory=dict)
+    is_default: StrictBool = False
+    is_active: StrictBool = True
+
+
+class AgentUpdate(_Written):
+    """The body of PUT /api/agents/{agent_id}: fields not sent stay as they are.
+
+    `model_fields_set` tells a field that was sent as null from one that was not sent. A null clears
+    a nullable field and is refused for another (docs/protocol.md section 3).
+    """
+
+    # Not checked against the pattern: a path's agent_id is taken literally, and this must equal it.
+    agent_id: str | None = None
+    name: Name | None = None
+    description: Description | None = None
+    llm_provider: Provider | None = None
+    llm_endpoint: Endpoint | None = None
+    llm_model: Model | None = None
+    llm_api_key: ApiKey | None = None
+    llm_timeout: TimeoutSeconds | None = None
+    llm_temperature: Temperature | None = None
+    llm_max_tokens: MaxTokens | None = None
+    llm_options: Options | None = None
+    is_default: StrictBool | None = None
+    is_active: StrictBool | None = None
+
+    @field_validator(
+        "agent_id",
+        "name",
+        "llm_provider",
+        "llm_model",
+        "llm_timeout",
+        "llm_temperature",
+        "llm_options",
+        "is_default",
+        "is_active",
+        mode="before",
+    )
+    @classmethod
+    def _not_null(cls, value: Any) -> Any:
+        if value is None:
+            raise ValueError("cannot be null")
+        return value
+
+
+class _Read(BaseModel):
+    """What the server answers: types checked, rules not, unknown fields ignored."""
+
+    model_config = ConfigDict(
+        extra="ignore", hide_input_in_errors=True, frozen=True, protected_namespaces=()
+    )
+
+
+class AgentConfig(_Read):
+    """The configuration a change frame carries: the llm_* fields without the key, and flags.
+
+    `api_key_revision` is the revision at which the key was last set, null with no key; a client
+    whose held key is of another revision fetches it over HTTPS.
+    """
+
+    llm_provider: str
+    llm_endpoint: str | None = None
+    llm_model: str
+    llm_timeout: int = 30
+    llm_temperature: float = 0.7
+    llm_max_tokens: int | None = None
+    llm_options: dict[str, Any] = Field(default_factory=dict)
+    is_default: bool = False
+    is_active: bool = True
+    has_api_key: bool = False
+    api_key_revision: int | None = None
+
+
+class LLMConfig(AgentConfig):
+    """An agent's configuration with its name and revision, still without the key."""
+
+    agent_id: str
+    revision: int
+
+
+class LLMConfigWithKey(LLMConfig):
+    """The answer of GET /api/agents/{agent_id}/llm and a row of GET /api/snapshot.
+
+    `key_error` is `undecryptable` where there is a key that cannot be decrypted or that belongs to
+    another place; `llm_api_key` is then null, which is not the same as "no key".
+    """
+
+    llm_api_key: SecretStr | None = None
+    key_error: str | None = None
+
+    def to_wire(self) -> dict[str, Any]:
+        """Return the JSON object with the key in plain text; only keyed answers may use it."""
+        data = self.model_dump(mode="json", exclude={"llm_api_key", "key_error"})
+        data["llm_api_key"] = self.llm_api_key and self.llm_api_key.get_secret_value()
+        if self.key_error is not None:
+            data["key_error"] = self.key_error
+        return data
+
+
+class Agent(LLMConfig):
+    """An agent as every plain read answers it: all columns but the key (docs/protocol.md 3)."""
+
+    id: int
+    name: str
+    description: str | None = None
+    created_at: datetime
+    updated_at: datetime
+
+
+class AgentList(_Read):
+    """The answer of GET /api/agents."""
+
+    agents: list[Agent]
+    total: int
+    revision: int
+    epoch: str
+
+
+class Snapshot(_Read):
+    """The answer of GET /api/snapshot: all that a backend needs to start, at one revision."""
+
+    revision: int
+    epoch: str
+    agents: list[LLMConfigWithKey]
