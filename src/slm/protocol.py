@@ -78,7 +78,7 @@ ClientMessage = Subscribe | Ack
 
 
 class Subscribed(_Message):
-    """The first answer: what follows starts after `revision`; heartbeats come every `heartbeat` s."""
+    """The first answer: what follows starts after `revision`; a heartbeat every `heartbeat` s."""
 
     type: Literal["subscribed"] = "subscribed"
     channel: Literal["agent_config"] = "agent_config"
@@ -114,7 +114,7 @@ class Resync(_Message):
 
 
 class Heartbeat(_Message):
-    """The stream is alive and whole up to `revision`; `behind` when the database is out of sight."""
+    """The stream is alive and whole up to `revision`; `behind`: the database is out of sight."""
 
     type: Literal["heartbeat"] = "heartbeat"
     revision: Revision

@@ -98,7 +98,7 @@ def _usable_key(key: SecretStr) -> SecretStr:
 
 def _strict_secret(value: Any) -> Any:
     if not isinstance(value, str | SecretStr):
-        raise ValueError("must be a string")  # noqa: TRY004 - pydantic turns ValueError into 422
+        raise ValueError("must be a string")
     return value
 
 

@@ -77,7 +77,7 @@ class ResolvedConfig:
 
     @property
     def stale(self) -> bool:
-        """Whether the SLM may have a newer value: not live, and the TTL has passed or a key waits."""
+        """Whether the SLM may have a newer value: out of date, or a newer key is awaited."""
         return False if self._freshness is None else self._freshness()[1]
 
     def as_dict(self) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""Live LLM configuration for every agent a company runs."""
