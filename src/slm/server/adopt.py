@@ -1,0 +1,159 @@
+"""Takes rows of `agents` that were not written by us into the life of this database.
+
+Runs once, inside the transaction of the first migration, and later only for keys that no key opened
+yet (docs/protocol.md section 1, "Adoption"). Knows no file and no setting.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from pydantic import SecretStr
+from sqlalchemy import Connection, bindparam, insert, select, update
+from sqlalchemy.types import NullType
+
+from slm.errors import KeyUndecryptable
+from slm.server.models import AGENTS, CHANGES, SELECT_AGENTS, STATE, agent_of, utc_now
+from slm.server.registry import CHANGED, CREATED, binding_of
+from slm.server.vault import KeyBinding, Vault
+
+ACTOR: Final = "slm"
+"""Who makes the changes of a start."""
+
+_UPDATE: Final = (
+    update(AGENTS)
+    .where(AGENTS.c.id == bindparam("row_id"))
+    .values(
+        revision=bindparam("new_revision"),
+        api_key_revision=bindparam("key_revision", type_=NullType()),
+        llm_api_key_encrypted=bindparam("token", type_=NullType()),
+        key_state=bindparam("state", type_=NullType()),
+    )
+)
+
+
+@dataclass
+class Adoption:
+    """What a start found.
+
+    Attributes:
+        rows: how many rows got their first revision.
+        bound: the agents whose key was re-encrypted for its place.
+        kept: the agents whose stored key no given key opens.
+    """
+
+    rows: int = 0
+    bound: list[str] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
+
+
+def adopt(connection: Connection, vault: Vault, *, first_time: bool) -> Adoption:
+    """Give every row that has none a revision and a change, and bind what keys can be bound.
+
+    Args:
+        connection: in a transaction that holds the state row or the migration's lock.
+        vault: the keys that were given; the first encrypts.
+        first_time: the table was taken over just now. Only then may a bare token be bound unasked:
+            later, whoever writes to the database could put an old one beside an endpoint of theirs.
+    """
+    found = Adoption()
+    rows = connection.execute(
+        SELECT_AGENTS.where((AGENTS.c.revision == 0) | AGENTS.c.key_state.is_not(None)).order_by(
+            AGENTS.c.id
+        )
+    ).all()
+    revision = connection.execute(select(STATE.c.revision)).scalar_one()
+    for row in rows:
+        is_new = row.revision == 0
+        values = dict(row._mapping)
+        bound = _bind_key(values, vault, found, may_bind=first_time and is_new)
+        if not (is_new or bound):
+            continue
+        revision += 1
+        values["revision"] = revision
+        has_key = bool(values["llm_api_key_encrypted"])
+        values["api_key_revision"] = revision if has_key else None
+        connection.execute(
+            _UPDATE,
+            {
+                "row_id": row.id,
+                "new_revision": revision,
+                "key_revision": values["api_key_revision"],
+                "token": values["llm_api_key_encrypted"],
+                "state": values["key_state"],
+            },
+        )
+        _record(connection, CREATED if is_new else CHANGED, values)
+        found.rows += is_new
+    connection.execute(update(STATE).values(revision=revision))
+    return found
+
+
+def _bind_key(values: dict[str, Any], vault: Vault, found: Adoption, *, may_bind: bool) -> bool:
+    """Bind the row's key if it may be and can be; return whether the row changed by it."""
+    token = values["llm_api_key_encrypted"]
+    agent = agent_of(values)
+    if not token:
+        return False
+    binding = binding_of(agent)
+    try:
+        vault.decrypt(token, binding)
+    except KeyUndecryptable:
+        pass
+    else:
+        changed = values["key_state"] is not None
+        values["key_state"] = None
+        return changed
+    if not may_bind and not _is_marked(values, vault, binding):
+        return False
+    try:
+        key = vault.decrypt_unbound(token)
+    except KeyUndecryptable:
+        found.kept.append(agent.agent_id)
+        values["key_state"] = values["key_state"] or _mark(token, vault, binding)
+        return False
+    values["llm_api_key_encrypted"] = vault.encrypt(key, binding)
+    values["key_state"] = None
+    found.bound.append(agent.agent_id)
+    return True
+
+
+def _mark(token: str, vault: Vault, binding: KeyBinding) -> str:
+    """Return the proof that this very token was adopted for this place.
+
+    Encrypted, so that nobody who can only write to the database can make one.
+    """
+    return vault.encrypt(SecretStr(_digest(token)), binding)
+
+
+def _is_marked(values: dict[str, Any], vault: Vault, binding: KeyBinding) -> bool:
+    if values["key_state"] is None:
+        return False
+    try:
+        digest = vault.decrypt(values["key_state"], binding)
+    except KeyUndecryptable:
+        return False
+    return digest.get_secret_value() == _digest(values["llm_api_key_encrypted"])
+
+
+def _digest(token: str) -> str:
+    return "adopted:" + hashlib.sha256(token.encode()).hexdigest()
+
+
+def _record(connection: Connection, kind: str, values: dict[str, Any]) -> None:
+    agent = agent_of(values)
+    connection.execute(
+        insert(CHANGES),
+        {
+            "revision": agent.revision,
+            "type": kind,
+            "agent_id": agent.agent_id,
+            "agent": agent.model_dump_json(),
+            "was_default": kind == CHANGED and agent.is_default,
+            "actor": ACTOR,
+            "comment": None,
+            "created_at": utc_now(),
+        },
+    )

@@ -1,0 +1,377 @@
+"""The database: opens it, runs one plain function as one transaction, and names what went wrong.
+
+Knows the manners of SQLite and PostgreSQL, and no rule about agents. The tables are in `models`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import os
+import sqlite3
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Final, Literal, TypeVar
+
+from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.pool import StaticPool
+
+from slm.errors import (
+    DatabaseUnavailable,
+    InsufficientStorage,
+    OutcomeUnknown,
+    ProblemError,
+    StartupError,
+)
+from slm.server.models import (
+    AGENTS,
+    CHANGES,
+    ENCRYPTION_KEYS,
+    SELECT_AGENTS,
+    STATE,
+    TOKENS,
+    Agent,
+    Base,
+    Change,
+    EncryptionKey,
+    State,
+    Token,
+    agent_of,
+    utc_now,
+)
+
+__all__ = [
+    "AGENTS",
+    "CHANGES",
+    "ENCRYPTION_KEYS",
+    "SELECT_AGENTS",
+    "STATE",
+    "TOKENS",
+    "Agent",
+    "Base",
+    "Change",
+    "Database",
+    "EncryptionKey",
+    "State",
+    "Token",
+    "agent_of",
+    "utc_now",
+]
+
+T = TypeVar("T")
+
+MIN_SQLITE: Final = (3, 35, 0)
+"""The first SQLite that has RETURNING."""
+
+IDLE_IN_TRANSACTION_SECONDS: Final = 5.0
+"""After this PostgreSQL ends a transaction that says nothing: a stopped replica holds the state
+row, and every other writer would wait for it."""
+
+
+class Database:
+    """One database, SQLite or PostgreSQL, behind one verb: run a function as one transaction.
+
+    Args:
+        url: `sqlite:///…` or `postgresql+psycopg://…`.
+        lock_timeout_seconds: how long a transaction waits for a lock, and an opening for a file.
+        pool_size: how many transactions run at once on PostgreSQL; SQLite has one.
+    """
+
+    def __init__(
+        self, url: str | URL, *, lock_timeout_seconds: float = 2.0, pool_size: int = 8
+    ) -> None:
+        self.url = make_url(url)
+        self.dialect: Literal["sqlite", "postgresql"] = (
+            "sqlite" if self.url.get_backend_name() == "sqlite" else "postgresql"
+        )
+        self._lock_timeout_seconds = lock_timeout_seconds
+        self._workers = 1 if self.dialect == "sqlite" else pool_size
+        self._engine: Engine | None = None
+        self._threads: ThreadPoolExecutor | None = None
+
+    def __repr__(self) -> str:
+        return f"<Database {self.name}>"
+
+    @property
+    def name(self) -> str:
+        """What to call this database in a message: the file, or the URL without its password."""
+        if self.dialect == "sqlite":
+            return self.url.database or ":memory:"
+        return self.url.set(query={}).render_as_string(hide_password=True)
+
+    @property
+    def path(self) -> Path | None:
+        """The SQLite file, where there is one."""
+        if self.dialect != "sqlite" or self.url.database in (None, "", ":memory:"):
+            return None
+        return Path(str(self.url.database))
+
+    async def open(self) -> None:
+        """Open the database; a SQLite file that is not there is made, readable by us alone.
+
+        Raises:
+            StartupError: it cannot be used; one sentence says why.
+        """
+        self._threads = ThreadPoolExecutor(self._workers, thread_name_prefix="slm-database")
+        try:
+            self._engine = self._sqlite() if self.dialect == "sqlite" else self._postgresql()
+            await self._hop(self._first_look)
+        except BaseException:
+            await self.close()
+            raise
+
+    async def close(self) -> None:
+        """Close every connection and wait for the transactions under way."""
+        engine, self._engine = self._engine, None
+        threads, self._threads = self._threads, None
+        if threads is None:
+            return
+        if engine is not None:
+            # In its own thread: a SQLite connection may not be closed from another.
+            await asyncio.get_running_loop().run_in_executor(threads, engine.dispose)
+        await asyncio.to_thread(threads.shutdown)
+
+    async def run(self, fn: Callable[[Connection], T]) -> T:
+        """Run `fn` as one transaction, in one hop to a thread; it is rolled back on any error.
+
+        Args:
+            fn: a plain function; it must not keep the connection. On PostgreSQL it runs under READ
+                COMMITTED, so a writer locks the state row first.
+
+        Raises:
+            DatabaseUnavailable: the database is away, or a lock was not had in time.
+            InsufficientStorage: its disk is full.
+            OutcomeUnknown: the connection was lost while committing.
+        """
+        return await self._hop(functools.partial(self._transaction, fn, False))
+
+    async def read(self, fn: Callable[[Connection], T]) -> T:
+        """Run `fn`, which only reads, on one consistent view of the whole database.
+
+        Raises:
+            DatabaseUnavailable: the database is away.
+        """
+        return await self._hop(functools.partial(self._transaction, fn, True))
+
+    async def _hop(self, work: Callable[[], T]) -> T:
+        if self._threads is None:
+            raise DatabaseUnavailable("The database is closed.")
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        except RuntimeError as error:
+            if "after shutdown" not in str(error):
+                raise
+            raise DatabaseUnavailable("The database is closed.") from None
+
+    def _transaction(self, fn: Callable[[Connection], T], read_only: bool) -> T:
+        engine = self._engine
+        if engine is None:
+            raise DatabaseUnavailable("The database is closed.")
+        committing = False
+        try:
+            with engine.connect() as connection:
+                if read_only and self.dialect == "postgresql":
+                    # READ COMMITTED would let each statement see another revision.
+                    connection.execution_options(
+                        isolation_level="REPEATABLE READ", postgresql_readonly=True
+                    )
+                with contextlib.closing(connection.begin()) as transaction:
+                    result = fn(connection)
+                    committing = not read_only
+                    transaction.commit()
+            return result
+        except (DBAPIError, PoolTimeout) as error:
+            problem = _problem(error, committing)
+            if problem is None:
+                raise
+            raise problem from error
+
+    def _sqlite(self) -> Engine:
+        if sqlite3.sqlite_version_info < MIN_SQLITE:
+            raise StartupError(
+                f"SQLite {sqlite3.sqlite_version} is too old; 3.35 or newer is needed."
+            )
+        if self.path is not None:
+            _make_private(self.path)
+        engine = create_engine(
+            self.url,
+            poolclass=StaticPool,
+            hide_parameters=True,
+            connect_args={"timeout": self._lock_timeout_seconds},
+        )
+
+        @event.listens_for(engine, "connect")
+        def _connected(connection: sqlite3.Connection, _: object) -> None:
+            # The driver opens deferred transactions by itself, which lose updates; we begin.
+            connection.isolation_level = None
+            # Text that is not UTF-8 would otherwise fail the whole SELECT.
+            connection.text_factory = _decoded
+            for pragma in (
+                # Before the first access: then the WAL needs no shared memory, and no other
+                # process can open the file (docs/decisions/0001-sqlite-journal.md).
+                "locking_mode=EXCLUSIVE",
+                "journal_mode=WAL",
+                "synchronous=FULL",
+                "foreign_keys=ON",
+            ):
+                connection.execute(f"PRAGMA {pragma}").fetchall()
+
+        @event.listens_for(engine, "begin")
+        def _begun(connection: Connection) -> None:
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+        return engine
+
+    def _postgresql(self) -> Engine:
+        try:
+            engine = create_engine(
+                self.url,
+                hide_parameters=True,
+                pool_pre_ping=True,
+                pool_size=self._workers,
+                max_overflow=0,
+                pool_timeout=self._lock_timeout_seconds,
+                isolation_level="READ COMMITTED",
+                connect_args={
+                    "connect_timeout": 5,
+                    # A peer that vanished without a word is given up in about ten seconds.
+                    "keepalives_idle": 5,
+                    "keepalives_interval": 2,
+                    "keepalives_count": 3,
+                    "tcp_user_timeout": 10_000,
+                },
+            )
+        except ImportError:
+            raise StartupError(
+                "PostgreSQL needs a driver: pip install 'autobot-slm[server,postgres]'."
+            ) from None
+        settings = {
+            "lock_timeout": f"{round(self._lock_timeout_seconds * 1000)}ms",
+            "idle_in_transaction_session_timeout": f"{IDLE_IN_TRANSACTION_SECONDS:g}s",
+            "timezone": "UTC",
+        }
+
+        @event.listens_for(engine, "connect")
+        def _connected(connection: Any, _: object) -> None:
+            autocommit, connection.autocommit = connection.autocommit, True
+            for name, value in settings.items():
+                connection.execute("SELECT set_config(%s, %s, false)", (name, value))
+            connection.autocommit = autocommit
+
+        return engine
+
+    def _first_look(self) -> None:
+        assert self._engine is not None  # noqa: S101 - for the type checker
+        try:
+            with self._engine.begin() as connection:
+                connection.exec_driver_sql("SELECT 1")
+        except (SQLAlchemyError, sqlite3.Error) as error:
+            raise StartupError(self._why_not(error)) from None
+
+    def _why_not(self, error: Exception) -> str:
+        """Say in one sentence why the database cannot be opened."""
+        cause = getattr(error, "orig", None) or error
+        if self.dialect == "postgresql":
+            # libpq's own words: they name host, user and reason, and no password.
+            words = str(cause).strip().splitlines() or [type(cause).__name__]
+            return f"The database {self.name} cannot be opened: {words[0]}"
+        match _sqlite_code(cause):
+            case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:
+                return (
+                    f"Another process holds {self.name}: a SQLite database has one server; stop"
+                    " the other, or use PostgreSQL."
+                )
+            case sqlite3.SQLITE_NOTADB | sqlite3.SQLITE_CORRUPT:
+                return f"{self.name} is not a SQLite database, or is damaged."
+            case sqlite3.SQLITE_READONLY | sqlite3.SQLITE_PERM | sqlite3.SQLITE_CANTOPEN:
+                return f"{self.name} cannot be opened for writing: check it and its folder."
+            case sqlite3.SQLITE_FULL:
+                return f"{self.name} cannot be opened: its disk is full."
+        return f"{self.name} cannot be opened: {cause}."
+
+
+def _make_private(path: Path) -> None:
+    """Make the file with mode 0600 if it is not there; SQLite gives its WAL the same mode."""
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
+    except IsADirectoryError:
+        raise StartupError(f"{path} is a folder, not a SQLite database.") from None
+    except FileNotFoundError:
+        raise StartupError(f"The folder of {path} does not exist.") from None
+    except OSError as error:
+        raise StartupError(
+            f"{path} cannot be opened for writing: {error.strerror or error}."
+        ) from None
+
+
+def _decoded(raw: bytes) -> str:
+    return raw.decode("utf-8", "replace")
+
+
+def _sqlite_code(error: BaseException | None) -> int | None:
+    """Return SQLite's primary result code: the low byte of the extended one."""
+    code = getattr(error, "sqlite_errorcode", None)
+    return None if code is None else code & 0xFF
+
+
+_SQLITE_AWAY: Final = frozenset(
+    {
+        sqlite3.SQLITE_BUSY,
+        sqlite3.SQLITE_LOCKED,
+        sqlite3.SQLITE_IOERR,
+        sqlite3.SQLITE_CANTOPEN,
+        sqlite3.SQLITE_READONLY,
+        sqlite3.SQLITE_PERM,
+        sqlite3.SQLITE_NOTADB,
+        sqlite3.SQLITE_CORRUPT,
+        sqlite3.SQLITE_NOMEM,
+        sqlite3.SQLITE_PROTOCOL,
+    }
+)
+
+
+def _problem(error: SQLAlchemyError, committing: bool) -> ProblemError | None:
+    """Return what a database error means to a caller, or None where it is a fault of ours."""
+    if isinstance(error, PoolTimeout):
+        return DatabaseUnavailable("Every connection to the database is in use.")
+    cause = getattr(error, "orig", None)
+    if isinstance(cause, sqlite3.Error):
+        return _sqlite_problem(cause, committing)
+    return _postgresql_problem(error, cause, committing)
+
+
+def _sqlite_problem(cause: sqlite3.Error, committing: bool) -> ProblemError | None:
+    code = _sqlite_code(cause)
+    if code == sqlite3.SQLITE_FULL:
+        return InsufficientStorage()
+    if code == sqlite3.SQLITE_IOERR and committing:
+        # The commit may be in the WAL and only its fsync have failed.
+        return OutcomeUnknown()
+    return DatabaseUnavailable() if code in _SQLITE_AWAY else None
+
+
+def _postgresql_problem(
+    error: SQLAlchemyError, cause: BaseException | None, committing: bool
+) -> ProblemError | None:
+    # https://www.postgresql.org/docs/current/errcodes-appendix.html
+    state = getattr(cause, "sqlstate", None) or ""
+    if state == "53100":
+        return InsufficientStorage()
+    if state == "55P03":
+        return DatabaseUnavailable("Another write holds the database. Try again.")
+    lost = not state or state[:2] == "08" or state[:3] == "57P"
+    if isinstance(error, DBAPIError) and error.connection_invalidated and committing and lost:
+        return OutcomeUnknown()
+    # 25P03 idle in transaction, 25006 read only (a standby), 40 try again, 53 out of resources.
+    if state in ("25P03", "25006") or state[:2] in ("40", "53", "57"):
+        return DatabaseUnavailable()
+    if isinstance(error, DBAPIError) and (error.connection_invalidated or state[:2] == "08"):
+        return DatabaseUnavailable()
+    if not state and type(cause).__name__ in ("OperationalError", "ConnectionTimeout"):
+        return DatabaseUnavailable()
+    return None

@@ -1,0 +1,271 @@
+"""The tables, and how a row of `agents` is read.
+
+Declares and translates; opens no connection. Tables and columns: docs/protocol.md sections 1 and 2.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from typing import Any, Final, TypeVar, cast
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    DateTime,
+    Float,
+    Index,
+    Integer,
+    Row,
+    String,
+    Table,
+    Text,
+    false,
+    func,
+    select,
+    text,
+    true,
+    type_coerce,
+)
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.types import NullType
+
+from slm import schemas
+
+T = TypeVar("T")
+
+EPOCH_START: Final = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+class Base(DeclarativeBase):
+    """All tables of the server."""
+
+
+class Agent(Base):
+    """One agent; the columns up to `updated_at` are the mission's to the letter.
+
+    `llm_options` is text and not JSON: PostgreSQL would accept less than a SQLite file may hold,
+    and JSONB would reorder what is passed on as it is.
+    """
+
+    __tablename__ = "agents"
+
+    id: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=True)
+    agent_id: Mapped[str] = mapped_column(String(64), unique=True)
+    name: Mapped[str] = mapped_column(String(128))
+    description: Mapped[str | None] = mapped_column(Text)
+    llm_provider: Mapped[str] = mapped_column(String(32))
+    llm_endpoint: Mapped[str | None] = mapped_column(String(256))
+    llm_model: Mapped[str] = mapped_column(String(256))
+    llm_api_key_encrypted: Mapped[str | None] = mapped_column(Text)
+    llm_timeout: Mapped[int | None] = mapped_column(Integer, server_default=text("30"))
+    llm_temperature: Mapped[float | None] = mapped_column(Float, server_default=text("0.7"))
+    llm_max_tokens: Mapped[int | None] = mapped_column(Integer)
+    is_default: Mapped[bool | None] = mapped_column(Boolean, server_default=false())
+    is_active: Mapped[bool | None] = mapped_column(Boolean, server_default=true())
+    created_at: Mapped[datetime | None] = mapped_column(
+        DateTime(timezone=True), server_default=func.current_timestamp()
+    )
+    updated_at: Mapped[datetime | None] = mapped_column(
+        DateTime(timezone=True), server_default=func.current_timestamp()
+    )
+
+    llm_options: Mapped[str] = mapped_column(Text, server_default="{}")
+    revision: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
+    api_key_revision: Mapped[int | None] = mapped_column(BigInteger)
+    # Of an adopted token that no key opened yet: the proof that it may still be bound (adopt.py).
+    key_state: Mapped[str | None] = mapped_column(Text)
+
+    __table_args__ = (
+        Index("idx_agents_agent_id", "agent_id"),
+        Index("idx_agents_is_default", "is_default"),
+        Index(
+            "uq_agents_one_default",
+            "is_default",
+            unique=True,
+            sqlite_where=text("is_default = 1"),
+            postgresql_where=text("is_default"),
+        ),
+        {"sqlite_autoincrement": True},
+    )
+
+
+class Change(Base):
+    """One committed change: the feed and the history (docs/protocol.md section 2).
+
+    `agent` is the JSON of `schemas.Agent`, without the key; for a delete, the agent as it was.
+    """
+
+    __tablename__ = "changes"
+
+    revision: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
+    type: Mapped[str] = mapped_column(String(32))
+    agent_id: Mapped[str] = mapped_column(String(64), index=True)
+    agent: Mapped[str] = mapped_column(Text)
+    was_default: Mapped[bool] = mapped_column(Boolean)
+    actor: Mapped[str] = mapped_column(String(128))
+    comment: Mapped[str | None] = mapped_column(Text)
+    created_at: Mapped[datetime] = mapped_column(DateTime(timezone=True))
+
+
+class State(Base):
+    """The one row that every writer locks first, so that revision order is commit order.
+
+    Attributes:
+        revision: that of the last committed change.
+        floor: changes up to here may be gone; `since` below it cannot be resumed.
+        epoch: the random id of this life of the database.
+        tokens_version: counts changes of `tokens`, so that every replica notices one.
+        keyring_version: the same for `encryption_keys`.
+    """
+
+    __tablename__ = "state"
+
+    id: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
+    revision: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
+    floor: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
+    epoch: Mapped[str] = mapped_column(String(64))
+    tokens_version: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
+    keyring_version: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
+
+
+class Token(Base):
+    """One bearer token; of the token itself only the digest is kept.
+
+    `agents` is null, or the JSON list of patterns that limits what the token can see.
+    """
+
+    __tablename__ = "tokens"
+
+    id: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=True)
+    name: Mapped[str] = mapped_column(String(128))
+    digest: Mapped[str] = mapped_column(String(64), unique=True)
+    scopes: Mapped[str] = mapped_column(Text)
+    agents: Mapped[str | None] = mapped_column(Text)
+    created_at: Mapped[datetime] = mapped_column(DateTime(timezone=True))
+    expires_at: Mapped[datetime | None] = mapped_column(DateTime(timezone=True))
+    revoked_at: Mapped[datetime | None] = mapped_column(DateTime(timezone=True))
+    last_used_at: Mapped[datetime | None] = mapped_column(DateTime(timezone=True))
+
+    __table_args__ = ({"sqlite_autoincrement": True},)
+
+
+class EncryptionKey(Base):
+    """What the database knows of an encryption key: its name, and a token that only it opens."""
+
+    __tablename__ = "encryption_keys"
+
+    fingerprint: Mapped[str] = mapped_column(String(16), primary_key=True)
+    check_token: Mapped[str] = mapped_column(Text)
+    is_active: Mapped[bool] = mapped_column(Boolean)
+    created_at: Mapped[datetime] = mapped_column(DateTime(timezone=True))
+
+
+def _table(model: type[Base]) -> Table:
+    table = model.__table__
+    assert isinstance(table, Table)  # noqa: S101 - for the type checker
+    return table
+
+
+AGENTS: Final = _table(Agent)
+CHANGES: Final = _table(Change)
+STATE: Final = _table(State)
+TOKENS: Final = _table(Token)
+ENCRYPTION_KEYS: Final = _table(EncryptionKey)
+
+# Without SQLAlchemy's types: they raise on what another program may have put into a SQLite column
+# (a text date, 'true'), and one such row must not take the whole list down.
+SELECT_AGENTS: Final = select(*(type_coerce(c, NullType()).label(c.name) for c in AGENTS.c))
+"""Every agent, as `agent_of` takes it; add a `where` or `order_by`."""
+
+
+def utc_now() -> datetime:
+    """Return the time as it is written into every row."""
+    return datetime.now(UTC)
+
+
+def agent_of(row: Row[Any] | Mapping[str, Any]) -> schemas.Agent:
+    """Return what is served for a row of `SELECT_AGENTS`.
+
+    Tolerant: our rules apply on write, and a row that breaks them is still served
+    (docs/protocol.md section 1). What cannot be read at all counts as not set.
+    """
+    value = cast("Mapping[str, Any]", row._mapping) if isinstance(row, Row) else row
+    return schemas.Agent(
+        id=value["id"],
+        agent_id=_text(value["agent_id"]),
+        name=_text(value["name"]),
+        description=None if value["description"] is None else _text(value["description"]),
+        llm_provider=_text(value["llm_provider"]),
+        llm_endpoint=_text(value["llm_endpoint"] or "") or None,
+        llm_model=_text(value["llm_model"]),
+        llm_timeout=_read(_whole, value["llm_timeout"], 30),
+        llm_temperature=_read(_number, value["llm_temperature"], 0.7),
+        llm_max_tokens=_read(_whole, value["llm_max_tokens"], None),
+        llm_options=_read(_options, value["llm_options"], dict[str, Any]()),
+        is_default=_read(_flag, value["is_default"], False),
+        is_active=_read(_flag, value["is_active"], True),
+        created_at=_read(_time, value["created_at"], EPOCH_START),
+        updated_at=_read(_time, value["updated_at"], EPOCH_START),
+        revision=value["revision"],
+        has_api_key=bool(value["llm_api_key_encrypted"]),
+        api_key_revision=value["api_key_revision"],
+    )
+
+
+def _read(reader: Callable[[Any], T], value: Any, otherwise: T) -> T:
+    if value is None:
+        return otherwise
+    try:
+        return reader(value)
+    except (ValueError, TypeError, OverflowError, RecursionError):
+        return otherwise
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    return value if isinstance(value, str) else str(value)
+
+
+def _whole(value: Any) -> int:
+    return value if type(value) is int else int(float(value))
+
+
+def _number(value: Any) -> float:
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError
+    return number
+
+
+def _flag(value: Any) -> bool:
+    if isinstance(value, str):
+        word = value.strip().lower()
+        if word in ("true", "t", "yes", "y", "on"):
+            return True
+        if word in ("false", "f", "no", "n", "off", ""):
+            return False
+        value = float(word)
+    return bool(value)
+
+
+def _time(value: Any) -> datetime:
+    if isinstance(value, int | float):
+        return datetime.fromtimestamp(value, UTC)
+    time = value if isinstance(value, datetime) else datetime.fromisoformat(value.strip())
+    # Without a zone it is UTC: that is what CURRENT_TIMESTAMP writes.
+    return time.replace(tzinfo=UTC) if time.tzinfo is None else time.astimezone(UTC)
+
+
+def _options(value: Any) -> dict[str, Any]:
+    options = value if isinstance(value, dict) else json.loads(value, parse_constant=_no_constant)
+    if not isinstance(options, dict):
+        raise TypeError
+    return options
+
+
+def _no_constant(_: str) -> None:
+    raise ValueError

@@ -1,0 +1,463 @@
+"""AgentRegistry: the only writer of agents. Row, change and revision are one transaction.
+
+Holds the rules of docs/protocol.md sections 1 to 3. Pushes nothing: the feed reads what was
+committed here. Knows no HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple
+
+from pydantic import SecretStr
+from sqlalchemy import Connection, bindparam, delete, insert, select, update
+from sqlalchemy.types import NullType
+
+from slm.endpoints import origin
+from slm.errors import (
+    AgentExists,
+    AgentInactive,
+    AgentIsDefault,
+    AgentNotFound,
+    InvalidRequest,
+    KeyUndecryptable,
+    PreconditionFailed,
+)
+from slm.schemas import Agent, AgentCreate, AgentUpdate, LLMConfig, LLMConfigWithKey, Snapshot
+from slm.server.database import Database
+from slm.server.models import AGENTS, CHANGES, SELECT_AGENTS, STATE, agent_of, utc_now
+from slm.server.vault import KeyBinding, Vault
+
+CREATED: Final = "agent_created"
+CHANGED: Final = "agent_config_changed"
+DELETED: Final = "agent_deleted"
+
+# Built once: building a statement costs more than running it.
+_NEXT_REVISION: Final = (
+    update(STATE)
+    .where(STATE.c.id == 1)
+    .values(revision=STATE.c.revision + 1)
+    .returning(STATE.c.revision, STATE.c.epoch)
+)
+_HEAD: Final = select(STATE.c.revision, STATE.c.epoch).where(STATE.c.id == 1)
+_AGENT: Final = SELECT_AGENTS.where(AGENTS.c.agent_id == bindparam("agent_id"))
+_DEFAULT: Final = SELECT_AGENTS.where(AGENTS.c.is_default.is_(True))
+_ALL: Final = SELECT_AGENTS.order_by(AGENTS.c.id)
+_WRITTEN: Final = tuple(c.name for c in AGENTS.c if c.name not in ("id", "agent_id", "created_at"))
+# Untyped but for the time: a field that was not sent goes back as it was, whatever it holds.
+_UPDATE: Final = (
+    update(AGENTS)
+    .where(AGENTS.c.id == bindparam("row_id"))
+    .values(
+        {
+            name: bindparam(name, type_=None if name == "updated_at" else NullType())
+            for name in _WRITTEN
+        }
+    )
+)
+_DEMOTE: Final = (
+    update(AGENTS)
+    .where(AGENTS.c.id == bindparam("row_id"))
+    .values(is_default=False, revision=bindparam("new_revision"), updated_at=bindparam("now"))
+)
+_INSERT: Final = insert(AGENTS).returning(AGENTS.c.id)
+_DELETE: Final = delete(AGENTS).where(AGENTS.c.id == bindparam("row_id"))
+_RECORD: Final = insert(CHANGES)
+
+_PLAIN: Final = (
+    "name",
+    "description",
+    "llm_provider",
+    "llm_endpoint",
+    "llm_model",
+    "llm_timeout",
+    "llm_temperature",
+    "llm_max_tokens",
+    "is_default",
+    "is_active",
+)
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a write did.
+
+    Attributes:
+        agent: the agent as it now is; None after a delete.
+        revision: of the last change that this write made, or the current one if it made none.
+        epoch: the epoch of that revision.
+        changed: False where nothing was altered, so that there is no revision and no change.
+        api_key_cleared: the stored key was dropped, since it was bound to another place.
+    """
+
+    agent: Agent | None
+    revision: int
+    epoch: str
+    changed: bool = True
+    api_key_cleared: bool = False
+
+
+class _Unchanged(Exception):
+    """No error, but the way out that rolls the revision back."""
+
+    def __init__(self, written: Written) -> None:
+        self.written = written
+
+
+class _Author(NamedTuple):
+    actor: str
+    comment: str | None
+
+
+class _Head(NamedTuple):
+    revision: int
+    epoch: str
+
+
+def binding_of(agent: LLMConfig) -> KeyBinding:
+    """Return the one place this agent's key may be sent to."""
+    return KeyBinding(
+        agent.agent_id, agent.llm_provider, origin(agent.llm_provider, agent.llm_endpoint)
+    )
+
+
+class AgentRegistry:
+    """Creates, changes, deletes and hands out agents, each call in one transaction."""
+
+    def __init__(self, database: Database, vault: Vault) -> None:
+        self._database = database
+        self._vault = vault
+
+    async def create(
+        self, agent: AgentCreate, *, actor: str, comment: str | None = None
+    ) -> Written:
+        """Create an agent.
+
+        Raises:
+            AgentExists: its agent_id is taken.
+            AgentIsDefault: it would be the default and inactive.
+        """
+        return await self._write(
+            functools.partial(self._create, agent=agent, author=_Author(actor, comment))
+        )
+
+    async def update(
+        self,
+        agent_id: str,
+        update: AgentUpdate,
+        *,
+        actor: str,
+        comment: str | None = None,
+        if_match: int | None = None,
+    ) -> Written:
+        """Change the fields that were sent; the others stay.
+
+        Args:
+            agent_id: taken literally: an adopted id need not be of our pattern.
+            update: `model_fields_set` says which fields were sent.
+            actor: who does it, for the change's row.
+            comment: why, for the change's row.
+            if_match: the revision that the agent must still have.
+
+        Raises:
+            AgentNotFound: there is no such agent.
+            PreconditionFailed: its revision is another one.
+            InvalidRequest: the body names another agent.
+            AgentIsDefault: the default would be deactivated or un-defaulted, or an inactive agent
+                made the default.
+        """
+        return await self._write(
+            functools.partial(
+                self._update,
+                agent_id=agent_id,
+                sent={name: getattr(update, name) for name in update.model_fields_set},
+                author=_Author(actor, comment),
+                if_match=if_match,
+            )
+        )
+
+    async def delete(
+        self, agent_id: str, *, actor: str, comment: str | None = None, if_match: int | None = None
+    ) -> Written:
+        """Delete an agent.
+
+        Raises:
+            AgentNotFound: there is no such agent.
+            PreconditionFailed: its revision is another one.
+            AgentIsDefault: it is the default.
+        """
+        return await self._write(
+            functools.partial(
+                self._delete, agent_id=agent_id, author=_Author(actor, comment), if_match=if_match
+            )
+        )
+
+    async def llm(self, agent_id: str) -> tuple[LLMConfigWithKey, int, str]:
+        """Return an agent's configuration with its key, and the revision and epoch it was read at.
+
+        Raises:
+            AgentNotFound: there is no such agent.
+            AgentInactive: it is switched off.
+            KeyUndecryptable: its key does not decrypt, or belongs to another place.
+        """
+
+        def look(connection: Connection) -> tuple[_Head, Any]:
+            head = _Head(*connection.execute(_HEAD).one())
+            return head, connection.execute(_AGENT, {"agent_id": agent_id}).one_or_none()
+
+        head, row = await self._database.read(look)
+        if row is None:
+            raise AgentNotFound
+        if not agent_of(row).is_active:
+            raise AgentInactive
+        return self._with_key(row), head.revision, head.epoch
+
+    async def snapshot(self) -> Snapshot:
+        """Return every agent with its key, all read at one revision."""
+
+        def look(connection: Connection) -> tuple[_Head, list[Any]]:
+            head = _Head(*connection.execute(_HEAD).one())
+            return head, list(connection.execute(_ALL))
+
+        head, rows = await self._database.read(look)
+        # Decrypting thousands of keys takes a while, and nothing may wait for it.
+        agents = await asyncio.to_thread(lambda: [self._with_key_or_error(row) for row in rows])
+        return Snapshot(revision=head.revision, epoch=head.epoch, agents=agents)
+
+    def _with_key(self, row: Any) -> LLMConfigWithKey:
+        agent = agent_of(row)
+        key = None
+        if agent.has_api_key:
+            key = self._vault.decrypt(row.llm_api_key_encrypted, binding_of(agent))
+        return _config(agent, key, None)
+
+    def _with_key_or_error(self, row: Any) -> LLMConfigWithKey:
+        try:
+            return self._with_key(row)
+        except KeyUndecryptable:
+            return _config(agent_of(row), None, "undecryptable")
+
+    # --- writing; everything below runs inside one transaction, in the database's thread ---
+
+    async def _write(self, work: Callable[[Connection], Written]) -> Written:
+        try:
+            return await self._database.run(work)
+        except _Unchanged as nothing:
+            return nothing.written
+
+    def _create(self, connection: Connection, *, agent: AgentCreate, author: _Author) -> Written:
+        head = _next(connection)
+        if connection.execute(_AGENT, {"agent_id": agent.agent_id}).first() is not None:
+            raise AgentExists
+        if agent.is_default and not agent.is_active:
+            raise AgentIsDefault("The default agent must be active.")
+        demotion = _demote(connection, agent_after=head) if agent.is_default else None
+        now = utc_now()
+        values = {name: getattr(agent, name) for name in _PLAIN} | {
+            "agent_id": agent.agent_id,
+            "llm_options": _options_text(agent.llm_options),
+            "revision": head.revision,
+            "created_at": now,
+            "updated_at": now,
+            "llm_api_key_encrypted": None,
+            "api_key_revision": None,
+            "key_state": None,
+        }
+        if agent.llm_api_key is not None:
+            binding = KeyBinding(
+                agent.agent_id, agent.llm_provider, origin(agent.llm_provider, agent.llm_endpoint)
+            )
+            values["llm_api_key_encrypted"] = self._vault.encrypt(agent.llm_api_key, binding)
+            values["api_key_revision"] = head.revision
+        values["id"] = connection.execute(_INSERT, values).scalar_one()
+        created = agent_of(values)
+        _record(connection, CREATED, created, head.revision, False, author)
+        return _written(connection, created, head, demotion, author)
+
+    def _update(
+        self,
+        connection: Connection,
+        *,
+        agent_id: str,
+        sent: Mapping[str, Any],
+        author: _Author,
+        if_match: int | None,
+    ) -> Written:
+        head = _next(connection)
+        row = _found(connection, agent_id, if_match)
+        before = agent_of(row)
+        if sent.get("agent_id", agent_id) != agent_id:
+            raise InvalidRequest(
+                "The body names another agent than the path.",
+                [{"loc": ["body", "agent_id"], "msg": "is not the path's", "type": "mismatch"}],
+            )
+        values = dict(row._mapping)
+        values.update(_altered(before, sent))
+        after = agent_of(values)
+        _check_default(before, after)
+        cleared = self._place_key(values, before, after, sent, head.revision)
+        if values == dict(row._mapping):
+            raise _Unchanged(Written(before, head.revision - 1, head.epoch, changed=False))
+        values["revision"] = head.revision
+        values["updated_at"] = utc_now()
+        promoted = after.is_default and not before.is_default
+        demotion = _demote(connection, agent_after=head) if promoted else None
+        connection.execute(
+            _UPDATE, {name: values[name] for name in _WRITTEN} | {"row_id": values["id"]}
+        )
+        after = agent_of(values)
+        _record(connection, CHANGED, after, head.revision, before.is_default, author)
+        return _written(connection, after, head, demotion, author, cleared)
+
+    def _place_key(
+        self,
+        values: dict[str, Any],
+        before: Agent,
+        after: Agent,
+        sent: Mapping[str, Any],
+        revision: int,
+    ) -> bool:
+        """Set, keep or clear the key in `values`; return whether it was cleared unasked."""
+        moved = binding_of(after) != binding_of(before)
+        if "llm_api_key" in sent:
+            key: SecretStr | None = sent["llm_api_key"]
+            if key is not None and not moved and self._holds(values, before, key):
+                return False
+            if key is None and not before.has_api_key:
+                return False
+            values["key_state"] = None
+            values["llm_api_key_encrypted"] = key and self._vault.encrypt(key, binding_of(after))
+            values["api_key_revision"] = key and revision
+            return False
+        if not (moved and before.has_api_key):
+            return False
+        values["key_state"] = values["llm_api_key_encrypted"] = values["api_key_revision"] = None
+        return True
+
+    def _holds(self, values: Mapping[str, Any], agent: Agent, key: SecretStr) -> bool:
+        if not agent.has_api_key:
+            return False
+        try:
+            held = self._vault.decrypt(values["llm_api_key_encrypted"], binding_of(agent))
+        except KeyUndecryptable:
+            return False
+        return held.get_secret_value() == key.get_secret_value()
+
+    def _delete(
+        self, connection: Connection, *, agent_id: str, author: _Author, if_match: int | None
+    ) -> Written:
+        head = _next(connection)
+        row = _found(connection, agent_id, if_match)
+        agent = agent_of(row)
+        if agent.is_default:
+            raise AgentIsDefault("The default agent cannot be deleted; make another the default.")
+        connection.execute(_DELETE, {"row_id": agent.id})
+        _record(connection, DELETED, agent, head.revision, False, author)
+        return Written(None, head.revision, head.epoch)
+
+
+class _Demotion(NamedTuple):
+    agent: Agent
+    revision: int
+
+
+def _next(connection: Connection) -> _Head:
+    """Lock the state row and take the next revision: always the first statement of a write."""
+    return _Head(*connection.execute(_NEXT_REVISION).one())
+
+
+def _found(connection: Connection, agent_id: str, if_match: int | None) -> Any:
+    row = connection.execute(_AGENT, {"agent_id": agent_id}).one_or_none()
+    if row is None:
+        raise AgentNotFound
+    if if_match is not None and if_match != row.revision:
+        raise PreconditionFailed(f"The agent is at revision {row.revision}.")
+    return row
+
+
+def _altered(before: Agent, sent: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the columns whose value, as served, is another one than was sent."""
+    altered = {
+        name: sent[name] for name in _PLAIN if name in sent and sent[name] != getattr(before, name)
+    }
+    if "llm_options" in sent:
+        options = _options_text(sent["llm_options"])
+        if options != _options_text(before.llm_options):
+            altered["llm_options"] = options
+    return altered
+
+
+def _options_text(options: Mapping[str, Any]) -> str:
+    """Return the options as they are stored: in the order given, so 1, 1.0 and true differ."""
+    return json.dumps(options, ensure_ascii=False, separators=(",", ":"))
+
+
+def _check_default(before: Agent, after: Agent) -> None:
+    if before.is_default and not after.is_default:
+        raise AgentIsDefault("There is always a default; make another agent the default instead.")
+    if after.is_default and not after.is_active:
+        raise AgentIsDefault("The default agent must be active.")
+
+
+def _demote(connection: Connection, *, agent_after: _Head) -> _Demotion | None:
+    """Take the flag from the default of now; before the promotion, or the unique index refuses.
+
+    Its revision is the one after the promoted agent's, so that whoever reads the changes in order
+    is never without a default.
+    """
+    row = connection.execute(_DEFAULT).one_or_none()
+    if row is None:
+        return None
+    revision = _next(connection).revision
+    now = utc_now()
+    connection.execute(_DEMOTE, {"row_id": row.id, "new_revision": revision, "now": now})
+    values = dict(row._mapping) | {"is_default": False, "revision": revision, "updated_at": now}
+    assert revision == agent_after.revision + 1  # noqa: S101 - nobody else writes meanwhile
+    return _Demotion(agent_of(values), revision)
+
+
+def _written(
+    connection: Connection,
+    agent: Agent,
+    head: _Head,
+    demotion: _Demotion | None,
+    author: _Author,
+    api_key_cleared: bool = False,
+) -> Written:
+    last = head.revision
+    if demotion is not None:
+        _record(connection, CHANGED, demotion.agent, demotion.revision, True, author)
+        last = demotion.revision
+    return Written(agent, last, head.epoch, api_key_cleared=api_key_cleared)
+
+
+def _record(
+    connection: Connection,
+    kind: str,
+    agent: Agent,
+    revision: int,
+    was_default: bool,
+    author: _Author,
+) -> None:
+    connection.execute(
+        _RECORD,
+        {
+            "revision": revision,
+            "type": kind,
+            "agent_id": agent.agent_id,
+            "agent": agent.model_dump_json(),
+            "was_default": was_default,
+            "actor": author.actor,
+            "comment": author.comment,
+            "created_at": utc_now(),
+        },
+    )
+
+
+def _config(agent: Agent, key: SecretStr | None, key_error: str | None) -> LLMConfigWithKey:
+    fields = {name: getattr(agent, name) for name in LLMConfig.model_fields}
+    return LLMConfigWithKey(**fields, llm_api_key=key, key_error=key_error)

@@ -1,0 +1,151 @@
+"""What an operator can set, by argument or by an SLM_* environment variable.
+
+Holds values only: knows no database, no socket, and opens no file. No secret has a default.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError
+
+from slm.errors import ConfigurationError
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Bytes = Annotated[int, Field(gt=0)]
+
+SQLITE_FILE: Final = "slm.db"
+
+
+class Settings(BaseSettings):
+    """The server's settings; each is also read from `SLM_` and its name in capitals.
+
+    Attributes:
+        host: the address to listen on.
+        port: the port; 0 takes a free one.
+        data_dir: where the SQLite file, the generated encryption key and the first tokens live.
+        database_url: `postgresql+psycopg://…` or `sqlite:///…`; none: `slm.db` in `data_dir`.
+        tls_cert: the certificate chain in PEM; goes with `tls_key`.
+        tls_key: the private key in PEM.
+        encryption_keys: Fernet keys separated by commas; at the first start the first is the
+            active one, later the database names it.
+        metrics_token: what `/metrics` asks for; none: it is open.
+        trusted_proxies: addresses or networks whose Forwarded headers count.
+        changes_keep: how many changes are kept for resuming; none: all.
+        heartbeat_seconds: how often a stream hears a heartbeat.
+        ping_interval_seconds: how often a stream is pinged.
+        ping_timeout_seconds: how long a peer has to answer a ping.
+        behind_after_seconds: after how long without a good look at the database the feed is behind.
+        poll_interval_seconds: how often the feed looks without being woken.
+        min_revision_wait_seconds: how long a read waits for `min_revision`.
+        lock_timeout_seconds: how long a transaction waits for a lock.
+        buffer_bytes: how much may wait for one slow reader.
+        buffer_total_bytes: how much may wait for all of them.
+        max_body_bytes: the largest request body.
+        max_header_bytes: the largest request head.
+        header_timeout_seconds: how long a request's head may take.
+        shutdown_seconds: over how long a stopping server spreads the closing of its streams.
+        replay_page: how many changes one page of a replay holds.
+        testing: allows what only a test may do.
+        failpoint: where to fail on purpose; refused unless `testing`.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix="SLM_",
+        extra="ignore",
+        frozen=True,
+        hide_input_in_errors=True,
+        env_ignore_empty=True,
+    )
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 8760
+    data_dir: Path = Path("slm-data")
+    database_url: SecretStr | None = None
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    encryption_keys: SecretStr | None = None
+    metrics_token: SecretStr | None = None
+    trusted_proxies: Annotated[tuple[Network, ...], NoDecode] = ()
+    changes_keep: Annotated[int, Field(ge=0)] | None = None
+
+    heartbeat_seconds: Seconds = 20
+    ping_interval_seconds: Seconds = 20
+    ping_timeout_seconds: Seconds = 20
+    behind_after_seconds: Seconds = 5
+    poll_interval_seconds: Seconds = 1
+    min_revision_wait_seconds: Seconds = 2
+    lock_timeout_seconds: Seconds = 2
+    header_timeout_seconds: Seconds = 10
+    shutdown_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 3
+
+    buffer_bytes: Bytes = 1024 * 1024
+    buffer_total_bytes: Bytes = 256 * 1024 * 1024
+    max_body_bytes: Bytes = 262_144
+    max_header_bytes: Bytes = 8192
+    replay_page: Annotated[int, Field(gt=0)] = 500
+
+    testing: bool = False
+    failpoint: str | None = None
+
+    @field_validator("trusted_proxies", mode="before")
+    @classmethod
+    def _networks(cls, value: Any) -> Any:
+        """Take `10.0.0.1, 192.168.0.0/16`; a single address is a network of one."""
+        if isinstance(value, str):
+            value = [part.strip() for part in value.split(",") if part.strip()]
+        return tuple(value)
+
+    @field_validator("database_url")
+    @classmethod
+    def _known_database(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is None:
+            return None
+        try:
+            backend = make_url(value.get_secret_value()).get_backend_name()
+        except ArgumentError:
+            backend = ""
+        # `from None`: the URL holds a password, and the chain would show it.
+        if backend not in ("sqlite", "postgresql", "postgres"):
+            raise ValueError("must be a postgresql+psycopg:// or sqlite:/// URL") from None
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Settings:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("tls_cert and tls_key go together")
+        if self.failpoint is not None and not self.testing:
+            raise ValueError("failpoint is for tests alone and needs SLM_TESTING=1")
+        return self
+
+    @property
+    def url(self) -> URL:
+        """The database's URL, for `slm.server.database.Database`."""
+        if self.database_url is None:
+            return URL.create("sqlite", database=str(self.data_dir / SQLITE_FILE))
+        url = make_url(self.database_url.get_secret_value())
+        if url.get_backend_name() in ("postgresql", "postgres"):
+            # psycopg 3 is the one driver; `postgres://` is how many hosts still write it.
+            return url.set(drivername="postgresql+psycopg")
+        return url
+
+
+def load_settings(**overrides: Any) -> Settings:
+    """Return the settings from the environment, overridden by the arguments that are not None.
+
+    Raises:
+        ConfigurationError: a value makes no sense; the message names the variable, never the value.
+    """
+    given = {name: value for name, value in overrides.items() if value is not None}
+    try:
+        return Settings(**given)
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        name = f"SLM_{str(first['loc'][0]).upper()}: " if first["loc"] else ""
+        raise ConfigurationError(name + first["msg"].removeprefix("Value error, ")) from None

@@ -1,0 +1,148 @@
+"""The vault encrypts API keys, each bound to the one place that it may be sent to.
+
+Knows no database: it is given tokens and bindings and keeps neither. Fernet has no associated data,
+so what a key is bound to lies inside the plaintext and is checked on the way out
+(docs/protocol.md section 3, "A key is bound to where it may be sent").
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, NoReturn
+
+from cryptography.fernet import Fernet, InvalidToken, MultiFernet
+from pydantic import SecretStr
+
+from slm.errors import ConfigurationError, KeyUndecryptable
+
+# Starts with a control character, which no API key holds: a bare key never looks like a bound one.
+_BOUND: Final = b"\x01slm-key-1\x01"
+_CHECK: Final = b"\x01slm-check-1\x01"
+
+
+@dataclass(frozen=True)
+class KeyBinding:
+    """The one place a key may be sent to.
+
+    Attributes:
+        agent_id: the agent whose key it is.
+        provider: its `llm_provider`.
+        origin: `slm.endpoints.origin` of provider and endpoint.
+    """
+
+    agent_id: str
+    provider: str
+    origin: str
+
+
+class Vault:
+    """Encrypts with the first key, decrypts with any.
+
+    Args:
+        keys: Fernet keys (32 bytes in URL-safe base64), the active one first.
+
+    Raises:
+        ConfigurationError: there is no key, or one is not a Fernet key.
+    """
+
+    def __init__(self, keys: Sequence[SecretStr | str]) -> None:
+        texts = [k.get_secret_value() if isinstance(k, SecretStr) else k for k in keys]
+        if not texts:
+            raise ConfigurationError("an encryption key is needed")
+        try:
+            self._keys = [Fernet(text) for text in texts]
+        except (ValueError, TypeError):
+            # The library's message may quote the key.
+            raise ConfigurationError(
+                "an encryption key is not a Fernet key (32 bytes in URL-safe base64)"
+            ) from None
+        self._any = MultiFernet(self._keys)
+        self.fingerprints: tuple[str, ...] = tuple(fingerprint(text) for text in texts)
+        """One for each key, in order; the first is that of the active key."""
+
+    def __repr__(self) -> str:
+        return f"<Vault {', '.join(self.fingerprints)}>"
+
+    @staticmethod
+    def generate_key() -> SecretStr:
+        """Return a new Fernet key."""
+        return SecretStr(Fernet.generate_key().decode())
+
+    def encrypt(self, key: SecretStr, binding: KeyBinding) -> str:
+        """Return a Fernet token that gives the key back for this binding alone."""
+        plain = {
+            "agent_id": binding.agent_id,
+            "provider": binding.provider,
+            "origin": binding.origin,
+            "key": key.get_secret_value(),
+        }
+        return self._keys[0].encrypt(_BOUND + json.dumps(plain).encode()).decode()
+
+    def decrypt(self, token: str, binding: KeyBinding) -> SecretStr:
+        """Return the key of a bound token.
+
+        Raises:
+            KeyUndecryptable: no key of this vault opens it, it is not bound, or bound elsewhere.
+        """
+        plain = self._plaintext(token)
+        if not plain.startswith(_BOUND):
+            _refuse("The stored key is not bound to an agent and an endpoint. Set it again.")
+        data = json.loads(plain[len(_BOUND) :])
+        if KeyBinding(data["agent_id"], data["provider"], data["origin"]) != binding:
+            _refuse("The stored key belongs to another agent, provider or endpoint. Set it again.")
+        return SecretStr(data["key"])
+
+    def decrypt_unbound(self, token: str) -> SecretStr:
+        """Return the key of a token that holds the bare key, as a table not made by us has it.
+
+        For adoption alone (docs/protocol.md section 1): such a token says nothing of where its key
+        may be sent, so serving it would let whoever edits an endpoint collect the key.
+
+        Raises:
+            KeyUndecryptable: no key of this vault opens it, or it is no bare key.
+        """
+        plain = self._plaintext(token)
+        if plain.startswith((_BOUND, _CHECK)):
+            _refuse("The stored key is bound already.")
+        try:
+            text = plain.decode()
+        except UnicodeDecodeError:
+            text = ""
+        if not text:
+            _refuse("The stored key is not text.")
+        return SecretStr(text)
+
+    def make_check(self) -> str:
+        """Return a token that tells later whether the active key is the same (`opens_check`)."""
+        return self._keys[0].encrypt(_CHECK).decode()
+
+    def opens_check(self, token: str) -> bool:
+        """Say whether one of the keys made this check token."""
+        try:
+            return hmac.compare_digest(self._plaintext(token), _CHECK)
+        except KeyUndecryptable:
+            return False
+
+    def _plaintext(self, token: str) -> bytes:
+        try:
+            return self._any.decrypt(token.encode())
+        except (InvalidToken, ValueError, TypeError):
+            _refuse("The stored key was encrypted with a key that this server does not have.")
+
+
+def fingerprint(key: str) -> str:
+    """Return a short name of a Fernet key that says nothing about it."""
+    return hashlib.sha256(b"slm fernet key:" + key.strip().encode()).hexdigest()[:16]
+
+
+def parse_keys(text: str) -> list[SecretStr]:
+    """Return the keys of a list separated by commas or white space, as SLM_ENCRYPTION_KEYS has."""
+    return [SecretStr(part) for part in text.replace(",", " ").split()]
+
+
+def _refuse(why: str) -> NoReturn:
+    raise KeyUndecryptable(why) from None
