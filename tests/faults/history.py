@@ -1,0 +1,213 @@
+"""Says what is wrong with a recorded history of frames: the law of docs/protocol.md section 4.
+
+Pure: it is given what was asked and what came, and knows no server, no socket and no clock. A fault
+test passes only when this finds nothing, whatever the final state looks like.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+CHANGES: Final = frozenset({"agent_config_changed", "agent_created", "agent_deleted"})
+
+Frame = dict[str, Any]
+
+
+@dataclass
+class Connection:
+    """One connection of one subscriber: what it asked for and every frame it got, in order.
+
+    Attributes:
+        name: how a violation names it.
+        since: the revision it asked to resume after; None for "from now on".
+        epoch: the epoch that `since` belongs to.
+        frames: the parsed frames.
+        limited: whether its token sees some agents only (section 4, point 8).
+        snapshots: whether it may resume from a snapshot newer than the last frame it got.
+    """
+
+    name: str = "connection"
+    since: int | None = None
+    epoch: str | None = None
+    frames: list[Frame] = field(default_factory=list)
+    limited: bool = False
+    snapshots: bool = False
+
+
+def violations(
+    connections: Sequence[Connection],
+    *,
+    resyncs: Iterable[str] = (),
+    committed: Mapping[tuple[str, int], Frame] | None = None,
+) -> list[str]:
+    """Return what breaks the contract in the history of one subscriber; empty when nothing does.
+
+    Ordered and unique (each change is the one after the last), no gaps between resyncs, resumable
+    (`since` is answered from there or by a resync that was to be expected), a heartbeat never
+    ahead, no revision that falls within an epoch, and nothing that was not committed.
+
+    Args:
+        connections: every connection of the subscriber, oldest first.
+        resyncs: the reasons for which a resync is in order in this test; any other is a violation.
+        committed: by epoch and revision, the change frame that the database stands for; None where
+            the test does not know. A change it does not name was never committed.
+    """
+    found: list[str] = []
+    allowed = frozenset(resyncs)
+    last: _Position | None = None
+    for connection in connections:
+        checker = _Checker(connection, allowed, committed, last)
+        found += checker.run()
+        last = checker.position or last
+    return found
+
+
+def disagreements(histories: Iterable[Sequence[Connection]]) -> list[str]:
+    """Return the revisions that two subscribers, or one subscriber twice, saw as different things.
+
+    Only connections that see everything are compared: a limited one may see a deletion where the
+    others see a change.
+    """
+    seen: dict[tuple[str, int], str] = {}
+    found = []
+    for connections in histories:
+        for connection in connections:
+            if connection.limited:
+                continue
+            for epoch, frame in _changes(connection):
+                text = json.dumps(frame, sort_keys=True)
+                key = epoch, frame["revision"]
+                if seen.setdefault(key, text) != text:
+                    found.append(f"{connection.name}: revision {key[1]} is not what others saw")
+    return found
+
+
+def final_position(connections: Sequence[Connection]) -> tuple[str, int] | None:
+    """Return epoch and revision up to which the subscriber was told everything."""
+    last: _Position | None = None
+    for connection in connections:
+        checker = _Checker(connection, frozenset(), None, None)
+        checker.run()
+        last = checker.position or last
+    return None if last is None else (last.epoch, last.revision)
+
+
+@dataclass
+class _Position:
+    epoch: str
+    revision: int
+
+
+class _Checker:
+    """Walks one connection, keeping the position that its frames add up to."""
+
+    def __init__(
+        self,
+        connection: Connection,
+        allowed: frozenset[str],
+        committed: Mapping[tuple[str, int], Frame] | None,
+        before: _Position | None,
+    ) -> None:
+        self.connection = connection
+        self.allowed = allowed
+        self.committed = committed
+        self.before = before
+        self.position: _Position | None = None
+        self.heartbeat = -1
+        self.found: list[str] = []
+
+    def run(self) -> list[str]:
+        frames = self.connection.frames
+        if not frames:
+            return []
+        if frames[0].get("type") != "subscribed":
+            self.wrong(0, f"the first frame is {frames[0].get('type')!r}, not subscribed")
+            return self.found
+        self.subscribed(frames)
+        for number, frame in enumerate(frames[1:], start=1):
+            kind = frame.get("type")
+            if kind in CHANGES:
+                self.change(number, frame)
+            elif kind == "heartbeat":
+                self.beat(number, frame)
+            elif kind == "resync":
+                self.resync(number, frame)
+            elif kind == "subscribed":
+                self.wrong(number, "subscribed comes a second time")
+        return self.found
+
+    def subscribed(self, frames: Sequence[Frame]) -> None:
+        first = frames[0]
+        here = self.position = _Position(first["epoch"], first["revision"])
+        asked = self.connection.since
+        resync = len(frames) > 1 and frames[1].get("type") == "resync"
+        if resync:
+            if frames[1]["revision"] != here.revision or frames[1]["epoch"] != here.epoch:
+                self.wrong(1, "subscribed and the resync after it name different positions")
+        elif asked is not None and self.connection.epoch != here.epoch:
+            self.wrong(0, "the epoch changed without a resync")
+        elif asked is not None and here.revision != asked:
+            self.wrong(0, f"asked for what follows {asked}, it starts at {here.revision}")
+        before = self.before
+        if before is None or before.epoch != here.epoch:
+            return
+        if asked is None or resync:
+            if here.revision < before.revision:
+                self.wrong(0, f"the revision fell from {before.revision} to {here.revision}")
+        elif asked > before.revision and not self.connection.snapshots:
+            self.wrong(0, f"asked for what follows {asked}, but was told up to {before.revision}")
+
+    def change(self, number: int, frame: Frame) -> None:
+        assert self.position is not None
+        revision = frame["revision"]
+        expected = self.position.revision + 1
+        if revision <= self.position.revision:
+            self.wrong(number, f"revision {revision} comes after {self.position.revision}")
+        elif revision > expected:
+            self.wrong(number, f"revisions {expected} to {revision - 1} are missing")
+        if self.committed is not None:
+            truth = self.committed.get((self.position.epoch, revision))
+            if truth is None:
+                self.wrong(number, f"revision {revision} was never committed")
+            elif truth != frame and not self.connection.limited:
+                self.wrong(number, f"revision {revision} is not what was committed")
+        self.position.revision = max(revision, self.position.revision)
+
+    def beat(self, number: int, frame: Frame) -> None:
+        assert self.position is not None
+        revision = frame["revision"]
+        if revision < self.heartbeat:
+            self.wrong(number, f"a heartbeat falls from {self.heartbeat} to {revision}")
+        if revision > self.position.revision:
+            if self.connection.limited:
+                self.position.revision = revision
+            else:
+                self.wrong(
+                    number, f"a heartbeat names {revision}, sent is {self.position.revision}"
+                )
+        self.heartbeat = max(self.heartbeat, revision)
+
+    def resync(self, number: int, frame: Frame) -> None:
+        assert self.position is not None
+        if frame["reason"] not in self.allowed:
+            self.wrong(number, f"an unexpected resync: {frame['reason']}")
+        same = frame["epoch"] == self.position.epoch
+        if same and frame["revision"] < self.position.revision:
+            self.wrong(number, f"a resync goes back to {frame['revision']} in the same epoch")
+        self.position = _Position(frame["epoch"], frame["revision"])
+        self.heartbeat = -1
+
+    def wrong(self, number: int, what: str) -> None:
+        self.found.append(f"{self.connection.name} frame {number}: {what}")
+
+
+def _changes(connection: Connection) -> Iterable[tuple[str, Frame]]:
+    epoch = ""
+    for frame in connection.frames:
+        if frame.get("type") in ("subscribed", "resync"):
+            epoch = frame["epoch"]
+        elif frame.get("type") in CHANGES:
+            yield epoch, frame
