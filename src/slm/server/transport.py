@@ -18,6 +18,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.frames import Frame, Opcode
 from websockets.protocol import OPEN
+from websockets.server import ServerProtocol
 
 PUSH_EXTENSION: Final = "slm.push"
 """The key of `scope["extensions"]` under which an application finds its `PushProtocol`."""
@@ -186,12 +187,30 @@ _REFUSALS: Final = {
 }
 
 
+class _Conversation(ServerProtocol):
+    """The library's protocol, which answers a close frame between two fragments as it must.
+
+    The library calls it a protocol error (1002), so plain uvicorn fails Autobahn's case 7.1.5; a
+    control frame may stand there (RFC 6455 section 5.4), and each close is answered (5.5.1).
+    """
+
+    def recv_frame(self, frame: Frame) -> None:
+        if frame.opcode is Opcode.CLOSE:
+            self.current_size = None
+        super().recv_frame(frame)
+
+
 class PushProtocol(WebSocketsSansIOProtocol):
     """A WebSocket whose transport is written to directly by whoever finds it in the ASGI scope.
 
     The application reads through ASGI as usual. Frames come through `push` already encoded, so that
     one encoding serves every connection; the order of writes is the order on the wire.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # uvicorn names the class itself; the subclass has no state of its own.
+        self.conn.__class__ = _Conversation
 
     # --- what the hub uses ---
 
@@ -235,10 +254,13 @@ class PushProtocol(WebSocketsSansIOProtocol):
         """Offer this connection to the application before its task starts."""
         super().handle_connect(event)
         if not self.close_sent:
-            self.scope["extensions"][PUSH_EXTENSION] = self  # type: ignore[typeddict-unknown-key]
+            self.scope["extensions"][PUSH_EXTENSION] = self  # type: ignore[assignment]
 
     def data_received(self, data: bytes) -> None:
         """Parse; a handshake that the parser itself refused is answered and closed."""
+        if self.conn.parser_exc is not None:
+            # Refused already: what such a peer still sends is thrown away.
+            return
         super().data_received(data)
         if not self.handshake_initiated and self.conn.handshake_exc is not None:
             # uvicorn would leave the parser's own answer unsent and the peer waiting.
