@@ -73,6 +73,10 @@ IDLE_IN_TRANSACTION_SECONDS: Final = 5.0
 row, and every other writer would wait for it."""
 
 
+class DatabaseHeld(StartupError):
+    """Another process has the SQLite file."""
+
+
 class Database:
     """One database, SQLite or PostgreSQL, behind one verb: run a function as one transaction.
 
@@ -157,6 +161,34 @@ class Database:
             DatabaseUnavailable: the database is away.
         """
         return await self._hop(functools.partial(self._transaction, fn, True))
+
+    async def vacuum_into(self, path: Path) -> None:
+        """Write a consistent copy of a SQLite database into an empty file, while it is in use.
+
+        Raises:
+            InsufficientStorage: the disk is full.
+            DatabaseUnavailable: it cannot be read or written.
+        """
+        await self._hop(functools.partial(self._outside, "VACUUM INTO ?", str(path)))
+
+    async def leave_wal(self) -> None:
+        """Fold the WAL into the SQLite file for good, so that the file alone is the database."""
+        await self._hop(functools.partial(self._outside, "PRAGMA journal_mode=DELETE"))
+
+    def _outside(self, statement: str, *parameters: str) -> None:
+        """Run one of SQLite's statements that work outside a transaction only."""
+        if self._engine is None:
+            raise DatabaseUnavailable("The database is closed.")
+        connection = self._engine.raw_connection()
+        try:
+            connection.cursor().execute(statement, parameters)
+        except sqlite3.Error as error:
+            problem = _sqlite_problem(error, committing=False)
+            if problem is None:
+                raise
+            raise problem from error
+        finally:
+            connection.close()
 
     async def _hop(self, work: Callable[[], T]) -> T:
         if self._threads is None:
@@ -271,7 +303,8 @@ class Database:
             with self._engine.begin() as connection:
                 connection.exec_driver_sql("SELECT 1")
         except (SQLAlchemyError, sqlite3.Error) as error:
-            raise StartupError(self._why_not(error)) from None
+            held = _sqlite_code(getattr(error, "orig", error)) in _SQLITE_HELD
+            raise (DatabaseHeld if held else StartupError)(self._why_not(error)) from None
 
     def _why_not(self, error: Exception) -> str:
         """Say in one sentence why the database cannot be opened."""
@@ -319,6 +352,7 @@ def _sqlite_code(error: BaseException | None) -> int | None:
     return None if code is None else code & 0xFF
 
 
+_SQLITE_HELD: Final = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED})
 _SQLITE_AWAY: Final = frozenset(
     {
         sqlite3.SQLITE_BUSY,

@@ -7,9 +7,6 @@ Says where a secret was written, never what it holds.
 from __future__ import annotations
 
 import functools
-import os
-import secrets
-import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +23,7 @@ from slm.errors import ConfigurationError, ProblemError, StartupError
 from slm.server import tokens
 from slm.server.adopt import Adoption, adopt
 from slm.server.database import Database
+from slm.server.files import make_data_dir, read_private, write_private
 from slm.server.models import AGENTS, ENCRYPTION_KEYS, STATE, TOKENS, utc_now
 from slm.server.settings import Settings
 from slm.server.vault import Vault, fingerprint, parse_keys
@@ -95,9 +93,9 @@ def _prepare(
     if connection.dialect.name == "postgresql":
         connection.execute(text(f"SET LOCAL lock_timeout = '{_MIGRATION_WAIT_SECONDS}s'"))
         connection.execute(text(f"SELECT pg_advisory_xact_lock({_ADVISORY_LOCK})"))
-    first_time = not _is_ours(connection, database)
+    first_time = not is_ours(connection, database.name)
     keys = given or _own_keys(connection, database, settings, notes)
-    migrate(connection, database)
+    migrate(connection)
     vault = _checked_vault(connection, keys, may_replace=not given)
     notes += _adoption_notes(adopt(connection, vault, first_time=first_time))
     notes += _first_tokens(connection, settings.data_dir)
@@ -114,7 +112,7 @@ def _config(connection: Connection) -> Config:
     return config
 
 
-def _is_ours(connection: Connection, database: Database) -> bool:
+def is_ours(connection: Connection, name: str) -> bool:
     """Say whether our migrations ran here before; refuse what they cannot be run on.
 
     Raises:
@@ -125,7 +123,7 @@ def _is_ours(connection: Connection, database: Database) -> bool:
     heads = MigrationContext.configure(connection).get_current_heads()
     if not known.issuperset(heads):
         raise StartupError(
-            f"{database.name} was made by a newer version of SLM than this one; install that"
+            f"{name} was made by a newer version of SLM than this one; install that"
             " version or restore an older backup."
         )
     inspector = inspect(connection)
@@ -133,13 +131,13 @@ def _is_ours(connection: Connection, database: Database) -> bool:
         missing = _NEEDED - {column["name"] for column in inspector.get_columns("agents")}
         if missing:
             raise StartupError(
-                f"The table agents of {database.name} cannot be taken over: it has no column"
+                f"The table agents of {name} cannot be taken over: it has no column"
                 f" {', '.join(sorted(missing))}."
             )
     return bool(heads)
 
 
-def migrate(connection: Connection, database: Database) -> None:
+def migrate(connection: Connection) -> None:
     """Bring the tables to this version's, in the transaction of the connection."""
     command.upgrade(_config(connection), "head")
 
@@ -158,23 +156,35 @@ def _given_keys(settings: Settings) -> list[SecretStr]:
     return keys
 
 
+def keys_at_hand(settings: Settings) -> list[SecretStr]:
+    """Return the encryption keys that a start would use, or none where it would make one."""
+    return _given_keys(settings) or _keys_of_file(settings.data_dir / KEY_FILE, [])
+
+
+def _keys_of_file(path: Path, notes: list[str]) -> list[SecretStr]:
+    content = read_private(path, notes)
+    if content is None:
+        return []
+    keys = parse_keys(content)
+    try:
+        Vault(keys)
+    except ConfigurationError as error:
+        raise StartupError(f"{path} cannot be used: {error}.") from None
+    return keys
+
+
 def _own_keys(
     connection: Connection, database: Database, settings: Settings, notes: list[str]
 ) -> list[SecretStr]:
     """Return the keys of the data directory; make one for a SQLite file that holds no API key."""
-    path = settings.data_dir / KEY_FILE
     if database.dialect != "sqlite":
         raise StartupError(
             "An encryption key is needed: set SLM_ENCRYPTION_KEYS, the same on every server of"
             " this database."
         )
-    content = read_private(path, notes)
-    if content is not None:
-        try:
-            keys = parse_keys(content)
-            Vault(keys)
-        except ConfigurationError as error:
-            raise StartupError(f"{path} cannot be used: {error}.") from None
+    path = settings.data_dir / KEY_FILE
+    keys = _keys_of_file(path, notes)
+    if keys:
         return keys
     if _holds_api_keys(connection):
         raise StartupError(
@@ -278,78 +288,3 @@ def _first_tokens(connection: Connection, data_dir: Path) -> list[str]:
         notes.append(f"The token {name} ({', '.join(scopes)}) is in {path}.")
     connection.execute(update(STATE).values(tokens_version=STATE.c.tokens_version + 1))
     return notes
-
-
-# --- files that hold a secret ---
-
-
-def make_data_dir(path: Path) -> None:
-    """Make the data directory, for us alone, if it is not there.
-
-    Raises:
-        StartupError: it cannot be made or written to.
-    """
-    try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except FileExistsError:
-        raise StartupError(f"The data directory {path} is not a folder.") from None
-    except OSError as error:
-        raise StartupError(
-            f"The data directory {path} cannot be made: {error.strerror or error}."
-        ) from None
-    if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
-        raise StartupError(f"The data directory {path} cannot be read and written by this user.")
-
-
-def write_private(path: Path, content: str) -> None:
-    """Write a new file of mode 0600, whole or not at all; never over one that is there.
-
-    Raises:
-        StartupError: it cannot be written, or is there already.
-    """
-    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    try:
-        descriptor = os.open(
-            unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600
-        )
-        try:
-            with os.fdopen(descriptor, "w", encoding="ascii") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            # A link fails where the name is taken; a rename would replace what is there.
-            os.link(unfinished, path, follow_symlinks=False)
-        finally:
-            unfinished.unlink()
-        sync_directory(path.parent)
-    except OSError as error:
-        raise StartupError(f"{path} cannot be written: {error.strerror or error}.") from None
-
-
-def sync_directory(path: Path) -> None:
-    """Make the names in a directory survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def read_private(path: Path, notes: list[str]) -> str | None:
-    """Return a secret file's text without its white space, or None where there is no such file.
-
-    Raises:
-        StartupError: it cannot be read.
-    """
-    try:
-        mode = path.stat().st_mode
-        content = path.read_text("ascii").strip()
-    except FileNotFoundError:
-        return None
-    except UnicodeDecodeError:
-        raise StartupError(f"{path} cannot be used: it is not text.") from None
-    except OSError as error:
-        raise StartupError(f"{path} cannot be read: {error.strerror or error}.") from None
-    if stat.S_IMODE(mode) & 0o077:
-        notes.append(f"{path} can be read by other users; chmod 600 it.")
-    return content

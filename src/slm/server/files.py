@@ -1,0 +1,95 @@
+"""The data directory, and files in it that hold a secret: written whole, once, for us alone.
+
+Knows nothing of what the secrets are for.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import stat
+from pathlib import Path
+from typing import BinaryIO
+
+from slm.errors import StartupError
+
+
+def make_data_dir(path: Path) -> None:
+    """Make the data directory, for us alone, if it is not there.
+
+    Raises:
+        StartupError: it cannot be made or written to.
+    """
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except FileExistsError:
+        raise StartupError(f"The data directory {path} is not a folder.") from None
+    except OSError as error:
+        raise StartupError(
+            f"The data directory {path} cannot be made: {error.strerror or error}."
+        ) from None
+    if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
+        raise StartupError(f"The data directory {path} cannot be read and written by this user.")
+
+
+def create_private(path: Path) -> BinaryIO:
+    """Make and open a file of mode 0600; FileExistsError where there is one, or a link."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    return os.fdopen(os.open(path, flags, 0o600), "wb")
+
+
+def write_private(path: Path, content: str) -> None:
+    """Write a new file of mode 0600, whole or not at all; never over one that is there.
+
+    Raises:
+        StartupError: it cannot be written, or is there already.
+    """
+    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        file = create_private(unfinished)
+        try:
+            with file:
+                file.write(content.encode("ascii"))
+                file.flush()
+                os.fsync(file.fileno())
+            # A link fails where the name is taken; a rename would replace what is there.
+            os.link(unfinished, path, follow_symlinks=False)
+        finally:
+            unfinished.unlink()
+        sync_directory(path.parent)
+    except OSError as error:
+        raise StartupError(f"{path} cannot be written: {error.strerror or error}.") from None
+
+
+def sync_directory(path: Path) -> None:
+    """Make the names in a directory survive a power cut."""
+    sync_file(path)
+
+
+def sync_file(path: Path) -> None:
+    """Make what was written to a file survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_private(path: Path, notes: list[str]) -> str | None:
+    """Return a secret file's text without its white space, or None where there is no such file.
+
+    Raises:
+        StartupError: it cannot be read.
+    """
+    try:
+        mode = path.stat().st_mode
+        content = path.read_text("ascii").strip()
+    except FileNotFoundError:
+        return None
+    except UnicodeDecodeError:
+        raise StartupError(f"{path} cannot be used: it is not text.") from None
+    except OSError as error:
+        raise StartupError(f"{path} cannot be read: {error.strerror or error}.") from None
+    if stat.S_IMODE(mode) & 0o077:
+        notes.append(f"{path} can be read by other users; chmod 600 it.")
+    return content
