@@ -15,6 +15,7 @@ from sqlalchemy import (
     BigInteger,
     Boolean,
     DateTime,
+    Double,
     Float,
     Index,
     Integer,
@@ -153,7 +154,11 @@ class Token(Base):
 
 
 class EncryptionKey(Base):
-    """What the database knows of an encryption key: its name, and a token that only it opens."""
+    """What the database knows of an encryption key: its name, and a token that only it opens.
+
+    `retired_at`: pruned; its name stays, so that a server that is still given the key does not take
+    it for a new one.
+    """
 
     __tablename__ = "encryption_keys"
 
@@ -161,6 +166,52 @@ class EncryptionKey(Base):
     check_token: Mapped[str] = mapped_column(Text)
     is_active: Mapped[bool] = mapped_column(Boolean)
     created_at: Mapped[datetime] = mapped_column(DateTime(timezone=True))
+    retired_at: Mapped[datetime | None] = mapped_column(DateTime(timezone=True))
+
+
+class Audit(Base):
+    """Who did what, to which agent, when and from where; each row's hash holds the one before.
+
+    `at` is text, since the hash is over what is stored, and the two engines keep times differently.
+    """
+
+    __tablename__ = "audit"
+
+    seq: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
+    at: Mapped[str] = mapped_column(String(32))
+    actor: Mapped[str] = mapped_column(String(128))
+    action: Mapped[str] = mapped_column(String(32))
+    agent_id: Mapped[str | None] = mapped_column(Text, index=True)
+    address: Mapped[str | None] = mapped_column(String(64))
+    detail: Mapped[str] = mapped_column(Text)
+    hash: Mapped[str] = mapped_column(String(64))
+
+
+class AuditHead(Base):
+    """The one row that says where the audit's chain ends; locked by whoever appends to it.
+
+    Not in `state`, since a key read would then wait for every write, and hold it up.
+    """
+
+    __tablename__ = "audit_head"
+
+    id: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
+    seq: Mapped[int] = mapped_column(BigInteger)
+    hash: Mapped[str] = mapped_column(String(64))
+
+
+class Replica(Base):
+    """One server process that serves this database: a lease, and the encryption keys it has.
+
+    `seen_at` is seconds since 1970 by the database's clock, the only one that replicas share.
+    """
+
+    __tablename__ = "replicas"
+
+    id: Mapped[str] = mapped_column(String(32), primary_key=True)
+    name: Mapped[str] = mapped_column(String(255))
+    fingerprints: Mapped[str] = mapped_column(Text)
+    seen_at: Mapped[float] = mapped_column(Double)
 
 
 def _table(model: type[Base]) -> Table:
@@ -174,6 +225,9 @@ CHANGES: Final = _table(Change)
 STATE: Final = _table(State)
 TOKENS: Final = _table(Token)
 ENCRYPTION_KEYS: Final = _table(EncryptionKey)
+AUDIT: Final = _table(Audit)
+AUDIT_HEAD: Final = _table(AuditHead)
+REPLICAS: Final = _table(Replica)
 
 # Without SQLAlchemy's types: they raise on what another program may have put into a SQLite column
 # (a text date, 'true'), and one such row must not take the whole list down.
