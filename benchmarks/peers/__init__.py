@@ -1,7 +1,7 @@
 """What the SLM is held against: for each peer how to start it, write to it and watch it.
 
-Every peer is used as its own documentation shows, through its usual Python client, on loopback, with
-one change of about the size of a change frame. None of them knows the SLM.
+Every peer is used as its own documentation shows, through its usual Python client, on loopback,
+with one change of about the size of a change frame. None of them knows the SLM.
 """
 
 from __future__ import annotations
