@@ -1,0 +1,224 @@
+"""One call: a config, messages and overrides made into a request, and exceptions into our errors.
+
+Knows no transport; resolves no agent. Nothing here outlives the call.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from slm.client.config import ResolvedConfig
+from slm.endpoints import effective_endpoint, refused_endpoint
+from slm.errors import (
+    ConfigurationError,
+    LLMAuthError,
+    LLMEndpointRefused,
+    LLMError,
+    LLMStreamBroken,
+    LLMTimeout,
+)
+from slm.llm.providers.base import (
+    ChatRequest,
+    Completion,
+    Failure,
+    Message,
+    Provider,
+)
+from slm.llm.results import ChatResult, Overrides, result_of
+
+_logger = logging.getLogger(__name__)
+
+MAX_DETAIL: Final = 500
+
+# Named in llm_options, these would turn a request into another one or send it, or its key,
+# elsewhere; the first line is set by the interface, the rest are arguments of SDKs.
+_RESERVED: Final = frozenset(
+    [
+        *("model", "messages", "stream", "system", "prompt", "input"),
+        *("api_key", "auth_token", "authorization", "base_url", "endpoint", "host", "credentials"),
+        *("headers", "extra_headers", "default_headers", "extra_query", "default_query"),
+        *("extra_body", "http_client", "transport", "proxy", "proxies", "timeout", "max_retries"),
+    ]
+)
+_KEY: Final = re.compile(r"[\x21-\x7e]+")
+_allowed = functools.lru_cache(maxsize=1024)(refused_endpoint)
+
+
+class Call:
+    """What one call needs, from the config it began with.
+
+    Raises:
+        ConfigurationError: an override is unknown or makes no sense.
+        LLMEndpointRefused: the endpoint is of a kind that no request may go to.
+        LLMAuthError: the key holds a character that no header can carry.
+    """
+
+    def __init__(
+        self,
+        provider: Provider,
+        config: ResolvedConfig,
+        messages: Sequence[Message],
+        overrides: Overrides,
+    ) -> None:
+        self.provider = provider
+        self.config = config
+        self.model = overrides.get("model", config.llm_model)
+        self.timeout_seconds = float(overrides.get("timeout", config.llm_timeout))
+        self._stale = config.stale
+        self.request = self._request(messages, overrides)
+
+    def result(self, completion: Completion) -> ChatResult:
+        """Return the result, naming the config that made it."""
+        return result_of(completion, self.config, self.model, self._stale)
+
+    def failure(self, error: Exception, *, timed_out: bool = False) -> LLMError:
+        """Return our error for what the SDK raised; to be raised outside the `except` block.
+
+        There it has no `__context__`: the key can be reached through the SDK's exception, as
+        `exc.request.headers`.
+        """
+        if timed_out:
+            detail = f"no answer within llm_timeout ({self.timeout_seconds:g} s)"
+            return self._error(Failure(LLMTimeout, detail))
+        return self._error(self.provider.explain(error), type(error).__name__)
+
+    def broken(self, text: str, error: LLMError | None = None) -> LLMError:
+        """Return the error of a stream that ended too soon after it had begun to answer."""
+        if isinstance(error, LLMTimeout):
+            return error
+        detail = "the stream ended before the provider said that it was finished"
+        return LLMStreamBroken(
+            detail if error is None else f"the stream broke: {error.detail}",
+            partial=text,
+            **context_of(self.config, self.model),
+            status=error and error.status,
+            provider_error=error and error.provider_error,
+            retry_after_seconds=error and error.retry_after_seconds,
+        )
+
+    def _error(self, failure: Failure, provider_error: str | None = None) -> LLMError:
+        return failure.kind(
+            self._scrubbed(failure.detail)[:MAX_DETAIL],
+            **context_of(self.config, self.model),
+            status=failure.status,
+            provider_error=provider_error,
+            retry_after_seconds=failure.retry_after_seconds,
+        )
+
+    def _scrubbed(self, text: str) -> str:
+        """Return the provider's words without the key, which some of them echo."""
+        key = self.config.llm_api_key
+        if key is not None and key.get_secret_value():
+            for form in _forms(key.get_secret_value()):
+                text = text.replace(form, "***")
+        return text
+
+    def _request(self, messages: Sequence[Message], overrides: Overrides) -> ChatRequest:
+        config = self.config
+        endpoint = effective_endpoint(config.llm_provider, config.llm_endpoint) or ""
+        reason = _allowed(endpoint)
+        if reason is not None:
+            raise self._error(Failure(LLMEndpointRefused, f"the endpoint {reason}"))
+        key = config.llm_api_key
+        if key is not None and not _KEY.fullmatch(key.get_secret_value()):
+            if key.get_secret_value():
+                detail = "the API key holds a character that no header can carry"
+                raise self._error(Failure(LLMAuthError, detail))
+            key = None
+        options = _options(config.llm_options, overrides.get("options"))
+        return ChatRequest(
+            endpoint=endpoint,
+            key=key,
+            model=self.model,
+            messages=messages,
+            temperature=_temperature(config, overrides, options),
+            max_tokens=_max_tokens(config, overrides, options),
+            tools=overrides.get("tools") or (),
+            tool_choice=overrides.get("tool_choice"),
+            response_format=overrides.get("response_format"),
+            options=options,
+        )
+
+
+def context_of(config: ResolvedConfig, model: str) -> dict[str, Any]:
+    """Return what every `LLMError` tells of the config at work."""
+    return {
+        "agent_id": config.agent_id,
+        "provider": config.llm_provider,
+        "model": model,
+        "revision": config.revision,
+        "step": config.step.value,
+    }
+
+
+def check_overrides(messages: Sequence[Message], overrides: Mapping[str, Any]) -> None:
+    """Refuse what makes no sense before anything is asked.
+
+    Raises:
+        ConfigurationError: the message says what is wrong.
+    """
+    unknown = sorted(overrides.keys() - Overrides.__annotations__.keys())
+    if unknown:
+        known = ", ".join(Overrides.__annotations__)
+        raise ConfigurationError(
+            f"unknown override {', '.join(unknown)}; known are {known}. "
+            "What the provider takes beside these goes into options={...}"
+        )
+    if isinstance(messages, str | Mapping) or not messages:
+        raise ConfigurationError('messages must be a list of {"role": …, "content": …}')
+    for message in messages:
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise ConfigurationError("each message must be a dict with a role")
+        if message["role"] == "tool" and not message.get("tool_call_id"):
+            raise ConfigurationError("a message of role tool must name its tool_call_id")
+    timeout = overrides.get("timeout", 1)
+    if not isinstance(timeout, int | float) or not timeout > 0:
+        raise ConfigurationError("timeout must be a number of seconds above 0")
+    if not isinstance(overrides.get("options", {}), Mapping):
+        raise ConfigurationError("options must be a dict")
+
+
+def _options(ours: Mapping[str, Any], theirs: Mapping[str, Any] | None) -> dict[str, Any]:
+    options = dict(ours)
+    if theirs:
+        options.update(theirs)
+    for name in _RESERVED & options.keys():
+        del options[name]
+        _warn_of_reserved(name)
+    return options
+
+
+@functools.lru_cache(maxsize=len(_RESERVED))
+def _warn_of_reserved(name: str) -> None:
+    _logger.warning("%s in llm_options is ignored: it is not an option of the model", name)
+
+
+def _temperature(
+    config: ResolvedConfig, overrides: Overrides, options: dict[str, Any]
+) -> float | None:
+    from_options: float | None = options.pop("temperature", config.llm_temperature)
+    return overrides.get("temperature", from_options)
+
+
+def _max_tokens(
+    config: ResolvedConfig, overrides: Overrides, options: dict[str, Any]
+) -> int | None:
+    limit: int | None = options.pop("max_tokens", config.llm_max_tokens)
+    for name in ("max_completion_tokens", "num_predict"):
+        if name in options:
+            # The option is the provider's own word for the limit: kept as the one word sent.
+            if "max_tokens" in overrides:
+                options[name] = overrides["max_tokens"]
+            return None
+    return overrides.get("max_tokens", limit)
+
+
+def _forms(key: str) -> set[str]:
+    """Return the key in the spellings in which an error may quote it."""
+    quoted = json.dumps(key)[1:-1]
+    return {key, quoted, repr(key)[1:-1], repr(quoted)[1:-1]}

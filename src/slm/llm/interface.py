@@ -1,0 +1,262 @@
+"""LLMInterface: an agent's name and messages in, the answer of its current model out.
+
+Resolves the agent, picks the provider, calls, retries, reports. Knows no provider's protocol and
+keeps no config: each call resolves anew, and finishes on what it began with.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib
+from collections.abc import AsyncGenerator, Sequence
+from types import TracebackType
+from typing import Final, Protocol, Unpack
+
+from slm.client.config import ResolvedConfig
+from slm.errors import ConfigurationError, LLMError, LLMProviderMissing
+from slm.llm.call import Call, check_overrides, context_of
+from slm.llm.providers.base import Accumulator, Message, Provider, StreamChunk
+from slm.llm.results import ChatResult, Overrides
+from slm.llm.retry import RetrySettings
+from slm.llm.transport import Connections, TransportSettings
+
+_PROVIDERS: Final = {
+    "ollama": ("slm.llm.providers.ollama", "OllamaProvider"),
+    "openai": ("slm.llm.providers.openai", "OpenAIProvider"),
+    "anthropic": ("slm.llm.providers.anthropic", "AnthropicProvider"),
+}
+
+
+class Resolver(Protocol):
+    """What LLMInterface needs of a client; `slm.SLMClient` is one."""
+
+    async def resolve(self, agent_id: str) -> ResolvedConfig:
+        """Return the config in force for the agent."""
+
+
+class LLMInterface:
+    """Calls language models with the config that the SLM has for an agent now.
+
+    Each call resolves its agent anew: a call in flight finishes on the config it began with, the
+    next one uses the new. May be used from any number of event loops and tasks.
+
+    Args:
+        client: where configs come from, an `SLMClient`.
+        retry: how failed calls are tried again.
+        transport: how connections are made and kept.
+    """
+
+    def __init__(
+        self,
+        client: Resolver,
+        *,
+        retry: RetrySettings | None = None,
+        transport: TransportSettings | None = None,
+    ) -> None:
+        self._client = client
+        self._retry = retry or RetrySettings()
+        self._connections = Connections(transport or TransportSettings())
+        self._providers: dict[str, Provider] = {}
+
+    async def chat(
+        self, agent_id: str, messages: Sequence[Message], **overrides: Unpack[Overrides]
+    ) -> ChatResult:
+        """Return the model's answer.
+
+        Args:
+            agent_id: whose config to use; the chain of docs/protocol.md section 5 resolves it.
+            messages: dicts with `role` (system, user, assistant, tool) and `content`, in the form
+                that OpenAI made common; translated for the other providers, tool calls included.
+            **overrides: what this call sets differently; see `Overrides`.
+
+        Raises:
+            LLMError: the call failed; its subclass says how (see `slm.errors`).
+            AgentKeyUnavailable: the agent's key cannot be had.
+            ConfigurationError: an override or a message makes no sense.
+        """
+        check_overrides(messages, overrides)
+        call = await self._begin(agent_id, messages, overrides)
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + call.timeout_seconds
+        tries = 0
+        while True:
+            tries += 1
+            outcome = await _answer(call, deadline)
+            if isinstance(outcome, ChatResult):
+                return outcome
+            pause = self._retry.pause(outcome, tries, deadline - loop.time())
+            if pause is None:
+                raise outcome
+            await asyncio.sleep(pause)
+
+    def stream(
+        self, agent_id: str, messages: Sequence[Message], **overrides: Unpack[Overrides]
+    ) -> LLMStream:
+        """Return the model's answer as it comes, an asynchronous iterator of `StreamChunk`.
+
+        Arguments and errors are those of `chat`; nothing is sent before the first chunk is asked
+        for. Nothing is tried again after the first chunk.
+        """
+        check_overrides(messages, overrides)
+        state = _StreamState()
+        return LLMStream(self._streamed(state, agent_id, messages, overrides), state)
+
+    async def close(self) -> None:
+        """Close the connections of the running event loop; other loops close their own."""
+        await self._connections.aclose()
+
+    async def __aenter__(self) -> LLMInterface:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def _begin(
+        self, agent_id: str, messages: Sequence[Message], overrides: Overrides
+    ) -> Call:
+        config = await self._client.resolve(agent_id)
+        provider = self._providers.get(config.llm_provider)
+        if provider is None:
+            provider = await self._load(config)
+        return Call(provider, config, messages, overrides)
+
+    async def _load(self, config: ResolvedConfig) -> Provider:
+        name = config.llm_provider
+        context = context_of(config, config.llm_model)
+        if name not in _PROVIDERS:
+            known = ", ".join(sorted(_PROVIDERS))
+            raise LLMProviderMissing(f"unknown provider; known are {known}", **context)
+        module_name, class_name = _PROVIDERS[name]
+        try:
+            # In a thread: an SDK takes up to a second to import, and the loop has others to serve.
+            module = await asyncio.to_thread(importlib.import_module, module_name)
+        except ModuleNotFoundError as error:
+            missing = error.name or ""
+        else:
+            provider: Provider = getattr(module, class_name)(self._connections)
+            return self._providers.setdefault(name, provider)
+        raise LLMProviderMissing(
+            f"{missing} is not installed: pip install 'autobot-slm[{name}]'", **context
+        )
+
+    async def _streamed(
+        self,
+        state: _StreamState,
+        agent_id: str,
+        messages: Sequence[Message],
+        overrides: Overrides,
+    ) -> AsyncGenerator[StreamChunk, None]:
+        call = await self._begin(agent_id, messages, overrides)
+        loop = asyncio.get_running_loop()
+        first_token = loop.time() + call.timeout_seconds
+        tries = 0
+        while True:
+            tries += 1
+            pieces = call.provider.stream(call.request)
+            deadline = first_token
+            received = state.received
+            try:
+                while isinstance(outcome := await _next(call, pieces, deadline), StreamChunk):
+                    received.add(outcome)
+                    yield outcome
+                    deadline = loop.time() + call.timeout_seconds
+            finally:
+                # What closing may raise is the SDK's, and says nothing that is not known yet.
+                with contextlib.suppress(Exception):
+                    await pieces.aclose()
+            if received.finish_reason is not None:
+                # Whatever broke after that, the answer is whole.
+                state.result = call.result(received.completion())
+                return
+            if received.started:
+                raise call.broken(received.text, outcome)
+            error = outcome or call.broken("")
+            pause = self._retry.pause(error, tries, first_token - loop.time())
+            if pause is None:
+                raise error
+            await asyncio.sleep(pause)
+
+
+class LLMStream:
+    """An answer as it comes: iterate over it for the chunks, then ask for its `result`.
+
+    Closed when it ends; leaving it early closes the connection as soon as it is let go of, or at
+    once as a context manager (`async with llm.stream(…) as stream`) or by `aclose`.
+    """
+
+    def __init__(self, chunks: AsyncGenerator[StreamChunk, None], state: _StreamState) -> None:
+        self._chunks = chunks
+        self._state = state
+
+    @property
+    def text(self) -> str:
+        """The text so far."""
+        return self._state.received.text
+
+    @property
+    def result(self) -> ChatResult:
+        """The whole answer, and which config made it.
+
+        Raises:
+            ConfigurationError: the stream has not been read to its end.
+        """
+        if self._state.result is None:
+            raise ConfigurationError("the stream has a result only after its last chunk")
+        return self._state.result
+
+    def __aiter__(self) -> LLMStream:
+        return self
+
+    async def __anext__(self) -> StreamChunk:
+        return await anext(self._chunks)
+
+    async def aclose(self) -> None:
+        """Close the stream and its connection."""
+        await self._chunks.aclose()
+
+    async def __aenter__(self) -> LLMStream:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
+
+class _StreamState:
+    """What a stream and its generator share; apart from both, so that they form no cycle."""
+
+    def __init__(self) -> None:
+        self.received = Accumulator()
+        self.result: ChatResult | None = None
+
+
+async def _answer(call: Call, deadline: float) -> ChatResult | LLMError:
+    """Try once; return an error rather than raise it, so that it has no `__context__`."""
+    limit = asyncio.timeout_at(deadline)
+    try:
+        async with limit:
+            return call.result(await call.provider.chat(call.request))
+    except Exception as error:
+        return call.failure(error, timed_out=limit.expired())
+
+
+async def _next(
+    call: Call, pieces: AsyncGenerator[StreamChunk, None], deadline: float
+) -> StreamChunk | LLMError | None:
+    """Return the next chunk, None at the stream's end, or an error; raises nothing of the SDK."""
+    limit = asyncio.timeout_at(deadline)
+    try:
+        async with limit:
+            return await anext(pieces, None)
+    except Exception as error:
+        return call.failure(error, timed_out=limit.expired())

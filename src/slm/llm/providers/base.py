@@ -1,0 +1,334 @@
+"""What every provider adapter takes and gives: the request, the pieces of an answer, the failure.
+
+Knows no provider SDK and nothing of agents; an adapter translates between these values and its SDK.
+"""
+
+from __future__ import annotations
+
+import email.utils
+import json
+import time
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol
+
+from pydantic import SecretStr
+
+from slm.errors import (
+    LLMAuthError,
+    LLMBadRequest,
+    LLMBadResponse,
+    LLMEndpointRefused,
+    LLMError,
+    LLMRateLimited,
+    LLMUnavailable,
+)
+from slm.llm.transport import AddressRefused, Connections
+
+NO_KEY: Final = "no-key"
+"""Sent where an agent has no key: an SDK given nothing takes a key from its environment."""
+
+Message = Mapping[str, Any]
+"""A message in the common form: `role`, `content`, and for tools `tool_calls`, `tool_call_id`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolCall:
+    """A call of a tool that the model asks for.
+
+    Attributes:
+        id: what the tool's answer names as its `tool_call_id`.
+        name: the tool's name.
+        arguments_json: the arguments as the model wrote them; a model may write what is no JSON.
+    """
+
+    id: str
+    name: str
+    arguments_json: str
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments as a dict.
+
+        Raises:
+            ValueError: the model wrote something that is not a JSON object.
+        """
+        parsed = json.loads(self.arguments_json or "{}")
+        if not isinstance(parsed, dict):
+            raise ValueError("the arguments of the tool call are not a JSON object")
+        return parsed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """How many tokens a request took, as the provider counted.
+
+    Attributes:
+        input_tokens: all of the prompt's, cached ones included.
+        output_tokens: what was generated, reasoning included.
+        cached_input_tokens: how many of `input_tokens` came from the provider's cache.
+    """
+
+    input_tokens: int
+    output_tokens: int
+    cached_input_tokens: int = 0
+
+    @property
+    def total_tokens(self) -> int:
+        """Input and output together."""
+        return self.input_tokens + self.output_tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolCallDelta:
+    """A piece of a tool call; `index` says which of the answer's calls it belongs to."""
+
+    index: int
+    id: str = ""
+    name: str = ""
+    arguments_json: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamChunk:
+    """A piece of a streamed answer; most hold a few characters of `text` and nothing else.
+
+    Attributes:
+        text: the next piece of the answer.
+        reasoning: the next piece of what the model thinks, where the provider shows it.
+        tool_calls: pieces of tool calls; whole ones are in the stream's `result`.
+        finish_reason: set in the piece with which the provider says that it is done.
+        usage: what the provider has counted so far, where this piece says so.
+    """
+
+    text: str = ""
+    reasoning: str = ""
+    tool_calls: tuple[ToolCallDelta, ...] = ()
+    finish_reason: str | None = None
+    usage: Usage | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """A whole answer, before it is known which agent's config made it."""
+
+    text: str
+    reasoning: str
+    tool_calls: tuple[ToolCall, ...]
+    finish_reason: str
+    usage: Usage | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatRequest:
+    """One request, with everything that it needs; no default of the provider's SDK is left in.
+
+    Attributes:
+        endpoint: the base URL, checked.
+        key: the API key, or None.
+        max_tokens: None leaves it to the provider.
+        temperature: None leaves it to the provider.
+        tools: in OpenAI's form.
+        tool_choice: `auto`, `none`, `required` or `{"type": "function", "function": {"name": …}}`.
+        response_format: in OpenAI's form (`json_object` or `json_schema`).
+        options: further members of the request's body, in the provider's own words.
+    """
+
+    endpoint: str
+    key: SecretStr | None
+    model: str
+    messages: Sequence[Message]
+    temperature: float | None
+    max_tokens: int | None
+    tools: Sequence[Mapping[str, Any]] = ()
+    tool_choice: str | Mapping[str, Any] | None = None
+    response_format: Mapping[str, Any] | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def secret(self) -> str:
+        """Return the key in plain text, or a dummy; never to be kept in a variable of a frame."""
+        return self.key.get_secret_value() if self.key is not None else NO_KEY
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """What an adapter makes of an exception: which error, and the facts that may be kept of it."""
+
+    kind: type[LLMError]
+    detail: str
+    status: int | None = None
+    retry_after_seconds: float | None = None
+
+
+class Provider(Protocol):
+    """What an adapter does. Its methods raise whatever the SDK raises; `explain` reads that."""
+
+    def __init__(self, connections: Connections) -> None: ...
+
+    async def chat(self, request: ChatRequest) -> Completion:
+        """Return the whole answer."""
+
+    def stream(self, request: ChatRequest) -> AsyncGenerator[StreamChunk, None]:
+        """Yield the answer as it comes; each piece is progress, so pings are not yielded."""
+
+    def explain(self, error: Exception) -> Failure:
+        """Say what the SDK's exception means."""
+
+
+class Unsupported(Exception):
+    """The request asks for something that the provider's protocol has no word for."""
+
+
+class Accumulator:
+    """Puts the pieces of a stream together.
+
+    Attributes:
+        finish_reason: None until the provider said that it is done.
+        started: whether anything came.
+    """
+
+    def __init__(self) -> None:
+        self._text: list[str] = []
+        self._reasoning: list[str] = []
+        self._calls: dict[int, dict[str, str]] = {}
+        self._usage: Usage | None = None
+        self.finish_reason: str | None = None
+        self.started = False
+
+    @property
+    def text(self) -> str:
+        """The text so far."""
+        return "".join(self._text)
+
+    def add(self, chunk: StreamChunk) -> None:
+        """Take the next piece."""
+        self.started = True
+        if chunk.text:
+            self._text.append(chunk.text)
+        if chunk.reasoning:
+            self._reasoning.append(chunk.reasoning)
+        for delta in chunk.tool_calls:
+            call = self._calls.setdefault(delta.index, {"id": "", "name": "", "arguments": ""})
+            call["id"] = call["id"] or delta.id
+            call["name"] = call["name"] or delta.name
+            call["arguments"] += delta.arguments_json
+        self._usage = chunk.usage or self._usage
+        self.finish_reason = chunk.finish_reason or self.finish_reason
+
+    def completion(self) -> Completion:
+        """Return the whole, once `finish_reason` is set."""
+        return Completion(
+            text=self.text,
+            reasoning="".join(self._reasoning),
+            tool_calls=tuple(
+                ToolCall(
+                    id=call["id"] or f"call_{index}",
+                    name=call["name"],
+                    arguments_json=call["arguments"] or "{}",
+                )
+                for index, call in sorted(self._calls.items())
+            ),
+            finish_reason=self.finish_reason or "",
+            usage=self._usage,
+        )
+
+
+def by_status(status: int) -> type[LLMError]:
+    """Return the error that an HTTP status stands for (RFC 9110; 529 is Anthropic's overload)."""
+    if status == 429:
+        return LLMRateLimited
+    if status in (401, 403):
+        return LLMAuthError
+    if status in (408, 409, 425) or status >= 500:
+        return LLMUnavailable
+    if 400 <= status < 500:
+        return LLMBadRequest
+    return LLMBadResponse
+
+
+def status_failure(status: int, text: str, headers: Mapping[str, str]) -> Failure:
+    """Return the failure for an answer with an HTTP status other than success."""
+    if 300 <= status < 400:
+        text = "the endpoint answers with a redirect, and redirects are never followed"
+    return Failure(by_status(status), text, status, retry_after_seconds(headers))
+
+
+def connection_failure(error: BaseException) -> Failure:
+    """Return the failure for an exception from below the SDK, or one the SDK made of such."""
+    for cause in causes(error):
+        if isinstance(cause, AddressRefused):
+            return Failure(LLMEndpointRefused, str(cause))
+        if isinstance(cause, Unsupported):
+            return Failure(LLMBadRequest, str(cause))
+    # The innermost says most, such as which check of a certificate failed.
+    reason = [str(cause) for cause in causes(error) if str(cause)][-1:]
+    return Failure(LLMUnavailable, ": ".join(["no connection, or it broke", *reason]))
+
+
+def other_failure(error: Exception) -> Failure:
+    """Return the failure for an exception of no SDK's own: what came was not of the protocol."""
+    if isinstance(error, Unsupported):
+        return Failure(LLMBadRequest, str(error))
+    if isinstance(error, OSError | AddressRefused):
+        return connection_failure(error)
+    if isinstance(error, ValueError | LookupError | TypeError | AttributeError):
+        return Failure(LLMBadResponse, "the answer is not of the provider's protocol")
+    return Failure(LLMError, "failed in a way that is not known")
+
+
+def causes(error: BaseException) -> Iterable[BaseException]:
+    """Yield the exception and what it came from."""
+    seen: set[int] = set()
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        yield current
+        current = current.__cause__ or current.__context__
+
+
+def retry_after_seconds(headers: Mapping[str, str]) -> float | None:
+    """Return how long the answer asks to be left alone (RFC 9110 section 10.2.3)."""
+    milliseconds = headers.get("retry-after-ms")
+    text = headers.get("retry-after")
+    try:
+        if milliseconds is not None:
+            return max(0.0, float(milliseconds) / 1000)
+        if text is None:
+            return None
+        return max(0.0, float(text))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(text or "").timestamp() - time.time())
+    except ValueError:
+        return None
+
+
+def text_of(content: Any) -> str:
+    """Return the text of a message's content, a string or a list of parts."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    parts = (part.get("text", "") for part in content if part.get("type") in (None, "text"))
+    return "\n".join(part for part in parts if part)
+
+
+def data_url(part: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Return media type and base64 text of an `image_url` part that is a data URL, else None."""
+    url = part["image_url"]["url"]
+    head, comma, data = url.partition(",")
+    if not (comma and head.startswith("data:") and head.endswith(";base64")):
+        return None
+    return head[len("data:") : -len(";base64")], data
+
+
+def arguments_of(call: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of an assistant message's tool call as the dict that they stand for."""
+    arguments = call["function"].get("arguments") or "{}"
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except ValueError:
+            arguments = None
+    if not isinstance(arguments, Mapping):
+        raise Unsupported("the arguments of a tool call in the messages are not a JSON object")
+    return dict(arguments)

@@ -1,0 +1,109 @@
+"""What a caller of LLMInterface gets: the result with the config that made it, and the overrides.
+
+Knows no provider and no transport.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+from slm.client.config import ResolvedConfig, Step
+from slm.llm.providers.base import Completion, ToolCall, Usage
+
+
+class Overrides(TypedDict, total=False):
+    """What one call may set differently from the agent's config.
+
+    For each: the override, else `llm_options`, else the agent's own column.
+
+    Attributes:
+        model: another model of the same provider.
+        temperature: 0 to 2; None sends none, for models that refuse one.
+        max_tokens: the most tokens to generate; None leaves it to the provider.
+        timeout: seconds for the whole call; of a stream, to its first token and between tokens.
+        tools: tools in OpenAI's form, `{"type": "function", "function": {…}}`, for every provider.
+        tool_choice: `auto`, `none`, `required`, or
+            `{"type": "function", "function": {"name": …}}`.
+        response_format: `{"type": "json_object"}` or `{"type": "json_schema", "json_schema": …}`.
+        options: further members of the request's body in the provider's own words, beside and
+            before the agent's `llm_options`.
+    """
+
+    model: str
+    temperature: float | None
+    max_tokens: int | None
+    timeout: float
+    tools: Sequence[Mapping[str, Any]]
+    tool_choice: str | Mapping[str, Any] | None
+    response_format: Mapping[str, Any] | None
+    options: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatResult:
+    """A whole answer, and which configuration made it.
+
+    Attributes:
+        text: what the model said.
+        tool_calls: the tools that it wants called.
+        usage: the tokens it took; None where the provider did not say.
+        finish_reason: `stop`, `length`, `tool_calls`, `content_filter`, or the provider's own word.
+        provider: `ollama`, `openai` or `anthropic`.
+        model: the model that was asked for.
+        agent_id: the agent the call was made for.
+        source_agent_id: the agent whose config it was: agent_id, or the default agent's; None
+            where the environment or the hardcoded values answered.
+        step: which step of the chain answered (docs/protocol.md section 5).
+        revision: the revision of the config the call began with; None outside the SLM's steps.
+        stale: whether the SLM may have had a newer config when the call began.
+        reasoning: what the model thought, where the provider shows it.
+    """
+
+    text: str
+    tool_calls: tuple[ToolCall, ...]
+    usage: Usage | None
+    finish_reason: str
+    provider: str
+    model: str
+    agent_id: str
+    source_agent_id: str | None
+    step: Step
+    revision: int | None
+    stale: bool
+    reasoning: str = ""
+
+    def as_message(self) -> dict[str, Any]:
+        """Return the answer as the message to append before the answers of its tool calls."""
+        message: dict[str, Any] = {"role": "assistant", "content": self.text}
+        if self.tool_calls:
+            message["tool_calls"] = [
+                {
+                    "id": call.id,
+                    "type": "function",
+                    "function": {"name": call.name, "arguments": call.arguments_json},
+                }
+                for call in self.tool_calls
+            ]
+        return message
+
+
+def result_of(
+    completion: Completion, config: ResolvedConfig, model: str, stale: bool
+) -> ChatResult:
+    """Return the completion together with the config that made it."""
+    return ChatResult(
+        text=completion.text,
+        tool_calls=completion.tool_calls,
+        usage=completion.usage,
+        finish_reason=completion.finish_reason,
+        provider=config.llm_provider,
+        model=model,
+        agent_id=config.agent_id,
+        source_agent_id=config.source_agent_id,
+        step=config.step,
+        revision=config.revision,
+        stale=stale,
+        reasoning=completion.reasoning,
+    )
