@@ -1,0 +1,105 @@
+"""Hears PostgreSQL's NOTIFY and wakes the feed; the table is the truth, this only says "look".
+
+Knows a channel and a number, no change and no agent. Whatever it misses, the feed's poll finds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+from collections.abc import Callable
+from typing import Any, Final
+
+from sqlalchemy.engine import URL
+
+logger = logging.getLogger(__name__)
+
+CHANNEL: Final = "slm_changes"
+"""A commit that others should look at; the payload is the new revision, or empty."""
+
+FIRST_BACKOFF_SECONDS: Final = 0.05
+MAX_BACKOFF_SECONDS: Final = 5.0
+
+
+class ChangeListener:
+    """One connection that listens, connected again whenever it is lost.
+
+    Args:
+        url: the database's URL.
+        wake: called with the revision that a notification names; with None where one may have been
+            missed: after each connecting, and for a payload that is no number.
+
+    Attributes:
+        connections: how many times it has begun to listen.
+        listening: whether it listens now.
+    """
+
+    def __init__(self, url: URL, wake: Callable[[int | None], None]) -> None:
+        self.connections = 0
+        self.listening = False
+        self._url = url
+        self._wake = wake
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Begin to listen in the background; a database that is away is tried again."""
+        self._task = asyncio.create_task(self._run(), name="slm-listener")
+
+    async def stop(self) -> None:
+        """Stop listening."""
+        task, self._task = self._task, None
+        if task is not None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    async def _run(self) -> None:
+        import psycopg
+
+        # What SQLAlchemy would connect with, so that every option of the URL counts here too.
+        _, given = self._url.get_dialect()().create_connect_args(self._url)
+        options: dict[str, Any] = dict(given) | {
+            "autocommit": True,
+            "connect_timeout": 5,
+            # A listener only waits: without these it would never notice a peer that vanished.
+            "keepalives_idle": 5,
+            "keepalives_interval": 2,
+            "keepalives_count": 3,
+            "application_name": "slm-listener",
+        }
+        backoff = FIRST_BACKOFF_SECONDS
+        while True:
+            connections = self.connections
+            try:
+                await self._listen(psycopg.AsyncConnection, options)
+            except (psycopg.Error, OSError) as error:
+                if self.listening or connections == self.connections == 0:
+                    # The class alone: libpq's words may hold the connection string.
+                    logger.warning(
+                        "not listening to the database (%s); the feed polls", type(error).__name__
+                    )
+            finally:
+                self.listening = False
+            if self.connections > connections:
+                backoff = FIRST_BACKOFF_SECONDS
+            await asyncio.sleep(random.uniform(0, backoff))  # noqa: S311 - jitter, no secret
+            backoff = min(2 * backoff, MAX_BACKOFF_SECONDS)
+
+    async def _listen(self, connector: Any, options: dict[str, Any]) -> None:
+        connection = await connector.connect(**options)
+        try:
+            await connection.execute(f"LISTEN {CHANNEL}")
+            self.connections += 1
+            self.listening = True
+            if self.connections > 1:
+                logger.info("listening to the database again")
+            # Only now: a change committed before the LISTEN is found by this look, one after it
+            # by its notification.
+            self._wake(None)
+            async for note in connection.notifies():
+                self._wake(int(note.payload) if note.payload.isdecimal() else None)
+        finally:
+            # A broken connection may raise on its way out, and has nothing left to say.
+            with contextlib.suppress(Exception):
+                await connection.close()
