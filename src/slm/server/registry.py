@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
 from pydantic import SecretStr
-from sqlalchemy import Connection, bindparam, delete, insert, select, update
+from sqlalchemy import Connection, Text, bindparam, cast, delete, func, insert, select, update
 from sqlalchemy.types import NullType
 
 from slm.endpoints import origin
@@ -28,7 +28,9 @@ from slm.errors import (
     PreconditionFailed,
 )
 from slm.schemas import Agent, AgentCreate, AgentUpdate, LLMConfig, LLMConfigWithKey, Snapshot
+from slm.server import failpoints
 from slm.server.database import Database
+from slm.server.listener import CHANNEL
 from slm.server.models import AGENTS, CHANGES, SELECT_AGENTS, STATE, agent_of, utc_now
 from slm.server.vault import KeyBinding, Vault
 
@@ -37,12 +39,17 @@ CHANGED: Final = "agent_config_changed"
 DELETED: Final = "agent_deleted"
 
 # Built once: building a statement costs more than running it.
-_NEXT_REVISION: Final = (
-    update(STATE)
-    .where(STATE.c.id == 1)
-    .values(revision=STATE.c.revision + 1)
-    .returning(STATE.c.revision, STATE.c.epoch)
-)
+_BUMP: Final = update(STATE).where(STATE.c.id == 1).values(revision=STATE.c.revision + 1)
+_NEXT_REVISION: Final = {
+    "sqlite": _BUMP.returning(STATE.c.revision, STATE.c.epoch),
+    # The wake-up for every replica: part of the transaction, so that it is sent on commit alone,
+    # and of the statement, so that it costs no round trip.
+    "postgresql": _BUMP.returning(
+        STATE.c.revision,
+        STATE.c.epoch,
+        func.pg_notify(CHANNEL, cast(STATE.c.revision, Text)),
+    ),
+}
 _HEAD: Final = select(STATE.c.revision, STATE.c.epoch).where(STATE.c.id == 1)
 _AGENT: Final = SELECT_AGENTS.where(AGENTS.c.agent_id == bindparam("agent_id"))
 _DEFAULT: Final = SELECT_AGENTS.where(AGENTS.c.is_default.is_(True))
@@ -244,10 +251,17 @@ class AgentRegistry:
     # --- writing; everything below runs inside one transaction, in the database's thread ---
 
     async def _write(self, work: Callable[[Connection], Written]) -> Written:
+        def transaction(connection: Connection) -> Written:
+            written = work(connection)
+            failpoints.reach("before_commit")
+            return written
+
         try:
-            return await self._database.run(work)
+            written = await self._database.run(transaction)
         except _Unchanged as nothing:
             return nothing.written
+        await failpoints.reach_async("after_commit")
+        return written
 
     def _create(self, connection: Connection, *, agent: AgentCreate, author: _Author) -> Written:
         head = _next(connection)
