@@ -1,0 +1,234 @@
+"""The routes under /api/agents (docs/protocol.md section 3)."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Final
+from urllib.parse import quote
+
+from fastapi import APIRouter, Depends, Query, Request, Response
+from pydantic import AfterValidator
+
+from slm.errors import (
+    AgentExists,
+    AgentInactive,
+    AgentIsDefault,
+    AgentNotFound,
+    BadRequest,
+    ContentTooLarge,
+    DatabaseUnavailable,
+    InsufficientStorage,
+    InvalidRequest,
+    KeyUndecryptable,
+    OutcomeUnknown,
+    PreconditionFailed,
+    TlsRequired,
+    UnsupportedMediaType,
+)
+from slm.schemas import Agent, AgentCreate, AgentList, AgentUpdate, LLMConfigWithKey
+from slm.server.api.common import (
+    KEYED_PROBLEMS,
+    READ_PROBLEMS,
+    AgentIdPath,
+    Parts,
+    Requires,
+    SLMRoute,
+    UpToDate,
+    catalog_headers,
+    catch_up,
+    if_match_revision,
+    json_response,
+    none_match,
+    not_modified,
+    problem_responses,
+    revision_headers,
+)
+from slm.server.auth import Caller
+from slm.server.catalog import AgentFilter, Entry
+from slm.server.peer import require_private
+from slm.server.registry import Written
+from slm.server.services import Services
+from slm.server.strict_json import MAX_INTEGER
+
+router = APIRouter(prefix="/api", route_class=SLMRoute, tags=["agents"])
+
+_WRITE_PROBLEMS: Final = (
+    BadRequest,
+    TlsRequired,
+    InvalidRequest,
+    DatabaseUnavailable,
+    OutcomeUnknown,
+    InsufficientStorage,
+)
+_BODY_PROBLEMS: Final = (*_WRITE_PROBLEMS, ContentTooLarge, UnsupportedMediaType)
+
+
+def _searchable(text: str) -> str:
+    if "\x00" in text:
+        raise ValueError("holds a NUL character")
+    return text
+
+
+FilterText = Annotated[str, Query(max_length=256), AfterValidator(_searchable)]
+
+
+@router.get(
+    "/agents",
+    response_model=AgentList,
+    dependencies=[Depends(Requires("config:read"))],
+    responses=problem_responses(*READ_PROBLEMS),
+)
+async def list_agents(
+    request: Request,
+    services: UpToDate,
+    agent_id: FilterText | None = None,
+    search: FilterText | None = None,
+    provider: FilterText | None = None,
+    is_active: bool | None = None,
+    limit: Annotated[int | None, Query(ge=1, le=MAX_INTEGER)] = None,
+    offset: Annotated[int, Query(ge=0, le=MAX_INTEGER)] = 0,
+) -> Response:
+    """List the agents, without keys, in the order in which they were made."""
+    catalog = services.catalog
+    headers = catalog_headers(services)
+    etag = f'"{catalog.epoch}-{catalog.revision}"'
+    if not none_match(request.headers.get("if-none-match"), etag):
+        return not_modified(etag, headers)
+    wanted = AgentFilter(agent_id, search, provider, is_active)
+    body = catalog.list_body(wanted, limit=limit, offset=offset)
+    return json_response(body, headers=headers | {"etag": etag})
+
+
+@router.get(
+    "/agents/default",
+    response_model=Agent,
+    dependencies=[Depends(Requires("config:read"))],
+    responses=problem_responses(*READ_PROBLEMS, AgentNotFound),
+)
+async def get_default_agent(request: Request, services: UpToDate) -> Response:
+    """Return the agent that is the default now, whatever its agent_id."""
+    return _agent_answer(request, services, services.catalog.default())
+
+
+@router.get(
+    "/agents/{agent_id}",
+    response_model=Agent,
+    dependencies=[Depends(Requires("config:read"))],
+    responses=problem_responses(*READ_PROBLEMS, AgentNotFound),
+)
+async def get_agent(request: Request, agent_id: AgentIdPath, services: UpToDate) -> Response:
+    """Return one agent, without its key."""
+    return _agent_answer(request, services, services.catalog.get(agent_id))
+
+
+def _agent_answer(request: Request, services: Services, entry: Entry | None) -> Response:
+    if entry is None:
+        raise AgentNotFound
+    headers = catalog_headers(services)
+    if not none_match(request.headers.get("if-none-match"), entry.etag):
+        return not_modified(entry.etag, headers)
+    return json_response(entry.body, headers=headers | {"etag": entry.etag})
+
+
+@router.get(
+    "/agents/{agent_id}/llm",
+    response_model=LLMConfigWithKey,
+    dependencies=[Depends(Requires("key:read"))],
+    responses=problem_responses(
+        *KEYED_PROBLEMS, AgentNotFound, AgentInactive, KeyUndecryptable, TlsRequired
+    ),
+)
+async def get_llm_config(request: Request, agent_id: AgentIdPath, services: UpToDate) -> Response:
+    """Return what an agent needs for a call, its API key included."""
+    require_private(request, services.settings.trusted_proxies)
+    config, revision, epoch = await services.registry.llm(agent_id)
+    services.counts.key_reads += 1
+    await catch_up(services, revision)
+    body = json.dumps(config.to_wire(), ensure_ascii=False).encode()
+    headers = revision_headers(revision, epoch) | {"cache-control": "no-store"}
+    return json_response(body, headers=headers)
+
+
+@router.post(
+    "/agents",
+    status_code=201,
+    response_model=Agent,
+    responses=problem_responses(*_BODY_PROBLEMS, AgentExists, AgentIsDefault),
+)
+async def create_agent(
+    request: Request,
+    agent: AgentCreate,
+    services: Parts,
+    caller: Annotated[Caller, Depends(Requires("agents:write"))],
+) -> Response:
+    """Create an agent; with is_default it takes the flag from the default of now."""
+    if agent.llm_api_key is not None:
+        require_private(request, services.settings.trusted_proxies)
+    written = await services.registry.create(agent, actor=caller.name)
+    return await _written_answer(services, written, 201)
+
+
+@router.put(
+    "/agents/{agent_id}",
+    response_model=Agent,
+    responses=problem_responses(*_BODY_PROBLEMS, AgentNotFound, AgentIsDefault, PreconditionFailed),
+)
+async def update_agent(
+    request: Request,
+    agent_id: AgentIdPath,
+    update: AgentUpdate,
+    services: Parts,
+    caller: Annotated[Caller, Depends(Requires("agents:write"))],
+) -> Response:
+    """Change the fields that are sent; null clears a field that can be empty."""
+    if update.llm_api_key is not None:
+        require_private(request, services.settings.trusted_proxies)
+    written = await services.registry.update(
+        agent_id, update, actor=caller.name, if_match=_if_match(request, services, agent_id)
+    )
+    return await _written_answer(services, written, 200)
+
+
+@router.delete(
+    "/agents/{agent_id}",
+    status_code=204,
+    responses=problem_responses(
+        *_WRITE_PROBLEMS, AgentNotFound, AgentIsDefault, PreconditionFailed
+    ),
+)
+async def delete_agent(
+    request: Request,
+    agent_id: AgentIdPath,
+    services: Parts,
+    caller: Annotated[Caller, Depends(Requires("agents:write"))],
+) -> Response:
+    """Delete an agent; the default cannot be."""
+    written = await services.registry.delete(
+        agent_id, actor=caller.name, if_match=_if_match(request, services, agent_id)
+    )
+    return await _written_answer(services, written, 204)
+
+
+def _if_match(request: Request, services: Services, agent_id: str) -> int | None:
+    entry = services.catalog.get(agent_id)
+    return if_match_revision(request.headers, None if entry is None else entry.agent.revision)
+
+
+async def _written_answer(services: Services, written: Written, status: int) -> Response:
+    """Answer once the feed has passed the write on, so that whoever wrote reads what it wrote."""
+    services.counts.writes += written.changed
+    headers = revision_headers(written.revision, written.epoch)
+    services.feed.wake()
+    if not await catch_up(services, written.revision):
+        # It is committed; only this replica's reads do not know of it yet.
+        headers["slm-stale"] = "true"
+    agent = written.agent
+    if agent is None:
+        return Response(None, status, headers)
+    headers["etag"] = f'"{agent.revision}"'
+    if status == 201:
+        headers["location"] = f"/api/agents/{quote(agent.agent_id, safe='')}"
+    body = agent.model_dump(mode="json")
+    if written.api_key_cleared:
+        body["api_key_cleared"] = True
+    return json_response(json.dumps(body, ensure_ascii=False).encode(), status, headers)

@@ -1,0 +1,292 @@
+"""What the routes share: the route class, the dependencies, and the answers.
+
+A request passes three doors before FastAPI looks at it: the token and its scope, the body's type
+and size, and strict JSON. So nobody without a token has a body read, and no error tells of one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Annotated, Any, Final
+
+from fastapi import Depends, Path, Query, Request, Response
+from fastapi.dependencies.models import Dependant
+from fastapi.dependencies.utils import get_flat_params
+from fastapi.params import Query as QueryParameter
+from fastapi.routing import APIRoute
+from pydantic import AfterValidator
+from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect, HTTPConnection
+
+from slm.errors import (
+    AgentNotFound,
+    BadRequest,
+    Behind,
+    ContentTooLarge,
+    DatabaseUnavailable,
+    Forbidden,
+    InternalError,
+    InvalidRequest,
+    PreconditionFailed,
+    ProblemError,
+    Unauthorized,
+    UnsupportedMediaType,
+)
+from slm.server.auth import Caller
+from slm.server.catalog import Catalog
+from slm.server.edge import STAMP
+from slm.server.problems import documented
+from slm.server.services import Services
+from slm.server.strict_json import MAX_INTEGER, NotStrictJSON, loads
+
+_CALLER: Final = "slm.caller"
+_JSON_TYPE: Final = re.compile(r"application/(json|[\w.-]+\+json)\s*(;.*)?", re.IGNORECASE)
+
+
+class Requires:
+    """The dependency that a route names its scope with; the caller is its value.
+
+    `SLMRoute` asks it before the body is read, and the API's document takes the scope from it.
+    """
+
+    def __init__(self, scope: str) -> None:
+        self.scope = scope
+
+    async def __call__(self, request: Request) -> Caller:
+        """Return the caller that the route's first door let in."""
+        caller: Caller = request.scope[_CALLER]
+        return caller
+
+    def check(self, connection: HTTPConnection) -> Caller:
+        """Return the caller, if its token is known and has the scope.
+
+        Raises:
+            Unauthorized: the token is not known.
+            Forbidden: it lacks the scope.
+        """
+        parts = services_of(connection)
+        try:
+            caller = parts.tokens.authenticate(connection.headers)
+            caller.require(self.scope)
+        except (Unauthorized, Forbidden):
+            parts.counts.auth_failures += 1
+            raise
+        return caller
+
+
+def requirement_of(dependant: Dependant) -> Requires | None:
+    """Return the scope that a route asks for, or None where it is open to all."""
+    for dependency in dependant.dependencies:
+        if isinstance(dependency.call, Requires):
+            return dependency.call
+    return None
+
+
+class _ReadRequest(Request):
+    """A request whose body was read and parsed strictly before FastAPI asks for it."""
+
+    def __init__(self, request: Request, body: bytes, value: Any) -> None:
+        super().__init__(request.scope, request.receive)
+        self._body = body
+        self._json = value
+
+
+class SLMRoute(APIRoute):
+    """A route with the three doors; its scope is in the API's document too."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        requirement = requirement_of(self.dependant)
+        if requirement is not None:
+            security = {"security": [{"bearer": [requirement.scope]}]}
+            self.openapi_extra = (self.openapi_extra or {}) | security
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """Wrap FastAPI's handler."""
+        handler = super().get_route_handler()
+        requirement = requirement_of(self.dependant)
+        takes_body = self.body_field is not None
+        parameters: set[str] = {
+            field.alias
+            for field in get_flat_params(self.dependant)
+            if isinstance(field.field_info, QueryParameter)
+        }
+
+        async def through_the_doors(request: Request) -> Response:
+            if requirement is not None:
+                request.scope[_CALLER] = requirement.check(request)
+            if request.scope["query_string"]:
+                _refuse_unknown(request, parameters)
+            if takes_body:
+                request = await _read_strictly(request)
+            return await handler(request)
+
+        return through_the_doors
+
+
+def _refuse_unknown(request: Request, parameters: set[str]) -> None:
+    """Refuse a misspelt filter, which would answer with more than was asked for."""
+    names = [name for name, _ in request.query_params.multi_items()]
+    if not parameters.issuperset(names):
+        what = "a parameter that is not known"
+    elif len(set(names)) < len(names):
+        what = "a parameter that is there twice"
+    else:
+        return
+    raise InvalidRequest(errors=[{"loc": ["query"], "msg": what, "type": "unknown_field"}])
+
+
+async def _read_strictly(request: Request) -> Request:
+    content_type = request.headers.get("content-type", "")
+    if not _JSON_TYPE.fullmatch(content_type):
+        raise UnsupportedMediaType("Send the body as application/json.")
+    body = await _read_bounded(request, services_of(request).settings.max_body_bytes)
+    try:
+        value = loads(body)
+    except NotStrictJSON as error:
+        rule = {"loc": ["body"], "msg": str(error), "type": "json_invalid"}
+        raise InvalidRequest("The body is not JSON as it must be.", [rule]) from None
+    return _ReadRequest(request, body, value)
+
+
+async def _read_bounded(request: Request, limit: int) -> bytes:
+    # The HTTP parser let only digits through.
+    declared = request.headers.get("content-length", "0")
+    too_large = ContentTooLarge(f"A body has at most {limit} bytes.")
+    if len(declared) > len(str(limit)) or int(declared) > limit:
+        raise too_large
+    body = bytearray()
+    try:
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > limit:
+                raise too_large
+    except ClientDisconnect:
+        raise BadRequest("The body was cut off.") from None
+    return bytes(body)
+
+
+def services_of(connection: HTTPConnection) -> Services:
+    """Return the parts of the server that this request came to."""
+    parts: Services = connection.app.state.services
+    return parts
+
+
+def _known_agent_id(agent_id: str) -> str:
+    # A database may refuse to be asked for it; there can be no agent of that name.
+    if "\x00" in agent_id:
+        raise AgentNotFound
+    return agent_id
+
+
+async def _at_least(
+    request: Request,
+    min_revision: Annotated[
+        int | None,
+        Query(ge=0, le=MAX_INTEGER, description="wait until the answer is at least this new"),
+    ] = None,
+) -> Services:
+    """Return the services once the catalog has `min_revision`.
+
+    Raises:
+        Behind: it has not within min_revision_wait_seconds.
+    """
+    services = services_of(request)
+    if min_revision is not None:
+        seconds = services.settings.min_revision_wait_seconds
+        if not await services.feed.passed(min_revision, seconds):
+            raise Behind(f"This replica is at revision {services.feed.position}.")
+        stamp = request.scope[STAMP]
+        stamp.revision, stamp.epoch = services.catalog.revision, services.catalog.epoch
+    return services
+
+
+async def _services(request: Request) -> Services:
+    # Not a plain function: FastAPI would run that in a thread.
+    return services_of(request)
+
+
+Parts = Annotated[Services, Depends(_services)]
+UpToDate = Annotated[Services, Depends(_at_least)]
+AgentIdPath = Annotated[str, Path(), AfterValidator(_known_agent_id)]
+
+READ_PROBLEMS: Final = (Unauthorized, Forbidden, InvalidRequest, InternalError, Behind)
+KEYED_PROBLEMS: Final = (*READ_PROBLEMS, DatabaseUnavailable)
+
+
+def json_response(
+    body: bytes, status: int = 200, headers: Mapping[str, str] | None = None
+) -> Response:
+    """Return an answer whose JSON is ready."""
+    return Response(body, status, headers, media_type="application/json")
+
+
+def not_modified(etag: str, headers: Mapping[str, str]) -> Response:
+    """Return 304: the caller has it already."""
+    return Response(None, 304, {**headers, "etag": etag})
+
+
+async def catch_up(services: Services, revision: int) -> bool:
+    """Wait until this replica's other answers are not older than one that is of `revision`."""
+    seconds = services.settings.min_revision_wait_seconds
+    return await services.feed.passed(revision, seconds)
+
+
+def revision_headers(revision: int, epoch: str) -> dict[str, str]:
+    """Return the headers that name what an answer is of."""
+    return {"slm-revision": str(revision), "slm-epoch": epoch}
+
+
+def catalog_headers(services: Services) -> dict[str, str]:
+    """Return the headers of an answer from the catalog as it is now."""
+    catalog: Catalog = services.catalog
+    headers = revision_headers(catalog.revision, catalog.epoch)
+    if not services.feed.current:
+        headers["slm-stale"] = "true"
+    return headers
+
+
+_ETAGS: Final = re.compile(r'\s*(?:(W/)?"([\x21\x23-\x7e\x80-\xff]*)"\s*(?:,|$)\s*)+')
+_ETAG: Final = re.compile(r'(W/)?"([\x21\x23-\x7e\x80-\xff]*)"')
+
+
+def none_match(header: str | None, etag: str) -> bool:
+    """Say whether If-None-Match lets a full answer through (RFC 9110 section 13.1.2)."""
+    if header is None:
+        return True
+    if header.strip() == "*":
+        return False
+    return etag.strip('"') not in (tag for _, tag in _ETAG.findall(header))
+
+
+def if_match_revision(headers: Headers, current: int | None) -> int | None:
+    """Return the revision that the agent must have, from If-Match (RFC 9110 section 13.1.1).
+
+    Args:
+        headers: the request's; several If-Match count as one list.
+        current: the agent's revision as the catalog knows it; chooses among several tags.
+
+    Raises:
+        BadRequest: it is not a list of entity tags.
+        PreconditionFailed: no tag of it can be a revision; a weak tag never matches.
+    """
+    values = headers.getlist("if-match")
+    header = ", ".join(values)
+    if not values or header.strip() == "*":
+        return None
+    if not _ETAGS.fullmatch(header):
+        raise BadRequest('If-Match takes entity tags, such as "43" with its quotes.')
+    named = {
+        int(tag)
+        for weak, tag in _ETAG.findall(header)
+        if not weak and re.fullmatch(r"[0-9]{1,19}", tag)
+    }
+    if not named:
+        raise PreconditionFailed
+    return current if current in named else max(named)
+
+
+def problem_responses(*classes: type[ProblemError]) -> dict[int | str, dict[str, Any]]:
+    """Return the document of these problems, those that every route can have included."""
+    return documented(*dict.fromkeys((*classes, Unauthorized, Forbidden, InternalError)))

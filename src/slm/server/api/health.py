@@ -1,0 +1,98 @@
+"""GET /healthz, /readyz and /metrics: for load balancers and for Prometheus."""
+
+from __future__ import annotations
+
+import hmac
+import json
+from collections.abc import Iterator
+
+from fastapi import APIRouter, Request, Response
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from slm.errors import Unauthorized
+from slm.server.api.common import Parts, SLMRoute, json_response, problem_responses
+from slm.server.auth import bearer_token
+from slm.server.services import Services
+
+router = APIRouter(route_class=SLMRoute, tags=["operation"])
+
+
+@router.get("/healthz", response_model=dict[str, str])
+async def get_health() -> Response:
+    """Answer that the process is alive; says nothing of the database."""
+    return json_response(b'{"status":"ok"}')
+
+
+@router.get("/readyz", response_model=dict[str, bool | int | str], responses={503: {}})
+async def get_readiness(services: Parts) -> Response:
+    """Answer 200 when migrated, the database answers, and the feed runs and is current."""
+    feed = services.feed
+    checks: dict[str, bool | int | str] = {
+        # A server whose database is not migrated does not start.
+        "migrated": True,
+        "database": feed.current,
+        "feed": feed.running and feed.current,
+    }
+    ready = all(checks.values())
+    body = {"ready": ready} | checks | {"revision": feed.position, "epoch": feed.epoch}
+    headers = {"cache-control": "no-store"}
+    return json_response(json.dumps(body).encode(), 200 if ready else 503, headers)
+
+
+@router.get("/metrics", response_class=Response, responses=problem_responses(Unauthorized))
+async def get_metrics(request: Request, services: Parts) -> Response:
+    """Return the metrics as Prometheus text; with a token where SLM_METRICS_TOKEN is set."""
+    wanted = services.settings.metrics_token
+    if wanted is not None:
+        given = bearer_token(request.headers) or ""
+        secret = wanted.get_secret_value()
+        if not hmac.compare_digest(given.encode(), secret.encode()):
+            raise Unauthorized("Send the metrics token as 'Authorization: Bearer …'.")
+    registry = CollectorRegistry()
+    registry.register(_Metrics(services))
+    return Response(
+        generate_latest(registry),
+        headers={"cache-control": "no-store"},
+        media_type=CONTENT_TYPE_LATEST,
+    )
+
+
+class _Metrics(Collector):
+    """Reads the counts when it is asked; nothing is counted twice."""
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield every metric."""
+        feed, hub, counts = self._services.feed, self._services.hub, self._services.counts
+        gauges = (
+            ("slm_revision", "The revision that this replica is at", feed.position),
+            ("slm_agents", "Agents in the catalog", len(self._services.catalog)),
+            (
+                "slm_feed_current",
+                "1 when the last good look at the database is recent",
+                feed.current,
+            ),
+            ("slm_feed_look_age_seconds", "Since the last good look", feed.seconds_since_look),
+            ("slm_connections", "Open WebSocket connections", len(hub.subscribers())),
+            ("slm_subscribers", "Live streams", hub.live_count()),
+            ("slm_buffered_bytes", "Bytes that wait for slow readers", hub.buffered_bytes()),
+        )
+        counters = (
+            ("slm_changes", "Changes passed on", hub.counts.changes),
+            ("slm_frames", "Frames written to connections", hub.counts.frames),
+            ("slm_evictions", "Readers dropped for being too slow", hub.counts.evicted),
+            ("slm_resyncs", "Streams sent to a snapshot", hub.counts.resyncs),
+            ("slm_writes", "Writes that changed an agent", counts.writes),
+            ("slm_key_reads", "Keys handed out", counts.key_reads),
+            ("slm_auth_failures", "Requests refused with 401 or 403", counts.auth_failures),
+            ("slm_request_failures", "Requests that failed with 500", counts.failures),
+        )
+        for name, text, value in gauges:
+            yield GaugeMetricFamily(name, text, value=float(value))
+        for name, text, value in counters:
+            yield CounterMetricFamily(name, text, value=float(value))

@@ -1,0 +1,51 @@
+"""GET /api/snapshot: everything that a backend needs to start, at one revision."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+from fastapi import APIRouter, Depends, Request, Response
+
+from slm.errors import TlsRequired
+from slm.schemas import Snapshot
+from slm.server.api.common import (
+    KEYED_PROBLEMS,
+    Requires,
+    SLMRoute,
+    UpToDate,
+    catch_up,
+    json_response,
+    problem_responses,
+    revision_headers,
+)
+from slm.server.peer import require_private
+
+router = APIRouter(prefix="/api", route_class=SLMRoute, tags=["agents"])
+
+
+@router.get(
+    "/snapshot",
+    response_model=Snapshot,
+    dependencies=[Depends(Requires("key:read"))],
+    responses=problem_responses(*KEYED_PROBLEMS, TlsRequired),
+)
+async def get_snapshot(request: Request, services: UpToDate) -> Response:
+    """Return every agent with its key, read in one transaction."""
+    require_private(request, services.settings.trusted_proxies)
+    snapshot = await services.registry.snapshot()
+    services.counts.key_reads += len(snapshot.agents)
+    await catch_up(services, snapshot.revision)
+    # In a thread: thousands of agents take long enough to hold up the streams.
+    body = await asyncio.to_thread(_encode, snapshot)
+    headers = revision_headers(snapshot.revision, snapshot.epoch)
+    return json_response(body, headers=headers | {"cache-control": "no-store"})
+
+
+def _encode(snapshot: Snapshot) -> bytes:
+    data = {
+        "revision": snapshot.revision,
+        "epoch": snapshot.epoch,
+        "agents": [agent.to_wire() for agent in snapshot.agents],
+    }
+    return json.dumps(data, ensure_ascii=False).encode()

@@ -1,0 +1,119 @@
+"""The WebSocket at /ws: who may connect, and what it says (docs/protocol.md section 4)."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Final
+
+from starlette.websockets import WebSocket
+
+from slm import protocol
+from slm.errors import Forbidden, NotJSON, ProblemError, ProtocolError
+from slm.protocol import MAX_FRAME_BYTES, Ack, Subscribe
+from slm.server.api.common import Requires, services_of
+from slm.server.hub import Frames, Subscriber
+from slm.server.peer import has_foreign_origin
+from slm.server.problems import problem_response
+from slm.server.replay import open_stream
+from slm.server.services import Services
+from slm.server.sinks import sink_for
+
+logger = logging.getLogger(__name__)
+
+_REQUIREMENT: Final = Requires("config:read")
+
+
+async def stream(websocket: WebSocket) -> None:
+    """Serve one connection: refused before the upgrade, or a stream until it closes."""
+    services = services_of(websocket)
+    try:
+        if has_foreign_origin(websocket):
+            raise Forbidden("The Origin is not this server's own.")
+        _REQUIREMENT.check(websocket)
+    except ProblemError as problem:
+        await _refuse(websocket, problem)
+        return
+    await websocket.accept()
+    sink = sink_for(websocket)
+    conversation = _Conversation(services, services.hub.attach(sink))
+    try:
+        await conversation.listen(websocket)
+    finally:
+        conversation.close()
+        services.hub.detach(conversation.subscriber)
+
+
+async def _refuse(websocket: WebSocket, problem: ProblemError) -> None:
+    if "websocket.http.response" in websocket.scope.get("extensions", {}):
+        await websocket.send_denial_response(problem_response(problem))
+    else:
+        # Before `accept` this is a plain 403 (ASGI), the most that such a server can say.
+        await websocket.close()
+
+
+class _Conversation:
+    """What one peer says, and what it is answered."""
+
+    def __init__(self, services: Services, subscriber: Subscriber) -> None:
+        self.subscriber = subscriber
+        self._services = services
+        self._opening: asyncio.Task[None] | None = None
+
+    async def listen(self, websocket: WebSocket) -> None:
+        """Take messages until the connection closes."""
+        while True:
+            message = await websocket.receive()
+            if message["type"] == "websocket.disconnect":
+                return
+            text = message.get("text")
+            if text is None:
+                self.subscriber.sink.end(1003, "text frames only")
+            else:
+                self._take(text)
+
+    def close(self) -> None:
+        """Stop what is under way for this peer."""
+        if self._opening is not None:
+            self._opening.cancel()
+
+    def _take(self, text: str) -> None:
+        try:
+            said = protocol.parse_client_message(text)
+            if len(text) * 4 > MAX_FRAME_BYTES and not isinstance(said, Ack):
+                self._check_size(text)
+            if said is None:
+                raise ProtocolError("a message is neither a subscription nor an ack")
+        except NotJSON:
+            self.subscriber.sink.end(1007, "not JSON")
+        except ProtocolError as error:
+            self._complain(str(error))
+        else:
+            if isinstance(said, Subscribe):
+                self._subscribe(said)
+            else:
+                self.subscriber.last_ack = said
+
+    def _check_size(self, text: str) -> None:
+        if len(text.encode()) > MAX_FRAME_BYTES:
+            self.subscriber.sink.end(1009, "too big")
+
+    def _subscribe(self, wanted: Subscribe) -> None:
+        if self._opening is not None:
+            self._complain("this connection is subscribed already")
+            return
+        services = self._services
+        self._opening = asyncio.create_task(
+            open_stream(
+                self.subscriber,
+                wanted,
+                hub=services.hub,
+                feed=services.feed,
+                settings=services.settings,
+            ),
+            name="slm-open-stream",
+        )
+
+    def _complain(self, detail: str) -> None:
+        text = protocol.encode(protocol.Error(code="bad-message", detail=detail))
+        self._services.hub.send(self.subscriber, Frames((text,), self.subscriber.position))

@@ -1,0 +1,96 @@
+"""create_app: the ASGI application of one server; its lifespan starts the feed and the hub."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+from importlib.metadata import version
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from slm.errors import ProblemError
+from slm.server.api import admin, agents, health, snapshot, ws
+from slm.server.edge import Edge
+from slm.server.prepare import Prepared
+from slm.server.problems import (
+    InvalidRequestProblem,
+    Problem,
+    on_http_exception,
+    on_problem,
+    on_validation_error,
+)
+from slm.server.services import make_services
+from slm.server.settings import Settings
+
+
+class _Application(FastAPI):
+    """FastAPI, whose document also has what stands outside its routes' own models."""
+
+    def openapi(self) -> dict[str, Any]:
+        """Return the API's document: problems, the bearer token, no word of a key's value."""
+        if self.openapi_schema is None:
+            document = super().openapi()
+            components = document.setdefault("components", {})
+            components["securitySchemes"] = {"bearer": {"type": "http", "scheme": "bearer"}}
+            schemas = components.setdefault("schemas", {})
+            for model in (Problem, InvalidRequestProblem):
+                schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+                schemas.update(schema.pop("$defs", {}))
+                schemas[model.__name__] = schema
+            for unused in ("HTTPValidationError", "ValidationError"):
+                schemas.pop(unused, None)
+            # pydantic marks a SecretStr so; in this one answer it is there to be read.
+            _unmark(schemas["LLMConfigWithKey"])
+            self.openapi_schema = document
+        return self.openapi_schema
+
+
+def _unmark(schema: Any) -> None:
+    if isinstance(schema, dict):
+        schema.pop("writeOnly", None)
+        for value in schema.values():
+            _unmark(value)
+    elif isinstance(schema, list):
+        for value in schema:
+            _unmark(value)
+
+
+def create_app(settings: Settings, prepared: Prepared) -> FastAPI:
+    """Return the application; `app.state.services` has its parts.
+
+    Args:
+        settings: what the operator set.
+        prepared: the open, migrated database and the vault.
+    """
+    services = make_services(settings, prepared)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        await services.feed.start()
+        try:
+            yield
+        finally:
+            await services.feed.stop()
+            await services.hub.stop()
+
+    app = _Application(
+        title="SLM",
+        description="Live LLM configuration for every agent; see docs/protocol.md.",
+        version=version("autobot-slm"),
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    app.state.services = services
+    app.add_middleware(Edge, services=services)
+    app.add_exception_handler(ProblemError, on_problem)
+    app.add_exception_handler(HTTPException, on_http_exception)
+    app.add_exception_handler(RequestValidationError, on_validation_error)
+    for router in (agents.router, snapshot.router, admin.router, health.router):
+        app.include_router(router)
+    app.add_api_websocket_route("/ws", ws.stream)
+    return app

@@ -1,0 +1,156 @@
+"""Every agent in memory at one revision, its answers ready as bytes.
+
+Moved by the feed alone; holds no key and no ciphertext, since `schemas.Agent` has neither. Knows no
+database and no HTTP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from slm.schemas import Agent
+
+
+@dataclass(frozen=True)
+class CommittedChange:
+    """One row of `changes`, as the feed read it.
+
+    Attributes:
+        revision: its place in the order of all changes.
+        type: `agent_config_changed`, `agent_created` or `agent_deleted`.
+        agent: the agent after the change; for a delete, as it was.
+        was_default: whether it was the default before the change.
+    """
+
+    revision: int
+    type: str
+    agent: Agent
+    was_default: bool = False
+
+    @property
+    def deletes(self) -> bool:
+        """Whether the agent is gone after this."""
+        return self.type == "agent_deleted"
+
+
+class Entry:
+    """One agent as the catalog holds it, encoded when first asked for."""
+
+    def __init__(self, agent: Agent) -> None:
+        self.agent = agent
+
+    @cached_property
+    def body(self) -> bytes:
+        """The agent as JSON."""
+        return self.agent.model_dump_json().encode()
+
+    @cached_property
+    def etag(self) -> str:
+        """The entity tag: the revision of the agent's last change, quoted (protocol section 3)."""
+        return f'"{self.agent.revision}"'
+
+    @cached_property
+    def searchable(self) -> str:
+        """What `search` looks through, in one case."""
+        agent = self.agent
+        return "\n".join((agent.agent_id, agent.name, agent.description or "")).casefold()
+
+
+@dataclass(frozen=True)
+class AgentFilter:
+    """Which agents a list holds; a field that is None does not filter."""
+
+    agent_id: str | None = None
+    search: str | None = None
+    provider: str | None = None
+    is_active: bool | None = None
+
+    def matches(self, entry: Entry) -> bool:
+        """Whether the agent is in the list."""
+        agent = entry.agent
+        return (
+            (self.agent_id is None or agent.agent_id == self.agent_id)
+            and (self.provider is None or agent.llm_provider == self.provider)
+            and (self.is_active is None or agent.is_active == self.is_active)
+            and (self.search is None or self.search.casefold() in entry.searchable)
+        )
+
+
+EVERY_AGENT = AgentFilter()
+
+
+class Catalog:
+    """All agents at `revision` of `epoch`; every method works in one step of the loop.
+
+    Attributes:
+        revision: the revision of the last change it holds.
+        epoch: the database's life that the revision belongs to.
+    """
+
+    def __init__(self) -> None:
+        self.revision = 0
+        self.epoch = ""
+        self._entries: dict[str, Entry] = {}
+        self._default_id: str | None = None
+        self._whole_list: bytes | None = None
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def load(self, agents: Iterable[Agent], revision: int, epoch: str) -> None:
+        """Replace everything; `agents` come in the order of their ids."""
+        self._entries = {agent.agent_id: Entry(agent) for agent in agents}
+        self._default_id = next(
+            (e.agent.agent_id for e in self._entries.values() if e.agent.is_default), None
+        )
+        self.revision, self.epoch = revision, epoch
+        self._whole_list = None
+
+    def apply(self, changes: Sequence[CommittedChange], head: int) -> None:
+        """Move to `head`; `changes` are all those after `revision` up to it, in order."""
+        for change in changes:
+            agent = change.agent
+            agent_id = agent.agent_id
+            if change.deletes:
+                self._entries.pop(agent_id, None)
+            else:
+                # A new id is higher than all others, so the dict stays in the order of the ids.
+                self._entries[agent_id] = Entry(agent)
+            if agent.is_default and not change.deletes:
+                self._default_id = agent_id
+            elif self._default_id == agent_id:
+                self._default_id = None
+        self.revision = head
+        self._whole_list = None
+
+    def get(self, agent_id: str) -> Entry | None:
+        """Return the agent of exactly this agent_id."""
+        return self._entries.get(agent_id)
+
+    def default(self) -> Entry | None:
+        """Return the agent that is the default now."""
+        return None if self._default_id is None else self._entries.get(self._default_id)
+
+    def agents(self) -> list[Agent]:
+        """Return every agent, in the order of the ids."""
+        return [entry.agent for entry in self._entries.values()]
+
+    def list_body(
+        self, wanted: AgentFilter = EVERY_AGENT, *, limit: int | None = None, offset: int = 0
+    ) -> bytes:
+        """Return the answer of GET /api/agents as JSON; `total` counts before limit and offset."""
+        if wanted == EVERY_AGENT and limit is None and not offset:
+            if self._whole_list is None:
+                self._whole_list = self._encode(list(self._entries.values()), len(self._entries))
+            return self._whole_list
+        found = [entry for entry in self._entries.values() if wanted.matches(entry)]
+        stop = None if limit is None else offset + limit
+        return self._encode(found[offset:stop], len(found))
+
+    def _encode(self, entries: Sequence[Entry], total: int) -> bytes:
+        bodies = b",".join(entry.body for entry in entries)
+        # An epoch is hexadecimal and needs no escapes.
+        tail = f'],"total":{total},"revision":{self.revision},"epoch":"{self.epoch}"}}'
+        return b'{"agents":[' + bodies + tail.encode()

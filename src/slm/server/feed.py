@@ -1,0 +1,316 @@
+"""ChangeFeed: reads what was committed, in order, and moves the catalog and the hub.
+
+The only reader of `changes` for the live stream, and the only one to move the catalog; whoever
+wrote merely wakes it. Knows no HTTP and no connection (docs/protocol.md sections 2 and 4).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from pydantic import ValidationError
+from sqlalchemy import Connection, Row, select, update
+
+from slm.errors import ProblemError
+from slm.schemas import Agent
+from slm.server import failpoints
+from slm.server.auth import TokenTable, read_tokens
+from slm.server.catalog import Catalog, CommittedChange
+from slm.server.database import (
+    AGENTS,
+    CHANGES,
+    SELECT_AGENTS,
+    STATE,
+    Database,
+    agent_of,
+)
+from slm.server.hub import Hub
+from slm.server.pulse import Pulse
+from slm.server.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+MAX_CATCH_UP: Final = 50_000
+"""More changes than this are not read one by one: everything is loaded anew instead."""
+
+_SELECT_CHANGES: Final = select(
+    CHANGES.c.revision, CHANGES.c.type, CHANGES.c.agent, CHANGES.c.was_default
+).order_by(CHANGES.c.revision)
+
+
+@dataclass(frozen=True)
+class Horizon:
+    """The state row, as one transaction saw it.
+
+    Attributes:
+        revision: that of the last committed change.
+        floor: changes after this one can be read.
+        epoch: the database's life.
+        tokens_version: counts changes of the tokens.
+    """
+
+    revision: int
+    floor: int
+    epoch: str
+    tokens_version: int
+
+
+@dataclass(frozen=True)
+class Page:
+    """Some changes after a revision, and the state row of the same transaction."""
+
+    horizon: Horizon
+    changes: Sequence[CommittedChange]
+
+    def continues(self, since: int) -> bool:
+        """Whether the changes follow `since` with no hole between."""
+        first = self.changes[0].revision if self.changes else since + 1
+        return self.horizon.floor <= since and first == since + 1
+
+
+@dataclass(frozen=True)
+class _News:
+    """What one look found: changes, or everything anew; the tokens where they have changed."""
+
+    horizon: Horizon
+    changes: Sequence[CommittedChange] = ()
+    agents: Sequence[Agent] | None = None
+    tokens: TokenTable | None = None
+
+
+class ChangeFeed:
+    """Follows the database: woken by a write, and looking by itself once every poll interval.
+
+    Args:
+        database: read only, but for a new epoch when the revision fell.
+        catalog: moved by this feed alone.
+        hub: given every change after the catalog has it.
+        tokens: replaced when the database's tokens have changed.
+        settings: poll_interval_seconds and behind_after_seconds count here.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        catalog: Catalog,
+        hub: Hub,
+        tokens: TokenTable,
+        settings: Settings,
+    ) -> None:
+        self._database = database
+        self._catalog = catalog
+        self._hub = hub
+        self._tokens = tokens
+        self._poll_interval_seconds = settings.poll_interval_seconds
+        self._behind_after_seconds = settings.behind_after_seconds
+        self._tokens_version = -1
+        self._last_good_look = float("-inf")
+        self._told_behind = False
+        self._failing = False
+        self._wake = asyncio.Event()
+        self._moved = Pulse()
+        self._task: asyncio.Task[None] | None = None
+        hub.is_behind = lambda: not self.current
+
+    @property
+    def position(self) -> int:
+        """The revision up to which everything was passed on."""
+        return self._catalog.revision
+
+    @property
+    def epoch(self) -> str:
+        """The epoch of `position`."""
+        return self._catalog.epoch
+
+    @property
+    def seconds_since_look(self) -> float:
+        """How long ago the database was last seen."""
+        return asyncio.get_running_loop().time() - self._last_good_look
+
+    @property
+    def current(self) -> bool:
+        """Whether the last good look at the database is recent (protocol section 4, point 5)."""
+        return self.seconds_since_look <= self._behind_after_seconds
+
+    @property
+    def running(self) -> bool:
+        """Whether the feed is at work."""
+        return self._task is not None and not self._task.done()
+
+    async def start(self) -> None:
+        """Load everything, start the hub there, and begin to follow.
+
+        Raises:
+            DatabaseUnavailable: the database does not answer.
+        """
+        await self._look()
+        self._hub.start(self.position, self.epoch)
+        self._task = asyncio.create_task(self._follow(), name="slm-feed")
+
+    async def stop(self) -> None:
+        """Stop following."""
+        task, self._task = self._task, None
+        if task is not None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    def wake(self) -> None:
+        """Look at the database now rather than at the next poll."""
+        self._wake.set()
+
+    async def passed(self, revision: int, timeout: float) -> bool:
+        """Wait until the catalog holds `revision`; return whether it does within `timeout` s."""
+        if self.position >= revision:
+            return True
+        self.wake()
+        return await self._moved.until(lambda: self.position >= revision, timeout)
+
+    async def horizon(self) -> Horizon:
+        """Return the state row as it is now.
+
+        Raises:
+            DatabaseUnavailable: the database does not answer.
+        """
+        return await self._database.read(_read_horizon)
+
+    async def read(self, since: int, limit: int, upto: int) -> Page:
+        """Return at most `limit` changes after `since`, none after `upto`, for a replay.
+
+        Raises:
+            DatabaseUnavailable: the database does not answer.
+        """
+
+        def page(connection: Connection) -> Page:
+            horizon = _read_horizon(connection)
+            wanted = _SELECT_CHANGES.where(CHANGES.c.revision > since, CHANGES.c.revision <= upto)
+            rows = connection.execute(wanted.limit(limit)).all()
+            return Page(horizon, _without_hole(rows, since))
+
+        return await self._database.read(page)
+
+    async def _follow(self) -> None:
+        while True:
+            self._wake.clear()
+            try:
+                await self._look()
+            except Exception as error:
+                self._note_failure(error)
+            self._tell_behind()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._poll_interval_seconds):
+                    await self._wake.wait()
+
+    async def _look(self) -> None:
+        """Read what is new in one transaction and pass it on."""
+        # Before the read: what is read is at least as new as this.
+        looked_at = asyncio.get_running_loop().time()
+        position, epoch, tokens_version = self.position, self.epoch, self._tokens_version
+        news = await self._database.read(
+            lambda connection: _read_news(connection, position, epoch, tokens_version)
+        )
+        if news.horizon.epoch == epoch and news.horizon.revision < position:
+            await self._make_epoch_anew(epoch, position)
+            self.wake()
+            return
+        if news.changes:
+            await failpoints.reach_async("before_push")
+        self._pass_on(news)
+        self._last_good_look = looked_at
+        if self._failing:
+            self._failing = False
+            logger.info("the database answers again, at revision %d", self.position)
+
+    def _pass_on(self, news: _News) -> None:
+        """Move the catalog at once, then hand the frames to the hub; one step of the loop."""
+        head, epoch = news.horizon.revision, news.horizon.epoch
+        if news.tokens is not None:
+            self._tokens.replace(news.tokens)
+            self._tokens_version = news.horizon.tokens_version
+        if news.agents is not None:
+            first, same_epoch = not self.epoch, self.epoch == epoch
+            self._catalog.load(news.agents, head, epoch)
+            if not first:
+                logger.warning("everything was loaded anew, at revision %d", head)
+                self._hub.restart(epoch, head, "compacted" if same_epoch else "epoch")
+        elif news.changes:
+            self._catalog.apply(news.changes, head)
+            self._hub.publish(news.changes)
+        else:
+            return
+        self._moved.fire()
+
+    async def _make_epoch_anew(self, epoch: str, position: int) -> None:
+        """Give the database a new epoch: its revision fell, so positions mean nothing any more."""
+        fresh = secrets.token_hex(8)
+        # The conditions let only one of several replicas do it.
+        anew = (
+            update(STATE)
+            .where(STATE.c.epoch == epoch, STATE.c.revision < position)
+            .values(epoch=fresh)
+        )
+        logger.warning("the database's revision fell below %d: it gets a new epoch", position)
+        await self._database.run(lambda connection: connection.execute(anew) and None)
+
+    def _note_failure(self, error: Exception) -> None:
+        if self._failing:
+            return
+        self._failing = True
+        if isinstance(error, ProblemError):
+            logger.warning("the database cannot be read: %s", error.detail)
+        else:
+            # The class alone: a driver's text may hold what was read.
+            logger.error("the feed failed: %s", type(error).__name__)
+
+    def _tell_behind(self) -> None:
+        behind = not self.current
+        if behind != self._told_behind:
+            self._told_behind = behind
+            self._hub.beat_now()
+
+
+def _read_horizon(connection: Connection) -> Horizon:
+    row = connection.execute(
+        select(STATE.c.revision, STATE.c.floor, STATE.c.epoch, STATE.c.tokens_version)
+    ).one()
+    return Horizon(*row)
+
+
+def _read_news(connection: Connection, position: int, epoch: str, tokens_version: int) -> _News:
+    horizon = _read_horizon(connection)
+    tokens = read_tokens(connection) if horizon.tokens_version != tokens_version else None
+    behind = horizon.revision - position
+    if horizon.epoch == epoch and behind < 0:
+        return _News(horizon)
+    if horizon.epoch == epoch and position >= horizon.floor and behind <= MAX_CATCH_UP:
+        rows: Sequence[Row[*tuple[Any, ...]]] = ()
+        if behind:
+            wanted = _SELECT_CHANGES.where(
+                CHANGES.c.revision > position, CHANGES.c.revision <= horizon.revision
+            )
+            rows = connection.execute(wanted).all()
+        changes = _without_hole(rows, position)
+        if len(changes) == behind:
+            return _News(horizon, changes, tokens=tokens)
+    agents = [agent_of(row) for row in connection.execute(SELECT_AGENTS.order_by(AGENTS.c.id))]
+    return _News(horizon, agents=agents, tokens=tokens)
+
+
+def _without_hole(rows: Sequence[Row[*tuple[Any, ...]]], since: int) -> list[CommittedChange]:
+    """Return the changes that follow `since` one by one; the first hole ends them."""
+    changes = []
+    for expected, row in enumerate(rows, since + 1):
+        if row.revision != expected:
+            break
+        try:
+            agent = Agent.model_validate_json(row.agent)
+        except ValidationError:
+            logger.error("change %d cannot be read", row.revision)
+            break
+        changes.append(CommittedChange(row.revision, row.type, agent, row.was_default))
+    return changes

@@ -1,0 +1,413 @@
+"""Everyone who listens: bounded buffers, and one encoded frame written to each connection.
+
+Fed by the feed alone, with what is committed. Knows no database and no HTTP; how bytes reach a peer
+is the business of a `Sink` (docs/protocol.md section 4).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Final, Literal, Protocol
+
+from slm import protocol
+from slm.protocol import Ack, AgentChanged, AgentDeleted, ClientInfo, Heartbeat, Resync, Subscribed
+from slm.server.catalog import CommittedChange
+from slm.server.pulse import Pulse
+from slm.server.settings import Settings
+from slm.server.transport import text_frames
+
+logger = logging.getLogger(__name__)
+
+ResyncReason = Literal["compacted", "epoch", "ahead"]
+
+YIELD_EVERY: Final = 500
+"""After so many writes everyone else in the loop has a turn."""
+
+MAX_WRITE_BYTES: Final = 64 * 1024
+"""Frames of a burst are joined into one write up to this, so that a burst evicts nobody."""
+
+
+@dataclass(frozen=True)
+class Frames:
+    """Messages in order, encoded once for everyone.
+
+    Attributes:
+        texts: one message each.
+        head: the revision that a subscriber has reached with the last one.
+    """
+
+    texts: tuple[str, ...]
+    head: int
+
+    @cached_property
+    def encoded(self) -> bytes:
+        """The WebSocket frames, one after the other."""
+        return text_frames(self.texts)
+
+
+class Sink(Protocol):
+    """Where a subscriber's frames go; the order of `push` is the order on the wire."""
+
+    def push(self, frames: Frames) -> int:
+        """Write without waiting; return how many bytes wait for the peer, -1 once it is closed."""
+
+    def waiting_bytes(self) -> int:
+        """Return how many bytes wait for the peer to read."""
+
+    async def drained(self) -> None:
+        """Wait until the peer has read most of it, or is gone."""
+
+    def end(self, code: int, reason: str) -> None:
+        """Close with a WebSocket close code; a peer that does not answer is cut."""
+
+    def abort(self) -> None:
+        """Cut the connection now and throw away what waits."""
+
+
+class Subscriber:
+    """One connection's stream.
+
+    Attributes:
+        sink: where its frames go.
+        position: the last revision it was sent, or started at.
+        epoch: the epoch of that position; empty before it subscribed.
+        live: whether the hub's broadcast includes it.
+        client: who it says it is.
+        last_ack: the last thing it said about what it received and what is in force.
+    """
+
+    def __init__(self, sink: Sink) -> None:
+        self.sink = sink
+        self.position = 0
+        self.epoch = ""
+        self.live = False
+        self.client: ClientInfo | None = None
+        self.last_ack: Ack | None = None
+
+
+@dataclass(frozen=True)
+class _Restart:
+    """In the queue of frames: from here on another epoch counts, or a hole was found."""
+
+    epoch: str
+    revision: int
+    reason: ResyncReason
+
+
+@dataclass
+class HubCounts:
+    """What `/metrics` tells of the hub."""
+
+    changes: int = 0
+    frames: int = 0
+    evicted: int = 0
+    resyncs: int = 0
+
+
+def encode_change(change: CommittedChange) -> str:
+    """Return the frame's text for a change: the llm_* fields and flags, never a key."""
+    agent = change.agent
+    message: AgentChanged | AgentDeleted
+    if change.deletes:
+        message = AgentDeleted(agent_id=agent.agent_id, revision=change.revision)
+    else:
+        message = AgentChanged(
+            type="agent_created" if change.type == "agent_created" else "agent_config_changed",
+            agent_id=agent.agent_id,
+            revision=change.revision,
+            config=agent,
+        )
+    return protocol.encode(message)
+
+
+def in_writes(encoded: Iterable[tuple[int, str]]) -> Iterator[Frames]:
+    """Join (revision, text) pairs into writes of at most `MAX_WRITE_BYTES`, in order."""
+    texts: list[str] = []
+    size = head = 0
+    for revision, text in encoded:
+        if texts and size + len(text) > MAX_WRITE_BYTES:
+            yield Frames(tuple(texts), head)
+            texts, size = [], 0
+        texts.append(text)
+        size += len(text)
+        head = revision
+    if texts:
+        yield Frames(tuple(texts), head)
+
+
+class Hub:
+    """All connections, and the one task that writes the committed changes to the live ones.
+
+    A live subscriber has been sent everything up to `head`. Frames wait in one queue for all, so a
+    slow broadcast never holds up the feed, and a burst becomes one write a connection.
+
+    Attributes:
+        head: the last revision that was taken out of the queue; whoever reached it can join.
+        epoch: the epoch that `head` belongs to.
+        is_behind: asked for each heartbeat; set by the feed.
+        counts: for `/metrics`.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.head = 0
+        self.epoch = ""
+        self.is_behind: Callable[[], bool] = lambda: False
+        self.counts = HubCounts()
+        self.heartbeat_seconds = settings.heartbeat_seconds
+        self._buffer_bytes = settings.buffer_bytes
+        self._buffer_total_bytes = settings.buffer_total_bytes
+        self._connections: set[Subscriber] = set()
+        self._live: set[Subscriber] = set()
+        self._waiting: dict[Subscriber, int] = {}
+        self._queue: deque[tuple[int, str] | _Restart] = deque()
+        self._queued = asyncio.Event()
+        self._beat = asyncio.Event()
+        self._moved = Pulse()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._closing = False
+
+    # --- its life ---
+
+    def start(self, revision: int, epoch: str) -> None:
+        """Begin at the catalog's revision."""
+        self.head, self.epoch = revision, epoch
+        self._tasks = [
+            asyncio.create_task(self._broadcast(), name="slm-broadcast"),
+            asyncio.create_task(self._heartbeats(), name="slm-heartbeats"),
+        ]
+
+    async def stop(self) -> None:
+        """Stop sending; connections that are left are cut."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for subscriber in list(self._connections):
+            subscriber.sink.abort()
+
+    async def close_streams(self, seconds: float) -> None:
+        """Close every connection with 1012, spread over `seconds`: not all return at once."""
+        self._closing = True
+        subscribers = list(self._connections)
+        pause = seconds / len(subscribers) if subscribers else 0
+        loop = asyncio.get_running_loop()
+        due = loop.time()
+        for subscriber in subscribers:
+            self._leave(subscriber)
+            subscriber.sink.end(1012, "restarting")
+            due += pause
+            await asyncio.sleep(max(0.0, due - loop.time()))
+
+    # --- connections ---
+
+    def attach(self, sink: Sink) -> Subscriber:
+        """Take a connection in; it hears nothing before it subscribes."""
+        subscriber = Subscriber(sink)
+        self._connections.add(subscriber)
+        if self._closing:
+            sink.end(1012, "restarting")
+        return subscriber
+
+    def detach(self, subscriber: Subscriber) -> None:
+        """Forget a connection that is gone."""
+        self._connections.discard(subscriber)
+        self._leave(subscriber)
+        self._waiting.pop(subscriber, None)
+
+    def subscribers(self) -> list[Subscriber]:
+        """Return everyone who is connected, for the fleet view and `/metrics`."""
+        return list(self._connections)
+
+    def live_count(self) -> int:
+        """Return how many streams are live."""
+        return len(self._live)
+
+    def buffered_bytes(self) -> int:
+        """Return how many bytes wait for slow readers."""
+        return sum(subscriber.sink.waiting_bytes() for subscriber in list(self._waiting))
+
+    # --- the way into the live stream ---
+
+    def begin(self, subscriber: Subscriber, revision: int, epoch: str) -> None:
+        """Say `subscribed`: what follows starts after `revision`."""
+        subscriber.position, subscriber.epoch = revision, epoch
+        message = Subscribed(revision=revision, epoch=epoch, heartbeat=self.heartbeat_seconds)
+        self.send(subscriber, Frames((protocol.encode(message),), revision))
+
+    def join(self, subscriber: Subscriber) -> bool:
+        """Make the subscriber live if it has everything up to the head; one step of the loop."""
+        if subscriber.epoch != self.epoch or subscriber.position != self.head:
+            return False
+        if subscriber in self._connections and not self._closing:
+            subscriber.live = True
+            self._live.add(subscriber)
+        return True
+
+    def resync(self, subscriber: Subscriber, reason: ResyncReason) -> None:
+        """Tell one subscriber to take a snapshot, and make it live from the head on."""
+        if not subscriber.epoch:
+            self.begin(subscriber, self.head, self.epoch)
+        subscriber.position, subscriber.epoch = self.head, self.epoch
+        self._send_resync(subscriber, reason)
+        self.join(subscriber)
+
+    async def reached(self, revision: int, epoch: str, timeout: float) -> bool:
+        """Wait until the stream is at `revision` of `epoch`; return whether it is in time."""
+        return await self._moved.until(
+            lambda: self.epoch == epoch and self.head >= revision, timeout
+        )
+
+    def send(self, subscriber: Subscriber, frames: Frames) -> bool:
+        """Write to one subscriber and move its position; return whether it is still there.
+
+        A reader that leaves more than its buffer waiting is closed with 1013: it costs only itself.
+        """
+        try:
+            waiting = subscriber.sink.push(frames)
+        except Exception:
+            # One broken connection must not end the broadcast to all others.
+            logger.exception("a connection failed while it was written to")
+            subscriber.sink.abort()
+            waiting = -1
+        if waiting < 0:
+            self._leave(subscriber)
+            return False
+        subscriber.position = frames.head
+        self.counts.frames += len(frames.texts)
+        if not waiting:
+            self._waiting.pop(subscriber, None)
+            return True
+        self._waiting[subscriber] = waiting
+        if waiting > self._buffer_bytes:
+            self.counts.evicted += 1
+            self._leave(subscriber)
+            subscriber.sink.end(1013, "too slow")
+            return False
+        return True
+
+    # --- from the feed ---
+
+    def publish(self, changes: Iterable[CommittedChange]) -> None:
+        """Queue committed changes, in order; each is encoded once, here."""
+        for change in changes:
+            self._queue.append((change.revision, encode_change(change)))
+            self.counts.changes += 1
+        self._queued.set()
+
+    def restart(self, epoch: str, revision: int, reason: ResyncReason) -> None:
+        """Send everyone to a snapshot: another epoch counts, or changes are missing."""
+        self._queue.append(_Restart(epoch, revision, reason))
+        self._queued.set()
+
+    def beat_now(self) -> None:
+        """Send a heartbeat at once: `behind` has changed."""
+        self._beat.set()
+
+    # --- the two tasks ---
+
+    async def _broadcast(self) -> None:
+        while True:
+            await self._queued.wait()
+            self._queued.clear()
+            while self._queue:
+                if isinstance(self._queue[0], _Restart):
+                    await self._broadcast_restart(self._take_restart())
+                else:
+                    await self._broadcast_frames(self._take_frames())
+                self._moved.fire()
+                await asyncio.sleep(0)
+
+    def _take_restart(self) -> _Restart:
+        item = self._queue.popleft()
+        assert isinstance(item, _Restart)  # noqa: S101 - for the type checker
+        return item
+
+    def _take_frames(self) -> Frames:
+        texts: list[str] = []
+        size = head = 0
+        while self._queue:
+            item = self._queue[0]
+            if isinstance(item, _Restart) or (texts and size + len(item[1]) > MAX_WRITE_BYTES):
+                break
+            self._queue.popleft()
+            head = item[0]
+            texts.append(item[1])
+            size += len(item[1])
+        return Frames(tuple(texts), head)
+
+    async def _broadcast_frames(self, frames: Frames) -> None:
+        # Before the first write: whoever joins from here on must already have these.
+        self.head = frames.head
+        for count, subscriber in enumerate(list(self._live), 1):
+            if subscriber.live:
+                self.send(subscriber, frames)
+            if count % YIELD_EVERY == 0:
+                self._keep_to_total()
+                await asyncio.sleep(0)
+        self._keep_to_total()
+
+    async def _broadcast_restart(self, restart: _Restart) -> None:
+        self.head, self.epoch = restart.revision, restart.epoch
+        for count, subscriber in enumerate(list(self._live), 1):
+            if subscriber.live:
+                subscriber.position, subscriber.epoch = self.head, self.epoch
+                self._send_resync(subscriber, restart.reason)
+            if count % YIELD_EVERY == 0:
+                await asyncio.sleep(0)
+
+    def _send_resync(self, subscriber: Subscriber, reason: ResyncReason) -> None:
+        self.counts.resyncs += 1
+        message = Resync(revision=subscriber.position, epoch=subscriber.epoch, reason=reason)
+        self.send(subscriber, Frames((protocol.encode(message),), subscriber.position))
+
+    async def _heartbeats(self) -> None:
+        while True:
+            try:
+                async with asyncio.timeout(self.heartbeat_seconds):
+                    await self._beat.wait()
+            except TimeoutError:
+                pass
+            self._beat.clear()
+            behind = self.is_behind()
+            # Nearly all are at one position; each position is encoded once.
+            encoded: dict[int, Frames] = {}
+            for count, subscriber in enumerate(list(self._connections), 1):
+                # During a replay too: the position is what this connection was sent.
+                if subscriber.epoch:
+                    self.send(subscriber, self._heartbeat(subscriber.position, behind, encoded))
+                if count % YIELD_EVERY == 0:
+                    await asyncio.sleep(0)
+            self._keep_to_total()
+
+    @staticmethod
+    def _heartbeat(position: int, behind: bool, encoded: dict[int, Frames]) -> Frames:
+        frames = encoded.get(position)
+        if frames is None:
+            text = protocol.encode(Heartbeat(revision=position, behind=behind))
+            frames = encoded[position] = Frames((text,), position)
+        return frames
+
+    # --- limits ---
+
+    def _leave(self, subscriber: Subscriber) -> None:
+        subscriber.live = False
+        self._live.discard(subscriber)
+
+    def _keep_to_total(self) -> None:
+        """Cut the largest buffers while all together hold more than the total."""
+        if sum(self._waiting.values()) <= self._buffer_total_bytes:
+            return
+        for subscriber in list(self._waiting):
+            self._waiting[subscriber] = subscriber.sink.waiting_bytes()
+        total = sum(self._waiting.values())
+        for subscriber in sorted(self._waiting, key=self._waiting.__getitem__, reverse=True):
+            if total <= self._buffer_total_bytes:
+                return
+            total -= self._waiting.pop(subscriber)
+            self.counts.evicted += 1
+            self._leave(subscriber)
+            subscriber.sink.abort()

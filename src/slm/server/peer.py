@@ -1,0 +1,109 @@
+"""Over what a request came: whether a key may be sent back on it, and whose Origin it has.
+
+Judges the ASGI scope alone; knows no token and no agent (docs/protocol.md section 3).
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterable, Sequence
+from typing import Final
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers
+from starlette.requests import HTTPConnection
+
+from slm.errors import TlsRequired
+from slm.server.settings import Network
+
+_DEFAULT_PORTS: Final = {"http": 80, "ws": 80, "https": 443, "wss": 443}
+_SECURE: Final = frozenset({"https", "wss"})
+
+
+def require_private(connection: HTTPConnection, trusted_proxies: Sequence[Network]) -> None:
+    """Refuse a request that a key may not travel on.
+
+    Private is TLS, or a loopback peer whose request no proxy has forwarded. What forwarding headers
+    claim counts only from a proxy that the operator named.
+
+    Raises:
+        TlsRequired: it is neither.
+    """
+    if not is_private(connection, trusted_proxies):
+        raise TlsRequired("Use https, or ask from the server's own machine without a proxy.")
+
+
+def is_private(connection: HTTPConnection, trusted_proxies: Sequence[Network]) -> bool:
+    """Say whether a key may travel on the connection that this request came over."""
+    address = _address(connection)
+    headers = connection.headers
+    forwarded = _is_forwarded(headers)
+    if forwarded and address is not None and _is_among(address, trusted_proxies):
+        return _forwarded_over_tls(headers)
+    if connection.scope["scheme"] in _SECURE:
+        return True
+    return address is not None and address.is_loopback and not forwarded
+
+
+def has_foreign_origin(connection: HTTPConnection) -> bool:
+    """Say whether a browser sent this from a page of another site."""
+    origins = connection.headers.getlist("origin")
+    if not origins:
+        return False
+    host = connection.headers.get("host", "")
+    scheme = "https" if connection.scope["scheme"] in _SECURE else "http"
+    return len(origins) > 1 or _place(origins[0]) != _place(f"{scheme}://{host}")
+
+
+def _place(url: str) -> tuple[str, int] | None:
+    """Return host and port, or None where the text names none, which equals nothing."""
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        return None
+    default = _DEFAULT_PORTS.get(parts.scheme)
+    if not host or default is None:
+        return None
+    return host, port or default
+
+
+def _address(connection: HTTPConnection) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    if connection.client is None:
+        return None
+    try:
+        address = ipaddress.ip_address(connection.client.host.partition("%")[0])
+    except ValueError:
+        return None
+    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
+        return address.ipv4_mapped
+    return address
+
+
+def _is_among(
+    address: ipaddress.IPv4Address | ipaddress.IPv6Address, networks: Iterable[Network]
+) -> bool:
+    return any(address.version == net.version and address in net for net in networks)
+
+
+def _is_forwarded(headers: Headers) -> bool:
+    return any(name == "forwarded" or name.startswith("x-forwarded-") for name in headers)
+
+
+def _forwarded_over_tls(headers: Headers) -> bool:
+    """Say whether every hop that the trusted proxy tells of was TLS; telling nothing is no."""
+    schemes = [
+        part.strip().lower()
+        for value in headers.getlist("x-forwarded-proto")
+        for part in value.split(",")
+    ]
+    for value in headers.getlist("forwarded"):
+        for hop in value.split(","):
+            pairs = dict(_pair(part) for part in hop.split(";"))
+            schemes.append(pairs.get("proto", ""))
+    return bool(schemes) and all(scheme in _SECURE for scheme in schemes)
+
+
+def _pair(part: str) -> tuple[str, str]:
+    name, _, value = part.partition("=")
+    return name.strip().lower(), value.strip().strip('"').lower()

@@ -1,0 +1,37 @@
+"""Waiting for something that moves, within one loop. Knows nothing of what it is."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+
+class Pulse:
+    """Wakes whoever waits each time that something moved, so that they look again."""
+
+    def __init__(self) -> None:
+        self._waiters: set[asyncio.Future[None]] = set()
+
+    def fire(self) -> None:
+        """Wake everyone who waits."""
+        waiters, self._waiters = self._waiters, set()
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    async def until(self, condition: Callable[[], bool], timeout: float) -> bool:
+        """Wait until `condition` holds; return whether it did within `timeout` seconds."""
+        if condition():
+            return True
+        try:
+            async with asyncio.timeout(timeout):
+                while not condition():
+                    waiter = asyncio.get_running_loop().create_future()
+                    self._waiters.add(waiter)
+                    try:
+                        await waiter
+                    finally:
+                        self._waiters.discard(waiter)
+        except TimeoutError:
+            return condition()
+        return True

@@ -1,0 +1,221 @@
+"""serve: the whole server on a socket, from its start until SIGTERM or SIGINT.
+
+Puts uvicorn around the application with our limits; knows no route.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+from collections.abc import Callable, Iterator
+
+import uvicorn
+from fastapi import FastAPI
+
+from slm.errors import StartupError
+from slm.protocol import MAX_ACK_BYTES
+from slm.server import failpoints
+from slm.server.app import create_app
+from slm.server.prepare import Prepared, prepare
+from slm.server.services import Services
+from slm.server.settings import Settings
+from slm.server.transport import PushProtocol, http_protocol
+
+logger = logging.getLogger(__name__)
+
+FINISH_SECONDS = 5
+"""How long requests under way may take after a stop; with the closes it stays under ten."""
+
+KEEP_ALIVE_SECONDS = 75
+"""How long an idle HTTP connection is kept; longer than what load balancers keep theirs."""
+
+
+async def serve(
+    settings: Settings,
+    *,
+    on_ready: Callable[[str], None] = lambda url: None,
+    on_note: Callable[[str], None] = logger.info,
+) -> None:
+    """Run the server until SIGTERM or SIGINT.
+
+    Args:
+        settings: what the operator set.
+        on_ready: called with the URL, its real port included, when the server answers.
+        on_note: called with each sentence about what was made at the start, and where.
+
+    Raises:
+        StartupError: it cannot start; one sentence says why.
+    """
+    server = SLMServer(settings)
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    try:
+        url = await server.start()
+        for note in server.notes:
+            on_note(note)
+        on_ready(url)
+        await stop.wait()
+    finally:
+        await server.stop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+
+
+class SLMServer:
+    """One server in the running loop, without signals: `start` and `stop`.
+
+    Attributes:
+        url: where it answers, once started.
+        notes: what was made at the start, and where.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.url = ""
+        self.notes: list[str] = []
+        self._prepared: Prepared | None = None
+        self._app: FastAPI | None = None
+        self._server: _Uvicorn | None = None
+        self._loop: asyncio.Task[None] | None = None
+
+    @property
+    def services(self) -> Services:
+        """The parts of the running server."""
+        assert self._app is not None, "the server is not started"  # noqa: S101
+        services: Services = self._app.state.services
+        return services
+
+    async def start(self) -> str:
+        """Prepare the database, listen, and return the URL once the server answers.
+
+        Raises:
+            StartupError: it cannot start; one sentence says why.
+        """
+        failpoints.arm(self.settings.failpoint, testing=self.settings.testing)
+        self._prepared = await prepare(self.settings)
+        try:
+            self.notes = self._prepared.notes
+            self._app = create_app(self.settings, self._prepared)
+            with _listening(self.settings) as listener:
+                await self._start_uvicorn(self._app, listener)
+                self.url = _url(self.settings, listener)
+        except BaseException:
+            await self.stop()
+            raise
+        return self.url
+
+    async def stop(self) -> None:
+        """Close the streams one by one, finish the requests, and close the database."""
+        server, self._server = self._server, None
+        loop, self._loop = self._loop, None
+        if server is not None:
+            server.should_exit = True
+        if loop is not None:
+            await asyncio.gather(loop, return_exceptions=True)
+        prepared, self._prepared = self._prepared, None
+        if prepared is not None:
+            await prepared.database.close()
+
+    async def _start_uvicorn(self, app: FastAPI, listener: socket.socket) -> None:
+        settings = self.settings
+        config = uvicorn.Config(
+            app,
+            http=http_protocol(settings.max_header_bytes, settings.header_timeout_seconds),
+            ws=PushProtocol,
+            # The largest message is an ack; the application holds others to 64 KiB.
+            ws_max_size=MAX_ACK_BYTES,
+            ws_ping_interval=settings.ping_interval_seconds,
+            ws_ping_timeout=settings.ping_timeout_seconds,
+            ws_per_message_deflate=False,
+            lifespan="on",
+            interface="asgi3",
+            log_config=None,
+            # Its INFO lines hold whole URLs, and a token may have been put into one by mistake.
+            log_level="warning",
+            access_log=False,
+            proxy_headers=False,
+            server_header=False,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
+            timeout_graceful_shutdown=FINISH_SECONDS,
+            ssl_certfile=settings.tls_cert,
+            ssl_keyfile=settings.tls_key,
+        )
+        try:
+            config.load()
+        except OSError as error:
+            # ssl.SSLError is one too.
+            raise StartupError(f"The TLS certificate or key cannot be used: {error}.") from None
+        server = _Uvicorn(config, self)
+        await server.begin(listener)
+        self._server = server
+        self._loop = asyncio.create_task(server.serve_until_stopped(), name="slm-uvicorn")
+
+
+class _Uvicorn(uvicorn.Server):
+    """uvicorn's server without its signals, whose streams are closed one after the other."""
+
+    def __init__(self, config: uvicorn.Config, server: SLMServer) -> None:
+        super().__init__(config)
+        self._slm = server
+
+    async def begin(self, listener: socket.socket) -> None:
+        """Start the application and accept connections.
+
+        Raises:
+            StartupError: the application did not start.
+        """
+        self.lifespan = self.config.lifespan_class(self.config)
+        try:
+            await self.startup(sockets=[listener])
+        except SystemExit:
+            raise StartupError("The server could not start; its log says why.") from None
+        # uvicorn sets the Date header in its loop, which has not run yet.
+        await self.on_tick(0)
+
+    async def serve_until_stopped(self) -> None:
+        """Run until `should_exit` is set, then stop in order."""
+        await self.main_loop()
+        for server in self.servers:
+            server.close()
+        await self._slm.services.hub.close_streams(self._slm.settings.shutdown_seconds)
+        await self.shutdown()
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
+
+
+@contextlib.contextmanager
+def _listening(settings: Settings) -> Iterator[socket.socket]:
+    """Bind the port; the socket is closed again when the block fails.
+
+    Raises:
+        StartupError: the address is not ours or the port is in use.
+    """
+    try:
+        found = socket.getaddrinfo(
+            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        # One address, so that port 0 is one port; IPv4 first, as `localhost` is meant.
+        family, _, _, _, address = min(found, key=lambda each: each[0] != socket.AF_INET)
+        dual = family == socket.AF_INET6 and socket.has_dualstack_ipv6() and address[0] == "::"
+        listener = socket.create_server(address, family=family, backlog=2048, dualstack_ipv6=dual)
+    except OSError as error:
+        raise StartupError(
+            f"The server cannot listen on {settings.host} port {settings.port}:"
+            f" {error.strerror or error}."
+        ) from None
+    try:
+        yield listener
+    except BaseException:
+        listener.close()
+        raise
+
+
+def _url(settings: Settings, listener: socket.socket) -> str:
+    scheme = "https" if settings.tls_cert is not None else "http"
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    return f"{scheme}://{host}:{listener.getsockname()[1]}"
