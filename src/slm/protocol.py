@@ -11,7 +11,7 @@ from typing import Annotated, Any, Final, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, ValidationError
 
-from slm.errors import ProtocolError
+from slm.errors import NotJSON, ProtocolError
 from slm.schemas import AgentConfig
 
 CHANNEL: Final = "agent_config"
@@ -167,6 +167,7 @@ def parse_client_message(text: str) -> ClientMessage | None:
     """Return what a client sent, or None where it is neither a subscription nor an ack.
 
     Raises:
+        NotJSON: it is not JSON.
         ProtocolError: it is not a JSON object, or not of the contract's shape, or has a `since`
             without an epoch.
     """
@@ -185,7 +186,7 @@ def _json_object(text: str) -> dict[str, Any]:
     try:
         data = json.loads(text)
     except (ValueError, RecursionError):
-        raise ProtocolError("a message is not JSON") from None
+        raise NotJSON("a message is not JSON") from None
     if not isinstance(data, dict):
         raise ProtocolError("a message is not a JSON object")
     return data
