@@ -381,7 +381,8 @@ class _Demotion(NamedTuple):
 
 def _next(connection: Connection) -> _Head:
     """Lock the state row and take the next revision: always the first statement of a write."""
-    return _Head(*connection.execute(_NEXT_REVISION).one())
+    revision, epoch, *_ = connection.execute(_NEXT_REVISION[connection.dialect.name]).one()
+    return _Head(revision, epoch)
 
 
 def _found(connection: Connection, agent_id: str, if_match: int | None) -> Any:
