@@ -92,6 +92,12 @@ class AgentInactive(ProblemError):
     code, status, title = "agent-inactive", 404, "The agent is inactive"
 
 
+class RevisionNotFound(ProblemError):
+    """The history holds nothing at this revision: it never was, or was compacted away."""
+
+    code, status, title = "revision-not-found", 404, "Nothing in the history there"
+
+
 class AgentExists(ProblemError):
     """An agent of this agent_id is there already."""
 
@@ -108,6 +114,12 @@ class KeyUndecryptable(ProblemError):
     """The stored key does not decrypt, or was encrypted for another agent, provider or origin."""
 
     code, status, title = "key-undecryptable", 409, "The stored key cannot be used"
+
+
+class KeysNotReady(ProblemError):
+    """A rotation would leave a live replica without the key, or there is no key to go on to."""
+
+    code, status, title = "keys-not-ready", 409, "The encryption keys are not ready for this"
 
 
 class PreconditionFailed(ProblemError):
@@ -173,6 +185,12 @@ class Behind(Unavailable):
     code, title = "behind", "This replica is behind"
 
 
+class EncryptionKeyMissing(Unavailable):
+    """This replica does not have the encryption key that is in use now; another one may."""
+
+    code, title = "encryption-key-missing", "This replica lacks the encryption key in use"
+
+
 class OutcomeUnknown(Unavailable):
     """The write may or may not have been committed; read the agent before trying again."""
 
@@ -209,10 +227,22 @@ class ProtocolError(SLMError):
     code = "protocol"
 
 
+class NotJSON(ProtocolError):
+    """A message that is no JSON at all, which ends a stream with 1007 rather than an `error`."""
+
+    code = "not-json"
+
+
 class SLMUnavailable(SLMError):
     """The SLM did not answer, or not in a way that can be used; the cache goes on serving."""
 
     code = "slm-unavailable"
+
+
+class TLSError(SLMUnavailable):
+    """The SLM's certificate is expired, untrusted or another host's; nothing was sent."""
+
+    code = "tls-error"
 
 
 class AgentKeyUnavailable(SLMError):
