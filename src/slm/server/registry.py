@@ -214,7 +214,7 @@ class AgentRegistry:
 
         def look(connection: Connection) -> tuple[_Head, Any]:
             head = _Head(*connection.execute(_HEAD).one())
-            return head, connection.execute(_AGENT, {"agent_id": agent_id}).one_or_none()
+            return head, _row(connection, agent_id)
 
         head, row = await self._database.read(look)
         if row is None:
@@ -265,7 +265,7 @@ class AgentRegistry:
 
     def _create(self, connection: Connection, *, agent: AgentCreate, author: _Author) -> Written:
         head = _next(connection)
-        if connection.execute(_AGENT, {"agent_id": agent.agent_id}).first() is not None:
+        if _row(connection, agent.agent_id) is not None:
             raise AgentExists
         if agent.is_default and not agent.is_active:
             raise AgentIsDefault("The default agent must be active.")
@@ -385,8 +385,15 @@ def _next(connection: Connection) -> _Head:
     return _Head(revision, epoch)
 
 
+def _row(connection: Connection, agent_id: str) -> Any:
+    """Return the row of an agent, or None; any text may be asked for."""
+    if "\x00" in agent_id or any("\ud800" <= c <= "\udfff" for c in agent_id):
+        return None  # no database can even be asked for it
+    return connection.execute(_AGENT, {"agent_id": agent_id}).one_or_none()
+
+
 def _found(connection: Connection, agent_id: str, if_match: int | None) -> Any:
-    row = connection.execute(_AGENT, {"agent_id": agent_id}).one_or_none()
+    row = _row(connection, agent_id)
     if row is None:
         raise AgentNotFound
     if if_match is not None and if_match != row.revision:
