@@ -1,0 +1,175 @@
+"""What can be said of an agent on a command line: its options, and how their values are read.
+
+Knows no server; an API key comes by file, standard input or a hidden prompt, never as an argument,
+which everyone on the machine could read in the list of processes.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from slm.cli.connection import Target
+from slm.cli.output import UsageError
+from slm.errors import ConfigurationError
+
+Provider = Literal["ollama", "openai", "anthropic"]
+
+
+class Clearable(enum.StrEnum):
+    """What can be set to nothing, as it is called on the command line."""
+
+    DESCRIPTION = "description"
+    ENDPOINT = "endpoint"
+    MAX_TOKENS = "max-tokens"
+    API_KEY = "api-key"
+
+
+AgentId = Annotated[
+    str, typer.Argument(metavar="AGENT", help="The agent's id.", show_default=False)
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for a script.")]
+Name = Annotated[str | None, typer.Option("--name", help="A name for people.", show_default=False)]
+Description = Annotated[
+    str | None, typer.Option("--description", help="What it is for.", show_default=False)
+]
+Model = Annotated[
+    str | None,
+    typer.Option("--model", help="The model, as the provider calls it.", show_default=False),
+]
+ProviderOption = Annotated[
+    Provider | None, typer.Option("--provider", help="Whose protocol to speak.", show_default=False)
+]
+Endpoint = Annotated[
+    str | None,
+    typer.Option(
+        "--endpoint",
+        metavar="URL",
+        help="The base URL; without one the provider's own.",
+        show_default=False,
+    ),
+]
+Temperature = Annotated[
+    float | None,
+    typer.Option("--temperature", metavar="NUMBER", help="0 to 2.", show_default=False),
+]
+MaxTokens = Annotated[
+    int | None,
+    typer.Option("--max-tokens", metavar="N", help="The most to generate.", show_default=False),
+]
+Timeout = Annotated[
+    int | None,
+    typer.Option(
+        "--timeout",
+        metavar="SECONDS",
+        help="For a whole call; of a stream, to its first token and between tokens.",
+        show_default=False,
+    ),
+]
+Options = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--option",
+        metavar="NAME=JSON",
+        help="One of the provider's own options, such as top_p=0.9; NAME= removes it. Repeatable.",
+        show_default=False,
+    ),
+]
+Active = Annotated[
+    bool | None,
+    typer.Option(
+        "--active/--inactive", help="Inactive: its callers get the default.", show_default=False
+    ),
+]
+Default = Annotated[
+    bool, typer.Option("--default", help="Make it the default agent, instead of the present one.")
+]
+IfMatch = Annotated[
+    int | None,
+    typer.Option(
+        "--if-match",
+        metavar="REVISION",
+        help="Only if the agent is still at this revision; else fail.",
+        show_default=False,
+    ),
+]
+KeyPrompt = Annotated[
+    bool,
+    typer.Option("--api-key", help="Ask for the API key, hidden.", rich_help_panel="API key"),
+]
+KeyFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--api-key-file",
+        metavar="FILE",
+        help="Read the API key from a file.",
+        rich_help_panel="API key",
+        show_default=False,
+    ),
+]
+KeyStdin = Annotated[
+    bool,
+    typer.Option(
+        "--api-key-stdin",
+        help="Read the API key from standard input, such as a password manager's.",
+        rich_help_panel="API key",
+    ),
+]
+
+
+def sent(**fields: Any) -> dict[str, Any]:
+    """Return the fields that were given; those left out of a write stay as they are."""
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def merged(options: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
+    """Return the options with each NAME=JSON put in; what is not JSON is text; NAME= removes."""
+    result = dict(options)
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        if not equals or not name:
+            raise UsageError("an --option is NAME=VALUE, such as top_p=0.9")
+        if not text:
+            result.pop(name, None)
+            continue
+        try:
+            result[name] = json.loads(text)
+        except ValueError:
+            result[name] = text
+    return result
+
+
+def read_key(target: Target, *, prompt: bool, file: Path | None, stdin: bool) -> str | None:
+    """Return the API key from where the user said it is, or None.
+
+    Raises:
+        ConfigurationError: it cannot be read, or would travel in the clear.
+    """
+    if prompt + stdin + (file is not None) > 1:
+        raise UsageError("--api-key, --api-key-file and --api-key-stdin exclude each other")
+    if not (prompt or stdin or file is not None):
+        return None
+    if not target.is_private:
+        raise ConfigurationError(
+            f"an API key is not sent to {target.url} without TLS; use https:// or a tunnel"
+        )
+    if file is not None:
+        try:
+            key = file.read_text()
+        except (OSError, UnicodeDecodeError):
+            raise ConfigurationError(f"the API key file {file} cannot be read") from None
+    elif stdin:
+        key = sys.stdin.read()
+    elif not sys.stdin.isatty():
+        raise UsageError("there is no terminal to ask at; use --api-key-stdin")
+    else:
+        key = str(typer.prompt("API key", hide_input=True, err=True))
+    key = key.strip()
+    if not key:
+        raise ConfigurationError("the API key is empty; to remove it: --clear api-key")
+    return key

@@ -1,0 +1,175 @@
+"""Which server a command speaks to, and as whom: options, environment, or the directory beside us.
+
+Knows where to look and nothing of what is asked there.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Final
+from urllib.parse import urlsplit
+
+import typer
+from pydantic import SecretStr
+
+from slm.errors import ConfigurationError
+
+DEFAULT_URL: Final = "http://127.0.0.1:8760"
+URL_FILE: Final = "server.url"
+"""Written into the data directory by `slm serve` while it runs."""
+
+_PANEL: Final = "Which server"
+
+Url = Annotated[
+    str | None,
+    typer.Option(
+        "--url",
+        metavar="URL",
+        help=f"The server's address. \\[env var: SLM_URL; else the data directory's "
+        f"{URL_FILE}, else {DEFAULT_URL}]",
+        rich_help_panel=_PANEL,
+        show_default=False,
+    ),
+]
+TokenFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--token-file",
+        metavar="FILE",
+        help="A file that holds the token. \\[env var: SLM_TOKEN, SLM_TOKEN_FILE; else the data "
+        "directory's admin.token]",
+        rich_help_panel=_PANEL,
+        show_default=False,
+    ),
+]
+CaFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--ca-file",
+        metavar="FILE",
+        envvar="SLM_CA_FILE",
+        help="Certificates of a private CA, in PEM.",
+        rich_help_panel=_PANEL,
+        show_default=False,
+    ),
+]
+DataDir = Annotated[
+    Path,
+    typer.Option(
+        "--data",
+        metavar="DIR",
+        envvar="SLM_DATA_DIR",
+        help="The data directory of a server on this machine.",
+        rich_help_panel=_PANEL,
+    ),
+]
+DEFAULT_DATA_DIR: Final = Path("slm-data")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A server and the token to show it.
+
+    Attributes:
+        url: `http(s)://host:port`, without a slash at the end.
+        token: the bearer token.
+        ca_file: certificates of a private CA, or None for the system's.
+        found: where url and token were found, for messages.
+    """
+
+    url: str
+    token: SecretStr
+    ca_file: Path | None
+    found: str
+
+    @property
+    def is_private(self) -> bool:
+        """Whether nobody on the network can read what is sent: TLS, or this very machine."""
+        return self.url.startswith("https://") or is_loopback(self.url)
+
+
+def find(url: str | None, token_file: Path | None, ca_file: Path | None, data_dir: Path) -> Target:
+    """Return the server that the options, the environment or the data directory name.
+
+    The data directory's own token goes to a server on this machine alone, never to an address
+    that came from elsewhere.
+
+    Raises:
+        ConfigurationError: the address is not one, or there is no token.
+    """
+    address, url_source = _find_url(url, data_dir)
+    token, token_source = _find_token(token_file, data_dir, address)
+    return Target(address, SecretStr(token), ca_file, f"{url_source}; token: {token_source}")
+
+
+def is_loopback(url: str) -> bool:
+    """Say whether the URL's host is this machine, by its literal address or as `localhost`."""
+    host = urlsplit(url).hostname or ""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _find_url(given: str | None, data_dir: Path) -> tuple[str, str]:
+    if given is not None:
+        return _checked_url(given, "--url"), "--url"
+    if named := os.environ.get("SLM_URL"):
+        return _checked_url(named, "SLM_URL"), "SLM_URL"
+    file = data_dir / URL_FILE
+    try:
+        text = file.read_text().strip()
+    except OSError:
+        return DEFAULT_URL, "the default"
+    return _checked_url(text, str(file)), str(file)
+
+
+def _checked_url(text: str, source: str) -> str:
+    url = text.rstrip("/")
+    for websocket, http in (("ws://", "http://"), ("wss://", "https://")):
+        if url.startswith(websocket):
+            url = http + url.removeprefix(websocket)
+    try:
+        parts = urlsplit(url)
+        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        usable = False
+    if not usable or "@" in url or "?" in url or "#" in url:
+        # Not shown: it may hold a password.
+        raise ConfigurationError(f"{source} is not an address like https://slm.example:8760")
+    return url
+
+
+def _find_token(given: Path | None, data_dir: Path, url: str) -> tuple[str, str]:
+    if given is not None:
+        return read_token(given), str(given)
+    if token := os.environ.get("SLM_TOKEN"):
+        return token.strip(), "SLM_TOKEN"
+    if named := os.environ.get("SLM_TOKEN_FILE"):
+        return read_token(Path(named)), named
+    file = data_dir / "admin.token"
+    if is_loopback(url) and file.exists():
+        return read_token(file), str(file)
+    raise ConfigurationError(
+        f"no token for {url}: name a file with --token-file or SLM_TOKEN_FILE, or set SLM_TOKEN "
+        f"(a server writes admin.token into its data directory; none is in {data_dir})"
+    )
+
+
+def read_token(file: Path) -> str:
+    """Return the token that a file holds.
+
+    Raises:
+        ConfigurationError: it cannot be read, or holds nothing.
+    """
+    try:
+        token = file.read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not text"
+        raise ConfigurationError(f"the token file {file} cannot be read: {reason}") from None
+    if not token:
+        raise ConfigurationError(f"the token file {file} is empty")
+    return token

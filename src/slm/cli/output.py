@@ -1,0 +1,128 @@
+"""How the command line speaks: results to stdout, remarks and errors to stderr, never a traceback.
+
+On a terminal with colours and as wide as it is; into a pipe plain text, never wrapped or cut.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from typer.exceptions import TyperException
+
+_PIPE_WIDTH = 10_000
+
+
+class UsageError(TyperException):
+    """The command cannot be understood as it was given; the exit code is 2."""
+
+    exit_code = 2
+
+
+def _console(*, stderr: bool) -> Console:
+    stream = sys.stderr if stderr else sys.stdout
+    # rich would take 80 columns for a pipe and cut what a script wants to read.
+    width = None if stream.isatty() else _PIPE_WIDTH
+    return Console(stderr=stderr, width=width, highlight=False, soft_wrap=not stream.isatty())
+
+
+def out() -> Console:
+    """Return the console for results; made anew, so that it follows sys.stdout."""
+    return _console(stderr=False)
+
+
+def err() -> Console:
+    """Return the console for remarks, progress and errors."""
+    return _console(stderr=True)
+
+
+def one_line(text: str) -> str:
+    """Return the text with every run of white space, line breaks included, as one space."""
+    return " ".join(text.split())
+
+
+def error(text: str) -> None:
+    """Say in one line on stderr what went wrong."""
+    err().print(f"[bold red]error:[/] {escape(one_line(text))}", soft_wrap=True)
+
+
+def warning(text: str) -> None:
+    """Say in one line on stderr what should be known though nothing failed."""
+    err().print(f"[bold yellow]warning:[/] {escape(one_line(text))}", soft_wrap=True)
+
+
+def say(text: str) -> None:
+    """Print one plain line on stdout, at once, for whoever waits for it."""
+    print(text, flush=True)
+
+
+def note(text: str) -> None:
+    """Say something by the way, on stderr."""
+    err().print(f"[dim]{escape(text)}[/]", soft_wrap=True)
+
+
+def print_json(value: Any, *, lines: bool = False) -> None:
+    """Print a value as JSON on stdout: indented, or as one line of a stream of lines."""
+    text = json.dumps(value, ensure_ascii=False, indent=None if lines else 2)
+    print(text, flush=lines)
+
+
+def table(
+    columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[str] = ()
+) -> None:
+    """Print rows under a header; cells may hold rich markup, so escape what others wrote.
+
+    Args:
+        columns: the headers.
+        rows: one cell a column.
+        right: the columns to align to the right.
+    """
+    console = out()
+    # Only a terminal has a width to keep to: there a long cell is folded, in a pipe never.
+    grid = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+    for name in columns:
+        grid.add_column(
+            name,
+            justify="right" if name in right else "left",
+            overflow="fold" if console.is_terminal else "ignore",
+            no_wrap=not console.is_terminal,
+        )
+    for row in rows:
+        grid.add_row(*row)
+    console.print(grid)
+
+
+def pairs(values: Mapping[str, str]) -> None:
+    """Print names and values one under the other, the values aligned; values may hold markup."""
+    width = max(map(len, values), default=0)
+    console = out()
+    for name, value in values.items():
+        console.print(f"[dim]{name:<{width}}[/]  {value}", soft_wrap=True)
+
+
+def shown(value: Any) -> str:
+    """Return a config value as a person reads it, escaped for rich."""
+    if value is None or value == {}:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, dict | list):
+        return escape(json.dumps(value, ensure_ascii=False))
+    return escape(str(value))
+
+
+@contextlib.contextmanager
+def progress(what: str) -> Iterator[None]:
+    """Show on a terminal that something is going on; say nothing in a pipe."""
+    console = err()
+    if not console.is_terminal:
+        yield
+        return
+    with console.status(f"{escape(what)} …"):
+        yield

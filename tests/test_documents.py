@@ -1,0 +1,168 @@
+"""What the documents say is so: the README's code runs, its tables are whole, links lead on."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import aiohttp
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from slm.client.config import ResolvedConfig
+from slm.server.settings import Settings
+from tests.end_to_end.recorder import recording_provider
+from tests.end_to_end.test_live_change import Operator
+from tests.servers import running_server
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+
+
+def tracked_files() -> list[Path]:
+    """Return the files under version control, or in an unpacked archive all that look like it."""
+    done = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode == 0:
+        names = [ROOT / name for name in done.stdout.split("\0") if name]
+    else:
+        names = [p for p in ROOT.rglob("*") if not {".venv", ".git"} & set(p.parts)]
+    return [path for path in names if path.is_file()]
+
+
+def table_rows(prefix: str) -> dict[str, str]:
+    """Return the README's rows `| `NAME` | default | …` of the variables with this prefix."""
+    return dict(re.findall(rf"^\| `({prefix}\w+)` \| (.*?) \|", README, re.MULTILINE))
+
+
+def test_every_setting_is_in_the_readme_with_its_default() -> None:
+    """The table of environment variables is that of the server's settings."""
+    rows = table_rows("SLM_")
+    fields = {f"SLM_{name.upper()}": field for name, field in Settings.model_fields.items()}
+    ours = {"SLM_URL", "SLM_TOKEN", "SLM_TOKEN_FILE", "SLM_CA_FILE", "SLM_TRACEBACK"}
+    assert set(rows) == set(fields) | ours
+    for name, field in fields.items():
+        default = field.default
+        text = "" if default in (None, ()) else f"`{str(default).removesuffix('.0')}`"
+        if isinstance(default, bool):
+            text = f"`{str(default).lower()}`"
+        assert rows[name].strip() == text, name
+
+
+def test_the_environment_step_is_in_the_readme() -> None:
+    """Each field that the chain's third step can set has its variable in the README."""
+    named = set(re.findall(r"AUTOBOT_(LLM_[A-Z_]+)", README)) - {"LLM_"}
+    fields = {
+        name.upper()
+        for name in ResolvedConfig.__dataclass_fields__
+        if name.startswith("llm_") and name != "llm_options"
+    }
+    assert named == fields
+
+
+async def test_the_readmes_backend_runs(tmp_path: Path) -> None:
+    """The ten lines are taken from the README, pointed at a real server, and answer."""
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len([line for line in code.splitlines() if line.strip()]) <= 10
+    assert "http://127.0.0.1:8760" in code
+    async with (
+        running_server(tmp_path / "data") as server,
+        recording_provider() as provider,
+        aiohttp.ClientSession() as http,
+    ):
+        revision = await Operator(http, server).create(
+            "code-assistant",
+            llm_provider="openai",
+            llm_endpoint=provider.openai_url,
+            llm_model="gpt-readme",
+        )
+        clean = {k: v for k, v in os.environ.items() if not k.startswith("SLM_")}
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-c",
+            code.replace("http://127.0.0.1:8760", server.url),
+            env=clean | {"SLM_TOKEN_FILE": str(server.data_dir / "backend.token")},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        out, err = await asyncio.wait_for(process.communicate(), 60)
+    assert out.decode() == f"from gpt-readme (openai/gpt-readme, revision {revision})\n", err
+
+
+def test_the_readmes_commands_are_understood() -> None:
+    """Each `slm` line of the README names a command and options that there are."""
+    (block,) = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    lines = re.findall(r"^(slm .*?)(?:\s+#.*)?$", block, re.MULTILINE)
+    assert len(lines) >= 5
+    for line in lines:
+        words = [word for word in line.split() if not word.startswith('"')]
+        options = [word for word in words if word.startswith("--")]
+        path = [word for word in words[1:3] if re.fullmatch(r"[a-z]+", word)]
+        done = subprocess.run(
+            [sys.executable, "-m", "slm", *path, "--help"],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.returncode == 0, line
+        for option in options:
+            assert option in done.stdout, line
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(document: Path) -> None:
+    """Every relative link of a document names a file that is there."""
+    for target in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", document.read_text()):
+        assert (document.parent / target).exists(), target
+
+
+def test_nothing_names_a_machine_or_a_registry() -> None:
+    """No tracked file holds a path of somebody's machine or tells pip where to look."""
+    # Put together here, so that this file does not hold them either.
+    hosts = [
+        ".".join(name) for name in (("pypi", "org"), ("pythonhosted", "org"), ("npmjs", "org"))
+    ]
+    options = [
+        "--" + "index-url",
+        "--extra" + "-index-url",
+        "--find" + "-links",
+        "--trusted" + "-host",
+    ]
+    home = re.compile("/" + r"(?:home|Users|root|work)/[.a-z]")
+    for path in tracked_files():
+        text = path.read_text(errors="replace")
+        for word in hosts + options:
+            assert word not in text, f"{path.relative_to(ROOT)} holds {word}"
+        assert not home.search(text), path.relative_to(ROOT)
+
+
+def test_the_locks_pin_everything_by_hash() -> None:
+    """Each requirement of both locks is an exact version with at least one hash."""
+    for name in ("requirements.lock", "requirements-model.lock"):
+        text = (ROOT / name).read_text()
+        entries = re.split(r"\n(?=\S)", text.strip())
+        assert entries
+        for entry in entries:
+            assert re.match(r"[a-z0-9.-]+==\S+", entry), entry
+            assert "--hash=sha256:" in entry, entry
+
+
+def test_the_lock_has_what_the_package_needs() -> None:
+    """Every requirement of pyproject.toml is in the lock, at a version that it allows."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lock = (ROOT / "requirements.lock").read_text()
+    pins = dict(re.findall(r"^([a-z0-9.-]+)==([^\s;]+)", lock, re.MULTILINE))
+    extras = project["optional-dependencies"].values()
+    for text in [*project["dependencies"], *(text for extra in extras for text in extra)]:
+        requirement = Requirement(text)
+        if requirement.name == project["name"]:
+            continue
+        name = canonicalize_name(requirement.name)
+        assert name in pins, text
+        assert requirement.specifier.contains(pins[name], prereleases=True), text
