@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ipaddress
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -38,6 +38,7 @@ class Settings(BaseSettings):
         metrics_token: what `/metrics` asks for; none: it is open.
         trusted_proxies: addresses or networks whose Forwarded headers count.
         changes_keep: how many changes are kept for resuming; none: all.
+        log_level: how much the server tells on stderr.
         heartbeat_seconds: how often a stream hears a heartbeat.
         ping_interval_seconds: how often a stream is pinged.
         ping_timeout_seconds: how long a peer has to answer a ping.
@@ -74,6 +75,7 @@ class Settings(BaseSettings):
     metrics_token: SecretStr | None = None
     trusted_proxies: Annotated[tuple[Network, ...], NoDecode] = ()
     changes_keep: Annotated[int, Field(ge=0)] | None = None
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     heartbeat_seconds: Seconds = 20
     ping_interval_seconds: Seconds = 20
