@@ -1,0 +1,122 @@
+"""The server under measurement, with a side door: `python -m benchmarks.server_process ARGUMENTS`.
+
+It is the server that `slm serve` runs, unchanged. The side door, a Unix socket, tells what cannot be
+seen from outside: when a transaction's commit returned, how much memory there is, and how long the
+same sockets take when a C loop, or the naive loop, writes the same frame to them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import gc
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks import machine, native
+from slm.server.hub import Frames
+from slm.server.run import SLMServer
+from slm.server.settings import Settings
+
+
+class SideDoor:
+    """What the bench asks the server's process; one JSON line each way."""
+
+    def __init__(self, server: SLMServer) -> None:
+        self._server = server
+        self._commits: dict[int, int] = {}
+        self._frame: Frames | None = None
+        self._last_write = 0
+        database: Any = server.services.database
+        self._transaction = database._transaction
+        database._transaction = self._timed
+        registry: Any = server.services.registry
+        self._update = registry.update
+        registry.update = self._noted
+        hub: Any = server.services.hub
+        self._broadcast = hub._broadcast_frames
+        hub._broadcast_frames = self._remembered
+
+    def _timed(self, fn: Callable[..., Any], read_only: bool) -> Any:
+        """In the database's thread: note when the commit of a write returned."""
+        result = self._transaction(fn, read_only)
+        if not read_only:
+            self._last_write = time.monotonic_ns()
+        return result
+
+    async def _noted(self, *args: Any, **kwargs: Any) -> Any:
+        written = await self._update(*args, **kwargs)
+        self._commits[written.revision] = self._last_write
+        return written
+
+    async def _remembered(self, frames: Frames) -> None:
+        self._frame = frames
+        await self._broadcast(frames)
+
+    async def serve(self, path: Path) -> None:
+        """Answer until the process ends."""
+        await asyncio.start_unix_server(self._answer, path)
+
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while line := await reader.readline():
+            answer = await getattr(self, f"do_{line.decode().strip()}")()
+            writer.write(json.dumps(answer).encode() + b"\n")
+
+    async def do_memory(self) -> dict[str, int]:
+        gc.collect()
+        live = self._server.services.hub.live_count()
+        return {"rss_bytes": machine.rss_bytes(os.getpid()), "live": live}
+
+    async def do_commits(self) -> dict[int, int]:
+        commits, self._commits = self._commits, {}
+        return commits
+
+    async def do_cpu(self) -> float:
+        return time.process_time()
+
+    async def do_floor(self) -> dict[str, int]:
+        """Send the last change's frame to every subscriber's socket from a loop in C."""
+        assert self._frame is not None
+        frame = self._frame.encoded
+        descriptors = [
+            sink._protocol.transport.get_extra_info("socket").fileno() for sink in self._sinks()
+        ]
+        sockets = (ctypes.c_int * len(descriptors))(*descriptors)
+        send_to_all = native.floor_library().send_to_all
+        begin = time.monotonic_ns()
+        refused = send_to_all(sockets, len(sockets), frame, len(frame))
+        return {"begin": begin, "end": time.monotonic_ns(), "refused": refused}
+
+    async def do_naive(self) -> dict[str, int]:
+        """Send the same text with `await send_text` to one after the other, as most would."""
+        assert self._frame is not None
+        text = self._frame.texts[0]
+        protocols = [sink._protocol for sink in self._sinks()]
+        begin = time.monotonic_ns()
+        for protocol in protocols:
+            await protocol.send({"type": "websocket.send", "text": text})
+        return {"begin": begin, "end": time.monotonic_ns(), "refused": 0}
+
+    def _sinks(self) -> list[Any]:
+        return [subscriber.sink for subscriber in self._server.services.hub._live]
+
+
+async def main(data_dir: Path, side_door: Path, settings: dict[str, Any]) -> None:
+    server = SLMServer(Settings(port=0, data_dir=data_dir, **settings))
+    url = await server.start()
+    await SideDoor(server).serve(side_door)
+    print(f"READY {url}", flush=True)
+    await asyncio.get_running_loop().run_in_executor(None, sys.stdin.readline)
+    await server.stop()
+
+
+if __name__ == "__main__":
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    asyncio.run(main(Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])))
