@@ -19,16 +19,16 @@ from alembic.script import ScriptDirectory
 from pydantic import SecretStr
 from sqlalchemy import Connection, delete, func, insert, inspect, select, text, update
 
-from slm.errors import ConfigurationError, ProblemError, StartupError
+from slm.errors import ProblemError, StartupError
 from slm.server import tokens
 from slm.server.adopt import Adoption, adopt
 from slm.server.database import Database
 from slm.server.files import make_data_dir, read_private, write_private
+from slm.server.keyring import KeysAtHand, KeySource, key_file, read_keys, register
 from slm.server.models import AGENTS, ENCRYPTION_KEYS, STATE, TOKENS, utc_now
 from slm.server.settings import Settings
-from slm.server.vault import Vault, fingerprint, parse_keys
+from slm.server.vault import Vault, fingerprint
 
-KEY_FILE: Final = "encryption.key"
 FIRST_TOKENS: Final = (
     ("admin", "admin.token", tokens.SCOPES),
     ("backend", "backend.token", tokens.BACKEND_SCOPES),
@@ -68,14 +68,19 @@ async def prepare(settings: Settings) -> Prepared:
     Raises:
         StartupError: it cannot be done; one sentence says why.
     """
-    given = _given_keys(settings)
-    database = Database(settings.url, lock_timeout_seconds=settings.lock_timeout_seconds)
+    # A command may take its time, so it runs before anything is locked.
+    at_hand = read_keys(settings)
+    database = Database(
+        settings.url,
+        lock_timeout_seconds=settings.lock_timeout_seconds,
+        idle_in_transaction_seconds=settings.idle_in_transaction_seconds,
+    )
     if database.dialect == "sqlite":
         make_data_dir(settings.data_dir)
     await database.open()
     try:
         vault, notes = await database.run(
-            functools.partial(_prepare, database=database, settings=settings, given=given)
+            functools.partial(_prepare, database=database, settings=settings, at_hand=at_hand)
         )
     except ProblemError as error:
         await database.close()
@@ -83,20 +88,23 @@ async def prepare(settings: Settings) -> Prepared:
     except BaseException:
         await database.close()
         raise
+    database.answer_within(settings.database_timeout_seconds)
     return Prepared(database, vault, notes)
 
 
 def _prepare(
-    connection: Connection, *, database: Database, settings: Settings, given: list[SecretStr]
+    connection: Connection, *, database: Database, settings: Settings, at_hand: KeysAtHand
 ) -> tuple[Vault, list[str]]:
     notes: list[str] = []
     if connection.dialect.name == "postgresql":
         connection.execute(text(f"SET LOCAL lock_timeout = '{_MIGRATION_WAIT_SECONDS}s'"))
         connection.execute(text(f"SELECT pg_advisory_xact_lock({_ADVISORY_LOCK})"))
     first_time = not is_ours(connection, database.name)
-    keys = given or _own_keys(connection, database, settings, notes)
+    own = at_hand.source is KeySource.FILE
+    keys = _own_keys(connection, database, settings, notes) if own else list(at_hand.keys)
     migrate(connection)
-    vault = _checked_vault(connection, keys, may_replace=not given)
+    vault = _checked_vault(connection, keys, may_replace=own)
+    notes += register(connection, vault)
     notes += _adoption_notes(adopt(connection, vault, first_time=first_time))
     notes += _first_tokens(connection, settings.data_dir)
     return vault, notes
@@ -145,32 +153,9 @@ def migrate(connection: Connection) -> None:
 # --- encryption keys ---
 
 
-def _given_keys(settings: Settings) -> list[SecretStr]:
-    if settings.encryption_keys is None:
-        return []
-    keys = parse_keys(settings.encryption_keys.get_secret_value())
-    try:
-        Vault(keys)
-    except ConfigurationError as error:
-        raise StartupError(f"SLM_ENCRYPTION_KEYS: {error}.") from None
-    return keys
-
-
 def keys_at_hand(settings: Settings) -> list[SecretStr]:
     """Return the encryption keys that a start would use, or none where it would make one."""
-    return _given_keys(settings) or _keys_of_file(settings.data_dir / KEY_FILE, [])
-
-
-def _keys_of_file(path: Path, notes: list[str]) -> list[SecretStr]:
-    content = read_private(path, notes)
-    if content is None:
-        return []
-    keys = parse_keys(content)
-    try:
-        Vault(keys)
-    except ConfigurationError as error:
-        raise StartupError(f"{path} cannot be used: {error}.") from None
-    return keys
+    return list(read_keys(settings).keys)
 
 
 def _own_keys(
@@ -180,12 +165,13 @@ def _own_keys(
     if database.dialect != "sqlite":
         raise StartupError(
             "An encryption key is needed: set SLM_ENCRYPTION_KEYS, the same on every server of"
-            " this database."
+            " this database, or SLM_ENCRYPTION_KEY_COMMAND."
         )
-    path = settings.data_dir / KEY_FILE
-    keys = _keys_of_file(path, notes)
+    path = key_file(settings)
+    # Under the database's lock: another server may have made the file just now.
+    keys = read_keys(settings, notes).keys
     if keys:
-        return keys
+        return list(keys)
     if _holds_api_keys(connection):
         raise StartupError(
             f"{database.name} holds API keys, and the encryption key they need is not given: set"
@@ -230,15 +216,6 @@ def _checked_vault(
     # The first start; or the generated key was lost together with nothing that needs it.
     vault = Vault(keys)
     connection.execute(delete(ENCRYPTION_KEYS))
-    connection.execute(
-        insert(ENCRYPTION_KEYS).values(
-            fingerprint=vault.fingerprints[0],
-            check_token=vault.make_check(),
-            is_active=True,
-            created_at=utc_now(),
-        )
-    )
-    connection.execute(update(STATE).values(keyring_version=STATE.c.keyring_version + 1))
     return vault
 
 

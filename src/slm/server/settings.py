@@ -35,6 +35,8 @@ class Settings(BaseSettings):
         tls_key: the private key in PEM.
         encryption_keys: Fernet keys separated by commas; at the first start the first is the
             active one, later the database names it.
+        encryption_key_command: a command, run without a shell, that prints such keys; for a vault
+            or a KMS.
         metrics_token: what `/metrics` asks for; none: it is open.
         trusted_proxies: addresses or networks whose Forwarded headers count.
         changes_keep: how many changes are kept for resuming; none: all.
@@ -46,6 +48,13 @@ class Settings(BaseSettings):
         poll_interval_seconds: how often the feed looks without being woken.
         min_revision_wait_seconds: how long a read waits for `min_revision`.
         lock_timeout_seconds: how long a transaction waits for a lock.
+        database_timeout_seconds: how long a whole transaction may take before it is given up.
+        idle_in_transaction_seconds: after this PostgreSQL ends a transaction that says nothing.
+        compact_interval_seconds: how often changes beyond `changes_keep` are looked for.
+        lease_seconds: after how long without a word a replica counts as gone.
+        key_command_seconds: how long `encryption_key_command` may take.
+        key_check_seconds: how often all stored keys are tried, so that `/readyz` can tell.
+        last_used_seconds: how often it is written down when a token was last used.
         buffer_bytes: how much may wait for one slow reader.
         buffer_total_bytes: how much may wait for all of them.
         max_body_bytes: the largest request body.
@@ -72,6 +81,7 @@ class Settings(BaseSettings):
     tls_cert: Path | None = None
     tls_key: Path | None = None
     encryption_keys: SecretStr | None = None
+    encryption_key_command: str | None = None
     metrics_token: SecretStr | None = None
     trusted_proxies: Annotated[tuple[Network, ...], NoDecode] = ()
     changes_keep: Annotated[int, Field(ge=0)] | None = None
@@ -84,6 +94,13 @@ class Settings(BaseSettings):
     poll_interval_seconds: Seconds = 1
     min_revision_wait_seconds: Seconds = 2
     lock_timeout_seconds: Seconds = 2
+    database_timeout_seconds: Seconds = 10
+    idle_in_transaction_seconds: Seconds = 5
+    compact_interval_seconds: Seconds = 60
+    lease_seconds: Seconds = 15
+    key_command_seconds: Seconds = 30
+    key_check_seconds: Seconds = 300
+    last_used_seconds: Seconds = 60
     header_timeout_seconds: Seconds = 10
     shutdown_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 3
 
@@ -122,6 +139,8 @@ class Settings(BaseSettings):
     def _consistent(self) -> Settings:
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ValueError("tls_cert and tls_key go together")
+        if self.encryption_keys is not None and self.encryption_key_command is not None:
+            raise ValueError("encryption_keys and encryption_key_command exclude each other")
         if self.failpoint is not None and not self.testing:
             raise ValueError("failpoint is for tests alone and needs SLM_TESTING=1")
         return self

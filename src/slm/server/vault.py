@@ -42,6 +42,9 @@ class KeyBinding:
 class Vault:
     """Encrypts with the first key, decrypts with any.
 
+    Its keys can be changed while it is in use (`replace`, `activate`): one call sees either all the
+    old ones or all the new ones.
+
     Args:
         keys: Fernet keys (32 bytes in URL-safe base64), the active one first.
 
@@ -50,22 +53,35 @@ class Vault:
     """
 
     def __init__(self, keys: Sequence[SecretStr | str]) -> None:
-        texts = [k.get_secret_value() if isinstance(k, SecretStr) else k for k in keys]
-        if not texts:
-            raise ConfigurationError("an encryption key is needed")
-        try:
-            self._keys = [Fernet(text) for text in texts]
-        except (ValueError, TypeError):
-            # The library's message may quote the key.
-            raise ConfigurationError(
-                "an encryption key is not a Fernet key (32 bytes in URL-safe base64)"
-            ) from None
-        self._any = MultiFernet(self._keys)
-        self.fingerprints: tuple[str, ...] = tuple(fingerprint(text) for text in texts)
-        """One for each key, in order; the first is that of the active key."""
+        self._ring = _ring_of(keys)
 
     def __repr__(self) -> str:
         return f"<Vault {', '.join(self.fingerprints)}>"
+
+    @property
+    def fingerprints(self) -> tuple[str, ...]:
+        """One for each key, in order; the first is that of the active key."""
+        return tuple(self._ring)
+
+    def replace(self, keys: Sequence[SecretStr | str]) -> None:
+        """Have these keys from now on; the active one stays the active one if it is among them.
+
+        Raises:
+            ConfigurationError: there is no key, or one is not a Fernet key; nothing has changed.
+        """
+        ring, active = _ring_of(keys), self.fingerprints[0]
+        self._ring = _with_first(ring, active) if active in ring else ring
+
+    def activate(self, name: str) -> bool:
+        """Encrypt with the key of this fingerprint from now on; return whether it is here."""
+        if name not in self._ring:
+            return False
+        self._ring = _with_first(self._ring, name)
+        return True
+
+    def has(self, keys: Sequence[SecretStr | str]) -> bool:
+        """Say whether these are the keys it has, in whatever order."""
+        return {fingerprint(_text(key)) for key in keys} == set(self._ring)
 
     @staticmethod
     def generate_key() -> SecretStr:
@@ -80,7 +96,7 @@ class Vault:
             "origin": binding.origin,
             "key": key.get_secret_value(),
         }
-        return self._keys[0].encrypt(_BOUND + json.dumps(plain).encode()).decode()
+        return self._active.encrypt(_BOUND + json.dumps(plain).encode()).decode()
 
     def decrypt(self, token: str, binding: KeyBinding) -> SecretStr:
         """Return the key of a bound token.
@@ -118,7 +134,11 @@ class Vault:
 
     def make_check(self) -> str:
         """Return a token that tells later whether the active key is the same (`opens_check`)."""
-        return self._keys[0].encrypt(_CHECK).decode()
+        return self.make_check_of(self.fingerprints[0])
+
+    def make_check_of(self, name: str) -> str:
+        """Return such a token for the key of this fingerprint."""
+        return self._ring[name].encrypt(_CHECK).decode()
 
     def opens_check(self, token: str) -> bool:
         """Say whether one of the keys made this check token."""
@@ -127,11 +147,59 @@ class Vault:
         except KeyUndecryptable:
             return False
 
+    def key_of(self, token: str) -> str | None:
+        """Return the fingerprint of the key that a bound token needs; None: none of these.
+
+        A token that is not bound needs none: it is refused whatever opens it.
+        """
+        for name, fernet in self._ring.items():
+            try:
+                plain = fernet.decrypt(token.encode())
+            except (InvalidToken, ValueError, TypeError):
+                continue
+            return name if plain.startswith(_BOUND) else None
+        return None
+
+    def reencrypt(self, token: str) -> str | None:
+        """Return the same plaintext under the active key, binding and all.
+
+        None where there is nothing to do: it is under the active key, not bound, or no key of this
+        vault opens it.
+        """
+        if self.key_of(token) in (None, self.fingerprints[0]):
+            return None
+        return self._active.encrypt(self._plaintext(token)).decode()
+
+    @property
+    def _active(self) -> Fernet:
+        return next(iter(self._ring.values()))
+
     def _plaintext(self, token: str) -> bytes:
         try:
-            return self._any.decrypt(token.encode())
+            return MultiFernet(self._ring.values()).decrypt(token.encode())
         except (InvalidToken, ValueError, TypeError):
             _refuse("The stored key was encrypted with a key that this server does not have.")
+
+
+def _ring_of(keys: Sequence[SecretStr | str]) -> dict[str, Fernet]:
+    """Return the keys by fingerprint, in order; never changed afterwards, only replaced."""
+    if not keys:
+        raise ConfigurationError("an encryption key is needed")
+    try:
+        return {fingerprint(_text(key)): Fernet(_text(key)) for key in keys}
+    except (ValueError, TypeError):
+        # The library's message may quote the key.
+        raise ConfigurationError(
+            "an encryption key is not a Fernet key (32 bytes in URL-safe base64)"
+        ) from None
+
+
+def _with_first(ring: dict[str, Fernet], name: str) -> dict[str, Fernet]:
+    return {name: ring[name]} | ring
+
+
+def _text(key: SecretStr | str) -> str:
+    return key.get_secret_value() if isinstance(key, SecretStr) else key
 
 
 def fingerprint(key: str) -> str:
