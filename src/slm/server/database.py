@@ -10,6 +10,7 @@ import contextlib
 import functools
 import os
 import sqlite3
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,6 +29,7 @@ from slm.errors import (
     ProblemError,
     StartupError,
 )
+from slm.server import failpoints
 from slm.server.models import (
     AGENTS,
     CHANGES,
@@ -68,9 +70,31 @@ T = TypeVar("T")
 MIN_SQLITE: Final = (3, 35, 0)
 """The first SQLite that has RETURNING."""
 
-IDLE_IN_TRANSACTION_SECONDS: Final = 5.0
-"""After this PostgreSQL ends a transaction that says nothing: a stopped replica holds the state
-row, and every other writer would wait for it."""
+
+class _Attempt:
+    """One transaction, between the loop that waits for it and the thread that runs it.
+
+    Whoever comes first decides: once the loop has given it up it is never committed, and once its
+    commit has begun nobody can say that nothing was changed.
+    """
+
+    def __init__(self) -> None:
+        self.late = False
+        self.committing = False
+        self._lock = threading.Lock()
+
+    def is_late(self, future: asyncio.Future[Any]) -> None:
+        """Give it up; a thread that still works on it goes on by itself."""
+        with self._lock:
+            self.late = True
+        future.cancel()
+
+    def begin_commit(self) -> None:
+        """Raise, and so roll back, where it was given up."""
+        with self._lock:
+            if self.late:
+                raise DatabaseUnavailable("The database answered too late.")
+            self.committing = True
 
 
 class DatabaseHeld(StartupError):
@@ -83,17 +107,27 @@ class Database:
     Args:
         url: `sqlite:///…` or `postgresql+psycopg://…`.
         lock_timeout_seconds: how long a transaction waits for a lock, and an opening for a file.
+        idle_in_transaction_seconds: after this PostgreSQL ends a transaction that says nothing: a
+            stopped replica holds the state row, and every other writer would wait for it.
         pool_size: how many transactions run at once on PostgreSQL; SQLite has one.
     """
 
     def __init__(
-        self, url: str | URL, *, lock_timeout_seconds: float = 2.0, pool_size: int = 8
+        self,
+        url: str | URL,
+        *,
+        lock_timeout_seconds: float = 2.0,
+        idle_in_transaction_seconds: float = 5.0,
+        pool_size: int = 8,
     ) -> None:
         self.url = make_url(url)
         self.dialect: Literal["sqlite", "postgresql"] = (
             "sqlite" if self.url.get_backend_name() == "sqlite" else "postgresql"
         )
         self._lock_timeout_seconds = lock_timeout_seconds
+        self._idle_in_transaction_seconds = idle_in_transaction_seconds
+        # None while a server is made ready: a migration takes as long as it takes.
+        self._answer_timeout_seconds: float | None = None
         self._workers = 1 if self.dialect == "sqlite" else pool_size
         self._engine: Engine | None = None
         self._threads: ThreadPoolExecutor | None = None
@@ -114,6 +148,10 @@ class Database:
         if self.dialect != "sqlite" or self.url.database in (None, "", ":memory:"):
             return None
         return Path(str(self.url.database))
+
+    def answer_within(self, seconds: float) -> None:
+        """From now on give a transaction up that takes longer, such as on a lost network."""
+        self._answer_timeout_seconds = seconds
 
     async def open(self) -> None:
         """Open the database; a SQLite file that is not there is made, readable by us alone.
@@ -152,7 +190,8 @@ class Database:
             InsufficientStorage: its disk is full.
             OutcomeUnknown: the connection was lost while committing.
         """
-        return await self._hop(functools.partial(self._transaction, fn, False))
+        attempt = _Attempt()
+        return await self._hop(functools.partial(self._transaction, fn, False, attempt), attempt)
 
     async def read(self, fn: Callable[[Connection], T]) -> T:
         """Run `fn`, which only reads, on one consistent view of the whole database.
@@ -160,7 +199,8 @@ class Database:
         Raises:
             DatabaseUnavailable: the database is away.
         """
-        return await self._hop(functools.partial(self._transaction, fn, True))
+        attempt = _Attempt()
+        return await self._hop(functools.partial(self._transaction, fn, True, attempt), attempt)
 
     async def vacuum_into(self, path: Path) -> None:
         """Write a consistent copy of a SQLite database into an empty file, while it is in use.
@@ -190,21 +230,37 @@ class Database:
         finally:
             connection.close()
 
-    async def _hop(self, work: Callable[[], T]) -> T:
+    async def _hop(self, work: Callable[[], T], attempt: _Attempt | None = None) -> T:
         if self._threads is None:
             raise DatabaseUnavailable("The database is closed.")
+        loop = asyncio.get_running_loop()
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+            future = loop.run_in_executor(self._threads, work)
         except RuntimeError as error:
             if "after shutdown" not in str(error):
                 raise
             raise DatabaseUnavailable("The database is closed.") from None
+        if attempt is None or self._answer_timeout_seconds is None:
+            return await future
+        timer = loop.call_later(self._answer_timeout_seconds, attempt.is_late, future)
+        try:
+            return await future
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if not attempt.late or (task is not None and task.cancelling()):
+                raise
+            if attempt.committing:
+                raise OutcomeUnknown from None
+            raise DatabaseUnavailable("The database did not answer in time.") from None
+        finally:
+            timer.cancel()
 
-    def _transaction(self, fn: Callable[[Connection], T], read_only: bool) -> T:
+    def _transaction(self, fn: Callable[[Connection], T], read_only: bool, attempt: _Attempt) -> T:
         engine = self._engine
         if engine is None:
             raise DatabaseUnavailable("The database is closed.")
         committing = False
+        failpoints.reach("database")
         try:
             with engine.connect() as connection:
                 if read_only and self.dialect == "postgresql":
@@ -215,6 +271,8 @@ class Database:
                 with contextlib.closing(connection.begin()) as transaction:
                     result = fn(connection)
                     committing = not read_only
+                    if committing:
+                        attempt.begin_commit()
                     transaction.commit()
             return result
         except (DBAPIError, PoolTimeout) as error:
@@ -284,7 +342,9 @@ class Database:
             ) from None
         settings = {
             "lock_timeout": f"{round(self._lock_timeout_seconds * 1000)}ms",
-            "idle_in_transaction_session_timeout": f"{IDLE_IN_TRANSACTION_SECONDS:g}s",
+            "idle_in_transaction_session_timeout": (
+                f"{round(self._idle_in_transaction_seconds * 1000)}ms"
+            ),
             "timezone": "UTC",
         }
 

@@ -16,8 +16,9 @@ from typing import Final, Literal
 
 from slm.errors import ConfigurationError, DatabaseUnavailable
 
-NAMES: Final = ("before_commit", "after_commit", "before_push", "in_compaction")
-"""before_commit: a write has done its statements; after_commit: the write is durable and nobody was
+NAMES: Final = ("database", "before_commit", "after_commit", "before_push", "in_compaction")
+"""database: any transaction is about to begin;
+before_commit: a write has done its statements; after_commit: the write is durable and nobody was
 told; before_push: the feed has read a change and pushed nothing of it; in_compaction: changes were
 deleted and the transaction is open."""
 
