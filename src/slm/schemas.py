@@ -112,6 +112,7 @@ TimeoutSeconds = Annotated[StrictInt, Field(ge=1, le=3600)]
 Temperature = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False, strict=True)]
 MaxTokens = Annotated[StrictInt, Field(ge=1, le=2**31 - 1)]
 Options = Annotated[dict[str, Any], AfterValidator(_bounded_options)]
+Comment = Annotated[str, Field(min_length=1, max_length=1024), AfterValidator(_storable)]
 
 
 class _Written(BaseModel):
@@ -138,6 +139,7 @@ class AgentCreate(_Written):
     llm_options: Options = Field(default_factory=dict)
     is_default: StrictBool = False
     is_active: StrictBool = True
+    comment: Comment | None = None
 
 
 class AgentUpdate(_Written):
@@ -161,6 +163,7 @@ class AgentUpdate(_Written):
     llm_options: Options | None = None
     is_default: StrictBool | None = None
     is_active: StrictBool | None = None
+    comment: Comment | None = None
 
     @field_validator(
         "agent_id",
@@ -179,6 +182,17 @@ class AgentUpdate(_Written):
         if value is None:
             raise ValueError("cannot be null")
         return value
+
+
+class Rollback(_Written):
+    """The body of POST /api/agents/{agent_id}/rollback.
+
+    `to` is a revision of the database: the agent gets back what it was at that time. Without it,
+    what it was before its last change.
+    """
+
+    to: Annotated[StrictInt, Field(ge=1, le=2**63 - 1)] | None = None
+    comment: Comment | None = None
 
 
 class _Read(BaseModel):
@@ -260,3 +274,31 @@ class Snapshot(_Read):
     revision: int
     epoch: str
     agents: list[LLMConfigWithKey]
+
+
+class Change(_Read):
+    """One row of the history: what an agent became, who did it, when and why.
+
+    `agent` is the whole agent without its key; of a delete, as it was.
+    """
+
+    revision: int
+    type: str
+    agent_id: str
+    agent: Agent
+    was_default: bool
+    actor: str
+    comment: str | None = None
+    created_at: datetime
+
+
+class ChangeList(_Read):
+    """The answer of GET /api/changes and GET /api/agents/{agent_id}/history.
+
+    `floor` is the revision up to which changes may have been compacted away.
+    """
+
+    changes: list[Change]
+    floor: int
+    revision: int
+    epoch: str

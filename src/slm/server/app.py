@@ -12,7 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from slm.errors import ProblemError
-from slm.server.api import admin, agents, health, snapshot, ws
+from slm.server.api import admin, agents, health, history, snapshot, ws
 from slm.server.edge import Edge
 from slm.server.prepare import Prepared
 from slm.server.problems import (
@@ -90,7 +90,13 @@ def create_app(settings: Settings, prepared: Prepared) -> FastAPI:
     app.add_exception_handler(ProblemError, on_problem)
     app.add_exception_handler(HTTPException, on_http_exception)
     app.add_exception_handler(RequestValidationError, on_validation_error)
-    for router in (agents.router, snapshot.router, admin.router, health.router):
+    for router in (
+        agents.router,
+        history.router,
+        snapshot.router,
+        admin.router,
+        health.router,
+    ):
         app.include_router(router)
     app.add_api_websocket_route("/ws", ws.stream)
     return app

@@ -60,7 +60,7 @@ _WRITE_PROBLEMS: Final = (
     OutcomeUnknown,
     InsufficientStorage,
 )
-_BODY_PROBLEMS: Final = (*_WRITE_PROBLEMS, ContentTooLarge, UnsupportedMediaType)
+BODY_PROBLEMS: Final = (*_WRITE_PROBLEMS, ContentTooLarge, UnsupportedMediaType)
 
 
 def _searchable(text: str) -> str:
@@ -153,7 +153,7 @@ async def get_llm_config(request: Request, agent_id: AgentIdPath, services: UpTo
     "/agents",
     status_code=201,
     response_model=Agent,
-    responses=problem_responses(*_BODY_PROBLEMS, AgentExists, AgentIsDefault),
+    responses=problem_responses(*BODY_PROBLEMS, AgentExists, AgentIsDefault),
 )
 async def create_agent(
     request: Request,
@@ -164,14 +164,14 @@ async def create_agent(
     """Create an agent; with is_default it takes the flag from the default of now."""
     if agent.llm_api_key is not None:
         require_private(request, services.settings.trusted_proxies)
-    written = await services.registry.create(agent, actor=caller.name)
-    return await _written_answer(services, written, 201)
+    written = await services.registry.create(agent, actor=caller.name, comment=agent.comment)
+    return await written_answer(services, written, 201)
 
 
 @router.put(
     "/agents/{agent_id}",
     response_model=Agent,
-    responses=problem_responses(*_BODY_PROBLEMS, AgentNotFound, AgentIsDefault, PreconditionFailed),
+    responses=problem_responses(*BODY_PROBLEMS, AgentNotFound, AgentIsDefault, PreconditionFailed),
 )
 async def update_agent(
     request: Request,
@@ -184,9 +184,13 @@ async def update_agent(
     if update.llm_api_key is not None:
         require_private(request, services.settings.trusted_proxies)
     written = await services.registry.update(
-        agent_id, update, actor=caller.name, if_match=_if_match(request, services, agent_id)
+        agent_id,
+        update,
+        actor=caller.name,
+        comment=update.comment,
+        if_match=if_match(request, services, agent_id),
     )
-    return await _written_answer(services, written, 200)
+    return await written_answer(services, written, 200)
 
 
 @router.delete(
@@ -201,21 +205,35 @@ async def delete_agent(
     agent_id: AgentIdPath,
     services: Parts,
     caller: Annotated[Caller, Depends(Requires("agents:write"))],
+    comment: FilterText | None = None,
 ) -> Response:
     """Delete an agent; the default cannot be."""
     written = await services.registry.delete(
-        agent_id, actor=caller.name, if_match=_if_match(request, services, agent_id)
+        agent_id,
+        actor=caller.name,
+        comment=comment,
+        if_match=if_match(request, services, agent_id),
     )
-    return await _written_answer(services, written, 204)
+    return await written_answer(services, written, 204)
 
 
-def _if_match(request: Request, services: Services, agent_id: str) -> int | None:
+def if_match(request: Request, services: Services, agent_id: str) -> int | None:
+    """Return the revision that If-Match asks for, or None where it asks for none."""
     entry = services.catalog.get(agent_id)
     return if_match_revision(request.headers, None if entry is None else entry.agent.revision)
 
 
-async def _written_answer(services: Services, written: Written, status: int) -> Response:
-    """Answer once the feed has passed the write on, so that whoever wrote reads what it wrote."""
+async def written_answer(
+    services: Services, written: Written, status: int, **more: object
+) -> Response:
+    """Answer once the feed has passed the write on, so that whoever wrote reads what it wrote.
+
+    Args:
+        services: the parts of the server.
+        written: what the registry did.
+        status: of the answer.
+        more: fields to add to the agent in the body.
+    """
     services.counts.writes += written.changed
     headers = revision_headers(written.revision, written.epoch)
     services.feed.wake()
@@ -228,7 +246,7 @@ async def _written_answer(services: Services, written: Written, status: int) -> 
     headers["etag"] = f'"{agent.revision}"'
     if status == 201:
         headers["location"] = f"/api/agents/{quote(agent.agent_id, safe='')}"
-    body = agent.model_dump(mode="json")
+    body = agent.model_dump(mode="json") | more
     if written.api_key_cleared:
         body["api_key_cleared"] = True
     return json_response(json.dumps(body, ensure_ascii=False).encode(), status, headers)

@@ -1,0 +1,117 @@
+"""The routes of the history: what was, who did it, and getting it back (docs/protocol.md 3)."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Query, Request, Response
+
+from slm.errors import AgentIsDefault, AgentNotFound, PreconditionFailed, RevisionNotFound
+from slm.schemas import Agent, ChangeList, Rollback
+from slm.server.api.agents import BODY_PROBLEMS, FilterText, if_match, written_answer
+from slm.server.api.common import (
+    KEYED_PROBLEMS,
+    AgentIdPath,
+    Parts,
+    Requires,
+    SLMRoute,
+    json_response,
+    problem_responses,
+    revision_headers,
+)
+from slm.server.auth import Caller
+from slm.server.history import (
+    MAX_PAGE,
+    ChangeFilter,
+    History,
+    restoring_create,
+    restoring_update,
+)
+from slm.server.services import Services
+from slm.server.strict_json import MAX_INTEGER
+
+router = APIRouter(prefix="/api", route_class=SLMRoute, tags=["history"])
+
+Revision = Annotated[int, Query(ge=0, le=MAX_INTEGER)]
+Limit = Annotated[int, Query(ge=1, le=MAX_PAGE)]
+
+
+@router.get(
+    "/changes",
+    response_model=ChangeList,
+    dependencies=[Depends(Requires("config:read"))],
+    responses=problem_responses(*KEYED_PROBLEMS),
+)
+async def list_changes(
+    services: Parts,
+    since: Revision = 0,
+    agent: FilterText | None = None,
+    actor: FilterText | None = None,
+    limit: Limit = 100,
+) -> Response:
+    """List changes after a revision, oldest first."""
+    return await _list(services, ChangeFilter(agent_id=agent, actor=actor, since=since), limit)
+
+
+@router.get(
+    "/agents/{agent_id}/history",
+    response_model=ChangeList,
+    dependencies=[Depends(Requires("config:read"))],
+    responses=problem_responses(*KEYED_PROBLEMS, AgentNotFound),
+)
+async def agent_history(
+    services: Parts,
+    agent_id: AgentIdPath,
+    upto: Revision | None = None,
+    at: Annotated[datetime | None, Query(description="ISO 8601; without a zone it is UTC")] = None,
+    limit: Limit = 100,
+) -> Response:
+    """List an agent's changes, newest first; with `at`, the first is what it ran then."""
+    if at is not None:
+        at = at.replace(tzinfo=UTC) if at.tzinfo is None else at.astimezone(UTC)
+    wanted = ChangeFilter(agent_id=agent_id, upto=upto, at=at, newest_first=True)
+    return await _list(services, wanted, limit)
+
+
+async def _list(services: Services, wanted: ChangeFilter, limit: int) -> Response:
+    found = await History(services.database).changes(wanted, limit)
+    return json_response(
+        found.model_dump_json().encode(), headers=revision_headers(found.revision, found.epoch)
+    )
+
+
+@router.post(
+    "/agents/{agent_id}/rollback",
+    response_model=Agent,
+    responses=problem_responses(
+        *BODY_PROBLEMS, AgentNotFound, AgentIsDefault, PreconditionFailed, RevisionNotFound
+    ),
+)
+async def roll_back(
+    request: Request,
+    agent_id: AgentIdPath,
+    rollback: Rollback,
+    services: Parts,
+    caller: Annotated[Caller, Depends(Requires("agents:write"))],
+) -> Response:
+    """Give an agent back what it was at a revision, as a new change; a key is never restored."""
+    old = await History(services.database).agent_before(agent_id, rollback.to)
+    comment = f"restores revision {old.revision}"
+    if rollback.comment is not None:
+        comment += f": {rollback.comment}"
+    if_revision = if_match(request, services, agent_id)
+    registry = services.registry
+    try:
+        written = await registry.update(
+            agent_id,
+            restoring_update(old.agent, comment),
+            actor=caller.name,
+            comment=comment,
+            if_match=if_revision,
+        )
+    except AgentNotFound:
+        written = await registry.create(
+            restoring_create(old.agent, comment), actor=caller.name, comment=comment
+        )
+    return await written_answer(services, written, 200, restored_revision=old.revision)
