@@ -136,6 +136,7 @@ class LLMInterface:
         try:
             # In a thread: an SDK takes up to a second to import, and the loop has others to serve.
             module = await asyncio.to_thread(importlib.import_module, module_name)
+            await asyncio.to_thread(self._connections.prepare)
         except ModuleNotFoundError as error:
             missing = error.name or ""
         else:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from slm.endpoints import refused_address
+from slm.errors import ConfigurationError
 
 if TYPE_CHECKING:
     import httpx
@@ -69,7 +70,7 @@ class Connections:
             for other in list(self._loops):
                 if other.is_closed():
                     self._loops.pop(other, None)
-            found = self._loops[loop] = LoopConnections(self._settings, self._context())
+            found = self._loops[loop] = LoopConnections(self._settings, self.prepare())
             await found.open()
         return found
 
@@ -79,12 +80,20 @@ class Connections:
         if found is not None:
             await found.aclose()
 
-    def _context(self) -> ssl.SSLContext:
-        # Made once: reading the system's certificates takes 20 to 40 ms.
+    def prepare(self) -> ssl.SSLContext:
+        """Return the TLS context, made once: reading the system's certificates takes 20 to 40 ms.
+
+        Raises:
+            ConfigurationError: `ca_file` cannot be read.
+        """
         if self._ssl_context is None:
-            self._ssl_context = ssl.create_default_context()
+            context = ssl.create_default_context()
             if self._settings.ca_file is not None:
-                self._ssl_context.load_verify_locations(self._settings.ca_file)
+                try:
+                    context.load_verify_locations(self._settings.ca_file)
+                except OSError as error:
+                    raise ConfigurationError(f"ca_file cannot be read: {error}") from None
+            self._ssl_context = context
         return self._ssl_context
 
 

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import httpx2
 import openai
+import openai.resources.chat.completions  # else imported at the first call, for 0.4 s, in the loop
 from openai.types import CompletionUsage
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
