@@ -375,7 +375,7 @@ def _changes(old: Agent, new: Agent) -> dict[str, list[Any]]:
     }
     if old.api_key_revision != new.api_key_revision:
         was = "set" if old.has_api_key else None
-        became = ("replaced" if old.has_api_key else "set") if new.has_api_key else None
+        became = ("replaced" if old.has_api_key else "set") if new.has_api_key else "cleared"
         changed["llm_api_key"] = [was, became]
     return changed
 

@@ -101,5 +101,5 @@ def _usage(problem: TyperException) -> str:
     if text.startswith("Got unexpected extra argument"):
         text = "one argument too many; it is not shown, for it may be a secret"
     context = getattr(problem, "ctx", None)
-    where = context.command_path if context is not None else "slm"
-    return f"{text.rstrip('.')} (see: {where} --help)"
+    where = f" (see: {context.command_path} --help)" if context is not None else ""
+    return f"{text.replace('Value error, ', '').rstrip('.')}{where}"

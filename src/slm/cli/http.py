@@ -23,6 +23,7 @@ from slm.cli.connection import Target
 from slm.errors import (
     AgentNotFound,
     InvalidRequest,
+    PreconditionFailed,
     ProblemError,
     SLMUnavailable,
     problem_classes,
@@ -198,6 +199,8 @@ def _problem(target: Target, status: int, data: dict[str, Any] | None) -> Except
     detail = str(data.get("detail") or data.get("title") or f"HTTP {status}")
     if status == 401:
         detail = f"the SLM at {target.url} does not accept the token ({target.found})"
+    if issubclass(cls, PreconditionFailed):
+        detail = f"nothing was changed: {detail}"
     if issubclass(cls, InvalidRequest):
         errors = [item for item in data.get("errors", []) if isinstance(item, dict)]
         return cls(_broken_rules(errors) or detail, errors)
