@@ -12,7 +12,6 @@ from typing import Any, Final
 
 from pydantic import SecretStr
 from sqlalchemy import Connection, bindparam, insert, select, update
-from sqlalchemy.types import NullType
 
 from slm.errors import KeyUndecryptable
 from slm.server.models import AGENTS, CHANGES, SELECT_AGENTS, STATE, agent_of, utc_now
@@ -27,9 +26,9 @@ _UPDATE: Final = (
     .where(AGENTS.c.id == bindparam("row_id"))
     .values(
         revision=bindparam("new_revision"),
-        api_key_revision=bindparam("key_revision", type_=NullType()),
-        llm_api_key_encrypted=bindparam("token", type_=NullType()),
-        key_state=bindparam("state", type_=NullType()),
+        api_key_revision=bindparam("key_revision"),
+        llm_api_key_encrypted=bindparam("token"),
+        key_state=bindparam("state"),
     )
 )
 
@@ -93,10 +92,10 @@ def adopt(connection: Connection, vault: Vault, *, first_time: bool) -> Adoption
 
 def _bind_key(values: dict[str, Any], vault: Vault, found: Adoption, *, may_bind: bool) -> bool:
     """Bind the row's key if it may be and can be; return whether the row changed by it."""
-    token = values["llm_api_key_encrypted"]
     agent = agent_of(values)
-    if not token:
+    if not agent.has_api_key:
         return False
+    token = str(values["llm_api_key_encrypted"])
     binding = binding_of(agent)
     try:
         vault.decrypt(token, binding)
@@ -132,10 +131,10 @@ def _is_marked(values: dict[str, Any], vault: Vault, binding: KeyBinding) -> boo
     if values["key_state"] is None:
         return False
     try:
-        digest = vault.decrypt(values["key_state"], binding)
+        digest = vault.decrypt(str(values["key_state"]), binding)
     except KeyUndecryptable:
         return False
-    return digest.get_secret_value() == _digest(values["llm_api_key_encrypted"])
+    return digest.get_secret_value() == _digest(str(values["llm_api_key_encrypted"]))
 
 
 def _digest(token: str) -> str:

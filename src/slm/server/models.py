@@ -240,7 +240,7 @@ def utc_now() -> datetime:
     return datetime.now(UTC)
 
 
-def agent_of(row: Row[Any] | Mapping[str, Any]) -> schemas.Agent:
+def agent_of(row: Row[*tuple[Any, ...]] | Mapping[str, Any]) -> schemas.Agent:
     """Return what is served for a row of `SELECT_AGENTS`.
 
     Tolerant: our rules apply on write, and a row that breaks them is still served

@@ -15,7 +15,7 @@ from typing import Any, Final, NamedTuple
 
 from pydantic import SecretStr
 from sqlalchemy import Connection, Text, bindparam, cast, delete, func, insert, select, update
-from sqlalchemy.types import NullType
+from sqlalchemy.types import UserDefinedType
 
 from slm.endpoints import origin
 from slm.errors import (
@@ -38,6 +38,13 @@ CREATED: Final = "agent_created"
 CHANGED: Final = "agent_config_changed"
 DELETED: Final = "agent_deleted"
 
+
+class _AsItIs(UserDefinedType[Any]):
+    """A value that goes to the driver untouched, whatever the column's type would say of it."""
+
+    cache_ok = True
+
+
 # Built once: building a statement costs more than running it.
 _BUMP: Final = update(STATE).where(STATE.c.id == 1).values(revision=STATE.c.revision + 1)
 _NEXT_REVISION: Final = {
@@ -55,13 +62,13 @@ _AGENT: Final = SELECT_AGENTS.where(AGENTS.c.agent_id == bindparam("agent_id"))
 _DEFAULT: Final = SELECT_AGENTS.where(AGENTS.c.is_default.is_(True))
 _ALL: Final = SELECT_AGENTS.order_by(AGENTS.c.id)
 _WRITTEN: Final = tuple(c.name for c in AGENTS.c if c.name not in ("id", "agent_id", "created_at"))
-# Untyped but for the time: a field that was not sent goes back as it was, whatever it holds.
+# As it is, but for the time: a field that was not sent goes back as it was, whatever it holds.
 _UPDATE: Final = (
     update(AGENTS)
     .where(AGENTS.c.id == bindparam("row_id"))
     .values(
         {
-            name: bindparam(name, type_=None if name == "updated_at" else NullType())
+            name: bindparam(name, type_=None if name == "updated_at" else _AsItIs())
             for name in _WRITTEN
         }
     )
@@ -239,7 +246,7 @@ class AgentRegistry:
         agent = agent_of(row)
         key = None
         if agent.has_api_key:
-            key = self._vault.decrypt(row.llm_api_key_encrypted, binding_of(agent))
+            key = self._vault.decrypt(str(row.llm_api_key_encrypted), binding_of(agent))
         return _config(agent, key, None)
 
     def _with_key_or_error(self, row: Any) -> LLMConfigWithKey:
@@ -356,7 +363,7 @@ class AgentRegistry:
         if not agent.has_api_key:
             return False
         try:
-            held = self._vault.decrypt(values["llm_api_key_encrypted"], binding_of(agent))
+            held = self._vault.decrypt(str(values["llm_api_key_encrypted"]), binding_of(agent))
         except KeyUndecryptable:
             return False
         return held.get_secret_value() == key.get_secret_value()

@@ -95,8 +95,8 @@ def _take_over(connection: sa.Connection, inspector: sa.Inspector) -> None:
         # SQLite keeps a word in a BOOLEAN column as the word; the partial index needs 0 and 1.
         connection.execute(
             sa.text(
-                "UPDATE agents SET is_default = (lower(trim(CAST(is_default AS TEXT))) IN"
-                " ('1', '1.0', 'true', 't', 'yes', 'y', 'on'))"
+                "UPDATE agents SET is_default = coalesce(lower(trim(CAST(is_default AS TEXT)))"
+                " IN ('1', '1.0', 'true', 't', 'yes', 'y', 'on'), 0)"
                 " WHERE is_default IS NULL OR typeof(is_default) != 'integer'"
                 " OR is_default NOT IN (0, 1)"
             )
