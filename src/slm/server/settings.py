@@ -51,9 +51,6 @@ class Settings(BaseSettings):
         database_timeout_seconds: how long a whole transaction may take before it is given up.
         idle_in_transaction_seconds: after this PostgreSQL ends a transaction that says nothing.
         compact_interval_seconds: how often changes beyond `changes_keep` are looked for.
-        database_timeout_seconds: how long a whole transaction may take before it is given up.
-        idle_in_transaction_seconds: after this PostgreSQL ends a transaction that says nothing.
-        compact_interval_seconds: how often changes beyond `changes_keep` are looked for.
         lease_seconds: after how long without a word a replica counts as gone.
         key_command_seconds: how long `encryption_key_command` may take.
         key_check_seconds: how often all stored keys are tried, so that `/readyz` can tell.
@@ -97,9 +94,6 @@ class Settings(BaseSettings):
     poll_interval_seconds: Seconds = 1
     min_revision_wait_seconds: Seconds = 2
     lock_timeout_seconds: Seconds = 2
-    database_timeout_seconds: Seconds = 10
-    idle_in_transaction_seconds: Seconds = 5
-    compact_interval_seconds: Seconds = 60
     database_timeout_seconds: Seconds = 10
     idle_in_transaction_seconds: Seconds = 5
     compact_interval_seconds: Seconds = 60
