@@ -9,6 +9,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
 from slm.errors import ProblemError
@@ -27,7 +28,24 @@ from slm.server.settings import Settings
 
 
 class _Application(FastAPI):
-    """FastAPI, whose document also has what stands outside its routes' own models."""
+    """FastAPI, whose document also has what stands outside its routes' own models.
+
+    Attributes:
+        own_routes: every HTTP route of ours, flat.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.own_routes: list[APIRoute] = []
+
+    def allowed_methods(self, path: str) -> set[str]:
+        """Return the methods that this path takes, for `Allow` (RFC 9110 section 15.5.6)."""
+        return {
+            method
+            for route in self.own_routes
+            if route.path_regex.match(path)
+            for method in route.methods
+        }
 
     def openapi(self) -> dict[str, Any]:
         """Return the API's document: problems, the bearer token, no word of a key's value."""
@@ -98,5 +116,6 @@ def create_app(settings: Settings, prepared: Prepared) -> FastAPI:
         health.router,
     ):
         app.include_router(router)
+        app.own_routes += [route for route in router.routes if isinstance(route, APIRoute)]
     app.add_api_websocket_route("/ws", ws.stream)
     return app

@@ -13,7 +13,7 @@ from typing import Final
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from slm.errors import InternalError
+from slm.errors import InternalError, NotFound
 from slm.server.problems import problem_response
 from slm.server.services import Services
 
@@ -50,6 +50,9 @@ class Edge:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on."""
+        if scope["type"] == "websocket":
+            await self.app(scope, receive, self._handshake_send(scope, receive, send))
+            return
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -78,6 +81,27 @@ class Edge:
                 raise RuntimeError("the answer was cut off") from None
             await problem_response(InternalError())(scope, receive, stamped_send)
 
+    def _handshake_send(self, scope: Scope, receive: Receive, send: Send) -> Send:
+        """Stamp a refused handshake too, and tell an unknown path as such: 404 and not 403."""
+        catalog = self.services.catalog
+        scope[STAMP] = Stamp(catalog.revision, catalog.epoch)
+        accepted = False
+
+        async def stamped_send(message: Message) -> None:
+            nonlocal accepted
+            kind = message["type"]
+            if kind == "websocket.accept":
+                accepted = True
+            elif kind == "websocket.http.response.start":
+                self._stamp(MutableHeaders(scope=message), scope)
+            elif kind == "websocket.close" and not accepted and _can_deny(scope):
+                # Our own route never closes before it accepts; this is the router's.
+                await problem_response(NotFound())(scope, receive, stamped_send)
+                return
+            await send(message)
+
+        return stamped_send
+
     @staticmethod
     def _stamp(headers: MutableHeaders, scope: Scope) -> None:
         stamp: Stamp = scope[STAMP]
@@ -86,3 +110,7 @@ class Edge:
         headers.setdefault("cache-control", "no-cache")
         headers.setdefault("slm-revision", str(stamp.revision))
         headers.setdefault("slm-epoch", stamp.epoch)
+
+
+def _can_deny(scope: Scope) -> bool:
+    return "websocket.http.response" in scope.get("extensions", {})

@@ -101,10 +101,14 @@ async def on_problem(_: Request, error: Exception) -> JSONResponse:
     return problem_response(error)
 
 
-async def on_http_exception(_: Request, error: Exception) -> JSONResponse:
+async def on_http_exception(request: Request, error: Exception) -> JSONResponse:
     """Answer what the router refuses: an unknown path, a wrong method."""
     assert isinstance(error, HTTPException)  # noqa: S101 - registered for these alone
-    return problem_response(_of_status(error.status_code), error.headers)
+    headers = dict(error.headers or {})
+    if error.status_code == MethodNotAllowed.status:
+        # The router names the methods of the first route of this path alone.
+        headers["Allow"] = ", ".join(sorted(request.app.allowed_methods(request.url.path)))
+    return problem_response(_of_status(error.status_code), headers)
 
 
 async def on_validation_error(_: Request, error: Exception) -> JSONResponse:
