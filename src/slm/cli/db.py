@@ -7,15 +7,18 @@ on SQLite want the server stopped, since one process holds the file.
 from __future__ import annotations
 
 import asyncio
+import os
+import secrets
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, BinaryIO
 
 import typer
 
 from slm.cli import output
 from slm.cli.connection import DEFAULT_DATA_DIR, CaFile, DataDir, Target, TokenFile, Url, find
-from slm.cli.http import Answer, Api
+from slm.cli.http import Api, OnBytes
+from slm.errors import ConfigurationError
 
 app = typer.Typer(
     help="The database: upgrade, backup, restore.", no_args_is_help=True, rich_markup_mode="rich"
@@ -55,37 +58,70 @@ def upgrade(data: DataDir = DEFAULT_DATA_DIR, database_url: DatabaseUrl = None) 
 
 @app.command()
 def backup(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="Where to; must not be there yet.")],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="Where to; a file that is there is kept.")
+    ],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for a script.")] = False,
     url: Url = None,
     token_file: TokenFile = None,
     ca_file: CaFile = None,
     data: DataDir = DEFAULT_DATA_DIR,
 ) -> None:
-    """Write a consistent copy of the database while the server runs, on the server's own disk.
+    """Write a consistent copy of a SQLite database while its server runs.
 
-    The copy holds the API keys only as the encryption key has sealed them: back up encryption.key
-    (or SLM_ENCRYPTION_KEYS) too, and keep it elsewhere.
+    The copy holds the API keys only as the encryption key has sealed them: keep encryption.key (or
+    SLM_ENCRYPTION_KEYS) as well, in another place.
+
+    [bold]Example[/]
+      slm db backup slm-$(date +%F).db
     """
     target = find(url, token_file, ca_file, data)
-    with output.progress("writing the copy"):
-        answer = asyncio.run(_backup(target, file.absolute()))
+    _refuse_existing(file)
+    unfinished = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
+    try:
+        with (
+            output.transfer("copying the database") as on_bytes,
+            _create_private(unfinished) as copy,
+        ):
+            asyncio.run(_backup(target, copy, on_bytes))
+            copy.flush()
+            os.fsync(copy.fileno())
+            size = copy.tell()
+        # Fails where the name was taken meanwhile; a rename would replace that file.
+        os.link(unfinished, file)
+    except FileExistsError:
+        _refuse_existing(file)
+    except OSError as error:
+        raise ConfigurationError(f"{file} cannot be written: {error.strerror or error}") from None
+    finally:
+        unfinished.unlink(missing_ok=True)
     if as_json:
-        output.print_json(answer.data)
+        output.print_json({"file": str(file), "bytes": size})
         return
-    output.say(f"Backed up to {answer.data.get('path', file)}, revision {answer.revision}.")
+    output.say(f"Backed up to {file} ({size:,} bytes).")
 
 
-async def _backup(target: Target, file: Path) -> Answer:
-    async with Api(target, timeout_seconds=600) as api:
-        return await api.call("POST", "/api/admin/backup", body={"path": str(file)})
+async def _backup(target: Target, copy: BinaryIO, on_bytes: OnBytes) -> None:
+    async with Api(target) as api:
+        await api.download("POST", "/api/admin/backup", copy, on_bytes)
+
+
+def _refuse_existing(file: Path) -> None:
+    if file.exists() or file.is_symlink():
+        raise ConfigurationError(f"{file} is there already; a backup never replaces a file")
+
+
+def _create_private(file: Path) -> BinaryIO:
+    return os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb")
 
 
 @app.command()
 def restore(
     file: Annotated[
         Path,
-        typer.Argument(metavar="FILE", help="A file that `slm db backup` wrote.", exists=True),
+        typer.Argument(
+            metavar="FILE", help="A file that `slm db backup` wrote.", exists=True, dir_okay=False
+        ),
     ],
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     data: DataDir = DEFAULT_DATA_DIR,

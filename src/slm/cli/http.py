@@ -9,10 +9,10 @@ import asyncio
 import json
 import os
 import ssl
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, Final, TypeVar
 from urllib.parse import quote
 
 import aiohttp
@@ -31,6 +31,9 @@ from slm.errors import (
 from slm.schemas import Agent, AgentList
 
 _M = TypeVar("_M", bound=BaseModel)
+_PIECE_BYTES: Final = 256 * 1024
+
+OnBytes = Callable[[int, int | None], None]
 
 
 @dataclass(frozen=True)
@@ -123,6 +126,33 @@ class Api:
         if data is None or not revision.isdecimal():
             raise SLMUnavailable(f"something answers at {self.target.url}, but it is not an SLM")
         return Answer(data, int(revision), epoch)
+
+    async def download(self, method: str, path: str, to: BinaryIO, on_bytes: OnBytes) -> None:
+        """Make one request and write its answer, whatever it holds, into a file.
+
+        Args:
+            method: the HTTP method.
+            path: from the root.
+            to: the file, open for writing.
+            on_bytes: told, for each piece, how many bytes came and how many there are in all.
+
+        Raises:
+            ProblemError: the server refused.
+            SLMUnavailable: nobody answers there, or the answer was cut short.
+        """
+        # A copy of a large database takes as long as it takes; only silence is a failure.
+        patient = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=300)
+        try:
+            async with self.session.request(
+                method, self.target.url + path, allow_redirects=False, timeout=patient
+            ) as answer:
+                if answer.status >= 300:
+                    raise _problem(self.target, answer.status, _json_object(await answer.text()))
+                async for piece in answer.content.iter_chunked(_PIECE_BYTES):
+                    to.write(piece)
+                    on_bytes(len(piece), answer.content_length)
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise unreachable(self.target, error) from None
 
     async def agent(self, agent_id: str) -> Agent:
         """Return the agent of exactly this id.

@@ -8,11 +8,18 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 from typer.exceptions import TyperException
 
@@ -126,3 +133,24 @@ def progress(what: str) -> Iterator[None]:
         return
     with console.status(f"{escape(what)} …"):
         yield
+
+
+@contextlib.contextmanager
+def transfer(what: str) -> Iterator[Callable[[int, int | None], None]]:
+    """Yield what to tell of each piece (its bytes, and the whole's); a bar on a terminal."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+    )
+    console = err()
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
+        task = bar.add_task(what, total=None)
+
+        def on_bytes(count: int, total: int | None) -> None:
+            bar.update(task, advance=count, total=total)
+
+        yield on_bytes
