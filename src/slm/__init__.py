@@ -1,1 +1,88 @@
-"""Live LLM configuration for every agent a company runs."""
+"""Live LLM configuration for every agent a company runs: the public names, nothing else.
+
+Each name is loaded when it is first used, so that `import slm` costs next to nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from slm.client.blocking import BlockingSLMClient
+    from slm.client.cache import AgentConfigCache
+    from slm.client.client import SLMClient
+    from slm.client.config import ResolvedConfig, SecretText, Step
+    from slm.client.lifespan import lifespan
+    from slm.client.retry import ClientStatus
+    from slm.client.timings import Timings
+    from slm.errors import (
+        AgentKeyUnavailable,
+        ConfigurationError,
+        LLMAuthError,
+        LLMBadRequest,
+        LLMBadResponse,
+        LLMEndpointRefused,
+        LLMError,
+        LLMProviderMissing,
+        LLMRateLimited,
+        LLMStreamBroken,
+        LLMTimeout,
+        LLMUnavailable,
+        SLMError,
+        SLMUnavailable,
+    )
+    from slm.llm.interface import LLMInterface
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "AgentConfigCache": "slm.client.cache",
+    "BlockingSLMClient": "slm.client.blocking",
+    "ClientStatus": "slm.client.retry",
+    "LLMInterface": "slm.llm.interface",
+    "ResolvedConfig": "slm.client.config",
+    "SLMClient": "slm.client.client",
+    "SecretText": "slm.client.config",
+    "Step": "slm.client.config",
+    "Timings": "slm.client.timings",
+    "lifespan": "slm.client.lifespan",
+}
+
+__all__ = [
+    "AgentConfigCache",
+    "AgentKeyUnavailable",
+    "BlockingSLMClient",
+    "ClientStatus",
+    "ConfigurationError",
+    "LLMAuthError",
+    "LLMBadRequest",
+    "LLMBadResponse",
+    "LLMEndpointRefused",
+    "LLMError",
+    "LLMInterface",
+    "LLMProviderMissing",
+    "LLMRateLimited",
+    "LLMStreamBroken",
+    "LLMTimeout",
+    "LLMUnavailable",
+    "ResolvedConfig",
+    "SLMClient",
+    "SLMError",
+    "SLMUnavailable",
+    "SecretText",
+    "Step",
+    "Timings",
+    "lifespan",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'slm' has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_HOMES.get(name, "slm.errors")), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -69,6 +69,8 @@ class ResolvedConfig:
     api_key_revision: int | None = None
     source_agent_id: str | None = None
     _freshness: Callable[[], tuple[float, bool]] | None = field(default=None, repr=False)
+    # Made when first asked for: a dict to copy costs a third of one to build.
+    _fields: dict[str, Any] | None = field(default=None, init=False, repr=False)
 
     @property
     def age(self) -> float:
@@ -82,14 +84,39 @@ class ResolvedConfig:
 
     def as_dict(self) -> dict[str, Any]:
         """Return a fresh dict of the llm_* fields with `llm_api_key`, as the mission has it."""
-        key = self.llm_api_key
-        return {
-            "llm_provider": self.llm_provider,
-            "llm_endpoint": self.llm_endpoint,
-            "llm_model": self.llm_model,
-            "llm_api_key": None if key is None else SecretText(key.get_secret_value()),
-            "llm_timeout": self.llm_timeout,
-            "llm_temperature": self.llm_temperature,
-            "llm_max_tokens": self.llm_max_tokens,
-            "llm_options": dict(self.llm_options),
-        }
+        fields = self._fields
+        if fields is None:
+            key = self.llm_api_key
+            fields = {
+                "llm_provider": self.llm_provider,
+                "llm_endpoint": self.llm_endpoint,
+                "llm_model": self.llm_model,
+                "llm_api_key": None if key is None else SecretText(key.get_secret_value()),
+                "llm_timeout": self.llm_timeout,
+                "llm_temperature": self.llm_temperature,
+                "llm_max_tokens": self.llm_max_tokens,
+                "llm_options": dict(self.llm_options),
+            }
+            object.__setattr__(self, "_fields", fields)
+        copy = fields.copy()
+        copy["llm_options"] = copy["llm_options"].copy()
+        return copy
+
+    def answering(self, agent_id: str) -> ResolvedConfig:
+        """Return this config as the default agent's answer for another agent."""
+        return ResolvedConfig(
+            agent_id=agent_id,
+            step=Step.DEFAULT,
+            llm_provider=self.llm_provider,
+            llm_model=self.llm_model,
+            llm_endpoint=self.llm_endpoint,
+            llm_api_key=self.llm_api_key,
+            llm_timeout=self.llm_timeout,
+            llm_temperature=self.llm_temperature,
+            llm_max_tokens=self.llm_max_tokens,
+            llm_options=self.llm_options,
+            revision=self.revision,
+            api_key_revision=self.api_key_revision,
+            source_agent_id=self.source_agent_id,
+            _freshness=self._freshness,
+        )

@@ -1,0 +1,366 @@
+"""AgentConfigCache: what the SLM said about each agent, and for how long it may be believed.
+
+Passive: each source has its own verb (`apply_snapshot`, `apply_change`, …), and it fetches nothing.
+Knows no socket, no file and no clock but the monotonic one that it is given.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from pydantic import SecretStr
+
+from slm.client.config import ResolvedConfig
+from slm.client.known import Freshness, KnownAgent, same, value_of
+from slm.client.timings import check_seconds
+from slm.protocol import AgentChanged, AgentDeleted
+from slm.schemas import AgentConfig, LLMConfig, LLMConfigWithKey, Snapshot
+
+
+class AgentConfigCache:
+    """Configurations by agent_id, each known for `ttl_seconds` after it was last confirmed.
+
+    Used alone it is the mission's: `set` and `update` put a value in, `get` answers it until it
+    expires. `SLMClient` drives it with what the SLM says, by the rules of docs/protocol.md
+    section 5: per agent_id only what is newer than the last known revision applies, deletes
+    included, and only `begin` (a resync, another epoch) moves it back. One thread writes; a lookup
+    in `ready` is safe from any.
+
+    Args:
+        ttl_seconds: how long a value counts as current without word from the SLM.
+        max_stale_seconds: how long past that it may still be served as stale; None: for ever.
+        clock: monotonic seconds.
+
+    Attributes:
+        ready: the configs that need no second look: whole, active and the newest known.
+        epoch: the life of the database that the revisions belong to.
+        revision: everything up to it is in here; 0 before the first snapshot.
+        synced: whether everything up to `revision` is in here, keys apart.
+        live: whether every change since then would have been heard of.
+        default_id: the agent_id of the default agent.
+        generation: goes up whenever the revisions known so far lose their meaning.
+    """
+
+    def __init__(
+        self,
+        ttl_seconds: float = 300,
+        *,
+        max_stale_seconds: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.ttl_seconds = check_seconds("ttl_seconds", ttl_seconds)
+        if max_stale_seconds is not None:
+            check_seconds("max_stale_seconds", max_stale_seconds)
+        self.max_stale_seconds = max_stale_seconds
+        self.clock = clock
+        self.ready: dict[str, ResolvedConfig] = {}
+        self.epoch: str | None = None
+        self.revision = 0
+        self.synced = False
+        self.live = False
+        self.default_id: str | None = None
+        self.generation = 0
+        self._agents: dict[str, KnownAgent] = {}
+        self._tombstones: dict[str, int] = {}
+        self._streamed = 0
+        self._all_confirmed_at: float | None = None
+        self._by_hand: dict[str, tuple[dict[str, Any], float]] = {}
+
+    # --- the mission's four ---
+
+    def get(self, agent_id: str) -> dict[str, Any] | None:
+        """Return the agent's config as a fresh dict, or None where there is none or it expired."""
+        known = self._agents.get(agent_id)
+        if known is not None:
+            config = known.in_force
+            fresh = config is not None and config.age <= self.ttl_seconds
+            return config.as_dict() if config is not None and fresh else None
+        held = self._by_hand.get(agent_id)
+        if held is None or self.clock() - held[1] > self.ttl_seconds:
+            return None
+        return dict(held[0])
+
+    def set(self, agent_id: str, config: Mapping[str, Any]) -> None:
+        """Hold a config for `ttl_seconds` from now."""
+        self._by_hand[agent_id] = (dict(config), self.clock())
+
+    def update(self, agent_id: str, config: Mapping[str, Any]) -> None:
+        """Replace a config as a whole; its TTL starts anew."""
+        self.set(agent_id, config)
+
+    def remove(self, agent_id: str) -> None:
+        """Forget the agent; one that is not there is no error."""
+        self._by_hand.pop(agent_id, None)
+        self._drop(agent_id)
+
+    # --- reading what the SLM said ---
+
+    def find(self, agent_id: str) -> KnownAgent | None:
+        """Return what is known of the agent, whatever its state."""
+        return self._agents.get(agent_id)
+
+    def known_revision(self, agent_id: str) -> int:
+        """Return the last revision known of this agent, of its deletion too; -1 for none."""
+        known = self._agents.get(agent_id)
+        if known is not None and known.generation == self.generation:
+            return known.revision
+        return self._tombstones.get(agent_id, -1)
+
+    def keys_awaited(self) -> list[str]:
+        """Return the agents whose newest config lacks its key."""
+        return [agent_id for agent_id, known in self._agents.items() if known.awaits_key]
+
+    def expired(self, config: ResolvedConfig) -> bool:
+        """Say whether even as stale the value may no longer be served (`max_stale_seconds`)."""
+        limit = self.max_stale_seconds
+        return limit is not None and config.age > self.ttl_seconds + limit
+
+    def freshness(self, confirmed_at: float, *, from_file: bool) -> tuple[float, bool]:
+        """Return age and staleness of a value that nothing has superseded."""
+        if self.live:
+            return 0.0, False
+        never = self._all_confirmed_at is None
+        age = self.clock() - max(confirmed_at, self._all_confirmed_at or confirmed_at)
+        return age, age > self.ttl_seconds or (from_file and never)
+
+    def everything(self) -> list[tuple[ResolvedConfig, bool, bool]]:
+        """Return each whole config with its is_default and is_active, for the snapshot file."""
+        return [
+            (known.config, known.is_default, known.is_active)
+            for known in self._agents.values()
+            if known.config is not None and known.pending is None and known.key_error is None
+        ]
+
+    # --- what the SLM says ---
+
+    def set_live(self, live: bool) -> None:
+        """Note that from now on every change is heard of, or no longer is."""
+        if self.live and not live:
+            self._all_confirmed_at = self.clock()
+        self.live = live
+
+    def begin(self, epoch: str, revision: int) -> None:
+        """Start over at `revision` of `epoch`: what is held goes on being served until replaced.
+
+        After a plain subscription, a `resync` or word of another epoch. A snapshot must follow;
+        until then the changes after `revision` apply to what is held.
+        """
+        self.set_live(False)
+        self.generation += 1
+        self.epoch = epoch
+        self.synced = False
+        self._tombstones.clear()
+        self._streamed = revision
+
+    def advance(self, revision: int) -> None:
+        """Note that the stream has passed everything up to `revision`."""
+        self._streamed = max(self._streamed, revision)
+        if self.synced:
+            self.revision = self._streamed
+
+    def apply_snapshot(self, snapshot: Snapshot) -> list[str]:
+        """Take over a snapshot, where it is newer; return the agents whose config was swapped."""
+        if snapshot.epoch != self.epoch:
+            self.begin(snapshot.epoch, snapshot.revision)
+        swapped = []
+        there = set()
+        for agent in snapshot.agents:
+            there.add(agent.agent_id)
+            if self.apply_fetched(agent):
+                swapped.append(agent.agent_id)
+        for agent_id in self._agents.keys() - there:
+            if self.known_revision(agent_id) <= snapshot.revision:
+                self._drop(agent_id)
+                swapped.append(agent_id)
+        self._tombstones = {i: r for i, r in self._tombstones.items() if r > snapshot.revision}
+        self._all_confirmed_at = self.clock()
+        self._find_default()
+        self.synced = True
+        self._streamed = self.revision = max(self._streamed, snapshot.revision)
+        return swapped
+
+    def apply_change(self, message: AgentChanged | AgentDeleted) -> bool:
+        """Apply a change if it is newer than what is known; return whether a config was swapped."""
+        agent_id, revision = message.agent_id, message.revision
+        if revision <= self.known_revision(agent_id):
+            return False
+        if isinstance(message, AgentChanged):
+            return self._put(agent_id, revision, message.config)
+        self._tombstones[agent_id] = revision
+        return self._drop(agent_id)
+
+    def apply_config(self, agent: LLMConfig) -> bool:
+        """Apply a config that came without its key over HTTP; return whether it was swapped in."""
+        if agent.revision <= self.known_revision(agent.agent_id):
+            return False
+        return self._put(agent.agent_id, agent.revision, agent)
+
+    def apply_fetched(self, agent: LLMConfigWithKey) -> bool:
+        """Apply a config that came with its key, unless older; return whether it was swapped in."""
+        known = self.known_revision(agent.agent_id)
+        deleted = agent.agent_id not in self._agents and agent.revision == known
+        if agent.revision < known or deleted:
+            return False
+        error = agent.key_error
+        if agent.llm_api_key is None and agent.api_key_revision is not None and error is None:
+            error = "the SLM did not send it"
+        key = agent.llm_api_key
+        return self._put(
+            agent.agent_id, agent.revision, agent, key=key, key_error=error, whole=True
+        )
+
+    def apply_absent(self, agent_id: str, asked_at: int) -> bool:
+        """Apply "no such agent, or inactive", asked when `asked_at` was the known revision."""
+        if self.known_revision(agent_id) > asked_at or agent_id not in self._agents:
+            return False
+        self._tombstones[agent_id] = self.known_revision(agent_id)
+        return self._drop(agent_id)
+
+    def apply_key_error(self, agent_id: str, asked_at: int, reason: str) -> bool:
+        """Apply "there is a key, but it cannot be used"; return whether a config went out of force.
+
+        Such an agent raises rather than being served: going on with an older key, or with the
+        default agent's config, would look like success (docs/decisions, a missing key raises).
+        """
+        known = self._agents.get(agent_id)
+        if known is None or self.known_revision(agent_id) > asked_at:
+            return False
+        served = known.in_force is not None
+        known.key_error = reason
+        self._supersede(known)
+        known.config = None
+        self.ready.pop(agent_id, None)
+        return served
+
+    def load(
+        self,
+        agents: Iterable[LLMConfigWithKey],
+        *,
+        epoch: str,
+        revision: int,
+        complete: bool,
+        age_seconds: float,
+    ) -> None:
+        """Start from a snapshot file: all of it stale; entries that lack their key are left out.
+
+        Args:
+            agents: the file's entries.
+            epoch: which the file's revisions belong to.
+            revision: up to which the file was complete.
+            complete: whether a client may resume from there without a snapshot.
+            age_seconds: how long ago the file was written.
+        """
+        self.begin(epoch, revision)
+        confirmed_at = self.clock() - age_seconds
+        for agent in agents:
+            if agent.llm_api_key is None and agent.api_key_revision is not None:
+                complete = False
+                continue
+            self.apply_fetched(agent)
+            freshness = self._agents[agent.agent_id].freshness
+            freshness.confirmed_at, freshness.from_file = confirmed_at, True
+        self._find_default()
+        self.synced = complete
+        self.revision = revision if complete else 0
+
+    def distrust(self) -> None:
+        """Serve what is held as stale until a snapshot: a fork may have cut a change in half."""
+        self.synced = False
+        self.set_live(False)
+
+    # --- inside ---
+
+    def _put(
+        self,
+        agent_id: str,
+        revision: int,
+        config: AgentConfig,
+        *,
+        key: SecretStr | None = None,
+        key_error: str | None = None,
+        whole: bool = False,
+    ) -> bool:
+        now = self.clock()
+        old = self._agents.get(agent_id)
+        before = old.in_force if old is not None else None
+        if not whole:
+            key, whole = self._held_key(old, config)
+        freshness = Freshness(self, now, from_file=False)
+        new = KnownAgent(
+            revision, self.generation, config.is_default, config.is_active, None, freshness
+        )
+        value = value_of(agent_id, revision, config, key, freshness)
+        if whole and key_error is None:
+            if before is not None and same(before, value):
+                value, new.freshness = before, old.freshness if old is not None else freshness
+                new.freshness.confirmed_at = now
+                new.freshness.superseded_at = None
+            new.config = value
+        else:
+            new.pending, new.key_error = value, key_error
+            waiting = old.pending if old is not None else None
+            same_key = waiting is not None and waiting.api_key_revision == value.api_key_revision
+            new.pending_since = old.pending_since if old is not None and same_key else now
+            if old is not None and key_error is None:
+                # The previous whole value: better than nothing, and never mixed with the new one.
+                new.config, new.freshness = before, old.freshness
+        if old is not None and (new.config is not old.config or new.pending is not None):
+            self._supersede(old)
+        self._agents[agent_id] = new
+        self._tombstones.pop(agent_id, None)
+        if new.is_active and new.config is not None and new.pending is None:
+            self.ready[agent_id] = new.config
+        else:
+            self.ready.pop(agent_id, None)
+        self._note_default(agent_id, new)
+        return new.in_force is not before
+
+    def _held_key(
+        self, old: KnownAgent | None, config: AgentConfig
+    ) -> tuple[SecretStr | None, bool]:
+        """Return the key for a config that came without it, and whether it is the right one."""
+        if config.api_key_revision is None:
+            return None, True
+        held = old.config if old is not None and old.generation == self.generation else None
+        if held is None or held.api_key_revision != config.api_key_revision:
+            return None, False
+        return held.llm_api_key, held.llm_api_key is not None
+
+    def _supersede(self, known: KnownAgent) -> None:
+        if known.freshness.superseded_at is None:
+            known.freshness.superseded_at = self.clock()
+
+    def _drop(self, agent_id: str) -> bool:
+        known = self._agents.pop(agent_id, None)
+        self.ready.pop(agent_id, None)
+        if known is None:
+            return False
+        self._supersede(known)
+        if agent_id == self.default_id:
+            self._find_default()
+        return True
+
+    def _note_default(self, agent_id: str, new: KnownAgent) -> None:
+        """Follow the flag; the promotion comes before the demotion, so the newest flag counts."""
+        if not new.is_default:
+            return
+        current = self._agents.get(self.default_id) if self.default_id is not None else None
+        if (
+            current is None
+            or not current.is_default
+            or (new.generation, new.revision) >= (current.generation, current.revision)
+        ):
+            self.default_id = agent_id
+
+    def _find_default(self) -> None:
+        flagged = [
+            (known.generation, known.revision, agent_id)
+            for agent_id, known in self._agents.items()
+            if known.is_default
+        ]
+        if flagged:
+            self.default_id = max(flagged)[2]
+        elif self.default_id not in self._agents:
+            self.default_id = None

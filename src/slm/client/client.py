@@ -1,0 +1,420 @@
+"""SLMClient: what a backend holds; it answers each agent's configuration by the chain.
+
+The chain and nothing else: `sync` keeps the cache equal to the SLM, `fallback` knows the steps that
+need none. While live an answer is one lookup in a dict: no lock, no clock, no await that waits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import os
+import socket
+import uuid
+import weakref
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, TypeVar
+
+from pydantic import SecretStr
+
+from slm.client.cache import AgentConfigCache
+from slm.client.config import ResolvedConfig
+from slm.client.fallback import from_environment, hardcoded
+from slm.client.http import TokenSource, normalised_url, tls_context
+from slm.client.known import KnownAgent
+from slm.client.retry import ClientStatus
+from slm.client.snapshot_file import Contents, Saver, SnapshotFile
+from slm.client.sync import Synchroniser
+from slm.client.timings import Timings, check_seconds
+from slm.errors import AgentKeyUnavailable, ConfigurationError
+from slm.protocol import ClientInfo
+
+_log = logging.getLogger("slm.client")
+_T = TypeVar("_T")
+
+OnChange = Callable[[str, ResolvedConfig | None], Awaitable[None] | None]
+"""Called with the agent_id whose config was swapped, and with the agent's own config now in force;
+None where it has none: deleted, switched off, or its key cannot be had."""
+
+_NOTHING: Final[Mapping[str, ResolvedConfig]] = {}
+
+
+class SLMClient:
+    """A backend's view of its SLM: every agent's LLM configuration, live (docs/protocol.md 5).
+
+    Make one for each process and share it; it belongs to the event loop in which it is connected.
+    `connect` (or `async with`) starts it; a client that is asked before connects by itself.
+
+    Args:
+        slm_url: the SLM's address, an http(s) or ws(s) URL; plain http for this machine alone.
+        token: the bearer token; else `token_file`, SLM_TOKEN or SLM_TOKEN_FILE.
+        token_file: a file that holds it; read anew for each connection, so it may be replaced.
+        cache_file: where to keep the last known good configuration for a start without the SLM.
+        cache_key: a Fernet key that encrypts that file; without one no API key is in it.
+        ca_file: the PEM file of a private CA; certificates are verified against it alone.
+        name: what this backend is called in the SLM's fleet view; the host's name by default.
+        ttl_seconds: without a live stream, after how long a value is refreshed and counts as stale.
+        start_timeout: how long `connect` waits for the SLM at most, in seconds.
+        key_wait: how long an answer waits for a key that changed a moment ago, in seconds.
+        max_stale_seconds: how long past the TTL a value may still be served; None: for ever.
+        timings: every other duration.
+
+    Raises:
+        ConfigurationError: an argument makes no sense, or there is no token.
+    """
+
+    def __init__(
+        self,
+        slm_url: str,
+        token: str | SecretStr | None = None,
+        token_file: str | os.PathLike[str] | None = None,
+        *,
+        cache_file: str | os.PathLike[str] | None = None,
+        cache_key: str | SecretStr | None = None,
+        ca_file: str | os.PathLike[str] | None = None,
+        name: str | None = None,
+        ttl_seconds: float = 300,
+        start_timeout: float = 5,
+        key_wait: float = 2,
+        max_stale_seconds: float | None = None,
+        timings: Timings | None = None,
+    ) -> None:
+        self._url = normalised_url(slm_url)
+        self._token = TokenSource(token, token_file)
+        self._ca_file = Path(ca_file) if ca_file is not None else None
+        tls_context(self._ca_file)  # a wrong file is told here rather than at the first connection
+        self._file = SnapshotFile(cache_file, cache_key) if cache_file is not None else None
+        self._name = name
+        self._instance = uuid.uuid4().hex
+        self._start_timeout = check_seconds("start_timeout", start_timeout)
+        self._key_wait = check_seconds("key_wait", key_wait)
+        self._timings = timings or Timings()
+        self._cache = AgentConfigCache(ttl_seconds, max_stale_seconds=max_stale_seconds)
+        # What may be answered without a second look: the cache's own dict while live, else nothing.
+        self._hot = _NOTHING
+        self._sync: Synchroniser | None = None
+        self._closed = False
+        self._callbacks: list[OnChange] = []
+        self._callback_tasks: set[asyncio.Future[None]] = set()
+        self._saver: Saver | None = None
+        self._warned: set[str] = set()
+        _clients.add(self)
+
+    # --- life ---
+
+    async def connect(self) -> None:
+        """Start following the SLM, and wait up to `start_timeout` until its state is here.
+
+        Returns in any case, at once where the SLM refuses the token: `status` and `last_error` say
+        how things stand, and trying goes on in the background.
+        """
+        self._closed = False
+        sync = self._started()
+        try:
+            async with asyncio.timeout(self._start_timeout):
+                await sync.settled.wait()
+        except TimeoutError:
+            _log.warning(
+                "the SLM at %s did not answer within %g s: %s; trying on in the background",
+                self._url,
+                self._start_timeout,
+                sync.last_error or "no answer yet",
+            )
+
+    async def close(self) -> None:
+        """Stop following the SLM; what is known can still be asked for."""
+        self._closed = True
+        self._hot = _NOTHING
+        sync, self._sync = self._sync, None
+        if sync is not None:
+            await sync.close()
+        if self._saver is not None:
+            await self._saver.close()
+
+    async def __aenter__(self) -> SLMClient:
+        await self.connect()
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    @property
+    def status(self) -> ClientStatus:
+        """How this client stands to its SLM."""
+        if self._closed:
+            return ClientStatus.CLOSED
+        return self._sync.status if self._sync is not None else ClientStatus.STARTING
+
+    @property
+    def last_error(self) -> str | None:
+        """What failed last, as a sentence without secrets; None while all is well."""
+        return self._sync.last_error if self._sync is not None else None
+
+    @property
+    def revision(self) -> int:
+        """Every change up to this revision was received; 0 before the first contact."""
+        return self._cache.revision
+
+    # --- answers ---
+
+    async def resolve(self, agent_id: str) -> ResolvedConfig:
+        """Return the agent's configuration by the chain: agent, default, environment, hardcoded.
+
+        Raises:
+            AgentKeyUnavailable: the agent needs an API key that cannot be had now.
+        """
+        config = self._hot.get(agent_id)
+        if config is not None:
+            return config
+        return await self._in_own_loop(self._chain(agent_id))
+
+    async def get_agent_config(self, agent_id: str) -> dict[str, Any]:
+        """Return the agent's llm_* fields with `llm_api_key` as a dict of your own.
+
+        The key is a string that prints as `***` wherever the dict is printed.
+
+        Raises:
+            AgentKeyUnavailable: the agent needs an API key that cannot be had now.
+        """
+        config = self._hot.get(agent_id)
+        if config is None:
+            config = await self._in_own_loop(self._chain(agent_id))
+        return config.as_dict()
+
+    async def get_default_agent_config(self) -> dict[str, Any]:
+        """Return the default agent's llm_* fields, or what the chain's later steps say.
+
+        Raises:
+            AgentKeyUnavailable: the default agent needs an API key that cannot be had now.
+        """
+        return (await self._in_own_loop(self._chain(None))).as_dict()
+
+    def peek(self, agent_id: str) -> ResolvedConfig | None:
+        """Return the agent's own config if it is at hand and live; safe from any thread."""
+        return self._hot.get(agent_id)
+
+    def on_change(self, callback: OnChange) -> Callable[[], None]:
+        """Have `callback(agent_id, config)` called after each swap; return how to stop that.
+
+        A request that begins after the call uses the new config or a newer one. The callback may be
+        a coroutine function. What it raises is logged and harms nobody.
+        """
+        self._callbacks.append(callback)
+
+        def unsubscribe() -> None:
+            if callback in self._callbacks:
+                self._callbacks.remove(callback)
+
+        return unsubscribe
+
+    # --- the chain ---
+
+    async def _chain(self, agent_id: str | None) -> ResolvedConfig:
+        """Answer for an agent, or for the default agent when `agent_id` is None."""
+        if self._sync is None and not self._closed:
+            await self.connect()
+        config = await self._own(agent_id) if agent_id is not None else None
+        if config is None:
+            config = await self._default(agent_id)
+        return config or self._without_slm(agent_id or "default")
+
+    async def _own(self, agent_id: str) -> ResolvedConfig | None:
+        """Step 1: the agent's own config, or None where it is unknown or inactive."""
+        cache, sync = self._cache, self._sync
+        if cache.find(agent_id) is None and not cache.live and sync is not None:
+            await sync.ask(agent_id)
+        return await self._whole(agent_id)
+
+    async def _default(self, agent_id: str | None) -> ResolvedConfig | None:
+        """Step 2: the default agent's config."""
+        cache, sync = self._cache, self._sync
+        if cache.default_id is None and not cache.live and sync is not None:
+            await sync.ask_default()
+        default_id = cache.default_id
+        if default_id is None or default_id == agent_id:
+            return None
+        config = await self._whole(default_id)
+        return config and config.answering(agent_id if agent_id is not None else default_id)
+
+    def _without_slm(self, agent_id: str) -> ResolvedConfig:
+        """Steps 3 and 4: the environment, else the hardcoded values."""
+        answer = from_environment(agent_id)
+        for warning in answer.warnings:
+            if warning not in self._warned:
+                self._warned.add(warning)
+                _log.warning("%s", warning)
+        return answer.config or hardcoded(agent_id)
+
+    async def _whole(self, agent_id: str) -> ResolvedConfig | None:
+        """Return a known agent's whole value: the current one, or the last one as stale."""
+        cache, sync = self._cache, self._sync
+        known = await self._once_its_key_is_here(agent_id)
+        if known is None:
+            return None
+        if not cache.live and sync is not None and known.freshness()[0] > cache.ttl_seconds:
+            if known.config is not None and cache.expired(known.config):
+                await sync.ask(agent_id)
+            else:
+                sync.refresh(agent_id)
+            known = cache.find(agent_id)
+        if known is None or not known.is_active:
+            return None
+        if known.key_error is not None:
+            raise AgentKeyUnavailable(agent_id, known.key_error)
+        config = known.config
+        gone = config is not None and cache.expired(config)
+        if known.pending is not None and (config is None or gone):
+            raise AgentKeyUnavailable(agent_id, "it has not come from the SLM yet")
+        return None if gone else config
+
+    async def _once_its_key_is_here(self, agent_id: str) -> KnownAgent | None:
+        """Return what is known of the agent, after waiting up to `key_wait` for a changed key.
+
+        The wait counts from the change as well as from the question: once the SLM has been slow
+        with a key, later questions do not wait for it again.
+        """
+        cache = self._cache
+        asked_at = cache.clock()
+        while (known := cache.find(agent_id)) is not None:
+            if known.pending is None or known.key_error is not None or not known.is_active:
+                break
+            left = min(asked_at, known.pending_since) + self._key_wait - cache.clock()
+            if left <= 0 or self._sync is None:
+                break
+            await self._sync.wait_for_change(left)
+        return known
+
+    # --- loops, forks and files ---
+
+    def _started(self) -> Synchroniser:
+        """Return what follows the SLM, started in the running loop if it is not yet."""
+        sync = self._sync
+        loop = asyncio.get_running_loop()
+        if sync is not None and sync.loop is not loop:
+            if sync.loop.is_running():
+                raise ConfigurationError(
+                    "this SLMClient is connected in another event loop; resolve() works from here, "
+                    "connect() and close() belong there"
+                )
+            self._abandon()
+            sync = None
+        if sync is None:
+            if self._file is not None:
+                if self._cache.epoch is None:
+                    self._load(self._file)
+                interval = self._timings.save_interval_seconds
+                self._saver = Saver(self._file, interval, self._contents)
+            sync = self._sync = Synchroniser(
+                self._cache,
+                self._url,
+                self._token,
+                self._ca_file,
+                self._timings,
+                self._info(),
+                self._swapped,
+                self._liveness,
+            )
+            sync.start()
+        return sync
+
+    async def _in_own_loop(self, work: Coroutine[Any, Any, _T]) -> _T:
+        """Run in the loop in which the client is connected, wherever this one is."""
+        sync = self._sync
+        if sync is not None and sync.loop is not asyncio.get_running_loop():
+            if sync.loop.is_running():
+                return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, sync.loop))
+            self._abandon()
+        return await work
+
+    def _abandon(self) -> None:
+        """Let go of a loop that runs no more, or runs in the process that this one was forked from.
+
+        Nothing of it is closed or collected: closing a socket that two processes share could say
+        goodbye in the other's name, or take it out of the other's selector.
+        """
+        if self._sync is not None:
+            _abandoned.append(self._sync)
+        self._sync = None
+        self._saver = None
+        self._hot = _NOTHING
+        self._callback_tasks = set()
+        self._instance = uuid.uuid4().hex
+        self._cache.distrust()
+
+    def _info(self) -> ClientInfo:
+        from slm import __version__
+
+        host = socket.gethostname()
+        return ClientInfo(
+            name=(self._name or host)[:128],
+            instance=self._instance,
+            version=__version__,
+            host=host[:255],
+            pid=os.getpid(),
+        )
+
+    def _liveness(self) -> None:
+        live = self._cache.live
+        if live and self._hot is _NOTHING and self._saver is not None:
+            self._saver.soon()
+        self._hot = self._cache.ready if live else _NOTHING
+
+    def _swapped(self, agent_id: str) -> None:
+        if self._saver is not None:
+            self._saver.soon()
+        known = self._cache.find(agent_id)
+        config = known.in_force if known is not None else None
+        for callback in tuple(self._callbacks):
+            try:
+                result = callback(agent_id, config)
+                if inspect.isawaitable(result):
+                    task = asyncio.ensure_future(result)
+                    self._callback_tasks.add(task)
+                    task.add_done_callback(self._callback_ended)
+            except Exception:
+                _log.exception("an on_change callback failed")
+
+    def _callback_ended(self, task: asyncio.Future[None]) -> None:
+        self._callback_tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _log.error("an on_change callback failed", exc_info=error)
+
+    def _load(self, file: SnapshotFile) -> None:
+        loaded = file.load()
+        if loaded is not None:
+            self._cache.load(
+                loaded.agents,
+                epoch=loaded.epoch,
+                revision=loaded.revision,
+                complete=loaded.complete,
+                age_seconds=loaded.age_seconds,
+            )
+
+    def _contents(self) -> Contents | None:
+        cache = self._cache
+        # In between two lives of the database there is nothing that could be resumed from.
+        if cache.epoch is None or not cache.synced:
+            return None
+        complete = not cache.keys_awaited()
+        return Contents(cache.everything(), cache.epoch, cache.revision, complete)
+
+
+_clients: weakref.WeakSet[SLMClient] = weakref.WeakSet()
+_abandoned: list[Synchroniser] = []
+
+
+def _after_fork_in_child() -> None:
+    for client in list(_clients):
+        client._abandon()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -1,0 +1,119 @@
+"""The chain's last two steps: AUTOBOT_LLM_* of the environment, and the hardcoded values.
+
+Knows no SLM and no cache. Nothing that was set for one provider is ever sent to another: where it
+is not certain whom a value was set for, it is not used (docs/protocol.md section 5).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from pydantic import SecretStr, TypeAdapter, ValidationError
+
+from slm.client.config import ResolvedConfig, Step
+from slm.endpoints import DEFAULT_ENDPOINTS
+from slm.schemas import ApiKey, Endpoint, MaxTokens, Model, Provider, Temperature, TimeoutSeconds
+
+PREFIX: Final = "AUTOBOT_LLM_"
+HARDCODED_PROVIDER: Final = "ollama"
+HARDCODED_MODEL: Final = "mistral:7b-instruct"
+
+_NAMES: Final = (
+    "PROVIDER",
+    "ENDPOINT",
+    "MODEL",
+    "API_KEY",
+    "TIMEOUT",
+    "TEMPERATURE",
+    "MAX_TOKENS",
+)
+_TYPES: Final[dict[str, TypeAdapter[Any]]] = {
+    "PROVIDER": TypeAdapter(Provider),
+    "ENDPOINT": TypeAdapter(Endpoint),
+    "MODEL": TypeAdapter(Model),
+    "API_KEY": TypeAdapter(ApiKey),
+    "TIMEOUT": TypeAdapter(TimeoutSeconds),
+    "TEMPERATURE": TypeAdapter(Temperature),
+    "MAX_TOKENS": TypeAdapter(MaxTokens),
+}
+_NUMBERS: Final = {"TIMEOUT": int, "TEMPERATURE": float, "MAX_TOKENS": int}
+# Without these the request would go to another place than the one that was meant.
+_WHERE: Final = frozenset({"PROVIDER", "ENDPOINT", "MODEL", "API_KEY"})
+
+
+@dataclass(frozen=True)
+class FromEnvironment:
+    """What the environment answers.
+
+    Attributes:
+        config: the config, or None where the step is passed over.
+        warnings: what was passed over and why; names variables, never their values.
+    """
+
+    config: ResolvedConfig | None
+    warnings: tuple[str, ...] = ()
+
+
+def from_environment(agent_id: str, environ: Mapping[str, str] | None = None) -> FromEnvironment:
+    """Return what AUTOBOT_LLM_* say.
+
+    A number that does not parse is passed over alone. A provider, endpoint, model or key that does
+    not, or another provider than ollama without a model, passes the whole step over: going on
+    without it would send the rest somewhere it was not set for. A key without a provider is not
+    used, since nobody said whose it is.
+
+    Args:
+        agent_id: the agent that is asked for; it alone decides nothing.
+        environ: the environment; the process's own by default.
+    """
+    environ = os.environ if environ is None else environ
+    texts = {name: environ.get(PREFIX + name, "").strip() for name in _NAMES}
+    texts = {name: text for name, text in texts.items() if text}
+    warnings: list[str] = []
+    values: dict[str, Any] = {}
+    for name, text in texts.items():
+        try:
+            values[name] = _TYPES[name].validate_python(_NUMBERS.get(name, str)(text))
+        except (ValidationError, ValueError):
+            warnings.append(f"{PREFIX}{name} is passed over: it is not a valid value")
+            if name in _WHERE:
+                return FromEnvironment(None, _step_passed_over(warnings))
+    if "PROVIDER" not in values and values.pop("API_KEY", None) is not None:
+        warnings.append(
+            f"{PREFIX}API_KEY is passed over: without {PREFIX}PROVIDER nobody knows whose it is"
+        )
+    provider: str = values.get("PROVIDER", HARDCODED_PROVIDER)
+    if provider != HARDCODED_PROVIDER and "MODEL" not in values:
+        warnings.append(f"{PREFIX}MODEL is needed with {PREFIX}PROVIDER={provider}")
+        return FromEnvironment(None, _step_passed_over(warnings))
+    if not values:
+        return FromEnvironment(None, tuple(warnings))
+    return FromEnvironment(_config(agent_id, Step.ENVIRONMENT, provider, values), tuple(warnings))
+
+
+def hardcoded(agent_id: str) -> ResolvedConfig:
+    """Return the last step of all: ollama on this machine *(mission)*."""
+    return _config(agent_id, Step.HARDCODED, HARDCODED_PROVIDER, {})
+
+
+def _step_passed_over(warnings: list[str]) -> tuple[str, ...]:
+    return (*warnings, f"the environment step is passed over: see {PREFIX}* above")
+
+
+def _config(agent_id: str, step: Step, provider: str, values: Mapping[str, Any]) -> ResolvedConfig:
+    ollama = provider == HARDCODED_PROVIDER
+    key: SecretStr | None = values.get("API_KEY")
+    return ResolvedConfig(
+        agent_id=agent_id,
+        step=step,
+        llm_provider=provider,
+        llm_endpoint=values.get("ENDPOINT") or (DEFAULT_ENDPOINTS[provider] if ollama else None),
+        llm_model=values.get("MODEL", HARDCODED_MODEL),
+        llm_api_key=key,
+        llm_timeout=values.get("TIMEOUT", 30),
+        llm_temperature=values.get("TEMPERATURE", 0.7),
+        llm_max_tokens=values.get("MAX_TOKENS"),
+    )

@@ -1,0 +1,130 @@
+"""What the cache knows of one agent: its whole value, what it waits for, and how fresh it is.
+
+Values only; the rules about them are the cache's.
+"""
+
+from __future__ import annotations
+
+import operator
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Final, Protocol
+
+from pydantic import SecretStr
+
+from slm.client.config import ResolvedConfig, Step
+from slm.schemas import AgentConfig
+
+_NO_OPTIONS: Final[Mapping[str, Any]] = MappingProxyType({})
+
+
+class Clockwork(Protocol):
+    """What a value asks for its age: the cache."""
+
+    clock: Callable[[], float]
+
+    def freshness(self, confirmed_at: float, *, from_file: bool) -> tuple[float, bool]:
+        """Return age and staleness of a value that nothing has superseded."""
+
+
+class Freshness:
+    """Since when one value was known to be the current one; a `ResolvedConfig` asks it."""
+
+    __slots__ = ("_cache", "confirmed_at", "from_file", "superseded_at")
+
+    def __init__(self, cache: Clockwork, confirmed_at: float, *, from_file: bool) -> None:
+        self._cache = cache
+        self.confirmed_at = confirmed_at
+        self.from_file = from_file
+        self.superseded_at: float | None = None
+
+    def __call__(self) -> tuple[float, bool]:
+        """Return the age in seconds, and whether the value is stale."""
+        if self.superseded_at is not None:
+            return self._cache.clock() - self.superseded_at, True
+        return self._cache.freshness(self.confirmed_at, from_file=self.from_file)
+
+
+@dataclass(slots=True)
+class KnownAgent:
+    """What is known of one agent.
+
+    Attributes:
+        revision: of the newest that is known, with or without its key.
+        generation: the cache's at that time; revisions and keys of another mean nothing.
+        is_default: whether it is flagged as the default agent.
+        is_active: whether it may be served.
+        config: the last whole value, config and key together; None when there is none.
+        freshness: that of `config`.
+        pending: the newest config while its key is not here yet; the key in it is None.
+        pending_since: since when that key is missing.
+        key_error: why the SLM cannot give the key; None when it can.
+    """
+
+    revision: int
+    generation: int
+    is_default: bool
+    is_active: bool
+    config: ResolvedConfig | None
+    freshness: Freshness
+    pending: ResolvedConfig | None = None
+    pending_since: float = 0.0
+    key_error: str | None = None
+
+    @property
+    def in_force(self) -> ResolvedConfig | None:
+        """The agent's own config as it is served now, stale or not; None where it has none."""
+        return self.config if self.is_active and self.key_error is None else None
+
+    @property
+    def awaits_key(self) -> bool:
+        """Whether a key must still be fetched for this agent to be up to date."""
+        return self.is_active and (self.pending is not None or self.key_error is not None)
+
+
+def value_of(
+    agent_id: str,
+    revision: int,
+    config: AgentConfig,
+    key: SecretStr | None,
+    freshness: Freshness,
+) -> ResolvedConfig:
+    """Return the frozen value of an agent's own config, with its key."""
+    return ResolvedConfig(
+        agent_id=agent_id,
+        step=Step.AGENT,
+        # A thousand agents share a few names; one copy of each is enough.
+        llm_provider=sys.intern(config.llm_provider),
+        llm_model=sys.intern(config.llm_model),
+        llm_endpoint=config.llm_endpoint and sys.intern(config.llm_endpoint),
+        llm_api_key=key,
+        llm_timeout=config.llm_timeout,
+        llm_temperature=config.llm_temperature,
+        llm_max_tokens=config.llm_max_tokens,
+        llm_options=MappingProxyType(config.llm_options) if config.llm_options else _NO_OPTIONS,
+        revision=revision,
+        api_key_revision=config.api_key_revision,
+        source_agent_id=agent_id,
+        _freshness=freshness,
+    )
+
+
+_COMPARED: Final = operator.attrgetter(
+    "llm_provider",
+    "llm_endpoint",
+    "llm_model",
+    "llm_api_key",
+    "llm_timeout",
+    "llm_temperature",
+    "llm_max_tokens",
+    "llm_options",
+    "revision",
+    "api_key_revision",
+)
+
+
+def same(one: ResolvedConfig, other: ResolvedConfig) -> bool:
+    """Say whether two configs are the same value, their freshness apart."""
+    return bool(_COMPARED(one) == _COMPARED(other))

@@ -1,0 +1,46 @@
+"""The start-up hook for a FastAPI or Starlette backend, in one line of its code.
+
+Knows ASGI's lifespan by shape alone: neither framework is imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any
+
+from slm.client.client import SLMClient
+
+Lifespan = Callable[[Any], AbstractAsyncContextManager[Mapping[str, Any] | None]]
+
+
+def lifespan(
+    slm: str | SLMClient, inner: Callable[[Any], Any] | None = None, **options: Any
+) -> Callable[[Any], AbstractAsyncContextManager[Mapping[str, Any]]]:
+    """Return a lifespan that connects a client when the application starts, and closes it after.
+
+    The client is `app.state.slm`, and `request.state.slm` in each request.
+
+    Example:
+        >>> from fastapi import FastAPI
+        >>> import slm
+        >>> app = FastAPI(lifespan=slm.lifespan("https://slm.internal"))
+
+    Args:
+        slm: the SLM's address, or a client of your own making.
+        inner: your own lifespan, if you have one; it runs inside, and finds `app.state.slm`.
+        options: for `SLMClient`, where an address was given.
+    """
+
+    @asynccontextmanager
+    async def start_up(app: Any) -> AsyncIterator[Mapping[str, Any]]:
+        client = slm if isinstance(slm, SLMClient) else SLMClient(slm, **options)
+        async with client:
+            app.state.slm = client
+            if inner is None:
+                yield {"slm": client}
+                return
+            async with inner(app) as state:
+                yield {**(state or {}), "slm": client}
+
+    return start_up

@@ -1,0 +1,93 @@
+"""What a failure means: try again soon or in minutes, and what the status then says.
+
+The one place that classifies failures; knows no socket and waits for nothing.
+"""
+
+from __future__ import annotations
+
+import enum
+import random
+from collections.abc import Callable
+
+from slm.client.timings import Timings
+from slm.errors import Forbidden, ProblemError, TLSError, Unauthorized
+
+
+class ClientStatus(enum.StrEnum):
+    """How `SLMClient` stands to its SLM; `SLMClient.last_error` says why where something failed."""
+
+    STARTING = "starting"
+    """Not connected yet, and nothing has failed so far."""
+
+    SYNCING = "syncing"
+    """Subscribed, and fetching a snapshot; what is known is served as stale meanwhile."""
+
+    LIVE = "live"
+    """Every change arrives as it is made; nothing expires."""
+
+    BEHIND = "behind"
+    """Connected to an SLM that has lost sight of its database; changes may be missing."""
+
+    DISCONNECTED = "disconnected"
+    """No stream; trying again with backoff. The cache, or the chain's next steps, answer."""
+
+    UNAUTHORIZED = "unauthorized"
+    """The SLM refuses the token, or its scopes; trying again every few minutes."""
+
+    TLS_ERROR = "tls-error"
+    """The SLM's certificate was not accepted, so nothing was sent; trying again with backoff."""
+
+    CLOSED = "closed"
+    """`close()` was called; what is known is still served, as stale."""
+
+
+def is_retryable(error: BaseException) -> bool:
+    """Say whether trying again soon may help.
+
+    A refused token or scope does not mend itself within seconds: these are tried every few minutes
+    (docs/protocol.md section 5). Nothing is ever given up.
+    """
+    return not isinstance(error, Unauthorized | Forbidden)
+
+
+def status_after(error: BaseException) -> ClientStatus:
+    """Return what the status is once this failed."""
+    if not is_retryable(error):
+        return ClientStatus.UNAUTHORIZED
+    return ClientStatus.TLS_ERROR if isinstance(error, TLSError) else ClientStatus.DISCONNECTED
+
+
+class Backoff:
+    """How long to wait before the next try: full jitter, doubling, and what the server asked for.
+
+    Full jitter as in "Exponential Backoff And Jitter" (AWS Architecture Blog, 2015): a thousand
+    backends that lost their SLM at one moment must not come back at one moment.
+    """
+
+    def __init__(
+        self, timings: Timings, uniform: Callable[[float, float], float] = random.uniform
+    ) -> None:
+        self._timings = timings
+        self._uniform = uniform
+        self._failures = 0
+
+    def reset(self) -> None:
+        """Start anew: the last connection was healthy."""
+        self._failures = 0
+
+    def delay_after(self, error: BaseException) -> float:
+        """Return the seconds to wait after this failure.
+
+        Args:
+            error: what failed; a `ProblemError` may say how long to stay away.
+        """
+        timings = self._timings
+        if not is_retryable(error):
+            return timings.refused_retry_seconds * self._uniform(0.75, 1.25)
+        longest = min(
+            timings.backoff_max_seconds,
+            timings.backoff_initial_seconds * 2.0 ** min(self._failures, 30),
+        )
+        self._failures += 1
+        asked = error.retry_after_seconds if isinstance(error, ProblemError) else None
+        return min(asked or 0.0, timings.retry_after_max_seconds) + self._uniform(0, longest)

@@ -1,0 +1,142 @@
+"""The subscription: connect, subscribe from where we are, hear, and never give up.
+
+Knows the WebSocket and its silences; what a message means is its listener's affair.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from typing import Protocol
+
+import aiohttp
+
+from slm.client.http import Connection
+from slm.client.retry import Backoff
+from slm.client.timings import Timings
+from slm.errors import ProtocolError, SLMError, SLMUnavailable
+from slm.protocol import (
+    ClientInfo,
+    Error,
+    ServerMessage,
+    Subscribe,
+    Subscribed,
+    encode,
+    parse_server_message,
+)
+
+_log = logging.getLogger("slm.client")
+
+
+class Listener(Protocol):
+    """Who is told what the stream hears, in order."""
+
+    def position(self) -> tuple[int, str] | None:
+        """Return the revision and epoch to resume after; None to hear from now on."""
+
+    def subscribed(self, message: Subscribed, since: int | None) -> None:
+        """Hear that the stream begins; `since` is what was asked for."""
+
+    def received(self, message: ServerMessage) -> None:
+        """Hear any later message."""
+
+    def lost(self, error: SLMError) -> None:
+        """Hear that there is no stream, and why; the next try follows by itself."""
+
+
+class Stream:
+    """Keeps one subscription up until its task is cancelled."""
+
+    def __init__(
+        self, connection: Connection, listener: Listener, client: ClientInfo, timings: Timings
+    ) -> None:
+        self._connection = connection
+        self._listener = listener
+        self._client = client
+        self._timings = timings
+        self._ws: aiohttp.ClientWebSocketResponse | None = None
+        self._subscribed_at: float | None = None
+
+    async def run(self) -> None:
+        """Connect, and connect again with backoff, for ever."""
+        loop = asyncio.get_running_loop()
+        backoff = Backoff(self._timings)
+        while True:
+            self._subscribed_at = None
+            failure: SLMError
+            try:
+                failure = await self._live_once()
+            except SLMError as error:
+                failure = error
+            except Exception:
+                # A mistake of ours must not end the stream for the life of the process.
+                _log.exception("the stream failed; connecting again")
+                failure = SLMUnavailable("the stream failed on our side; the log has more")
+            self._listener.lost(failure)
+            since = self._subscribed_at
+            if since is not None and loop.time() - since >= self._timings.healthy_seconds:
+                backoff.reset()
+            await asyncio.sleep(backoff.delay_after(failure))
+
+    async def restart(self) -> None:
+        """Close the connection, so that the next one starts from the listener's position."""
+        if self._ws is not None:
+            await self._ws.close()
+
+    async def _live_once(self) -> SLMError:
+        """Hold one connection until it ends, and return why it did."""
+        position = self._listener.position()
+        since, epoch = position if position is not None else (None, None)
+        ws = self._ws = await self._connection.open_stream()
+        try:
+            subscribe = Subscribe(
+                subscribe="agent_config", since=since, epoch=epoch, client=self._client
+            )
+            await ws.send_str(encode(subscribe))
+            return await self._hear(ws, since)
+        except (aiohttp.ClientError, OSError) as error:
+            return SLMUnavailable(f"the stream broke: {type(error).__name__}")
+        finally:
+            self._ws = None
+            await ws.close()
+
+    async def _hear(self, ws: aiohttp.ClientWebSocketResponse, since: int | None) -> SLMError:
+        loop = asyncio.get_running_loop()
+        silence = self._timings.request_timeout_seconds
+        subscribed = False
+        try:
+            async with asyncio.timeout(silence) as deadline:
+                while True:
+                    frame = await ws.receive()
+                    if frame.type is not aiohttp.WSMsgType.TEXT:
+                        return _ending(frame.type, ws.close_code)
+                    message = parse_server_message(frame.data)
+                    if not subscribed:
+                        silence = 2 * self._begin(message, since)
+                        subscribed = True
+                    elif isinstance(message, Error):
+                        _log.warning("the SLM did not understand us: %s", message.code)
+                    elif message is not None:
+                        self._listener.received(message)
+                    deadline.reschedule(loop.time() + silence)
+        except TimeoutError:
+            return SLMUnavailable(f"no frame from the SLM within {silence:g} s")
+
+    def _begin(self, message: ServerMessage | None, since: int | None) -> float:
+        """Take the first message and return the heartbeat interval that it names."""
+        if isinstance(message, Error):
+            raise ProtocolError(f"the SLM refused the subscription: {message.code}")
+        if not isinstance(message, Subscribed):
+            raise ProtocolError("the SLM's first message is not 'subscribed'")
+        if not math.isfinite(message.heartbeat) or message.heartbeat <= 0:
+            raise ProtocolError("the SLM names a heartbeat that is no interval")
+        self._subscribed_at = asyncio.get_running_loop().time()
+        self._listener.subscribed(message, since)
+        return message.heartbeat
+
+
+def _ending(kind: aiohttp.WSMsgType, code: int | None) -> SLMError:
+    if kind is aiohttp.WSMsgType.BINARY:
+        return ProtocolError("the SLM sent a binary frame")
+    return SLMUnavailable(f"the stream ended (close code {code or 'none'})")

@@ -1,0 +1,382 @@
+"""Keeps the cache equal to the SLM: stream, snapshots, keys, refreshes, and what `status` says.
+
+Decides what to ask for and when; the stream hears, `http` asks, the cache holds. Knows nothing of
+the chain. Runs in one event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any, Final
+
+from slm.client.cache import AgentConfigCache
+from slm.client.http import Connection, EpochChanged, TokenSource
+from slm.client.retry import Backoff, ClientStatus, status_after
+from slm.client.stream import Stream
+from slm.client.timings import Timings
+from slm.errors import (
+    AgentInactive,
+    AgentNotFound,
+    KeyUndecryptable,
+    SLMError,
+    SLMUnavailable,
+)
+from slm.protocol import (
+    AgentChanged,
+    AgentDeleted,
+    ClientInfo,
+    Heartbeat,
+    Resync,
+    ServerMessage,
+    Subscribed,
+)
+
+_log = logging.getLogger("slm.client")
+
+_KEYS_AT_ONCE: Final = 8
+_REMEMBERED: Final = 10_000
+_DEFAULT: Final = "/default"  # no agent_id: those are tried as they are, this is the alias
+
+
+class Synchroniser:
+    """One connection's worth of work; made in the loop it runs in, started once, closed once.
+
+    Args:
+        cache: what is kept equal.
+        base_url: the SLM's `http(s)://…`.
+        token: its bearer token.
+        ca_file: a private CA, or None.
+        timings: how long to wait for what.
+        client: who subscribes.
+        swapped: called with an agent_id once its config was swapped, left or came into force.
+        liveness: called when the cache becomes live, or stops being it.
+    """
+
+    def __init__(
+        self,
+        cache: AgentConfigCache,
+        base_url: str,
+        token: TokenSource,
+        ca_file: Path | None,
+        timings: Timings,
+        client: ClientInfo,
+        swapped: Callable[[str], None],
+        liveness: Callable[[], None],
+    ) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.last_error: str | None = None
+        self.settled = asyncio.Event()
+        self._cache = cache
+        self._timings = timings
+        self._swapped = swapped
+        self._liveness = liveness
+        self._connection = Connection(base_url, token, ca_file, timings)
+        self._stream = Stream(self._connection, self, client, timings)
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._snapshot: asyncio.Task[None] | None = None
+        self._key_awaited: dict[str, asyncio.Event] = {}
+        self._key_slots = asyncio.Semaphore(_KEYS_AT_ONCE)
+        self._asked: dict[str, asyncio.Task[Any]] = {}
+        self._waiting: set[asyncio.Future[None]] = set()
+        self._not_before: dict[str, float] = {}
+        self._away_until = 0.0
+        self._connected = False
+        self._behind = False
+        self._failed: ClientStatus | None = None
+
+    # --- for the client ---
+
+    @property
+    def status(self) -> ClientStatus:
+        """How things stand, from what is up and what failed last."""
+        if self._cache.live:
+            return ClientStatus.LIVE
+        if self._connected and self._failed is None:
+            return ClientStatus.BEHIND if self._behind else ClientStatus.SYNCING
+        return self._failed or ClientStatus.STARTING
+
+    def start(self) -> None:
+        """Start the stream; it goes on until `close`."""
+        self._spawn(self._stream.run())
+        for agent_id in self._cache.keys_awaited():
+            self._await_key(agent_id)
+
+    async def close(self) -> None:
+        """Stop everything and close every connection."""
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._connection.close()
+        self._cache.set_live(False)
+
+    async def ask(self, agent_id: str) -> None:
+        """Fetch one agent into the cache; all who ask at one time share one request.
+
+        An SLM that could not be asked, and an agent that it does not know, are not asked again for
+        a few seconds. Nothing is raised: what came is in the cache, or nothing came.
+        """
+        await asyncio.wait({self._asking(agent_id)})
+
+    async def ask_default(self) -> None:
+        """Fetch which agent is the default; its key, if it has one, follows by itself."""
+        await asyncio.wait({self._asking(None)})
+
+    def refresh(self, agent_id: str) -> None:
+        """Ask for an agent in the background."""
+        if self._may_ask(agent_id):
+            self._asking(agent_id)
+
+    async def wait_for_change(self, timeout: float) -> None:
+        """Return when anything in the cache changed, or after the timeout."""
+        future = self.loop.create_future()
+        self._waiting.add(future)
+        try:
+            await asyncio.wait({future}, timeout=timeout)
+        finally:
+            self._waiting.discard(future)
+
+    # --- what the stream tells (stream.Listener) ---
+
+    def position(self) -> tuple[int, str] | None:
+        """Return where to resume: only what is complete up to a revision may be resumed."""
+        cache = self._cache
+        return (cache.revision, cache.epoch) if cache.synced and cache.epoch is not None else None
+
+    def subscribed(self, message: Subscribed, since: int | None) -> None:
+        """Go on from where we were, or begin with a snapshot; nothing between is lost."""
+        self._connected = True
+        self._behind = False
+        self._failed = None
+        if since is None:
+            self._begin(message.epoch, message.revision)
+        elif message.epoch == self._cache.epoch and message.revision == since:
+            self._all_is_well()
+        # else: a resync follows, and until then what is held may be of another life.
+
+    def received(self, message: ServerMessage) -> None:
+        """Apply what the stream says."""
+        cache = self._cache
+        if not self._connected:
+            return  # left over in the buffer of a stream that was given up
+        if isinstance(message, AgentChanged | AgentDeleted):
+            if cache.synced and message.revision > cache.revision + 1:
+                # The contract excludes this; but a hole must not stay, whoever made it.
+                _log.warning("the stream skipped a revision; fetching a snapshot")
+                self._begin(cache.epoch or "", message.revision)
+            cache.advance(message.revision)
+            self._after(message.agent_id, cache.apply_change(message))
+        elif isinstance(message, Heartbeat):
+            cache.advance(message.revision)
+            self._behind = message.behind
+            self._update_liveness()
+        elif isinstance(message, Resync):
+            _log.info("the SLM asks for a resync (%s)", message.reason)
+            self._begin(message.epoch, message.revision)
+
+    def lost(self, error: SLMError) -> None:
+        """Note that nothing is heard any more."""
+        self._connected = False
+        self._note_failure(error)
+        self._update_liveness()
+
+    def _all_is_well(self) -> None:
+        if self.last_error is not None:
+            _log.info("the SLM is back")
+        self.last_error = self._failed = None
+        self._away_until = 0.0
+        self._not_before.clear()
+        self._update_liveness()
+        self.settled.set()
+
+    def _update_liveness(self) -> None:
+        live = self._connected and self._cache.synced and not self._behind
+        self._cache.set_live(live)
+        self._liveness()
+        self._wake()
+
+    def _note_failure(self, error: SLMError) -> None:
+        status = status_after(error)
+        if self.last_error != str(error):
+            self.last_error = str(error)
+            _log.warning("the SLM cannot be followed now (%s): %s", status.value, error)
+        if status is not ClientStatus.DISCONNECTED:
+            self._failed = status
+            self.settled.set()  # waiting longer would not help
+        elif not self._connected:
+            self._failed = status
+
+    # --- snapshots ---
+
+    def _begin(self, epoch: str, revision: int) -> None:
+        self._cache.begin(epoch, revision)
+        self._update_liveness()
+        self._fetch_snapshot(revision)
+
+    def _fetch_snapshot(self, min_revision: int) -> None:
+        if self._snapshot is not None:
+            self._snapshot.cancel()
+        self._snapshot = self._spawn(self._until_snapshot(min_revision))
+
+    async def _until_snapshot(self, min_revision: int) -> None:
+        backoff = Backoff(self._timings)
+        while True:
+            try:
+                snapshot = await self._connection.get_snapshot(min_revision=min_revision)
+                break
+            except SLMError as error:
+                self._note_failure(error)
+                await asyncio.sleep(backoff.delay_after(error))
+        other_life = self._connected and snapshot.epoch != self._cache.epoch
+        for agent_id in self._cache.apply_snapshot(snapshot):
+            self._swapped(agent_id)
+        for agent_id in self._cache.keys_awaited():
+            self._await_key(agent_id)
+        if other_life:
+            # The stream is of a replica that does not know of it yet.
+            self._connected = False
+            await self._stream.restart()
+        elif self._connected:
+            self._all_is_well()
+
+    # --- one agent over HTTP ---
+
+    def _asking(self, agent_id: str | None) -> asyncio.Task[Any]:
+        """Return the request under way for this agent, made if need be; None is the default."""
+        name = agent_id if agent_id is not None else _DEFAULT
+        task = self._asked.get(name)
+        if task is None:
+            task = self._asked[name] = self._spawn(
+                self._ask_once(agent_id) if agent_id is not None else self._ask_default_once()
+            )
+            task.add_done_callback(lambda _: self._asked.pop(name, None))
+        return task
+
+    async def _ask_once(self, agent_id: str, *, for_key: bool = False) -> SLMError | None:
+        """Fetch one agent and apply what came; return why nothing did."""
+        if agent_id in ("", ".", "..") or not (for_key or self._may_ask(agent_id)):
+            return None
+        cache = self._cache
+        generation, known = cache.generation, cache.known_revision(agent_id)
+        failure: SLMError | None = None
+        swapped = False
+        try:
+            agent = await self._connection.get_llm(
+                agent_id, min_revision=known if known >= 0 else cache.revision, epoch=cache.epoch
+            )
+            if generation == cache.generation:
+                swapped = cache.apply_fetched(agent)
+        except (AgentNotFound, AgentInactive):
+            self._do_not_ask_for_a_while(agent_id)
+            if generation == cache.generation:
+                swapped = cache.apply_absent(agent_id, known)
+        except KeyUndecryptable as error:
+            self._do_not_ask_for_a_while(agent_id)
+            if generation == cache.generation:
+                swapped = cache.apply_key_error(agent_id, known, error.detail)
+        except EpochChanged as error:
+            failure = error
+            self._take_other_life()
+        except SLMError as error:
+            failure = error
+            self._could_not_ask(error)
+        if failure is None and cache.live:
+            self.last_error = None
+        self._after(agent_id, swapped, see_to_key=not for_key)
+        return failure
+
+    async def _ask_default_once(self) -> None:
+        if not self._may_ask(_DEFAULT):
+            return
+        generation = self._cache.generation
+        try:
+            agent = await self._connection.get_default(epoch=self._cache.epoch)
+        except EpochChanged:
+            self._take_other_life()
+        except SLMError as error:
+            self._could_not_ask(error)
+        else:
+            if generation == self._cache.generation:
+                self._after(agent.agent_id, self._cache.apply_config(agent))
+
+    def _take_other_life(self) -> None:
+        """Take what is there now as a whole: positions of another epoch mean nothing."""
+        if self._snapshot is None or self._snapshot.done():
+            self._fetch_snapshot(0)
+
+    def _may_ask(self, name: str) -> bool:
+        now = self.loop.time()
+        return now >= self._away_until and now >= self._not_before.get(name, 0.0)
+
+    def _do_not_ask_for_a_while(self, name: str) -> None:
+        if len(self._not_before) >= _REMEMBERED:
+            self._not_before.clear()
+        self._not_before[name] = self.loop.time() + self._timings.unknown_seconds
+
+    def _could_not_ask(self, error: SLMError) -> None:
+        self._away_until = self.loop.time() + self._timings.unknown_seconds
+        self._note_failure(error)
+
+    # --- keys that arrive after their change ---
+
+    def _after(self, agent_id: str, swapped: bool, *, see_to_key: bool = True) -> None:
+        """Tell of a swap, and see to a key that is missing now."""
+        self._wake()
+        if swapped:
+            self._swapped(agent_id)
+        known = self._cache.find(agent_id)
+        if see_to_key and known is not None and known.awaits_key:
+            self._await_key(agent_id)
+
+    def _await_key(self, agent_id: str) -> None:
+        changed = self._key_awaited.get(agent_id)
+        if changed is not None:
+            changed.set()
+        else:
+            self._key_awaited[agent_id] = asyncio.Event()
+            self._spawn(self._until_key(agent_id))
+
+    async def _until_key(self, agent_id: str) -> None:
+        changed = self._key_awaited[agent_id]
+        backoff = Backoff(self._timings)
+        missing = SLMUnavailable("the key did not come")
+        try:
+            while (known := self._cache.find(agent_id)) is not None and known.awaits_key:
+                changed.clear()
+                async with self._key_slots:
+                    failure = await self._ask_once(agent_id, for_key=True)
+                changed_meanwhile = changed.is_set()
+                known = self._cache.find(agent_id)
+                if known is None or not known.awaits_key or changed_meanwhile:
+                    continue
+                if known.key_error is not None:
+                    # An operator's change comes over the stream; this is for a mended server.
+                    delay = self._timings.refused_retry_seconds
+                else:
+                    delay = backoff.delay_after(failure or missing)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(delay):
+                        await changed.wait()
+        finally:
+            del self._key_awaited[agent_id]
+
+    # --- tasks ---
+
+    def _wake(self) -> None:
+        for future in self._waiting:
+            if not future.done():
+                future.set_result(None)
+
+    def _spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        task = self.loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _log.error("a task of the client failed", exc_info=error)
