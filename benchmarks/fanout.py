@@ -1,4 +1,4 @@
-"""One change to N subscribers: until the last one has the frame, against a C loop on the same sockets.
+"""One change to N subscribers: until the last has the frame, beside a C loop on the same sockets.
 
 The server is on one core, the subscriber farm on the other. In each round the C `send()` loop, a
 real change (PUT, commit, feed, hub) and the naive loop take their turn on the same connections; a

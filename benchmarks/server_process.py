@@ -1,8 +1,8 @@
 """The server under measurement, with a side door: `python -m benchmarks.server_process ARGUMENTS`.
 
-It is the server that `slm serve` runs, unchanged. The side door, a Unix socket, tells what cannot be
-seen from outside: when a transaction's commit returned, how much memory there is, and how long the
-same sockets take when a C loop, or the naive loop, writes the same frame to them.
+It is the server that `slm serve` runs, unchanged. The side door, a Unix socket, tells what cannot
+be seen from outside: when a transaction's commit returned, how much memory there is, and how long
+the same sockets take when a C loop, or the naive loop, writes the same frame to them.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ class SideDoor:
         self._broadcast = hub._broadcast_frames
         hub._broadcast_frames = self._remembered
 
-    def _timed(self, fn: Callable[..., Any], read_only: bool) -> Any:
+    def _timed(self, fn: Callable[..., Any], read_only: bool, *rest: Any) -> Any:
         """In the database's thread: note when the commit of a write returned."""
-        result = self._transaction(fn, read_only)
+        result = self._transaction(fn, read_only, *rest)
         if not read_only:
             self._last_write = time.monotonic_ns()
         return result

@@ -1,0 +1,62 @@
+"""Whether cost grows with the number of agents: a PUT and a resolve with 10 to 100,000 of them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+from benchmarks import machine, stats
+from benchmarks.reads import read_ns
+from benchmarks.run import Bench, Options, say
+from benchmarks.seed import agent_id
+from benchmarks.slm_server import BenchServer
+from slm import SLMClient
+
+FULL_SIZES = (10, 100, 1_000, 10_000, 100_000)
+QUICK_SIZES = (10, 10_000)
+WARM_UP = 20
+
+
+async def measure(options: Options) -> dict[str, Any]:
+    sizes = QUICK_SIZES if options.quick else FULL_SIZES
+    puts = 100 if options.quick else 300
+    found: dict[str, dict[str, list[float]]] = {str(size): {} for size in sizes}
+    # Interleaved: all servers are up at once, idle but for the one whose turn it is.
+    servers = [BenchServer(agents=size, core=machine.cores()[0]) for size in sizes]
+    clients: list[SLMClient] = []
+    try:
+        for server in servers:
+            await server.__aenter__()
+            token = server.backend_token.read_text().strip()
+            clients.append(SLMClient(server.url, token, start_timeout=120))
+            await clients[-1].connect()
+        for repeat in range(options.repeats):
+            for size, server, client in zip(sizes, servers, clients, strict=True):
+                wanted = agent_id(size // 2)
+                taken = {
+                    "put_p50_ms": await _put_ms(server, wanted, puts),
+                    "resolve_ns": await read_ns(client.resolve, wanted, 20_000),
+                }
+                say(f"growth {repeat + 1}: {size}", taken)
+                for name, value in taken.items():
+                    found[str(size)].setdefault(name, []).append(value)
+    finally:
+        for client in clients:
+            await client.close()
+        for server in servers:
+            await server.__aexit__(None, None, None)
+    return {"sizes": sizes, "per_size": found}
+
+
+async def _put_ms(server: BenchServer, wanted: str, count: int) -> float:
+    took = []
+    for _ in range(WARM_UP + count):
+        begin = time.perf_counter()
+        await server.put(wanted, llm_max_tokens=time.monotonic_ns() // 1000 % 2**30)
+        took.append((time.perf_counter() - begin) * 1e3)
+        await asyncio.sleep(0.001)
+    return stats.quantile(took[WARM_UP:], 0.5)
+
+
+BENCH = Bench("growth", "Cost against the number of agents", measure)

@@ -1,0 +1,113 @@
+"""LLMInterface beside the bare official SDK: the same call to a model that answers at once.
+
+Both keep their connection; blocks of calls take turns in one process on one core, the model and the
+SLM run on the other. CPU is this process's own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from benchmarks import machine, stats
+from benchmarks.errors import Missing
+from benchmarks.run import Bench, Options, say
+from benchmarks.slm_server import BenchServer
+from slm import LLMInterface, SLMClient
+
+MESSAGES = [
+    {"role": "system", "content": "Answer briefly."},
+    {"role": "user", "content": "What is the capital of France?"},
+]
+
+
+async def measure(options: Options) -> dict[str, Any]:
+    try:
+        from openai import AsyncOpenAI
+    except ImportError:
+        raise Missing("openai (PyPI)") from None
+    server_core, own_core = machine.cores()
+    blocks, calls = (6, 30) if options.quick else (14, 60)
+    model = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "benchmarks.model_server",
+        stdout=subprocess.PIPE,
+        preexec_fn=lambda: machine.pin(server_core),
+    )
+    assert model.stdout is not None
+    endpoint = f"http://127.0.0.1:{(await model.stdout.readline()).split()[1].decode()}/v1"
+    machine.pin(own_core)
+    taken: dict[str, list[float]] = {}
+    try:
+        async with BenchServer(core=server_core) as server:
+            await server.put(
+                "agent-00001", llm_endpoint=endpoint, llm_api_key="sk-bench", llm_max_tokens=100
+            )
+            token = server.backend_token.read_text().strip()
+            async with SLMClient(server.url, token) as client:
+                config = await client.resolve("agent-00001")
+                llm = LLMInterface(client)
+                bare = AsyncOpenAI(api_key="sk-bench", base_url=endpoint, max_retries=0)
+
+                async def ours() -> None:
+                    await llm.chat("agent-00001", MESSAGES)
+
+                async def theirs() -> None:
+                    await bare.chat.completions.create(
+                        model=config.llm_model,
+                        messages=MESSAGES,  # type: ignore[arg-type]
+                        temperature=config.llm_temperature,
+                        max_tokens=config.llm_max_tokens,
+                    )
+
+                for repeat in range(options.repeats):
+                    one = await _blocks(blocks, calls, {"slm": ours, "sdk": theirs})
+                    say(f"llm {repeat + 1}", one)
+                    for name, value in one.items():
+                        taken.setdefault(name, []).append(value)
+                await llm.close()
+                await bare.close()
+    finally:
+        model.kill()
+        await model.wait()
+    return taken
+
+
+async def _blocks(
+    blocks: int, calls: int, ways: dict[str, Callable[[], Awaitable[None]]]
+) -> dict[str, float]:
+    """Take turns in blocks; the first block of each is the warm-up."""
+    cpu: dict[str, list[float]] = {name: [] for name in ways}
+    wall: dict[str, list[float]] = {name: [] for name in ways}
+    for block in range(1 + blocks):
+        for name in list(ways) if block % 2 else list(ways)[::-1]:
+            call = ways[name]
+            took = []
+            spent = time.process_time()
+            for _ in range(calls):
+                begin = time.perf_counter()
+                await call()
+                took.append((time.perf_counter() - begin) * 1e3)
+            spent = time.process_time() - spent
+            if block:
+                cpu[name].append(spent / calls * 1e3)
+                wall[name].append(stats.quantile(took, 0.5))
+    ours, theirs = cpu["slm"], cpu["sdk"]
+    return {
+        "slm_cpu_ms": stats.quantile(ours, 0.5),
+        "sdk_cpu_ms": stats.quantile(theirs, 0.5),
+        "cpu_ratio": stats.quantile(stats.ratios(ours, theirs), 0.5),
+        "slm_p50_ms": stats.quantile(wall["slm"], 0.5),
+        "sdk_p50_ms": stats.quantile(wall["sdk"], 0.5),
+        "added_ms": stats.quantile(
+            [a - b for a, b in zip(wall["slm"], wall["sdk"], strict=True)], 0.5
+        ),
+    }
+
+
+BENCH = Bench("llm", "LLMInterface beside the bare official SDK", measure)
