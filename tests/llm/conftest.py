@@ -10,11 +10,24 @@ import pytest
 
 from slm.cli import local_model
 from slm.cli.local_model import LocalModel
-from slm.llm import LLMInterface, RetrySettings
+from slm.llm import ChatResult, LLMInterface, RetrySettings
 from tests.llm.providers import DIALECTS, Configs, Dialect, RecordingServer, answering
 
 QUICK_RETRY = RetrySettings(backoff_seconds=0.05, backoff_max_seconds=0.8)
 """A tenth of the defaults."""
+
+
+ASK = [{"role": "user", "content": "Hello?"}]
+
+
+async def ask(llm: LLMInterface, *, streamed: bool = False, **overrides: Any) -> ChatResult:
+    """Ask the agent, by `chat` or by reading a stream to its end."""
+    if not streamed:
+        return await llm.chat("a", ASK, **overrides)
+    stream = llm.stream("a", ASK, **overrides)
+    async for _ in stream:
+        pass
+    return stream.result
 
 
 @dataclass

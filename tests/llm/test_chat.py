@@ -11,10 +11,9 @@ import pytest
 from slm.client.config import Step
 from slm.errors import ConfigurationError, LLMBadRequest, LLMProviderMissing
 from slm.llm import LLMInterface, Usage
-from tests.llm.conftest import Bench
+from tests.llm.conftest import ASK, Bench
 from tests.llm.providers import Answer, Configs, Received, answering
 
-ASK = [{"role": "user", "content": "Hello?"}]
 WEATHER: dict[str, Any] = {
     "type": "function",
     "function": {

@@ -18,8 +18,8 @@ import pytest
 from pydantic import SecretStr
 
 from slm.errors import LLMError, LLMStreamBroken, LLMTimeout
-from slm.llm import ChatResult, LLMInterface
-from tests.llm.conftest import QUICK_RETRY, Bench
+from slm.llm import LLMInterface
+from tests.llm.conftest import ASK, QUICK_RETRY, Bench, ask
 from tests.llm.providers import (
     CANARY,
     DIALECTS,
@@ -32,16 +32,6 @@ from tests.llm.providers import (
     failing,
 )
 
-ASK = [{"role": "user", "content": "Hello?"}]
-
-
-async def read(llm: LLMInterface, **overrides: Any) -> ChatResult:
-    """Read a stream to its end."""
-    stream = llm.stream("a", ASK, **overrides)
-    async for _ in stream:
-        pass
-    return stream.result
-
 
 # --- 1. HTTP clients belong to an event loop ---
 
@@ -49,7 +39,7 @@ async def read(llm: LLMInterface, **overrides: Any) -> ChatResult:
 def test_one_interface_serves_loops_one_after_another_and_at_once(dialect: Dialect) -> None:
     """An interface made once works in every event loop, and in two threads at the same time."""
 
-    async def ask() -> str:
+    async def three_times() -> str:
         async with RecordingServer(answering(dialect)).running() as server:
             configs.current = dialect.config(server.url)
             answers = [await llm.chat("a", ASK) for _ in range(3)]
@@ -58,7 +48,7 @@ def test_one_interface_serves_loops_one_after_another_and_at_once(dialect: Diale
 
     configs = Configs(dialect.config("http://127.0.0.1:1"))
     llm = LLMInterface(configs)
-    assert [asyncio.run(ask()) for _ in range(2)] == ["Hello there"] * 2
+    assert [asyncio.run(three_times()) for _ in range(2)] == ["Hello there"] * 2
 
     async def at_once(url: str, barrier: threading.Barrier) -> None:
         await llm.chat("a", ASK)
@@ -160,7 +150,7 @@ async def test_nothing_is_taken_from_the_environment(
         configs = Configs(dialect.config(server.url, llm_api_key=secret))
         async with LLMInterface(configs) as llm:
             await llm.chat("a", ASK)
-            await read(llm)
+            await ask(llm, streamed=True)
         assert len(server.received) == 2
         for request in server.received:
             assert b"hostile" not in request.raw.lower()
@@ -264,7 +254,7 @@ async def test_a_long_stream_may_take_longer_than_the_timeout(bench: Bench) -> N
         await answer.end()
 
     bench.server.handler = handler
-    assert (await read(bench.llm, timeout=0.8)).text == "x" * 12
+    assert (await ask(bench.llm, streamed=True, timeout=0.8)).text == "x" * 12
 
 
 # --- 4. Anthropic's arguments ---
@@ -278,7 +268,7 @@ async def test_anthropic_gets_sampling_options_and_always_a_limit() -> None:
         configs = Configs(dialect.config(server.url, llm_options=options, llm_temperature=1.5))
         async with LLMInterface(configs) as llm:
             await llm.chat("a", ASK)
-            await read(llm)
+            await ask(llm, streamed=True)
         for request in server.received:
             body = request.body
             assert (body["top_p"], body["top_k"]) == (0.5, 3)
@@ -300,7 +290,7 @@ async def test_a_stream_cut_by_a_plain_close_is_an_error(bench: Bench, tokens: i
 
     bench.server.handler = handler
     with pytest.raises(LLMStreamBroken, match="before the provider said") as caught:
-        await read(bench.llm)
+        await ask(bench.llm, streamed=True)
     assert caught.value.partial == "x" * tokens
     assert (caught.value.step, caught.value.revision) == ("agent", 43)
     # Nothing of the answer was seen, so it was tried again; a begun answer never is.
@@ -352,7 +342,7 @@ async def test_a_break_after_the_finish_reason_loses_nothing(bench: Bench) -> No
             await answer.piece(piece)
 
     bench.server.handler = handler
-    assert (await read(bench.llm)).text == "x"
+    assert (await ask(bench.llm, streamed=True)).text == "x"
 
 
 # --- 6. The key in an SDK's exception ---
@@ -388,7 +378,7 @@ async def test_no_error_leads_to_the_key(
     if fault == "no server":
         bench.set(llm_endpoint=bench.dialect.endpoint("http://127.0.0.1:1"))
     with pytest.raises(LLMError) as caught:
-        await (read if streamed else chat)(bench.llm, timeout=0.5 if fault == "timeout" else 20)
+        await ask(bench.llm, streamed=streamed, timeout=0.5 if fault == "timeout" else 20)
     error = caught.value
     assert error.__context__ is None
     assert error.__cause__ is None
@@ -400,10 +390,6 @@ async def test_no_error_leads_to_the_key(
     if fault == "echo":
         assert "Incorrect API key provided: ***" in str(error)
         assert error.status == 401
-
-
-async def chat(llm: LLMInterface, **overrides: Any) -> ChatResult:
-    return await llm.chat("a", ASK, **overrides)
 
 
 def _reachable(error: BaseException, *types: str) -> list[object]:
@@ -427,7 +413,7 @@ async def test_success_leaves_no_key_in_a_log(
     """A call that succeeds writes the key into no log, at DEBUG either."""
     caplog.set_level(logging.DEBUG)
     result = await bench.llm.chat("a", ASK)
-    streamed = await read(bench.llm)
+    streamed = await ask(bench.llm, streamed=True)
     assert bench.server.received[0].headers["authorization"] == f"Bearer {CANARY}"
     assert caplog.records, "the libraries do log at DEBUG"
     assert CANARY not in caplog.text + repr(result) + repr(streamed)

@@ -132,19 +132,24 @@ class LLMInterface:
         if name not in _PROVIDERS:
             known = ", ".join(sorted(_PROVIDERS))
             raise LLMProviderMissing(f"unknown provider; known are {known}", **context)
-        module_name, class_name = _PROVIDERS[name]
         try:
             # In a thread: an SDK takes up to a second to import, and the loop has others to serve.
-            module = await asyncio.to_thread(importlib.import_module, module_name)
-            await asyncio.to_thread(self._connections.prepare)
+            provider = await asyncio.to_thread(self._make, name)
         except ModuleNotFoundError as error:
-            missing = error.name or ""
+            missing = error.name
         else:
-            provider: Provider = getattr(module, class_name)(self._connections)
             return self._providers.setdefault(name, provider)
         raise LLMProviderMissing(
             f"{missing} is not installed: pip install 'autobot-slm[{name}]'", **context
         )
+
+    def _make(self, name: str) -> Provider:
+        module_name, class_name = _PROVIDERS[name]
+        provider: Provider = getattr(importlib.import_module(module_name), class_name)(
+            self._connections
+        )
+        self._connections.prepare()
+        return provider
 
     async def _streamed(
         self,

@@ -11,12 +11,12 @@ from typing import Any, Final
 
 import httpx2
 import openai
-import openai.resources.chat.completions  # else imported at the first call, for 0.4 s, in the loop
 from openai.types import CompletionUsage
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from slm.errors import LLMBadResponse
 from slm.llm.providers.base import (
+    NO_KEY,
     ChatRequest,
     Completion,
     Failure,
@@ -40,6 +40,12 @@ class OpenAIProvider:
 
     def __init__(self, connections: Connections) -> None:
         self._connections = connections
+        # The SDK imports its larger half when a client is made and its resources are looked at:
+        # 0.4 s, here in the thread that makes the adapter rather than in the first call's loop.
+        idle = httpx2.AsyncClient(transport=httpx2.AsyncBaseTransport(), trust_env=False)
+        _ = openai.AsyncOpenAI(
+            api_key=NO_KEY, base_url="http://x", http_client=idle
+        ).chat.completions
 
     async def chat(self, request: ChatRequest) -> Completion:
         """Return the whole answer."""
