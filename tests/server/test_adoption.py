@@ -414,7 +414,11 @@ async def test_a_bare_token_put_there_later_is_refused(tmp_path: Path, state: st
         await store.check_laws()
 
 
-@pytest.mark.parametrize("token", ["garbage", "\x00", b"\xff\xfe", 12, OLD.encrypt(b"").decode()])
+@pytest.mark.parametrize(
+    "token",
+    ["garbage", "\x00", b"\xff\xfe", 12, OLD.encrypt(b"").decode()],
+    ids=["text", "nul", "bytes", "number", "empty"],
+)
 async def test_a_token_that_is_none_is_kept_and_told(tmp_path: Path, token: Any) -> None:
     """Whatever stands in the key's column, the row is served without a key and says why."""
     make(tmp_path, [{"agent_id": "a", "llm_api_key_encrypted": token}])
