@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from slm import LLMInterface, SLMClient
 from slm.cli import output
 from slm.cli.connection import DEFAULT_DATA_DIR, CaFile, DataDir, Target, TokenFile, Url, find
 from slm.client.config import ResolvedConfig, Step
@@ -75,8 +76,6 @@ async def _ask(
     *,
     as_json: bool,
 ) -> None:
-    from slm import LLMInterface, SLMClient
-
     client = SLMClient(
         target.url, token=target.token.get_secret_value(), ca_file=target.ca_file, name="slm ask"
     )

@@ -162,7 +162,7 @@ class _Stage:
             "llm_endpoint": self._model.openai_url,
             "llm_model": self._model.name,
             "llm_temperature": 0.7,
-            "llm_max_tokens": 60,
+            "llm_max_tokens": 40,
             "llm_timeout": 60,
             "llm_api_key": f"{DEMO_KEY}one",
         }
@@ -178,7 +178,7 @@ class _Stage:
         body = {
             "llm_provider": "anthropic",
             "llm_endpoint": self._model.anthropic_url,
-            "llm_max_tokens": 30,
+            "llm_max_tokens": 24,
             "llm_api_key": f"{DEMO_KEY}two",
         }
         return await self._change("provider", "PUT", agent_path(AGENT), body)
@@ -195,7 +195,7 @@ class _Stage:
         self._head("The SLM is back, and the agent is changed at once")
         with output.progress("starting the SLM again"):
             await self._server.start()
-        body = {"llm_max_tokens": 45}
+        body = {"llm_max_tokens": 40}
         return await self._change("SLM back", "PUT", agent_path(AGENT), body)
 
     async def _change(self, what: str, method: str, path: str, body: dict[str, Any]) -> Step:
@@ -307,6 +307,7 @@ def _farewell(console: Console) -> None:
     slm = _command()
     console.print()
     console.print("[bold]To go on by hand[/]")
+    grid = Table.grid(padding=(0, 3, 0, 0))
     for command, what in (
         (f"{slm} demo --stay", "this again, left running, with commands to try on it"),
         (f"{slm} serve", "a server of your own, its data in ./slm-data; then, beside it:"),
@@ -314,7 +315,8 @@ def _farewell(console: Console) -> None:
         (f"{slm} agents set default --temperature 0.2", "change one"),
         (f"{slm} watch", "changes as they happen"),
     ):
-        console.print(f"  {escape(command):<50} [dim]{what}[/]", soft_wrap=True)
+        grid.add_row(f"  {escape(command)}", f"[dim]{what}[/]")
+    console.print(grid)
     console.print("[dim]Everything that the demo started has ended; nothing is left of it.[/]")
 
 
@@ -329,7 +331,10 @@ def _shown_body(body: dict[str, Any]) -> str:
 
 
 def _ms(seconds: float, *, sign: bool = False) -> str:
-    return f"{seconds * 1000:{'+' if sign else ''}.1f} ms"
+    plus = "+" if sign else ""
+    if abs(seconds) >= 1:
+        return f"{seconds:{plus}.1f} s"
+    return f"{seconds * 1000:{plus}.1f} ms"
 
 
 def _around(seconds: float) -> str:

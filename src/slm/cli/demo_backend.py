@@ -13,7 +13,7 @@ import sys
 import time
 from typing import Any
 
-from slm import LLMInterface, SLMClient
+from slm import LLMInterface, ResolvedConfig, SLMClient
 from slm.errors import SLMError
 
 
@@ -21,6 +21,11 @@ def report(event: str, **fields: Any) -> None:
     """Write one line; `at` is the machine's monotonic clock, the same in every process of it."""
     at = time.monotonic()
     print(json.dumps({"event": event, "at": at} | fields), flush=True)
+
+
+def in_force(agent_id: str, config: ResolvedConfig | None) -> None:
+    """Report that the cache holds another config of the agent from this moment on."""
+    report("in force", agent_id=agent_id, revision=config.revision if config is not None else None)
 
 
 async def answer(client: SLMClient, llm: LLMInterface, agent_id: str, prompt: str) -> None:
@@ -49,7 +54,7 @@ async def answer(client: SLMClient, llm: LLMInterface, agent_id: str, prompt: st
 async def main(slm_url: str) -> None:
     """Be a backend until standard input closes."""
     async with SLMClient(slm_url, name="demo-backend") as client, LLMInterface(client) as llm:
-        client.on_change(lambda change: report("in force", revision=change.revision))
+        client.on_change(in_force)
         report("ready", status=client.status.value)
         while line := await asyncio.to_thread(sys.stdin.readline):
             request = json.loads(line)

@@ -82,11 +82,17 @@ class Server:
 
 
 class Backend:
-    """The demo's backend and what it reports."""
+    """The demo's backend and what it reports.
+
+    Args:
+        url: the SLM's address.
+        token_file: its token, in the SLM's data directory; its log goes beside that directory.
+    """
 
     def __init__(self, url: str, token_file: Path) -> None:
         self._url = url
         self._token_file = token_file
+        self._log_path = token_file.parent.with_name("backend.log")
         self._process: Process | None = None
         self._reader: asyncio.Task[None] | None = None
         self._reports: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
@@ -101,13 +107,15 @@ class Backend:
 
     async def start(self) -> None:
         """Start it and wait until it has taken its first configs from the SLM."""
-        self._process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "slm.cli.demo_backend", self._url),
-            stdin=PIPE,
-            stdout=PIPE,
-            env=_clean_environment() | {"SLM_TOKEN_FILE": str(self._token_file)},
-            start_new_session=True,
-        )
+        with self._log_path.open("ab") as log:
+            self._process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "slm.cli.demo_backend", self._url),
+                stdin=PIPE,
+                stdout=PIPE,
+                stderr=log,
+                env=_clean_environment() | {"SLM_TOKEN_FILE": str(self._token_file)},
+                start_new_session=True,
+            )
         self._reader = asyncio.create_task(self._read(self._process))
         await self._next_report()
 
@@ -142,13 +150,14 @@ class Backend:
     async def _next_report(self) -> dict[str, Any]:
         report = await self._reports.get()
         if report["event"] == "ended":
-            raise StartupError("the demo's backend ended unexpectedly")
+            said = self._log_path.read_text(errors="replace").strip().splitlines()
+            raise StartupError(f"the demo's backend ended: {said[-1] if said else 'silently'}")
         return report
 
     async def _read(self, process: Process) -> None:
         while line := await _read_line(process):
             report = json.loads(line)
-            if report["event"] == "in force":
+            if report["event"] == "in force" and report["revision"] is not None:
                 async with self._news:
                     self._in_force[report["revision"]] = report["at"]
                     self._news.notify_all()

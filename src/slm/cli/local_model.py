@@ -136,6 +136,10 @@ def _serve() -> None:
     params.use_jinja = True
     params.warmup = False
     params.offline = True
+    # One thread: 50 tokens a second whatever else the machine does. Two threads wait for each other
+    # at every step, and on two busy cores that made it 3.
+    params.cpuparams.n_threads = 1
+    params.cpuparams_batch.n_threads = 1
     params.verbosity = -1  # llama.cpp's own log would fill the terminal
     server = xllamacpp.Server(params)
     print(json.dumps({"url": server.listening_address}), flush=True)

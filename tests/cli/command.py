@@ -1,0 +1,126 @@
+"""Runs the real command `slm` as a person or a script does, and looks at all it says."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import json
+import os
+import pty
+import sys
+from asyncio.subprocess import DEVNULL, PIPE
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+CANARY = "sk-canary-7c21"
+"""An API key; where a command shows it, the command is broken."""
+
+TIMEOUT_SECONDS = 60
+
+
+@dataclass(frozen=True)
+class Done:
+    """How a command ended and what it said."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        """What it printed, as JSON."""
+        return json.loads(self.out)
+
+    @property
+    def error(self) -> str:
+        """The one line that says why it failed."""
+        (line,) = self.err.splitlines()
+        assert line.startswith("error: ")
+        return line.removeprefix("error: ")
+
+
+def environment(data: Path | None = None, **extra: str) -> dict[str, str]:
+    """Return the environment of a command: nothing of ours but what is named."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLM_", "AUTOBOT_LLM_"))}
+    clean |= {"SLM_DATA_DIR": str(data)} if data is not None else {}
+    return clean | extra
+
+
+async def slm(
+    *arguments: str,
+    data: Path | None = None,
+    stdin: str | None = None,
+    cwd: Path | None = None,
+    **env: str,
+) -> Done:
+    """Run `slm` to its end.
+
+    Args:
+        *arguments: what follows `slm`.
+        data: the data directory of the server it speaks to.
+        stdin: what it reads; nothing by default, and not a terminal.
+        cwd: where it runs.
+        **env: further environment variables.
+    """
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "slm", *arguments),
+        stdin=DEVNULL if stdin is None else PIPE,
+        stdout=PIPE,
+        stderr=PIPE,
+        cwd=cwd,
+        env=environment(data, **env),
+    )
+    given = None if stdin is None else stdin.encode()
+    try:
+        out, err = await asyncio.wait_for(process.communicate(given), TIMEOUT_SECONDS)
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    assert process.returncode is not None
+    return checked(Done(process.returncode, out.decode(), err.decode()))
+
+
+def checked(done: Done) -> Done:
+    """Return what a command did, if it kept what every command must keep."""
+    assert "Traceback" not in done.err, done.err
+    assert "unexpected" not in done.err, done.err
+    assert CANARY not in done.out
+    assert CANARY not in done.err
+    return done
+
+
+def slm_at_a_terminal(
+    *arguments: str, data: Path, answers: dict[str, str], columns: int = 100
+) -> Done:
+    """Run `slm` at a terminal and answer its prompts; blocks, so wrap it in `asyncio.to_thread`.
+
+    Args:
+        *arguments: what follows `slm`.
+        data: the data directory of the server it speaks to.
+        answers: what to type when a text is shown.
+        columns: how wide the terminal is.
+    """
+    env = environment(data, COLUMNS=str(columns), TERM="xterm-256color")
+    child, terminal = pty.fork()
+    if child == 0:
+        os.execve(sys.executable, [sys.executable, "-m", "slm", *arguments], env)
+    shown = ""
+    waiting = dict(answers)
+    while True:
+        try:
+            piece = os.read(terminal, 4096)
+        except OSError as error:  # how Linux says that the other side has gone
+            assert error.errno == errno.EIO
+            break
+        if not piece:
+            break
+        shown += piece.decode(errors="replace")
+        for text, answer in list(waiting.items()):
+            if text in shown:
+                os.write(terminal, f"{answer}\n".encode())
+                del waiting[text]
+    os.close(terminal)
+    _, status = os.waitpid(child, 0)
+    return checked(Done(os.waitstatus_to_exitcode(status), shown, ""))
