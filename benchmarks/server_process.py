@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import machine, native
-from slm.server.hub import Frames
+from slm.server.hub import encode_change
 from slm.server.run import SLMServer
 from slm.server.settings import Settings
+from slm.server.transport import text_frames
 
 
 class SideDoor:
@@ -31,7 +32,6 @@ class SideDoor:
     def __init__(self, server: SLMServer) -> None:
         self._server = server
         self._commits: dict[int, int] = {}
-        self._frame: Frames | None = None
         self._last_write = 0
         database: Any = server.services.database
         self._transaction = database._transaction
@@ -39,9 +39,6 @@ class SideDoor:
         registry: Any = server.services.registry
         self._update = registry.update
         registry.update = self._noted
-        hub: Any = server.services.hub
-        self._broadcast = hub._broadcast_frames
-        hub._broadcast_frames = self._remembered
 
     def _timed(self, fn: Callable[..., Any], read_only: bool, *rest: Any) -> Any:
         """In the database's thread: note when the commit of a write returned."""
@@ -54,10 +51,6 @@ class SideDoor:
         written = await self._update(*args, **kwargs)
         self._commits[written.revision] = self._last_write
         return written
-
-    async def _remembered(self, frames: Frames) -> None:
-        self._frame = frames
-        await self._broadcast(frames)
 
     async def serve(self, path: Path) -> None:
         """Answer until the process ends."""
@@ -82,8 +75,7 @@ class SideDoor:
 
     async def do_floor(self) -> dict[str, int]:
         """Send the last change's frame to every subscriber's socket from a loop in C."""
-        assert self._frame is not None
-        frame = self._frame.encoded
+        frame = text_frames([await self._last_change()])
         descriptors = [
             sink._protocol.transport.get_extra_info("socket").fileno() for sink in self._sinks()
         ]
@@ -95,13 +87,18 @@ class SideDoor:
 
     async def do_naive(self) -> dict[str, int]:
         """Send the same text with `await send_text` to one after the other, as most would."""
-        assert self._frame is not None
-        text = self._frame.texts[0]
+        text = await self._last_change()
         protocols = [sink._protocol for sink in self._sinks()]
         begin = time.monotonic_ns()
         for protocol in protocols:
             await protocol.send({"type": "websocket.send", "text": text})
         return {"begin": begin, "end": time.monotonic_ns(), "refused": 0}
+
+    async def _last_change(self) -> str:
+        """Return the text of the last change's frame."""
+        feed = self._server.services.feed
+        page = await feed.read(feed.position - 1, 1, upto=feed.position)
+        return encode_change(page.changes[0])
 
     def _sinks(self) -> list[Any]:
         return [subscriber.sink for subscriber in self._server.services.hub._live]
