@@ -10,7 +10,6 @@ import contextlib
 import functools
 import os
 import sqlite3
-import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,6 +29,7 @@ from slm.errors import (
     StartupError,
 )
 from slm.server import failpoints
+from slm.server.attempt import Attempt
 from slm.server.models import (
     AGENTS,
     CHANGES,
@@ -71,32 +71,6 @@ MIN_SQLITE: Final = (3, 35, 0)
 """The first SQLite that has RETURNING."""
 
 
-class _Attempt:
-    """One transaction, between the loop that waits for it and the thread that runs it.
-
-    Whoever comes first decides: once the loop has given it up it is never committed, and once its
-    commit has begun nobody can say that nothing was changed.
-    """
-
-    def __init__(self) -> None:
-        self.late = False
-        self.committing = False
-        self._lock = threading.Lock()
-
-    def is_late(self, future: asyncio.Future[Any]) -> None:
-        """Give it up; a thread that still works on it goes on by itself."""
-        with self._lock:
-            self.late = True
-        future.cancel()
-
-    def begin_commit(self) -> None:
-        """Raise, and so roll back, where it was given up."""
-        with self._lock:
-            if self.late:
-                raise DatabaseUnavailable("The database answered too late.")
-            self.committing = True
-
-
 class DatabaseHeld(StartupError):
     """Another process has the SQLite file."""
 
@@ -129,6 +103,7 @@ class Database:
         # None while a server is made ready: a migration takes as long as it takes.
         self._answer_timeout_seconds: float | None = None
         self._workers = 1 if self.dialect == "sqlite" else pool_size
+        self._attempts: set[Attempt] = set()
         self._engine: Engine | None = None
         self._threads: ThreadPoolExecutor | None = None
 
@@ -168,11 +143,14 @@ class Database:
             raise
 
     async def close(self) -> None:
-        """Close every connection and wait for the transactions under way."""
+        """Close every connection; a transaction that hangs on a dead network is cut."""
         engine, self._engine = self._engine, None
         threads, self._threads = self._threads, None
         if threads is None:
             return
+        for attempt in list(self._attempts):
+            # Nobody waits for it any more: its caller went with the server.
+            attempt.cut()
         if engine is not None:
             # In its own thread: a SQLite connection may not be closed from another.
             await asyncio.get_running_loop().run_in_executor(threads, engine.dispose)
@@ -190,7 +168,7 @@ class Database:
             InsufficientStorage: its disk is full.
             OutcomeUnknown: the connection was lost while committing.
         """
-        attempt = _Attempt()
+        attempt = Attempt(self._answer_timeout_seconds)
         return await self._hop(functools.partial(self._transaction, fn, False, attempt), attempt)
 
     async def read(self, fn: Callable[[Connection], T]) -> T:
@@ -199,7 +177,7 @@ class Database:
         Raises:
             DatabaseUnavailable: the database is away.
         """
-        attempt = _Attempt()
+        attempt = Attempt(self._answer_timeout_seconds)
         return await self._hop(functools.partial(self._transaction, fn, True, attempt), attempt)
 
     async def vacuum_into(self, path: Path) -> None:
@@ -230,7 +208,7 @@ class Database:
         finally:
             connection.close()
 
-    async def _hop(self, work: Callable[[], T], attempt: _Attempt | None = None) -> T:
+    async def _hop(self, work: Callable[[], T], attempt: Attempt | None = None) -> T:
         if self._threads is None:
             raise DatabaseUnavailable("The database is closed.")
         loop = asyncio.get_running_loop()
@@ -242,7 +220,8 @@ class Database:
             raise DatabaseUnavailable("The database is closed.") from None
         if attempt is None or self._answer_timeout_seconds is None:
             return await future
-        timer = loop.call_later(self._answer_timeout_seconds, attempt.is_late, future)
+        self._attempts.add(attempt)
+        timer = loop.call_later(self._answer_timeout_seconds, attempt.give_up, future)
         try:
             return await future
         except asyncio.CancelledError:
@@ -254,32 +233,46 @@ class Database:
             raise DatabaseUnavailable("The database did not answer in time.") from None
         finally:
             timer.cancel()
+            self._attempts.discard(attempt)
 
-    def _transaction(self, fn: Callable[[Connection], T], read_only: bool, attempt: _Attempt) -> T:
+    def _transaction(self, fn: Callable[[Connection], T], read_only: bool, attempt: Attempt) -> T:
+        try:
+            try:
+                return self._once(fn, read_only, attempt)
+            except DBAPIError as error:
+                if attempt.begun or not error.connection_invalidated:
+                    raise
+                # It died in the pool: not one statement was run. Once more, on a new one; that
+                # costs nothing, where a ping before each transaction is a round trip.
+                return self._once(fn, read_only, attempt)
+        except (DBAPIError, PoolTimeout) as error:
+            problem = _problem(error, attempt.committing)
+            if problem is None:
+                raise
+            raise problem from error
+
+    def _once(self, fn: Callable[[Connection], T], read_only: bool, attempt: Attempt) -> T:
+        attempt.check()
         engine = self._engine
         if engine is None:
             raise DatabaseUnavailable("The database is closed.")
-        committing = False
         failpoints.reach("database")
-        try:
-            with engine.connect() as connection:
-                if read_only and self.dialect == "postgresql":
+        with engine.connect() as connection, contextlib.ExitStack() as stack:
+            if self.dialect == "postgresql":
+                attempt.hold(connection.connection.dbapi_connection)  # type: ignore[arg-type]
+                connection.info["attempt"] = attempt
+                stack.callback(attempt.hold, None)
+                if read_only:
                     # READ COMMITTED would let each statement see another revision.
                     connection.execution_options(
                         isolation_level="REPEATABLE READ", postgresql_readonly=True
                     )
-                with contextlib.closing(connection.begin()) as transaction:
-                    result = fn(connection)
-                    committing = not read_only
-                    if committing:
-                        attempt.begin_commit()
-                    transaction.commit()
-            return result
-        except (DBAPIError, PoolTimeout) as error:
-            problem = _problem(error, committing)
-            if problem is None:
-                raise
-            raise problem from error
+            with contextlib.closing(connection.begin()) as transaction:
+                result = fn(connection)
+                if not read_only:
+                    attempt.begin_commit()
+                transaction.commit()
+        return result
 
     def _sqlite(self) -> Engine:
         if sqlite3.sqlite_version_info < MIN_SQLITE:
@@ -322,7 +315,6 @@ class Database:
             engine = create_engine(
                 self.url,
                 hide_parameters=True,
-                pool_pre_ping=True,
                 pool_size=self._workers,
                 max_overflow=0,
                 pool_timeout=self._lock_timeout_seconds,
@@ -347,6 +339,11 @@ class Database:
             ),
             "timezone": "UTC",
         }
+
+        @event.listens_for(engine, "after_cursor_execute")
+        def _executed(connection: Connection, *_: object) -> None:
+            if (attempt := connection.info.get("attempt")) is not None:
+                attempt.begun = True
 
         @event.listens_for(engine, "connect")
         def _connected(connection: Any, _: object) -> None:
