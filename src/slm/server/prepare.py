@@ -68,8 +68,6 @@ async def prepare(settings: Settings) -> Prepared:
     Raises:
         StartupError: it cannot be done; one sentence says why.
     """
-    # A command may take its time, so it runs before anything is locked.
-    at_hand = read_keys(settings)
     database = Database(
         settings.url,
         lock_timeout_seconds=settings.lock_timeout_seconds,
@@ -77,6 +75,8 @@ async def prepare(settings: Settings) -> Prepared:
     )
     if database.dialect == "sqlite":
         make_data_dir(settings.data_dir)
+    # A command may take its time, so it runs before anything is locked.
+    at_hand = read_keys(settings)
     await database.open()
     try:
         vault, notes = await database.run(
