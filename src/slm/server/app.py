@@ -14,7 +14,9 @@ from starlette.exceptions import HTTPException
 
 from slm.errors import ProblemError
 from slm.server.api import admin, agents, health, history, snapshot, ws
+from slm.server.compaction import Compaction
 from slm.server.edge import Edge
+from slm.server.listener import ChangeListener
 from slm.server.prepare import Prepared
 from slm.server.problems import (
     InvalidRequestProblem,
@@ -23,7 +25,7 @@ from slm.server.problems import (
     on_problem,
     on_validation_error,
 )
-from slm.server.services import make_services
+from slm.server.services import Services, make_services
 from slm.server.settings import Settings
 
 
@@ -76,6 +78,18 @@ def _unmark(schema: Any) -> None:
             _unmark(value)
 
 
+def _workers(services: Services) -> list[ChangeListener | Compaction]:
+    """Return what works beside the feed: the wake-ups of other replicas, and the compaction."""
+    settings, database = services.settings, services.database
+    workers: list[ChangeListener | Compaction] = []
+    if database.dialect == "postgresql":
+        workers.append(ChangeListener(database.url, services.feed.hear))
+    if settings.changes_keep is not None:
+        seconds = settings.compact_interval_seconds
+        workers.append(Compaction(database, keep=settings.changes_keep, interval_seconds=seconds))
+    return workers
+
+
 def create_app(settings: Settings, prepared: Prepared) -> FastAPI:
     """Return the application; `app.state.services` has its parts.
 
@@ -89,7 +103,11 @@ def create_app(settings: Settings, prepared: Prepared) -> FastAPI:
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         await services.feed.start()
         try:
-            yield
+            async with contextlib.AsyncExitStack() as stack:
+                for worker in _workers(services):
+                    await worker.start()
+                    stack.push_async_callback(worker.stop)
+                yield
         finally:
             await services.feed.stop()
             await services.hub.stop()

@@ -164,6 +164,11 @@ class ChangeFeed:
         """Look at the database now rather than at the next poll."""
         self._wake.set()
 
+    def hear(self, revision: int | None) -> None:
+        """Take a notification of the database; one of a revision that is here wakes nobody."""
+        if revision is None or revision > self.position:
+            self.wake()
+
     async def passed(self, revision: int, timeout: float) -> bool:
         """Wait until the catalog holds `revision`; return whether it does within `timeout` s."""
         if self.position >= revision:
