@@ -75,8 +75,8 @@ async def restore(settings: Settings, path: Path) -> list[str]:
     try:
         _copy(path, copy)
         notes = await _renew(copy, path, settings)
-        async with _locked(target):
-            kept = _keep(place)
+        async with _locked(target) as is_whole:
+            kept = _keep(place, is_whole)
             copy.replace(place)
             sync_directory(place.parent)
     except OSError as error:
@@ -147,30 +147,34 @@ def _key_note(connection: Connection, settings: Settings) -> list[str]:
 
 
 @contextlib.asynccontextmanager
-async def _locked(target: Database) -> AsyncIterator[None]:
-    """Hold the database that is there, so that no server opens it; a damaged one holds nobody."""
+async def _locked(target: Database) -> AsyncIterator[bool]:
+    """Hold the database that is there, so that no server opens it; give whether it could be opened.
+
+    A damaged one, or none, is held by nobody.
+    """
     place = target.path
-    if place is None or not place.exists():
-        yield
-        return
     try:
-        await target.open()
-        # Out of WAL mode nothing beside the file belongs to it, and closing writes nothing more.
-        await target.leave_wal()
-    except DatabaseHeld:
-        raise StartupError(
-            f"A server holds {place}: stop it before a restore; nothing was changed."
-        ) from None
-    except StartupError:
-        pass
-    try:
-        yield
+        if place is None or not place.exists():
+            yield False
+            return
+        try:
+            await target.open()
+            # Out of WAL mode the file alone is the database, and closing it writes nothing more.
+            await target.leave_wal()
+        except DatabaseHeld:
+            raise StartupError(
+                f"A server holds {place}: stop it before a restore; nothing was changed."
+            ) from None
+        except (StartupError, ProblemError):
+            yield False
+        else:
+            yield True
     finally:
         await target.close()
 
 
-def _keep(place: Path) -> Path | None:
-    """Give the database that is there a second name, and take away what lay beside it."""
+def _keep(place: Path, is_whole: bool) -> Path | None:
+    """Give the database that is there a second name, and take away what lies beside it."""
     if not place.exists():
         return None
     number = 1
@@ -178,7 +182,8 @@ def _keep(place: Path) -> Path | None:
         number += 1
     # A link, so that the name never stands for nothing: a server starting now would make a new one.
     os.link(place, kept)
-    for beside in _BESIDE:
+    for beside in () if is_whole else _BESIDE:
+        # Of a database that cannot be opened; SQLite would take them for the new one's.
         with contextlib.suppress(FileNotFoundError):
             Path(f"{place}{beside}").rename(f"{kept}{beside}")
     return kept
