@@ -32,7 +32,6 @@ from tests.llm.providers import (
     failing,
 )
 
-
 # --- 1. HTTP clients belong to an event loop ---
 
 
