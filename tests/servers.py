@@ -96,9 +96,14 @@ class InLoopServer:
         assert self._server is not None, "the server is stopped"
         return self._server
 
-    async def start(self) -> None:
-        """Start, or start again on the same port with the same data."""
+    async def start(self, **settings: Any) -> None:
+        """Start, or start again on the same port with the same data.
+
+        Args:
+            **settings: what is to differ from now on; None takes the default again.
+        """
         assert self._server is None, "the server is running already"
+        self._settings = _without_none(self._settings | settings)
         server = SLMServer(Settings(**self._settings))
         self.url = await server.start()
         self._settings["port"] = int(self.url.rpartition(":")[2])
@@ -163,12 +168,17 @@ class ServerProcess:
         """What it printed so far, over all its lives."""
         return self.log_path.read_text() if self.log_path.exists() else ""
 
-    async def start(self, timeout: float = 30.0) -> None:
+    async def start(self, timeout: float = 30.0, **settings: Any) -> None:
         """Start and wait for its ready line; after the first start, on the same port.
+
+        Args:
+            timeout: seconds after which the test fails.
+            **settings: what is to differ from now on; None takes the default again.
 
         Raises:
             AssertionError: it ended instead; the message has what it printed.
         """
+        self._settings = _without_none(self._settings | settings)
         inherited = {k: v for k, v in os.environ.items() if not k.startswith("SLM_")}
         given = {f"SLM_{name.upper()}": _env_text(v) for name, v in self._settings.items()}
         command = [sys.executable, "-m", "slm", "serve"]
@@ -219,6 +229,10 @@ class ServerProcess:
 
     async def __aexit__(self, *exc: object) -> None:
         self.kill()
+
+
+def _without_none(settings: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if value is not None}
 
 
 def _env_text(value: Any) -> str:
