@@ -34,7 +34,7 @@ async def test_list_for_people_and_for_scripts(server: InLoopServer) -> None:
     shown = await slm("agents", "list", data=server.data_dir)
     assert shown.code == 0
     header, row = shown.out.splitlines()
-    assert header.split() == "AGENT PROVIDER MODEL ENDPOINT TEMP MAX KEY REV".split()
+    assert header.split() == ["AGENT", "PROVIDER", "MODEL", "ENDPOINT", "TEMP", "MAX", "KEY", "REV"]
     assert row.split()[:3] == ["default", "ollama", "mistral:7b-instruct"]
 
     listed = (await slm("agents", "list", "--json", data=server.data_dir)).json

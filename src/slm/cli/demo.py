@@ -36,7 +36,7 @@ from slm.cli.local_model import missing
 from slm.errors import StartupError
 
 AGENT: Final = "demo-assistant"
-PROMPT: Final = "Explain in a few sentences what a cache is good for."
+PROMPT: Final = "What does the heart do?"
 DEMO_KEY: Final = "demo-key-"
 
 
@@ -196,7 +196,9 @@ class _Stage:
         with output.progress("starting the SLM again"):
             await self._server.start()
         body = {"llm_max_tokens": 40}
-        return await self._change("SLM back", "PUT", agent_path(AGENT), body)
+        step = await self._change("SLM back", "PUT", agent_path(AGENT), body)
+        self._line("note", "[dim]the backend found it again by itself, and resumed by revision[/]")
+        return step
 
     async def _change(self, what: str, method: str, path: str, body: dict[str, Any]) -> Step:
         """Make one change over HTTP, see it reach the backend, and let the backend ask."""
