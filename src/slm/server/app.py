@@ -46,7 +46,7 @@ class _Application(FastAPI):
             method
             for route in self.own_routes
             if route.path_regex.match(path)
-            for method in route.methods
+            for method in route.methods or ()
         }
 
     def openapi(self) -> dict[str, Any]:

@@ -229,8 +229,7 @@ def not_modified(etag: str, headers: Mapping[str, str]) -> Response:
 
 async def catch_up(services: Services, revision: int) -> bool:
     """Wait until this replica's other answers are not older than one that is of `revision`."""
-    seconds = services.settings.min_revision_wait_seconds
-    return await services.feed.passed(revision, seconds)
+    return await services.feed.settled(revision)
 
 
 def revision_headers(revision: int, epoch: str) -> dict[str, str]:
