@@ -39,6 +39,9 @@ logger = logging.getLogger(__name__)
 MAX_CATCH_UP: Final = 50_000
 """More changes than this are not read one by one: everything is loaded anew instead."""
 
+SETTLE_SECONDS: Final = 5.0
+"""How long a write's answer waits for the feed; many writers at once make it queue."""
+
 _SELECT_CHANGES: Final = select(
     CHANGES.c.revision, CHANGES.c.type, CHANGES.c.agent, CHANGES.c.was_default
 ).order_by(CHANGES.c.revision)
@@ -113,6 +116,7 @@ class ChangeFeed:
         self._last_good_look = float("-inf")
         self._told_behind = False
         self._failing = False
+        self._failed_looks = 0
         self._wake = asyncio.Event()
         self._moved = Pulse()
         self._task: asyncio.Task[None] | None = None
@@ -175,6 +179,19 @@ class ChangeFeed:
             return True
         self.wake()
         return await self._moved.until(lambda: self.position >= revision, timeout)
+
+    async def settled(self, revision: int) -> bool:
+        """Wait for a revision that is known to be committed; return whether the catalog has it.
+
+        Gives up when the database cannot be read, or does not answer for `SETTLE_SECONDS`.
+        """
+        if self.position < revision:
+            self.wake()
+            failed = self._failed_looks
+            await self._moved.until(
+                lambda: self.position >= revision or self._failed_looks > failed, SETTLE_SECONDS
+            )
+        return self.position >= revision
 
     async def horizon(self) -> Horizon:
         """Return the state row as it is now.
@@ -263,6 +280,8 @@ class ChangeFeed:
         await self._database.run(lambda connection: connection.execute(anew) and None)
 
     def _note_failure(self, error: Exception) -> None:
+        self._failed_looks += 1
+        self._moved.fire()
         if self._failing:
             return
         self._failing = True

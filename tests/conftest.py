@@ -1,0 +1,49 @@
+"""Fixtures of all tests: a real server on port 0, and clients that call it with its tokens."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import aiohttp
+import pytest
+
+from tests.server.raw import Api
+from tests.servers import InLoopServer, running_server
+
+# What the shell of whoever runs the tests has set must not reach a server under test.
+for _name in [name for name in os.environ if name.startswith("SLM_") and "_TEST_" not in name]:
+    del os.environ[_name]
+
+
+@pytest.fixture
+async def server(tmp_path: Path) -> AsyncIterator[InLoopServer]:
+    """A server with nothing but its default agent, in the test's own loop."""
+    async with running_server(tmp_path / "data") as running:
+        yield running
+
+
+@pytest.fixture
+async def session() -> AsyncIterator[aiohttp.ClientSession]:
+    """One HTTP client session for the test."""
+    async with aiohttp.ClientSession() as opened:
+        yield opened
+
+
+@pytest.fixture
+def admin(server: InLoopServer, session: aiohttp.ClientSession) -> Api:
+    """Calls with a token of all scopes."""
+    return Api(server, session, server.admin_token)
+
+
+@pytest.fixture
+def backend(server: InLoopServer, session: aiohttp.ClientSession) -> Api:
+    """Calls with a token of config:read and key:read."""
+    return Api(server, session, server.backend_token)
+
+
+@pytest.fixture
+def anonymous(server: InLoopServer, session: aiohttp.ClientSession) -> Api:
+    """Calls without a token."""
+    return Api(server, session)
