@@ -260,6 +260,19 @@ async def test_odd_values_are_served(tmp_path: Path, column: str, stored: Any, s
         await store.check_laws()
 
 
+@pytest.mark.parametrize("stored", ["", "[1]", "{", '{"a": NaN}', "null", 5, b"\xff", "[" * 9999])
+async def test_odd_options_count_as_none(tmp_path: Path, stored: Any) -> None:
+    """What is no JSON object in our own column is served as no options."""
+    make(tmp_path, [{"agent_id": "a"}])
+    async with adopted(tmp_path) as store:
+        await store.sql("UPDATE agents SET llm_options = :stored", stored=stored)
+        assert (await store.agent("a")).llm_options == {}
+        await store.registry.snapshot()
+        update = AgentUpdate(llm_options={"seed": 1})
+        assert (await store.registry.update("a", update, actor="tester")).changed
+        assert (await store.agent("a")).llm_options == {"seed": 1}
+
+
 async def test_a_word_for_true_is_a_default(tmp_path: Path) -> None:
     """'true' in the BOOLEAN column counts as the flag it was meant to be, once."""
     make(

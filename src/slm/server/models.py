@@ -315,11 +315,16 @@ def _time(value: Any) -> datetime:
 
 
 def _options(value: Any) -> dict[str, Any]:
-    options = value if isinstance(value, dict) else json.loads(value, parse_constant=_no_constant)
+    options = value if isinstance(value, dict) else _JSON.decode(_text(value))
     if not isinstance(options, dict):
         raise TypeError
     return options
 
 
 def _no_constant(_: str) -> None:
+    """Refuse NaN and Infinity, which no JSON answer can carry."""
     raise ValueError
+
+
+# Built once: json.loads would build one for every row.
+_JSON: Final = json.JSONDecoder(parse_constant=_no_constant)
