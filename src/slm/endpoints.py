@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import ipaddress
 import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Final
 from urllib.parse import urlsplit
 
@@ -131,3 +133,89 @@ def refused_endpoint(url: str) -> str | None:
         return "is a cloud metadata address"
     address = literal_address(host)
     return None if address is None else refused_address(address)
+
+
+@dataclass(frozen=True)
+class EndpointPolicy:
+    """What a deployment allows beyond the rules that always hold.
+
+    Attributes:
+        strict: refuse what is not a public address: loopback, private and shared ranges.
+        allow: hosts, addresses and networks that are let through even so; never a metadata address.
+    """
+
+    strict: bool = False
+    allow: tuple[str, ...] = ()
+
+    def refused(self, provider: str, endpoint: str | None) -> str | None:
+        """Say in one clause why this agent's endpoint may not be saved, or None when it may.
+
+        A name is not resolved here; `refused_address` judges what it resolved to, when it is used.
+
+        Args:
+            provider: the agent's `llm_provider`.
+            endpoint: its `llm_endpoint`; None means the provider's own.
+        """
+        url = effective_endpoint(provider, endpoint)
+        if not self.strict or url is None:
+            return None
+        try:
+            host = (urlsplit(url).hostname or "").rstrip(".").lower()
+        except ValueError:
+            return "is not a URL"
+        if host in self.allow:
+            return None
+        if host == "localhost" or host.endswith(".localhost"):
+            return "is on this machine, which SLM_ENDPOINTS=strict refuses"
+        address = literal_address(host)
+        return None if address is None else self.refused_address(address)
+
+    def refused_address(self, address: IPAddress, host: str = "") -> str | None:
+        """Say why a request may not go to this address, or None when it may.
+
+        Args:
+            address: where the request would go.
+            host: the name that resolved to it.
+        """
+        always = refused_address(address)
+        if always is not None or not self.strict:
+            return always
+        address = _unwrapped(address)
+        if address.is_global or host.rstrip(".").lower() in self.allow or self._allows(address):
+            return None
+        return "is not a public address, which SLM_ENDPOINTS=strict refuses"
+
+    def _allows(self, address: IPAddress) -> bool:
+        for text in self.allow:
+            try:
+                network = ipaddress.ip_network(text)
+            except ValueError:
+                continue
+            if network.version == address.version and address in network:
+                return True
+        return False
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str]) -> EndpointPolicy:
+        """Return what SLM_ENDPOINTS and SLM_ENDPOINT_ALLOW say.
+
+        Raises:
+            ValueError: one of them makes no sense.
+        """
+        mode = environment.get("SLM_ENDPOINTS", "").strip().lower()
+        if mode not in ("", "open", "strict"):
+            raise ValueError("SLM_ENDPOINTS is neither open nor strict")
+        return cls(mode == "strict", parse_allowed(environment.get("SLM_ENDPOINT_ALLOW", "")))
+
+
+def parse_allowed(text: str) -> tuple[str, ...]:
+    """Return the hosts, addresses and networks of a list separated by commas.
+
+    Raises:
+        ValueError: one has a slash and is no network.
+    """
+    places = [part.strip().rstrip(".").lower() for part in text.split(",") if part.strip()]
+    for place in places:
+        if "/" in place:
+            ipaddress.ip_network(place)
+    return tuple(place.strip("[]") for place in places)

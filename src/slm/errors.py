@@ -86,6 +86,12 @@ class AgentNotFound(ProblemError):
     code, status, title = "agent-not-found", 404, "No such agent"
 
 
+class TokenNotFound(ProblemError):
+    """There is no token of this number."""
+
+    code, status, title = "token-not-found", 404, "No such token"
+
+
 class AgentInactive(ProblemError):
     """The agent exists but is switched off; a client goes on to the default agent."""
 
@@ -108,6 +114,12 @@ class AgentIsDefault(ProblemError):
     """The default agent can be neither deleted, deactivated nor simply un-defaulted."""
 
     code, status, title = "agent-is-default", 409, "The agent is the default"
+
+
+class Conflict(ProblemError):
+    """What is there now does not allow this; the detail says what to do first."""
+
+    code, status, title = "conflict", 409, "This cannot be done as things are"
 
 
 class KeyUndecryptable(ProblemError):

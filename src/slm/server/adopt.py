@@ -14,8 +14,9 @@ from pydantic import SecretStr
 from sqlalchemy import Connection, bindparam, insert, select, update
 
 from slm.errors import KeyUndecryptable
+from slm.server.keyed_reads import binding_of
 from slm.server.models import AGENTS, CHANGES, SELECT_AGENTS, STATE, agent_of, utc_now
-from slm.server.registry import CHANGED, CREATED, binding_of
+from slm.server.registry import CHANGED, CREATED
 from slm.server.vault import KeyBinding, Vault
 
 ACTOR: Final = "slm"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import AsyncIterator
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Protocol
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -78,10 +78,15 @@ def _unmark(schema: Any) -> None:
             _unmark(value)
 
 
-def _workers(services: Services) -> list[ChangeListener | Compaction]:
-    """Return what works beside the feed: the wake-ups of other replicas, and the compaction."""
+class _Worker(Protocol):
+    async def start(self) -> None: ...
+    async def stop(self) -> None: ...
+
+
+def _workers(services: Services) -> list[_Worker]:
+    """Return what works beside the feed, the wake-ups of other replicas and the compaction too."""
     settings, database = services.settings, services.database
-    workers: list[ChangeListener | Compaction] = []
+    workers: list[_Worker] = [services.caretaker, services.doorkeeper]
     if database.dialect == "postgresql":
         workers.append(ChangeListener(database.url, services.feed.hear))
     if settings.changes_keep is not None:

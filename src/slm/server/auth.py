@@ -1,7 +1,7 @@
 """Who calls and what they may do: bearer tokens and scopes, from a table in memory.
 
 In memory, so that plain reads go on when the database is away; the feed replaces the table when
-tokens change. Knows no agent (docs/protocol.md section 3).
+tokens change. Knows agents by their names alone (docs/protocol.md section 3).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from starlette.datastructures import Headers
 from slm.errors import Forbidden, Unauthorized
 from slm.server.database import TOKENS
 from slm.server.tokens import digest
+from slm.server.view import EVERYTHING, View
 
 _MAX_TOKEN_LENGTH: Final = 512
 
@@ -31,6 +32,7 @@ class Caller:
         name: what the token is called; the actor of its writes.
         scopes: what it may do, each literally; `admin` does not imply the others.
         expires_at: after this it is refused; None: never.
+        view: the agents that it can see and write.
     """
 
     token_id: int
@@ -38,6 +40,7 @@ class Caller:
     scopes: frozenset[str]
     digest: str
     expires_at: datetime | None = None
+    view: View = EVERYTHING
 
     def require(self, scope: str) -> None:
         """Refuse a caller whose token has not this scope.
@@ -48,19 +51,40 @@ class Caller:
         if scope not in self.scopes:
             raise Forbidden(f"The token lacks the scope {scope}.")
 
+    def require_writable(self, agent_id: str, *, makes_default: bool = False) -> None:
+        """Refuse a write that a limited token may not make, whether the agent is there or not.
+
+        Args:
+            agent_id: the agent that is written.
+            makes_default: whether the write would make it the default, which is everyone's.
+
+        Raises:
+            Forbidden: the agent is not among the token's, or it would become the default.
+        """
+        if not self.view.covers(agent_id):
+            raise Forbidden("The token is limited to other agents.")
+        if makes_default and self.view.is_limited:
+            raise Forbidden("A token limited to some agents cannot set is_default.")
+
 
 class TokenTable:
-    """Every token that counts, by digest."""
+    """Every token that counts, by digest.
+
+    Attributes:
+        used: when each token was last used, since somebody last took note of it.
+    """
 
     def __init__(self, callers: Iterable[Caller] = ()) -> None:
         self._callers = {caller.digest: caller for caller in callers}
+        self._by_id = {caller.token_id: caller for caller in self._callers.values()}
+        self.used: dict[int, datetime] = {}
 
     def __len__(self) -> int:
         return len(self._callers)
 
     def replace(self, other: TokenTable) -> None:
         """Take over the other table's tokens."""
-        self._callers = other._callers
+        self._callers, self._by_id = other._callers, other._by_id
 
     def caller(self, token: str) -> Caller | None:
         """Return whose token this is, or None where it is unknown, revoked or expired."""
@@ -69,9 +93,20 @@ class TokenTable:
         # The look-up is by digest, so its timing says nothing of the token; this makes it plain.
         if caller is None or not hmac.compare_digest(caller.digest, wanted):
             return None
-        if caller.expires_at is not None and caller.expires_at <= datetime.now(UTC):
+        now = datetime.now(UTC)
+        if caller.expires_at is not None and caller.expires_at <= now:
             return None
+        self.used[caller.token_id] = now
         return caller
+
+    def why_gone(self, token_id: int) -> str | None:
+        """Say why this token does not count any more, or None where it does."""
+        caller = self._by_id.get(token_id)
+        if caller is None:
+            return "token revoked"
+        if caller.expires_at is not None and caller.expires_at <= datetime.now(UTC):
+            return "token expired"
+        return None
 
     def authenticate(self, headers: Headers) -> Caller:
         """Return the caller that the Authorization header names.
@@ -101,14 +136,16 @@ def bearer_token(headers: Headers) -> str | None:
 
 
 def read_tokens(connection: Connection) -> TokenTable:
-    """Read every token that is not revoked.
-
-    A token limited to some agents is left out, and so refused, while views are not enforced.
-    """
+    """Read every token that is not revoked."""
     rows = connection.execute(
         select(
-            TOKENS.c.id, TOKENS.c.name, TOKENS.c.scopes, TOKENS.c.digest, TOKENS.c.expires_at
-        ).where(TOKENS.c.revoked_at.is_(None), TOKENS.c.agents.is_(None))
+            TOKENS.c.id,
+            TOKENS.c.name,
+            TOKENS.c.scopes,
+            TOKENS.c.digest,
+            TOKENS.c.expires_at,
+            TOKENS.c.agents,
+        ).where(TOKENS.c.revoked_at.is_(None))
     )
     return TokenTable(
         Caller(
@@ -117,6 +154,7 @@ def read_tokens(connection: Connection) -> TokenTable:
             scopes=frozenset(scope.strip() for scope in row.scopes.split(",")),
             digest=row.digest,
             expires_at=_as_utc(row.expires_at),
+            view=View.from_text(row.agents),
         )
         for row in rows
     )

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from slm.schemas import Agent
+from slm.server.view import EVERYTHING, View
 
 
 @dataclass(frozen=True)
@@ -60,18 +61,20 @@ class Entry:
 
 @dataclass(frozen=True)
 class AgentFilter:
-    """Which agents a list holds; a field that is None does not filter."""
+    """Which agents a list holds: those of the view; a field that is None does not filter."""
 
     agent_id: str | None = None
     search: str | None = None
     provider: str | None = None
     is_active: bool | None = None
+    view: View = EVERYTHING
 
     def matches(self, entry: Entry) -> bool:
         """Whether the agent is in the list."""
         agent = entry.agent
         return (
-            (self.agent_id is None or agent.agent_id == self.agent_id)
+            self.view.sees(agent.agent_id, agent.is_default)
+            and (self.agent_id is None or agent.agent_id == self.agent_id)
             and (self.provider is None or agent.llm_provider == self.provider)
             and (self.is_active is None or agent.is_active == self.is_active)
             and (self.search is None or self.search.casefold() in entry.searchable)

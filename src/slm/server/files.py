@@ -61,6 +61,27 @@ def write_private(path: Path, content: str) -> None:
         raise StartupError(f"{path} cannot be written: {error.strerror or error}.") from None
 
 
+def replace_private(path: Path, content: str) -> None:
+    """Write a file of mode 0600 in the place of the one that is there; never half of it.
+
+    Raises:
+        StartupError: it cannot be written; what was there is as it was.
+    """
+    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        try:
+            with create_private(unfinished) as file:
+                file.write(content.encode("ascii"))
+                file.flush()
+                os.fsync(file.fileno())
+            unfinished.replace(path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+        sync_directory(path.parent)
+    except OSError as error:
+        raise StartupError(f"{path} cannot be written: {error.strerror or error}.") from None
+
+
 def sync_directory(path: Path) -> None:
     """Make the names in a directory survive a power cut."""
     sync_file(path)

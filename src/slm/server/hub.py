@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Final, Literal, Protocol
@@ -20,6 +20,7 @@ from slm.server.catalog import CommittedChange
 from slm.server.pulse import Pulse
 from slm.server.settings import Settings
 from slm.server.transport import text_frames
+from slm.server.view import EVERYTHING, View
 
 logger = logging.getLogger(__name__)
 
@@ -77,12 +78,16 @@ class Subscriber:
         position: the last revision it was sent, or started at.
         epoch: the epoch of that position; empty before it subscribed.
         live: whether the hub's broadcast includes it.
+        view: what its token may see.
+        token_id: whose token it is; None where no token opened it.
         client: who it says it is.
         last_ack: the last thing it said about what it received and what is in force.
     """
 
-    def __init__(self, sink: Sink) -> None:
+    def __init__(self, sink: Sink, view: View = EVERYTHING, token_id: int | None = None) -> None:
         self.sink = sink
+        self.view = view
+        self.token_id = token_id
         self.position = 0
         self.epoch = ""
         self.live = False
@@ -109,11 +114,19 @@ class HubCounts:
     resyncs: int = 0
 
 
-def encode_change(change: CommittedChange) -> str:
-    """Return the frame's text for a change: the llm_* fields and flags, never a key."""
+def encode_change(change: CommittedChange, view: View = EVERYTHING) -> str:
+    """Return the frame's text for a change: the llm_* fields and flags, never a key.
+
+    A change outside the view is a heartbeat that names its revision, and an agent that leaves the
+    view by it is deleted (docs/protocol.md section 4, point 8).
+    """
     agent = change.agent
-    message: AgentChanged | AgentDeleted
-    if change.deletes:
+    message: AgentChanged | AgentDeleted | Heartbeat
+    seen_before = view.sees(agent.agent_id, change.was_default)
+    seen_after = not change.deletes and view.sees(agent.agent_id, agent.is_default)
+    if not (seen_before or seen_after):
+        message = Heartbeat(revision=change.revision)
+    elif not seen_after:
         message = AgentDeleted(agent_id=agent.agent_id, revision=change.revision)
     else:
         message = AgentChanged(
@@ -164,7 +177,7 @@ class Hub:
         self._connections: set[Subscriber] = set()
         self._live: set[Subscriber] = set()
         self._waiting: dict[Subscriber, int] = {}
-        self._queue: deque[tuple[int, str] | _Restart] = deque()
+        self._queue: deque[tuple[CommittedChange, str] | _Restart] = deque()
         self._queued = asyncio.Event()
         self._beat = asyncio.Event()
         self._moved = Pulse()
@@ -204,9 +217,17 @@ class Hub:
 
     # --- connections ---
 
-    def attach(self, sink: Sink) -> Subscriber:
-        """Take a connection in; it hears nothing before it subscribes."""
-        subscriber = Subscriber(sink)
+    def attach(
+        self, sink: Sink, view: View = EVERYTHING, token_id: int | None = None
+    ) -> Subscriber:
+        """Take a connection in; it hears nothing before it subscribes.
+
+        Args:
+            sink: where its frames go.
+            view: what its token may see.
+            token_id: whose token it is.
+        """
+        subscriber = Subscriber(sink, view, token_id)
         self._connections.add(subscriber)
         if self._closing:
             sink.end(1012, "restarting")
@@ -294,7 +315,7 @@ class Hub:
     def publish(self, changes: Iterable[CommittedChange]) -> None:
         """Queue committed changes, in order; each is encoded once, here."""
         for change in changes:
-            self._queue.append((change.revision, encode_change(change)))
+            self._queue.append((change, encode_change(change)))
             self.counts.changes += 1
         self._queued.set()
 
@@ -317,7 +338,7 @@ class Hub:
                 if isinstance(self._queue[0], _Restart):
                     await self._broadcast_restart(self._take_restart())
                 else:
-                    await self._broadcast_frames(self._take_frames())
+                    await self._broadcast_frames(*self._take_frames())
                 self._moved.fire()
                 await asyncio.sleep(0)
 
@@ -326,25 +347,34 @@ class Hub:
         assert isinstance(item, _Restart)  # noqa: S101 - for the type checker
         return item
 
-    def _take_frames(self) -> Frames:
+    def _take_frames(self) -> tuple[Frames, list[CommittedChange]]:
         texts: list[str] = []
-        size = head = 0
+        changes: list[CommittedChange] = []
+        size = 0
         while self._queue:
             item = self._queue[0]
             if isinstance(item, _Restart) or (texts and size + len(item[1]) > MAX_WRITE_BYTES):
                 break
             self._queue.popleft()
-            head = item[0]
+            changes.append(item[0])
             texts.append(item[1])
             size += len(item[1])
-        return Frames(tuple(texts), head)
+        return Frames(tuple(texts), changes[-1].revision), changes
 
-    async def _broadcast_frames(self, frames: Frames) -> None:
+    async def _broadcast_frames(self, frames: Frames, changes: Sequence[CommittedChange]) -> None:
         # Before the first write: whoever joins from here on must already have these.
         self.head = frames.head
+        # One encoding for each view that there is.
+        limited: dict[View, Frames] = {}
         for count, subscriber in enumerate(list(self._live), 1):
             if subscriber.live:
-                self.send(subscriber, frames)
+                view, seen = subscriber.view, frames
+                if view is not EVERYTHING:
+                    if view not in limited:
+                        texts = tuple(encode_change(change, view) for change in changes)
+                        limited[view] = Frames(texts, frames.head)
+                    seen = limited[view]
+                self.send(subscriber, seen)
             if count % YIELD_EVERY == 0:
                 self._keep_to_total()
                 await asyncio.sleep(0)
@@ -392,6 +422,11 @@ class Hub:
         return frames
 
     # --- limits ---
+
+    def expel(self, subscriber: Subscriber, reason: str) -> None:
+        """Close a stream whose token does not count any more."""
+        self._leave(subscriber)
+        subscriber.sink.end(1008, reason)
 
     def _leave(self, subscriber: Subscriber) -> None:
         subscriber.live = False

@@ -45,6 +45,27 @@ def is_private(connection: HTTPConnection, trusted_proxies: Sequence[Network]) -
     return address is not None and address.is_loopback and not forwarded
 
 
+def client_address(connection: HTTPConnection, trusted_proxies: Sequence[Network]) -> str | None:
+    """Return the address that a request came from, for limits and the audit.
+
+    What X-Forwarded-For tells counts only from a proxy that the operator named; of its addresses,
+    the last one that is not such a proxy: those before it anybody may have written.
+    """
+    address = _address(connection)
+    if address is None or not _is_among(address, trusted_proxies):
+        return None if address is None else str(address)
+    told = ",".join(connection.headers.getlist("x-forwarded-for")).split(",")
+    for text in reversed(told):
+        try:
+            hop = ipaddress.ip_address(text.strip())
+        except ValueError:
+            break
+        address = hop
+        if not _is_among(hop, trusted_proxies):
+            break
+    return str(address)
+
+
 def has_foreign_origin(connection: HTTPConnection) -> bool:
     """Say whether a browser sent this from a page of another site."""
     origins = connection.headers.getlist("origin")

@@ -6,33 +6,38 @@ committed here. Knows no HTTP.
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
 from pydantic import SecretStr
-from sqlalchemy import Connection, Text, bindparam, cast, delete, func, insert, select, update
+from sqlalchemy import Connection, Text, bindparam, cast, delete, func, insert, update
 from sqlalchemy.types import UserDefinedType
 
-from slm.endpoints import origin
+from slm.endpoints import EndpointPolicy, origin
 from slm.errors import (
     AgentExists,
-    AgentInactive,
     AgentIsDefault,
     AgentNotFound,
     InvalidRequest,
     KeyUndecryptable,
     PreconditionFailed,
 )
-from slm.schemas import Agent, AgentCreate, AgentUpdate, LLMConfig, LLMConfigWithKey, Snapshot
+from slm.schemas import Agent, AgentCreate, AgentUpdate, LLMConfigWithKey, Snapshot
 from slm.server import failpoints
+from slm.server.audit import Event, Who, append
 from slm.server.database import Database
+from slm.server.keyed_reads import KeyedReads, binding_of
+from slm.server.keyring import Keyring
 from slm.server.listener import CHANNEL
 from slm.server.models import AGENTS, CHANGES, SELECT_AGENTS, STATE, agent_of, utc_now
 from slm.server.vault import KeyBinding, Vault
+from slm.server.view import EVERYTHING, View
+
+ITSELF: Final = Who("slm")
+"""The actor of what nobody asked for over HTTP."""
 
 CREATED: Final = "agent_created"
 CHANGED: Final = "agent_config_changed"
@@ -48,19 +53,18 @@ class _AsItIs(UserDefinedType[Any]):
 # Built once: building a statement costs more than running it.
 _BUMP: Final = update(STATE).where(STATE.c.id == 1).values(revision=STATE.c.revision + 1)
 _NEXT_REVISION: Final = {
-    "sqlite": _BUMP.returning(STATE.c.revision, STATE.c.epoch),
+    "sqlite": _BUMP.returning(STATE.c.revision, STATE.c.epoch, STATE.c.keyring_version),
     # The wake-up for every replica: part of the transaction, so that it is sent on commit alone,
     # and of the statement, so that it costs no round trip.
     "postgresql": _BUMP.returning(
         STATE.c.revision,
         STATE.c.epoch,
+        STATE.c.keyring_version,
         func.pg_notify(CHANNEL, cast(STATE.c.revision, Text)),
     ),
 }
-_HEAD: Final = select(STATE.c.revision, STATE.c.epoch).where(STATE.c.id == 1)
 _AGENT: Final = SELECT_AGENTS.where(AGENTS.c.agent_id == bindparam("agent_id"))
 _DEFAULT: Final = SELECT_AGENTS.where(AGENTS.c.is_default.is_(True))
-_ALL: Final = SELECT_AGENTS.order_by(AGENTS.c.id)
 _WRITTEN: Final = tuple(c.name for c in AGENTS.c if c.name not in ("id", "agent_id", "created_at"))
 # As it is, but for the time: a field that was not sent goes back as it was, whatever it holds.
 _UPDATE: Final = (
@@ -125,29 +129,50 @@ class _Unchanged(Exception):
 class _Author(NamedTuple):
     actor: str
     comment: str | None
+    address: str | None
 
 
 class _Head(NamedTuple):
     revision: int
     epoch: str
-
-
-def binding_of(agent: LLMConfig) -> KeyBinding:
-    """Return the one place this agent's key may be sent to."""
-    return KeyBinding(
-        agent.agent_id, agent.llm_provider, origin(agent.llm_provider, agent.llm_endpoint)
-    )
+    keyring_version: int
 
 
 class AgentRegistry:
-    """Creates, changes, deletes and hands out agents, each call in one transaction."""
+    """Creates, changes, deletes and hands out agents, each call in one transaction.
 
-    def __init__(self, database: Database, vault: Vault) -> None:
+    Every call has its row in the audit, in the same transaction.
+
+    Args:
+        database: where the agents are.
+        vault: what their keys are encrypted with.
+        keyring: which of the vault's keys is active; None: nobody ever rotates.
+        endpoints: which endpoints may be saved.
+
+    Attributes:
+        reads: hands out agents with their keys.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        vault: Vault,
+        keyring: Keyring | None = None,
+        endpoints: EndpointPolicy | None = None,
+    ) -> None:
         self._database = database
         self._vault = vault
+        self._keyring = keyring or Keyring(vault, tuple)
+        self._endpoints = endpoints or EndpointPolicy()
+        self.reads = KeyedReads(database, self._keyring)
 
     async def create(
-        self, agent: AgentCreate, *, actor: str, comment: str | None = None
+        self,
+        agent: AgentCreate,
+        *,
+        actor: str,
+        comment: str | None = None,
+        address: str | None = None,
     ) -> Written:
         """Create an agent.
 
@@ -156,7 +181,7 @@ class AgentRegistry:
             AgentIsDefault: it would be the default and inactive.
         """
         return await self._write(
-            functools.partial(self._create, agent=agent, author=_Author(actor, comment))
+            functools.partial(self._create, agent=agent, author=_Author(actor, comment, address))
         )
 
     async def update(
@@ -167,6 +192,7 @@ class AgentRegistry:
         actor: str,
         comment: str | None = None,
         if_match: int | None = None,
+        address: str | None = None,
     ) -> Written:
         """Change the fields that were sent; the others stay.
 
@@ -176,26 +202,36 @@ class AgentRegistry:
             actor: who does it, for the change's row.
             comment: why, for the change's row.
             if_match: the revision that the agent must still have.
+            address: where it came from, for the audit.
 
         Raises:
             AgentNotFound: there is no such agent.
             PreconditionFailed: its revision is another one.
-            InvalidRequest: the body names another agent.
+            InvalidRequest: the body names another agent, or an endpoint that is refused here.
             AgentIsDefault: the default would be deactivated or un-defaulted, or an inactive agent
                 made the default.
         """
-        return await self._write(
+        written = await self._write(
             functools.partial(
                 self._update,
                 agent_id=agent_id,
                 sent={name: getattr(update, name) for name in update.model_fields_set},
-                author=_Author(actor, comment),
+                author=_Author(actor, comment, address),
                 if_match=if_match,
             )
         )
+        # If its key is still of no use, the next read or check finds it again.
+        self.reads.undecryptable -= {agent_id}
+        return written
 
     async def delete(
-        self, agent_id: str, *, actor: str, comment: str | None = None, if_match: int | None = None
+        self,
+        agent_id: str,
+        *,
+        actor: str,
+        comment: str | None = None,
+        if_match: int | None = None,
+        address: str | None = None,
     ) -> Written:
         """Delete an agent.
 
@@ -204,56 +240,33 @@ class AgentRegistry:
             PreconditionFailed: its revision is another one.
             AgentIsDefault: it is the default.
         """
-        return await self._write(
-            functools.partial(
-                self._delete, agent_id=agent_id, author=_Author(actor, comment), if_match=if_match
-            )
+        author = _Author(actor, comment, address)
+        written = await self._write(
+            functools.partial(self._delete, agent_id=agent_id, author=author, if_match=if_match)
         )
+        self.reads.undecryptable -= {agent_id}
+        return written
 
-    async def llm(self, agent_id: str) -> tuple[LLMConfigWithKey, int, str]:
+    async def llm(
+        self, agent_id: str, *, who: Who = ITSELF, view: View = EVERYTHING
+    ) -> tuple[LLMConfigWithKey, int, str]:
         """Return an agent's configuration with its key, and the revision and epoch it was read at.
 
+        Args:
+            agent_id: the agent.
+            who: who asks, for the audit.
+            view: what they may see.
+
         Raises:
-            AgentNotFound: there is no such agent.
+            AgentNotFound: there is no such agent, or the view does not see it.
             AgentInactive: it is switched off.
             KeyUndecryptable: its key does not decrypt, or belongs to another place.
         """
+        return await self.reads.llm(agent_id, who=who, view=view)
 
-        def look(connection: Connection) -> tuple[_Head, Any]:
-            head = _Head(*connection.execute(_HEAD).one())
-            return head, _row(connection, agent_id)
-
-        head, row = await self._database.read(look)
-        if row is None:
-            raise AgentNotFound
-        if not agent_of(row).is_active:
-            raise AgentInactive
-        return self._with_key(row), head.revision, head.epoch
-
-    async def snapshot(self) -> Snapshot:
-        """Return every agent with its key, all read at one revision."""
-
-        def look(connection: Connection) -> tuple[_Head, list[Any]]:
-            head = _Head(*connection.execute(_HEAD).one())
-            return head, list(connection.execute(_ALL))
-
-        head, rows = await self._database.read(look)
-        # Decrypting thousands of keys takes a while, and nothing may wait for it.
-        agents = await asyncio.to_thread(lambda: [self._with_key_or_error(row) for row in rows])
-        return Snapshot(revision=head.revision, epoch=head.epoch, agents=agents)
-
-    def _with_key(self, row: Any) -> LLMConfigWithKey:
-        agent = agent_of(row)
-        key = None
-        if agent.has_api_key:
-            key = self._vault.decrypt(str(row.llm_api_key_encrypted), binding_of(agent))
-        return _config(agent, key, None)
-
-    def _with_key_or_error(self, row: Any) -> LLMConfigWithKey:
-        try:
-            return self._with_key(row)
-        except KeyUndecryptable:
-            return _config(agent_of(row), None, "undecryptable")
+    async def snapshot(self, *, who: Who = ITSELF, view: View = EVERYTHING) -> Snapshot:
+        """Return every agent that the view sees, with its key, all read at one revision."""
+        return await self.reads.snapshot(who=who, view=view)
 
     # --- writing; everything below runs inside one transaction, in the database's thread ---
 
@@ -270,8 +283,14 @@ class AgentRegistry:
         await failpoints.reach_async("after_commit")
         return written
 
-    def _create(self, connection: Connection, *, agent: AgentCreate, author: _Author) -> Written:
+    def _next(self, connection: Connection) -> _Head:
+        """Begin a write: the state row locked, the next revision taken, the active key at hand."""
         head = _next(connection)
+        self._keyring.follow(connection, head.keyring_version)
+        return head
+
+    def _create(self, connection: Connection, *, agent: AgentCreate, author: _Author) -> Written:
+        head = self._next(connection)
         if _row(connection, agent.agent_id) is not None:
             raise AgentExists
         if agent.is_default and not agent.is_active:
@@ -288,6 +307,7 @@ class AgentRegistry:
             "api_key_revision": None,
             "key_state": None,
         }
+        self._check_endpoint(agent.llm_provider, agent.llm_endpoint)
         if agent.llm_api_key is not None:
             binding = KeyBinding(
                 agent.agent_id, agent.llm_provider, origin(agent.llm_provider, agent.llm_endpoint)
@@ -297,6 +317,7 @@ class AgentRegistry:
         values["id"] = connection.execute(_INSERT, values).scalar_one()
         created = agent_of(values)
         _record(connection, CREATED, created, head.revision, False, author)
+        _audit(connection, "agent.create", agent.agent_id, head, author, agent.model_fields_set)
         return _written(connection, created, head, demotion, author)
 
     def _update(
@@ -308,7 +329,7 @@ class AgentRegistry:
         author: _Author,
         if_match: int | None,
     ) -> Written:
-        head = _next(connection)
+        head = self._next(connection)
         row = _found(connection, agent_id, if_match)
         before = agent_of(row)
         if sent.get("agent_id", agent_id) != agent_id:
@@ -320,6 +341,8 @@ class AgentRegistry:
         values.update(_altered(before, sent))
         after = agent_of(values)
         _check_default(before, after)
+        if sent.keys() & {"llm_provider", "llm_endpoint"}:
+            self._check_endpoint(after.llm_provider, after.llm_endpoint)
         cleared = self._place_key(values, before, after, sent, head.revision)
         if values == dict(row._mapping):
             raise _Unchanged(Written(before, head.revision - 1, head.epoch, changed=False))
@@ -332,6 +355,7 @@ class AgentRegistry:
         )
         after = agent_of(values)
         _record(connection, CHANGED, after, head.revision, before.is_default, author)
+        _audit(connection, "agent.update", agent_id, head, author, sent)
         return _written(connection, after, head, demotion, author, cleared)
 
     def _place_key(
@@ -371,14 +395,21 @@ class AgentRegistry:
     def _delete(
         self, connection: Connection, *, agent_id: str, author: _Author, if_match: int | None
     ) -> Written:
-        head = _next(connection)
+        head = self._next(connection)
         row = _found(connection, agent_id, if_match)
         agent = agent_of(row)
         if agent.is_default:
             raise AgentIsDefault("The default agent cannot be deleted; make another the default.")
         connection.execute(_DELETE, {"row_id": agent.id})
         _record(connection, DELETED, agent, head.revision, False, author)
+        _audit(connection, "agent.delete", agent_id, head, author)
         return Written(None, head.revision, head.epoch)
+
+    def _check_endpoint(self, provider: str, endpoint: str | None) -> None:
+        reason = self._endpoints.refused(provider, endpoint)
+        if reason is not None:
+            rule = {"loc": ["body", "llm_endpoint"], "msg": reason, "type": "endpoint_refused"}
+            raise InvalidRequest("The endpoint is refused on this server.", [rule])
 
 
 class _Demotion(NamedTuple):
@@ -388,8 +419,8 @@ class _Demotion(NamedTuple):
 
 def _next(connection: Connection) -> _Head:
     """Lock the state row and take the next revision: always the first statement of a write."""
-    revision, epoch, *_ = connection.execute(_NEXT_REVISION[connection.dialect.name]).one()
-    return _Head(revision, epoch)
+    revision, epoch, version, *_ = connection.execute(_NEXT_REVISION[connection.dialect.name]).one()
+    return _Head(revision, epoch, version)
 
 
 def _row(connection: Connection, agent_id: str) -> Any:
@@ -487,6 +518,16 @@ def _record(
     )
 
 
-def _config(agent: Agent, key: SecretStr | None, key_error: str | None) -> LLMConfigWithKey:
-    fields = {name: getattr(agent, name) for name in LLMConfig.model_fields}
-    return LLMConfigWithKey(**fields, llm_api_key=key, key_error=key_error)
+def _audit(
+    connection: Connection,
+    action: str,
+    agent_id: str,
+    head: _Head,
+    author: _Author,
+    fields: Iterable[str] = (),
+) -> None:
+    """Record a write: which fields were sent, and never what they held."""
+    detail: dict[str, Any] = {"revision": head.revision}
+    if fields:
+        detail["fields"] = sorted(set(fields) - {"comment"})
+    append(connection, Event(Who(author.actor, author.address), action, agent_id, detail))

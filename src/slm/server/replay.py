@@ -82,7 +82,9 @@ async def _replay(subscriber: Subscriber, hub: Hub, feed: ChangeFeed, page_size:
         if not page.changes or not page.continues(since):
             hub.resync(subscriber, "compacted")
             return
-        for frames in in_writes((c.revision, encode_change(c)) for c in page.changes):
+        for frames in in_writes(
+            (c.revision, encode_change(c, subscriber.view)) for c in page.changes
+        ):
             if not hub.send(subscriber, frames):
                 return
             await subscriber.sink.drained()

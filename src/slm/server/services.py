@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from slm.server.audit import AuditLog
 from slm.server.auth import TokenTable
+from slm.server.caretaker import Caretaker
 from slm.server.catalog import Catalog
 from slm.server.database import Database
+from slm.server.doorkeeper import Doorkeeper
 from slm.server.feed import ChangeFeed
 from slm.server.hub import Hub
+from slm.server.keyring import Keyring, read_keys
+from slm.server.limits import Gauge, Rate, TokenBuckets
 from slm.server.prepare import Prepared
 from slm.server.registry import AgentRegistry
+from slm.server.rotation import KeyRotation
 from slm.server.settings import Settings
+from slm.server.token_store import TokenStore
 
 
 @dataclass
@@ -35,18 +42,42 @@ class Services:
     hub: Hub
     feed: ChangeFeed
     tokens: TokenTable
+    keyring: Keyring
+    rotation: KeyRotation
+    token_store: TokenStore
+    audit: AuditLog
+    failed_logins: TokenBuckets
+    writes: TokenBuckets
+    streams: Gauge
+    doorkeeper: Doorkeeper
+    caretaker: Caretaker
     counts: RequestCounts = field(default_factory=RequestCounts)
 
 
 def make_services(settings: Settings, prepared: Prepared) -> Services:
     """Put the parts together; nothing runs yet."""
     catalog, hub, tokens = Catalog(), Hub(settings), TokenTable()
+    database = prepared.database
+    keyring = Keyring(prepared.vault, lambda: read_keys(settings).keys)
+    registry = AgentRegistry(database, prepared.vault, keyring, settings.endpoint_policy)
+    token_store = TokenStore(database)
     return Services(
         settings=settings,
-        database=prepared.database,
-        registry=AgentRegistry(prepared.database, prepared.vault),
+        database=database,
+        registry=registry,
         catalog=catalog,
         hub=hub,
-        feed=ChangeFeed(prepared.database, catalog, hub, tokens, settings),
+        feed=ChangeFeed(database, catalog, hub, tokens, settings),
         tokens=tokens,
+        keyring=keyring,
+        rotation=KeyRotation(settings, database, keyring),
+        token_store=token_store,
+        audit=AuditLog(database),
+        failed_logins=TokenBuckets(
+            Rate(settings.auth_failures_per_second, settings.auth_failures_burst)
+        ),
+        writes=TokenBuckets(Rate(settings.writes_per_second, settings.writes_burst)),
+        streams=Gauge(settings.streams_per_token),
+        doorkeeper=Doorkeeper(tokens, hub),
+        caretaker=Caretaker(settings, database, keyring, registry.reads, tokens, token_store),
     )

@@ -14,11 +14,14 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
+from slm.endpoints import EndpointPolicy, parse_allowed
 from slm.errors import ConfigurationError
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Bytes = Annotated[int, Field(gt=0)]
+PerSecond = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Burst = Annotated[int, Field(gt=0)]
 
 SQLITE_FILE: Final = "slm.db"
 
@@ -33,10 +36,13 @@ class Settings(BaseSettings):
         database_url: `postgresql+psycopg://…` or `sqlite:///…`; none: `slm.db` in `data_dir`.
         tls_cert: the certificate chain in PEM; goes with `tls_key`.
         tls_key: the private key in PEM.
+        tls_client_ca: certificates in PEM; whoever connects must show one that these have signed.
         encryption_keys: Fernet keys separated by commas; at the first start the first is the
             active one, later the database names it.
         encryption_key_command: a command, run without a shell, that prints such keys; for a vault
             or a KMS.
+        endpoints: `strict` refuses an `llm_endpoint` on loopback or in a private range, too.
+        endpoint_allow: hosts, addresses and networks that `strict` lets through.
         metrics_token: what `/metrics` asks for; none: it is open.
         trusted_proxies: addresses or networks whose Forwarded headers count.
         changes_keep: how many changes are kept for resuming; none: all.
@@ -55,6 +61,11 @@ class Settings(BaseSettings):
         key_command_seconds: how long `encryption_key_command` may take.
         key_check_seconds: how often all stored keys are tried, so that `/readyz` can tell.
         last_used_seconds: how often it is written down when a token was last used.
+        auth_failures_per_second: how often one address may fail to authenticate, in the long run.
+        auth_failures_burst: how often at once.
+        writes_per_second: how often one token may write, in the long run.
+        writes_burst: how often at once.
+        streams_per_token: how many streams one token may have open here; none: any number.
         buffer_bytes: how much may wait for one slow reader.
         buffer_total_bytes: how much may wait for all of them.
         max_body_bytes: the largest request body.
@@ -80,8 +91,11 @@ class Settings(BaseSettings):
     database_url: SecretStr | None = None
     tls_cert: Path | None = None
     tls_key: Path | None = None
+    tls_client_ca: Path | None = None
     encryption_keys: SecretStr | None = None
     encryption_key_command: str | None = None
+    endpoints: Literal["open", "strict"] = "open"
+    endpoint_allow: Annotated[tuple[str, ...], NoDecode] = ()
     metrics_token: SecretStr | None = None
     trusted_proxies: Annotated[tuple[Network, ...], NoDecode] = ()
     changes_keep: Annotated[int, Field(ge=0)] | None = None
@@ -104,6 +118,12 @@ class Settings(BaseSettings):
     header_timeout_seconds: Seconds = 10
     shutdown_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 3
 
+    auth_failures_per_second: PerSecond = 10
+    auth_failures_burst: Burst = 50
+    writes_per_second: PerSecond = 1000
+    writes_burst: Burst = 5000
+    streams_per_token: Annotated[int, Field(gt=0)] | None = None
+
     buffer_bytes: Bytes = 1024 * 1024
     buffer_total_bytes: Bytes = 256 * 1024 * 1024
     max_body_bytes: Bytes = 262_144
@@ -120,6 +140,11 @@ class Settings(BaseSettings):
         if isinstance(value, str):
             value = [part.strip() for part in value.split(",") if part.strip()]
         return tuple(value)
+
+    @field_validator("endpoint_allow", mode="before")
+    @classmethod
+    def _places(cls, value: Any) -> Any:
+        return parse_allowed(value) if isinstance(value, str) else tuple(value)
 
     @field_validator("database_url")
     @classmethod
@@ -139,11 +164,18 @@ class Settings(BaseSettings):
     def _consistent(self) -> Settings:
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ValueError("tls_cert and tls_key go together")
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise ValueError("tls_client_ca needs tls_cert and tls_key")
         if self.encryption_keys is not None and self.encryption_key_command is not None:
             raise ValueError("encryption_keys and encryption_key_command exclude each other")
         if self.failpoint is not None and not self.testing:
             raise ValueError("failpoint is for tests alone and needs SLM_TESTING=1")
         return self
+
+    @property
+    def endpoint_policy(self) -> EndpointPolicy:
+        """Which `llm_endpoint` may be saved."""
+        return EndpointPolicy(self.endpoints == "strict", self.endpoint_allow)
 
     @property
     def url(self) -> URL:

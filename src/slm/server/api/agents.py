@@ -6,7 +6,7 @@ import json
 from typing import Annotated, Final
 from urllib.parse import quote
 
-from fastapi import APIRouter, Depends, Query, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 from pydantic import AfterValidator
 
 from slm.errors import (
@@ -17,6 +17,7 @@ from slm.errors import (
     BadRequest,
     ContentTooLarge,
     DatabaseUnavailable,
+    EncryptionKeyMissing,
     InsufficientStorage,
     InvalidRequest,
     KeyUndecryptable,
@@ -30,10 +31,12 @@ from slm.server.api.common import (
     KEYED_PROBLEMS,
     READ_PROBLEMS,
     AgentIdPath,
+    KeyReader,
     Parts,
-    Requires,
+    Reader,
     SLMRoute,
     UpToDate,
+    Writer,
     catalog_headers,
     catch_up,
     if_match_revision,
@@ -42,6 +45,7 @@ from slm.server.api.common import (
     not_modified,
     problem_responses,
     revision_headers,
+    who_of,
 )
 from slm.server.auth import Caller
 from slm.server.catalog import AgentFilter, Entry
@@ -57,6 +61,7 @@ _WRITE_PROBLEMS: Final = (
     TlsRequired,
     InvalidRequest,
     DatabaseUnavailable,
+    EncryptionKeyMissing,
     OutcomeUnknown,
     InsufficientStorage,
 )
@@ -75,12 +80,12 @@ FilterText = Annotated[str, Query(max_length=256), AfterValidator(_searchable)]
 @router.get(
     "/agents",
     response_model=AgentList,
-    dependencies=[Depends(Requires("config:read"))],
     responses=problem_responses(*READ_PROBLEMS),
 )
 async def list_agents(
     request: Request,
     services: UpToDate,
+    caller: Reader,
     agent_id: FilterText | None = None,
     search: FilterText | None = None,
     provider: FilterText | None = None,
@@ -94,7 +99,7 @@ async def list_agents(
     etag = f'"{catalog.epoch}-{catalog.revision}"'
     if not none_match(request.headers.get("if-none-match"), etag):
         return not_modified(etag, headers)
-    wanted = AgentFilter(agent_id, search, provider, is_active)
+    wanted = AgentFilter(agent_id, search, provider, is_active, caller.view)
     body = catalog.list_body(wanted, limit=limit, offset=offset)
     return json_response(body, headers=headers | {"etag": etag})
 
@@ -102,27 +107,29 @@ async def list_agents(
 @router.get(
     "/agents/default",
     response_model=Agent,
-    dependencies=[Depends(Requires("config:read"))],
     responses=problem_responses(*READ_PROBLEMS, AgentNotFound),
 )
-async def get_default_agent(request: Request, services: UpToDate) -> Response:
+async def get_default_agent(request: Request, services: UpToDate, caller: Reader) -> Response:
     """Return the agent that is the default now, whatever its agent_id."""
-    return _agent_answer(request, services, services.catalog.default())
+    return _agent_answer(request, services, caller, services.catalog.default())
 
 
 @router.get(
     "/agents/{agent_id}",
     response_model=Agent,
-    dependencies=[Depends(Requires("config:read"))],
     responses=problem_responses(*READ_PROBLEMS, AgentNotFound),
 )
-async def get_agent(request: Request, agent_id: AgentIdPath, services: UpToDate) -> Response:
+async def get_agent(
+    request: Request, agent_id: AgentIdPath, services: UpToDate, caller: Reader
+) -> Response:
     """Return one agent, without its key."""
-    return _agent_answer(request, services, services.catalog.get(agent_id))
+    return _agent_answer(request, services, caller, services.catalog.get(agent_id))
 
 
-def _agent_answer(request: Request, services: Services, entry: Entry | None) -> Response:
-    if entry is None:
+def _agent_answer(
+    request: Request, services: Services, caller: Caller, entry: Entry | None
+) -> Response:
+    if entry is None or not caller.view.sees(entry.agent.agent_id, entry.agent.is_default):
         raise AgentNotFound
     headers = catalog_headers(services)
     if not none_match(request.headers.get("if-none-match"), entry.etag):
@@ -133,15 +140,18 @@ def _agent_answer(request: Request, services: Services, entry: Entry | None) -> 
 @router.get(
     "/agents/{agent_id}/llm",
     response_model=LLMConfigWithKey,
-    dependencies=[Depends(Requires("key:read"))],
     responses=problem_responses(
         *KEYED_PROBLEMS, AgentNotFound, AgentInactive, KeyUndecryptable, TlsRequired
     ),
 )
-async def get_llm_config(request: Request, agent_id: AgentIdPath, services: UpToDate) -> Response:
+async def get_llm_config(
+    request: Request, agent_id: AgentIdPath, services: UpToDate, caller: KeyReader
+) -> Response:
     """Return what an agent needs for a call, its API key included."""
     require_private(request, services.settings.trusted_proxies)
-    config, revision, epoch = await services.registry.llm(agent_id)
+    config, revision, epoch = await services.registry.llm(
+        agent_id, who=who_of(request, caller), view=caller.view
+    )
     services.counts.key_reads += 1
     await catch_up(services, revision)
     body = json.dumps(config.to_wire(), ensure_ascii=False).encode()
@@ -159,12 +169,16 @@ async def create_agent(
     request: Request,
     agent: AgentCreate,
     services: Parts,
-    caller: Annotated[Caller, Depends(Requires("agents:write"))],
+    caller: Writer,
 ) -> Response:
     """Create an agent; with is_default it takes the flag from the default of now."""
+    caller.require_writable(agent.agent_id, makes_default=agent.is_default)
     if agent.llm_api_key is not None:
         require_private(request, services.settings.trusted_proxies)
-    written = await services.registry.create(agent, actor=caller.name, comment=agent.comment)
+    who = who_of(request, caller)
+    written = await services.registry.create(
+        agent, actor=who.actor, comment=agent.comment, address=who.address
+    )
     return await written_answer(services, written, 201)
 
 
@@ -178,17 +192,20 @@ async def update_agent(
     agent_id: AgentIdPath,
     update: AgentUpdate,
     services: Parts,
-    caller: Annotated[Caller, Depends(Requires("agents:write"))],
+    caller: Writer,
 ) -> Response:
     """Change the fields that are sent; null clears a field that can be empty."""
+    caller.require_writable(agent_id, makes_default=bool(update.is_default))
     if update.llm_api_key is not None:
         require_private(request, services.settings.trusted_proxies)
+    who = who_of(request, caller)
     written = await services.registry.update(
         agent_id,
         update,
-        actor=caller.name,
+        actor=who.actor,
         comment=update.comment,
         if_match=if_match(request, services, agent_id),
+        address=who.address,
     )
     return await written_answer(services, written, 200)
 
@@ -204,15 +221,18 @@ async def delete_agent(
     request: Request,
     agent_id: AgentIdPath,
     services: Parts,
-    caller: Annotated[Caller, Depends(Requires("agents:write"))],
+    caller: Writer,
     comment: FilterText | None = None,
 ) -> Response:
     """Delete an agent; the default cannot be."""
+    caller.require_writable(agent_id)
+    who = who_of(request, caller)
     written = await services.registry.delete(
         agent_id,
-        actor=caller.name,
+        actor=who.actor,
         comment=comment,
         if_match=if_match(request, services, agent_id),
+        address=who.address,
     )
     return await written_answer(services, written, 204)
 

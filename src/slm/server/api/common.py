@@ -25,17 +25,24 @@ from slm.errors import (
     Behind,
     ContentTooLarge,
     DatabaseUnavailable,
+    EncryptionKeyMissing,
     Forbidden,
+    InsufficientStorage,
     InternalError,
     InvalidRequest,
+    OutcomeUnknown,
     PreconditionFailed,
     ProblemError,
+    TooManyRequests,
     Unauthorized,
     UnsupportedMediaType,
 )
+from slm.server.audit import Who
 from slm.server.auth import Caller
 from slm.server.catalog import Catalog
 from slm.server.edge import STAMP
+from slm.server.limits import network_of
+from slm.server.peer import client_address
 from slm.server.problems import documented
 from slm.server.services import Services
 from slm.server.strict_json import MAX_INTEGER, NotStrictJSON, loads
@@ -64,15 +71,40 @@ class Requires:
         Raises:
             Unauthorized: the token is not known.
             Forbidden: it lacks the scope.
+            TooManyRequests: this address failed too often, or this token writes too often. Who has
+                a token that counts is never refused for what others of its address do.
         """
         parts = services_of(connection)
         try:
             caller = parts.tokens.authenticate(connection.headers)
             caller.require(self.scope)
-        except (Unauthorized, Forbidden):
+        except Forbidden:
             parts.counts.auth_failures += 1
             raise
+        except Unauthorized:
+            note_failed_login(connection)
+            raise
+        if self.scope == "agents:write":
+            parts.writes.check(caller.token_id, "This token writes too often")
         return caller
+
+
+def note_failed_login(connection: HTTPConnection) -> None:
+    """Count a failed authentication against its address.
+
+    Raises:
+        TooManyRequests: there were too many from there.
+    """
+    parts = services_of(connection)
+    parts.counts.auth_failures += 1
+    address = client_address(connection, parts.settings.trusted_proxies)
+    parts.failed_logins.check(network_of(address), "Too many failed logins")
+
+
+def who_of(connection: HTTPConnection, caller: Caller) -> Who:
+    """Return who asks, and from where, for the audit."""
+    proxies = services_of(connection).settings.trusted_proxies
+    return Who(caller.name, client_address(connection, proxies))
 
 
 def requirement_of(dependant: Dependant) -> Requires | None:
@@ -208,11 +240,22 @@ async def _services(request: Request) -> Services:
 
 
 Parts = Annotated[Services, Depends(_services)]
+Reader = Annotated[Caller, Depends(Requires("config:read"))]
+KeyReader = Annotated[Caller, Depends(Requires("key:read"))]
+Writer = Annotated[Caller, Depends(Requires("agents:write"))]
+Admin = Annotated[Caller, Depends(Requires("admin"))]
 UpToDate = Annotated[Services, Depends(_at_least)]
 AgentIdPath = Annotated[str, Path(), AfterValidator(_known_agent_id)]
 
 READ_PROBLEMS: Final = (Unauthorized, Forbidden, InvalidRequest, InternalError, Behind)
-KEYED_PROBLEMS: Final = (*READ_PROBLEMS, DatabaseUnavailable)
+# A key read is a row in the audit, so it can fail as a write does.
+KEYED_PROBLEMS: Final = (
+    *READ_PROBLEMS,
+    DatabaseUnavailable,
+    EncryptionKeyMissing,
+    InsufficientStorage,
+    OutcomeUnknown,
+)
 
 
 def json_response(
@@ -288,4 +331,6 @@ def if_match_revision(headers: Headers, current: int | None) -> int | None:
 
 def problem_responses(*classes: type[ProblemError]) -> dict[int | str, dict[str, Any]]:
     """Return the document of these problems, those that every route can have included."""
-    return documented(*dict.fromkeys((*classes, Unauthorized, Forbidden, InternalError)))
+    return documented(
+        *dict.fromkeys((*classes, Unauthorized, Forbidden, TooManyRequests, InternalError))
+    )

@@ -5,19 +5,20 @@ from __future__ import annotations
 import asyncio
 import json
 
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import APIRouter, Request, Response
 
 from slm.errors import TlsRequired
 from slm.schemas import Snapshot
 from slm.server.api.common import (
     KEYED_PROBLEMS,
-    Requires,
+    KeyReader,
     SLMRoute,
     UpToDate,
     catch_up,
     json_response,
     problem_responses,
     revision_headers,
+    who_of,
 )
 from slm.server.peer import require_private
 
@@ -27,13 +28,12 @@ router = APIRouter(prefix="/api", route_class=SLMRoute, tags=["agents"])
 @router.get(
     "/snapshot",
     response_model=Snapshot,
-    dependencies=[Depends(Requires("key:read"))],
     responses=problem_responses(*KEYED_PROBLEMS, TlsRequired),
 )
-async def get_snapshot(request: Request, services: UpToDate) -> Response:
-    """Return every agent with its key, read in one transaction."""
+async def get_snapshot(request: Request, services: UpToDate, caller: KeyReader) -> Response:
+    """Return every agent that the token sees, with its key, read in one transaction."""
     require_private(request, services.settings.trusted_proxies)
-    snapshot = await services.registry.snapshot()
+    snapshot = await services.registry.snapshot(who=who_of(request, caller), view=caller.view)
     services.counts.key_reads += len(snapshot.agents)
     await catch_up(services, snapshot.revision)
     # In a thread: thousands of agents take long enough to hold up the streams.

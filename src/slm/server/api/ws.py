@@ -9,9 +9,10 @@ from typing import Final
 from starlette.websockets import WebSocket
 
 from slm import protocol
-from slm.errors import Forbidden, NotJSON, ProblemError, ProtocolError
+from slm.errors import Forbidden, NotJSON, ProblemError, ProtocolError, TooManyRequests
 from slm.protocol import MAX_FRAME_BYTES, Ack, Subscribe
 from slm.server.api.common import Requires, services_of
+from slm.server.auth import Caller
 from slm.server.hub import Frames, Subscriber
 from slm.server.peer import has_foreign_origin
 from slm.server.problems import problem_response
@@ -30,18 +31,30 @@ async def stream(websocket: WebSocket) -> None:
     try:
         if has_foreign_origin(websocket):
             raise Forbidden("The Origin is not this server's own.")
-        _REQUIREMENT.check(websocket)
+        caller = _REQUIREMENT.check(websocket)
+        if not services.streams.take(caller.token_id):
+            raise TooManyRequests(
+                "This token has as many streams open as it may.", retry_after_seconds=5
+            )
     except ProblemError as problem:
         await _refuse(websocket, problem)
         return
+    try:
+        await _serve(websocket, services, caller)
+    finally:
+        services.streams.release(caller.token_id)
+
+
+async def _serve(websocket: WebSocket, services: Services, caller: Caller) -> None:
     await websocket.accept()
     sink = sink_for(websocket)
-    conversation = _Conversation(services, services.hub.attach(sink))
+    subscriber = services.hub.attach(sink, caller.view, caller.token_id)
+    conversation = _Conversation(services, subscriber)
     try:
         await conversation.listen(websocket)
     finally:
         conversation.close()
-        services.hub.detach(conversation.subscriber)
+        services.hub.detach(subscriber)
 
 
 async def _refuse(websocket: WebSocket, problem: ProblemError) -> None:

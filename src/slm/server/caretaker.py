@@ -1,0 +1,109 @@
+"""What a server does by itself now and then: its lease, its keys, and when tokens were used.
+
+Each of these can fail without harm and is tried again; none is in the way of a request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+
+from slm.errors import EncryptionKeyMissing, ProblemError
+from slm.server.auth import TokenTable
+from slm.server.database import Database
+from slm.server.keyed_reads import KeyedReads
+from slm.server.keyring import Keyring
+from slm.server.replicas import Lease
+from slm.server.settings import Settings
+from slm.server.token_store import TokenStore
+
+logger = logging.getLogger(__name__)
+
+
+class Caretaker:
+    """Renews the lease, keeps up with the key ring, tries the stored keys, notes tokens' use.
+
+    Attributes:
+        keys_usable: whether this replica has the encryption key that is in use.
+        lease: this process's row among the replicas.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        database: Database,
+        keyring: Keyring,
+        reads: KeyedReads,
+        tokens: TokenTable,
+        token_store: TokenStore,
+    ) -> None:
+        self.keys_usable = True
+        self.lease = Lease(database, keyring.vault, settings.lease_seconds)
+        self._settings = settings
+        self._database = database
+        self._keyring = keyring
+        self._reads = reads
+        self._tokens = tokens
+        self._token_store = token_store
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Take the lease and try every stored key, then go on in the background."""
+        await self._renew()
+        await self._check_keys()
+        self._task = asyncio.create_task(self._keep_house(), name="slm-caretaker")
+
+    async def stop(self) -> None:
+        """Stop, and give the lease up, so that no rotation waits for this process."""
+        task, self._task = self._task, None
+        if task is not None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        with contextlib.suppress(ProblemError):
+            await self._note_used()
+            await self.lease.give_up()
+
+    async def _keep_house(self) -> None:
+        loop = asyncio.get_running_loop()
+        checked = noted = loop.time()
+        while True:
+            await asyncio.sleep(self._settings.lease_seconds / 3)
+            try:
+                await self._renew()
+                if loop.time() - checked >= self._settings.key_check_seconds:
+                    await self._check_keys()
+                    checked = loop.time()
+                if loop.time() - noted >= self._settings.last_used_seconds:
+                    await self._note_used()
+                    noted = loop.time()
+            except ProblemError as error:
+                logger.debug("not now: %s", error.code)
+            except Exception as error:
+                # The class alone: a driver's text may hold what was read.
+                logger.error("the caretaker failed with %s", type(error).__name__)
+
+    async def _renew(self) -> None:
+        """Keep up with the key ring, then report: a report is of keys that are here already."""
+        try:
+            await self._keyring.refresh(self._database)
+            usable = True
+        except EncryptionKeyMissing as error:
+            usable = False
+            if self.keys_usable:
+                logger.error("%s It refuses writes and key reads until it has it.", error.detail)
+        self.keys_usable = usable
+        await self.lease.renew()
+
+    async def _check_keys(self) -> None:
+        before = len(self._reads.undecryptable)
+        with contextlib.suppress(EncryptionKeyMissing):
+            await self._reads.check()
+        count = len(self._reads.undecryptable)
+        if count > before:
+            logger.warning("%d stored API keys cannot be used; see /readyz", count)
+
+    async def _note_used(self) -> None:
+        used, self._tokens.used = self._tokens.used, {}
+        if used:
+            await self._token_store.note_used(used)

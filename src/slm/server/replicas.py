@@ -1,0 +1,119 @@
+"""The leases of the server processes of one database: who is live, and which keys each one has.
+
+On SQLite there is one process, which holds the file, so its row needs no renewal. Knows no agent.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import socket
+from dataclasses import dataclass
+from typing import Any, Final
+
+from sqlalchemy import Connection, Double, delete, func, insert, select, text, update
+
+from slm.server.database import Database
+from slm.server.models import REPLICAS
+from slm.server.vault import Vault
+
+_NOW: Final[dict[str, Any]] = {
+    # The database's clock: the one that all replicas share.
+    "sqlite": text("SELECT (julianday('now') - 2440587.5) * 86400.0"),
+    "postgresql": select(func.extract("epoch", func.clock_timestamp()).cast(Double)),
+}
+
+
+@dataclass(frozen=True)
+class ReplicaInfo:
+    """One server process, as it last reported.
+
+    Attributes:
+        id: random, anew at each start.
+        name: host and process id.
+        fingerprints: the encryption keys that it has.
+        seconds_since_seen: how long ago it reported.
+        live: whether its lease has not run out.
+    """
+
+    id: str
+    name: str
+    fingerprints: tuple[str, ...]
+    seconds_since_seen: float
+    live: bool
+
+
+class Lease:
+    """This process's row in `replicas`.
+
+    Args:
+        database: of all the replicas.
+        vault: whose keys are reported.
+        lease_seconds: after how long without a word this process counts as gone.
+    """
+
+    def __init__(self, database: Database, vault: Vault, lease_seconds: float) -> None:
+        self.id = secrets.token_hex(16)
+        self.name = f"{socket.gethostname()}:{os.getpid()}"[:255]
+        self._database = database
+        self._vault = vault
+        self._lease_seconds = lease_seconds
+        self._reported: tuple[str, ...] | None = None
+
+    async def renew(self) -> None:
+        """Report that this process is live, and its keys.
+
+        Raises:
+            DatabaseUnavailable: the database does not answer.
+        """
+        fingerprints = self._vault.fingerprints
+        if self._database.dialect == "sqlite" and self._reported == fingerprints:
+            return
+
+        def work(connection: Connection) -> None:
+            now = database_time(connection)
+            values: dict[str, Any] = {
+                "name": self.name,
+                "fingerprints": json.dumps(fingerprints),
+                "seen_at": now,
+            }
+            if connection.dialect.name == "sqlite":
+                # Whoever held the file before is gone.
+                connection.execute(delete(REPLICAS).where(REPLICAS.c.id != self.id))
+            mine = update(REPLICAS).where(REPLICAS.c.id == self.id).values(values)
+            if not connection.execute(mine).rowcount:
+                connection.execute(insert(REPLICAS).values(id=self.id, **values))
+            # Long gone, and never coming back under this id.
+            old = now - 100 * self._lease_seconds
+            connection.execute(delete(REPLICAS).where(REPLICAS.c.seen_at < old))
+
+        await self._database.run(work)
+        self._reported = fingerprints
+
+    async def give_up(self) -> None:
+        """Take the row away, at an orderly stop."""
+        mine = delete(REPLICAS).where(REPLICAS.c.id == self.id)
+        await self._database.run(lambda connection: connection.execute(mine) and None)
+
+
+def replicas(connection: Connection, lease_seconds: float) -> list[ReplicaInfo]:
+    """Return the processes that reported, the live ones and those whose lease ran out."""
+    now = database_time(connection)
+    alone = connection.dialect.name == "sqlite"
+    return [
+        ReplicaInfo(
+            id=row.id,
+            name=row.name,
+            fingerprints=tuple(json.loads(row.fingerprints)),
+            seconds_since_seen=max(0.0, now - row.seen_at),
+            live=alone or now - row.seen_at <= lease_seconds,
+        )
+        for row in connection.execute(select(REPLICAS).order_by(REPLICAS.c.name))
+    ]
+
+
+def database_time(connection: Connection) -> float:
+    """Return the seconds since 1970 by the database's clock."""
+    now: float = connection.execute(_NOW[connection.dialect.name]).scalar_one()
+    return now
