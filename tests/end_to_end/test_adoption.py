@@ -80,6 +80,14 @@ def data_dir(tmp_path: Path) -> Path:
     return path
 
 
+def _dump(path: Path) -> list[str]:
+    database = sqlite3.connect(path)
+    try:
+        return list(database.iterdump())
+    finally:
+        database.close()
+
+
 async def _agents(server: ServerProcess) -> dict[str, dict[str, Any]]:
     headers = {"Authorization": f"Bearer {server.admin_token}"}
     async with (
@@ -155,13 +163,13 @@ async def test_every_row_is_kept_and_every_key_works(data_dir: Path) -> None:
 async def test_without_the_encryption_key_it_refuses(data_dir: Path) -> None:
     """Keys in the file and no encryption key given: one sentence, no traceback, nothing changed."""
     make_foreign_database(data_dir / "slm.db", Fernet.generate_key())
-    before = (data_dir / "slm.db").read_bytes()
+    before = _dump(data_dir / "slm.db")
     server = ServerProcess(data_dir)
     with pytest.raises(AssertionError, match="SLM_ENCRYPTION_KEYS"):
         await server.start()
     assert server.process.returncode not in (0, None)
     assert "Traceback" not in server.log
-    assert (data_dir / "slm.db").read_bytes() == before
+    assert _dump(data_dir / "slm.db") == before
 
 
 async def test_a_second_start_changes_nothing(data_dir: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,8 @@ async def test_no_request_after_on_change_uses_an_older_revision(
                 assert result.revision >= at_least
                 assert result.text == f"from model-{result.revision - first}"
                 served.append(result.revision)
+                # Fifty loops at full speed would only measure how slowly one core calls an SDK.
+                await asyncio.sleep(random.uniform(0, 0.5))
 
         async with asyncio.TaskGroup() as group:
             for _ in range(loops):
@@ -174,9 +177,7 @@ async def test_while_the_key_cannot_be_fetched_the_old_whole_config_serves(tmp_p
         new = await operator.set(
             "billing", llm_endpoint=blue.openai_url, llm_model="new-model", llm_api_key="sk-blue"
         )
-        await eventually(
-            lambda: any(f'"revision":{new}' in f.replace(" ", "") for f in gate.frames)
-        )
+        await eventually(lambda: client.revision >= new)
         config = await client.resolve("billing")
         assert (config.revision, config.llm_model, config.stale) == (old, "old-model", True)
         result = await llm.chat("billing", HELLO)
