@@ -48,7 +48,7 @@ class ChangeFilter:
         upto: not after this revision.
         at: not after this time.
         newest_first: the order, and which end `limit` counts from.
-        sees: whether the caller may see a change's agent.
+        sees: whether the caller may see the agent of this agent_id.
     """
 
     agent_id: str | None = None
@@ -57,7 +57,7 @@ class ChangeFilter:
     upto: int | None = None
     at: datetime | None = None
     newest_first: bool = False
-    sees: Callable[[Agent], bool] = lambda _agent: True
+    sees: Callable[[str], bool] = lambda _agent_id: True
 
 
 class History:
@@ -78,7 +78,7 @@ class History:
             found: list[Change] = []
             for row in connection.execute(_query(wanted)).yield_per(MAX_PAGE):
                 change = _change(row)
-                if wanted.sees(change.agent):
+                if wanted.sees(change.agent_id):
                     found.append(change)
                 if len(found) == limit:
                     break

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Query, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 
 from slm.errors import AgentIsDefault, AgentNotFound, PreconditionFailed, RevisionNotFound
 from slm.schemas import Agent, ChangeList, Rollback
@@ -14,11 +15,13 @@ from slm.server.api.common import (
     KEYED_PROBLEMS,
     AgentIdPath,
     Parts,
-    Requires,
+    Reader,
     SLMRoute,
+    Writer,
     json_response,
     problem_responses,
     revision_headers,
+    who_of,
 )
 from slm.server.auth import Caller
 from slm.server.history import (
@@ -40,28 +43,29 @@ Limit = Annotated[int, Query(ge=1, le=MAX_PAGE)]
 @router.get(
     "/changes",
     response_model=ChangeList,
-    dependencies=[Depends(Requires("config:read"))],
     responses=problem_responses(*KEYED_PROBLEMS),
 )
 async def list_changes(
     services: Parts,
+    caller: Reader,
     since: Revision = 0,
     agent: FilterText | None = None,
     actor: FilterText | None = None,
     limit: Limit = 100,
 ) -> Response:
     """List changes after a revision, oldest first."""
-    return await _list(services, ChangeFilter(agent_id=agent, actor=actor, since=since), limit)
+    wanted = ChangeFilter(agent_id=agent, actor=actor, since=since, sees=_visible(services, caller))
+    return await _list(services, wanted, limit)
 
 
 @router.get(
     "/agents/{agent_id}/history",
     response_model=ChangeList,
-    dependencies=[Depends(Requires("config:read"))],
     responses=problem_responses(*KEYED_PROBLEMS, AgentNotFound),
 )
 async def agent_history(
     services: Parts,
+    caller: Reader,
     agent_id: AgentIdPath,
     upto: Revision | None = None,
     at: Annotated[datetime | None, Query(description="ISO 8601; without a zone it is UTC")] = None,
@@ -70,8 +74,18 @@ async def agent_history(
     """List an agent's changes, newest first; with `at`, the first is what it ran then."""
     if at is not None:
         at = at.replace(tzinfo=UTC) if at.tzinfo is None else at.astimezone(UTC)
-    wanted = ChangeFilter(agent_id=agent_id, upto=upto, at=at, newest_first=True)
+    sees = _visible(services, caller)
+    if not sees(agent_id):
+        raise AgentNotFound
+    wanted = ChangeFilter(agent_id=agent_id, upto=upto, at=at, newest_first=True, sees=sees)
     return await _list(services, wanted, limit)
+
+
+def _visible(services: Services, caller: Caller) -> Callable[[str], bool]:
+    """Return which agents' past the caller may see, by agent_id: those it may see now."""
+    default = services.catalog.default()
+    default_id = None if default is None else default.agent.agent_id
+    return lambda agent_id: caller.view.sees(agent_id, agent_id == default_id)
 
 
 async def _list(services: Services, wanted: ChangeFilter, limit: int) -> Response:
@@ -93,9 +107,11 @@ async def roll_back(
     agent_id: AgentIdPath,
     rollback: Rollback,
     services: Parts,
-    caller: Annotated[Caller, Depends(Requires("agents:write"))],
+    caller: Writer,
 ) -> Response:
     """Give an agent back what it was at a revision, as a new change; a key is never restored."""
+    caller.require_writable(agent_id)
+    who = who_of(request, caller)
     old = await History(services.database).agent_before(agent_id, rollback.to)
     comment = f"restores revision {old.revision}"
     if rollback.comment is not None:
@@ -106,12 +122,16 @@ async def roll_back(
         written = await registry.update(
             agent_id,
             restoring_update(old.agent, comment),
-            actor=caller.name,
+            actor=who.actor,
             comment=comment,
             if_match=if_revision,
+            address=who.address,
         )
     except AgentNotFound:
         written = await registry.create(
-            restoring_create(old.agent, comment), actor=caller.name, comment=comment
+            restoring_create(old.agent, comment),
+            actor=who.actor,
+            comment=comment,
+            address=who.address,
         )
     return await written_answer(services, written, 200, restored_revision=old.revision)
