@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import email.utils
+import json
 import time
 from typing import Any
 
@@ -19,7 +21,15 @@ from slm.errors import (
 )
 from slm.llm import LLMInterface, RetrySettings
 from tests.llm.conftest import ASK, Bench, ask
-from tests.llm.providers import Answer, Received, answering, failing
+from tests.llm.providers import (
+    Answer,
+    Configs,
+    Dialect,
+    Received,
+    RecordingServer,
+    answering,
+    failing,
+)
 
 
 @pytest.mark.parametrize(
@@ -183,3 +193,75 @@ def test_pauses_grow_and_are_random() -> None:
     assert settings.pause(LLMUnavailable("busy"), 6, 1000.0) is None
     assert settings.pause(LLMUnavailable("busy", retry_after_seconds=20.0), 1, 19.0) is None
     assert settings.pause(LLMBadRequest("no"), 1, 1000.0) is None
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [{"role": "user", "content": [3]}],
+        [{"role": "user", "content": [{"type": "image_url"}]}],
+        [{"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}],
+        [{"role": "user", "content": {1, 2}}],
+        [{"role": "user", "content": "\ud800"}],
+    ],
+    ids=["part", "image", "tool call", "set", "surrogate"],
+)
+async def test_messages_of_no_form_are_the_callers_error(
+    bench: Bench, messages: list[dict[str, Any]]
+) -> None:
+    """Messages that cannot be sent are told as a bad request, not as the provider's fault."""
+    bench.server.handler = failing(bench.dialect, 400, "what is that?")
+    with pytest.raises(LLMBadRequest):
+        await bench.llm.chat("a", messages)
+    with pytest.raises(LLMBadRequest):
+        await anext(bench.llm.stream("a", messages))
+
+
+async def test_a_cancelled_call_ends_at_the_provider(bench: Bench) -> None:
+    """A caller that gives up closes the connection, and the next call works."""
+    asked, gone = asyncio.Event(), asyncio.Event()
+
+    async def handler(request: Received, answer: Answer) -> None:
+        asked.set()
+        try:
+            while True:
+                await answer.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+                await asyncio.sleep(0.001)
+        except ConnectionError:
+            gone.set()
+            raise
+
+    bench.server.handler = handler
+    call = asyncio.create_task(bench.llm.chat("a", ASK))
+    await asked.wait()
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    await asyncio.wait_for(gone.wait(), 10)
+    bench.server.handler = answering(bench.dialect)
+    assert (await bench.llm.chat("a", ASK)).text == "Hello there"
+
+
+async def test_a_compatible_servers_own_ways_are_put_up_with() -> None:
+    """Tool arguments as an object, text in parts, missing counts: such servers there are."""
+    function = {"name": "weather", "arguments": {"city": "Riga"}}
+    message = {
+        "role": "assistant",
+        "content": [{"type": "text", "text": "Let me see"}],
+        "tool_calls": [{"function": function}],
+    }
+
+    async def handler(request: Received, answer: Answer) -> None:
+        usage = {"prompt_tokens": 5, "completion_tokens": None}
+        await answer.whole(json.dumps({"choices": [{"message": message}], "usage": usage}).encode())
+
+    async with (
+        RecordingServer(handler).running() as server,
+        LLMInterface(Configs(Dialect("openai").config(server.url))) as llm,
+    ):
+        result = await llm.chat("a", ASK)
+    assert result.text == "Let me see"
+    assert result.tool_calls[0].arguments == {"city": "Riga"}
+    assert result.finish_reason == "tool_calls"
+    assert result.usage is not None
+    assert result.usage.total_tokens == 5

@@ -22,13 +22,8 @@ from slm.errors import (
     LLMStreamBroken,
     LLMTimeout,
 )
-from slm.llm.providers.base import (
-    ChatRequest,
-    Completion,
-    Failure,
-    Message,
-    Provider,
-)
+from slm.llm.providers.base import ChatRequest, Completion, Message, Provider
+from slm.llm.providers.failures import Failure
 from slm.llm.results import ChatResult, Overrides, result_of
 
 _logger = logging.getLogger(__name__)

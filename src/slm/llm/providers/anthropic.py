@@ -17,21 +17,24 @@ from slm.errors import LLMError
 from slm.llm.providers.base import (
     ChatRequest,
     Completion,
-    Failure,
     Message,
     StreamChunk,
     ToolCall,
     ToolCallDelta,
-    Unsupported,
     Usage,
     arguments_of,
+    data_url,
+    text_of,
+    translated,
+)
+from slm.llm.providers.failures import (
+    Failure,
+    Unsupported,
     by_status,
     connection_failure,
-    data_url,
     other_failure,
     retry_after_seconds,
     status_failure,
-    text_of,
 )
 from slm.llm.transport import Connections
 
@@ -71,7 +74,7 @@ class AnthropicProvider:
     async def chat(self, request: ChatRequest) -> Completion:
         """Return the whole answer."""
         client = await self._client(request)
-        body, max_tokens = _body(request)
+        body, max_tokens = translated(_body, request)
         answer = await client.messages.create(
             model=request.model, messages=[], max_tokens=max_tokens, extra_body=body
         )
@@ -81,7 +84,7 @@ class AnthropicProvider:
         texts, thoughts, calls = [], [], []
         for block in answer.content:
             if block.type == "text":
-                texts.append(block.text)
+                texts.append(text_of(block.text))
             elif block.type == "thinking":
                 thoughts.append(block.thinking)
             elif block.type == "tool_use":
@@ -98,7 +101,7 @@ class AnthropicProvider:
     async def stream(self, request: ChatRequest) -> AsyncGenerator[StreamChunk, None]:
         """Yield the answer as it comes."""
         client = await self._client(request)
-        body, max_tokens = _body(request)
+        body, max_tokens = translated(_body, request)
         stream = await client.messages.create(
             model=request.model, messages=[], max_tokens=max_tokens, stream=True, extra_body=body
         )
@@ -238,10 +241,10 @@ def _tool(tool: Mapping[str, Any]) -> dict[str, Any]:
         return dict(tool)
     function = tool["function"]
     schema = function.get("parameters") or {"type": "object", "properties": {}}
-    translated = {"name": function["name"], "input_schema": schema}
+    named = {"name": function["name"], "input_schema": schema}
     if function.get("description"):
-        translated["description"] = function["description"]
-    return translated
+        named["description"] = function["description"]
+    return named
 
 
 def _tool_choice(choice: str | Mapping[str, Any]) -> dict[str, Any]:
@@ -267,7 +270,7 @@ def _output_config(request: ChatRequest) -> dict[str, Any]:
 def _delta(event: Any) -> StreamChunk | None:
     delta = event.delta
     if delta.type == "text_delta":
-        return StreamChunk(text=delta.text)
+        return StreamChunk(text=text_of(delta.text))
     if delta.type == "thinking_delta":
         return StreamChunk(reasoning=delta.thinking)
     if delta.type == "input_json_delta":
@@ -286,7 +289,7 @@ def _usage(usage: Any, output_tokens: int) -> Usage | None:
         return None
     cached = usage.cache_read_input_tokens or 0
     return Usage(
-        input_tokens=usage.input_tokens + cached + (usage.cache_creation_input_tokens or 0),
-        output_tokens=output_tokens or usage.output_tokens,
+        input_tokens=(usage.input_tokens or 0) + cached + (usage.cache_creation_input_tokens or 0),
+        output_tokens=output_tokens or usage.output_tokens or 0,
         cached_input_tokens=cached,
     )

@@ -1,29 +1,21 @@
-"""What every provider adapter takes and gives: the request, the pieces of an answer, the failure.
+"""What every provider adapter takes and gives: the request, and the answer in pieces or whole.
 
 Knows no provider SDK and nothing of agents; an adapter translates between these values and its SDK.
 """
 
 from __future__ import annotations
 
-import email.utils
 import json
-import time
-from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, TypeVar
 
 from pydantic import SecretStr
 
-from slm.errors import (
-    LLMAuthError,
-    LLMBadRequest,
-    LLMBadResponse,
-    LLMEndpointRefused,
-    LLMError,
-    LLMRateLimited,
-    LLMUnavailable,
-)
-from slm.llm.transport import AddressRefused, Connections
+from slm.llm.providers.failures import Failure, Unsupported
+from slm.llm.transport import Connections
+
+T = TypeVar("T")
 
 NO_KEY: Final = "no-key"
 """Sent where an agent has no key: an SDK given nothing takes a key from its environment."""
@@ -150,16 +142,6 @@ class ChatRequest:
         return self.key.get_secret_value() if self.key is not None else NO_KEY
 
 
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """What an adapter makes of an exception: which error, and the facts that may be kept of it."""
-
-    kind: type[LLMError]
-    detail: str
-    status: int | None = None
-    retry_after_seconds: float | None = None
-
-
 class Provider(Protocol):
     """What an adapter does. Its methods raise whatever the SDK raises; `explain` reads that."""
 
@@ -173,10 +155,6 @@ class Provider(Protocol):
 
     def explain(self, error: Exception) -> Failure:
         """Say what the SDK's exception means."""
-
-
-class Unsupported(Exception):
-    """The request asks for something that the provider's protocol has no word for."""
 
 
 class Accumulator:
@@ -233,75 +211,23 @@ class Accumulator:
         )
 
 
-def by_status(status: int) -> type[LLMError]:
-    """Return the error that an HTTP status stands for (RFC 9110; 529 is Anthropic's overload)."""
-    if status == 429:
-        return LLMRateLimited
-    if status in (401, 403):
-        return LLMAuthError
-    if status in (408, 409, 425) or status >= 500:
-        return LLMUnavailable
-    if 400 <= status < 500:
-        return LLMBadRequest
-    return LLMBadResponse
+def translated(build: Callable[[ChatRequest], T], request: ChatRequest) -> T:
+    """Return the request's body in the provider's words.
 
-
-def status_failure(status: int, text: str, headers: Mapping[str, str]) -> Failure:
-    """Return the failure for an answer with an HTTP status other than success."""
-    if 300 <= status < 400:
-        text = "the endpoint answers with a redirect, and redirects are never followed"
-    return Failure(by_status(status), text, status, retry_after_seconds(headers))
-
-
-def connection_failure(error: BaseException) -> Failure:
-    """Return the failure for an exception from below the SDK, or one the SDK made of such."""
-    for cause in causes(error):
-        if isinstance(cause, AddressRefused):
-            return Failure(LLMEndpointRefused, str(cause))
-        if isinstance(cause, Unsupported):
-            return Failure(LLMBadRequest, str(cause))
-    # The innermost says most, such as which check of a certificate failed.
-    reason = [str(cause) for cause in causes(error) if str(cause)][-1:]
-    return Failure(LLMUnavailable, ": ".join(["no connection, or it broke", *reason]))
-
-
-def other_failure(error: Exception) -> Failure:
-    """Return the failure for an exception of no SDK's own: what came was not of the protocol."""
-    if isinstance(error, Unsupported):
-        return Failure(LLMBadRequest, str(error))
-    if isinstance(error, OSError | AddressRefused):
-        return connection_failure(error)
-    if isinstance(error, ValueError | LookupError | TypeError | AttributeError):
-        return Failure(LLMBadResponse, "the answer is not of the provider's protocol")
-    return Failure(LLMError, "failed in a way that is not known")
-
-
-def causes(error: BaseException) -> Iterable[BaseException]:
-    """Yield the exception and what it came from."""
-    seen: set[int] = set()
-    current: BaseException | None = error
-    while current is not None and id(current) not in seen:
-        seen.add(id(current))
-        yield current
-        current = current.__cause__ or current.__context__
-
-
-def retry_after_seconds(headers: Mapping[str, str]) -> float | None:
-    """Return how long the answer asks to be left alone (RFC 9110 section 10.2.3)."""
-    milliseconds = headers.get("retry-after-ms")
-    text = headers.get("retry-after")
+    Raises:
+        Unsupported: the caller's messages or tools are not of the common form; told apart from an
+            answer that is not of the provider's protocol, which raises the same errors.
+    """
     try:
-        if milliseconds is not None:
-            return max(0.0, float(milliseconds) / 1000)
-        if text is None:
-            return None
-        return max(0.0, float(text))
-    except ValueError:
-        pass
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(text or "").timestamp() - time.time())
-    except ValueError:
-        return None
+        return build(request)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        what = type(error).__name__
+    raise Unsupported(f"the messages, tools or options are not of the common form ({what})")
+
+
+def json_text(arguments: Any) -> str:
+    """Return a tool call's arguments as text; some servers send them as an object."""
+    return arguments if isinstance(arguments, str) else json.dumps(arguments or {})
 
 
 def text_of(content: Any) -> str:

@@ -16,20 +16,23 @@ from slm.errors import LLMUnavailable
 from slm.llm.providers.base import (
     ChatRequest,
     Completion,
-    Failure,
     Message,
     StreamChunk,
     ToolCall,
     ToolCallDelta,
-    Unsupported,
     Usage,
     arguments_of,
+    data_url,
+    text_of,
+    translated,
+)
+from slm.llm.providers.failures import (
+    Failure,
+    Unsupported,
     causes,
     connection_failure,
-    data_url,
     other_failure,
     status_failure,
-    text_of,
 )
 from slm.llm.transport import Connections, no_cookies
 
@@ -49,7 +52,7 @@ class OllamaProvider:
         # Not client.chat(): that cuts a tool's JSON Schema down to the members it knows, nested
         # objects, anyOf and $ref among the lost.
         answer = await client._request(
-            ollama.ChatResponse, "POST", "/api/chat", json=_body(request, stream=False)
+            ollama.ChatResponse, "POST", "/api/chat", json=translated(_body, request)
         )
         calls = tuple(
             ToolCall(
@@ -70,8 +73,9 @@ class OllamaProvider:
     async def stream(self, request: ChatRequest) -> AsyncGenerator[StreamChunk, None]:
         """Yield the answer as it comes."""
         client = await self._client(request)
+        body = translated(_body, request) | {"stream": True}
         stream: Any = await client._request(
-            ollama.ChatResponse, "POST", "/api/chat", json=_body(request, stream=True), stream=True
+            ollama.ChatResponse, "POST", "/api/chat", json=body, stream=True
         )
         calls = 0
         try:
@@ -134,7 +138,7 @@ class OllamaProvider:
 _NOTHING: Final = StreamChunk()
 
 
-def _body(request: ChatRequest, *, stream: bool) -> dict[str, Any]:
+def _body(request: ChatRequest) -> dict[str, Any]:
     given = dict(request.options)
     body = {name: given.pop(name) for name in _TOP_LEVEL & given.keys()}
     # As the request itself has an `options` member, it may have been written out.
@@ -152,13 +156,13 @@ def _body(request: ChatRequest, *, stream: bool) -> dict[str, Any]:
         "model": request.model,
         "messages": _messages(request.messages),
         "options": options,
-        "stream": stream,
+        "stream": False,
     }
 
 
 def _messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
     names: dict[str, str] = {}
-    translated = []
+    turns = []
     for message in messages:
         role = message["role"]
         turn: dict[str, Any] = {
@@ -179,8 +183,8 @@ def _messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
             # The protocol names the tool, not the call.
             name = message.get("name") or names.get(str(message.get("tool_call_id")), "")
             turn["tool_name"] = name
-        translated.append(turn)
-    return translated
+        turns.append(turn)
+    return turns
 
 
 def _images(content: Any) -> list[str]:

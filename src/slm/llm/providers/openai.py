@@ -5,7 +5,6 @@ Knows nothing of agents, retries or deadlines.
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncGenerator, Mapping
 from typing import Any, Final
 
@@ -19,11 +18,16 @@ from slm.llm.providers.base import (
     NO_KEY,
     ChatRequest,
     Completion,
-    Failure,
     StreamChunk,
     ToolCall,
     ToolCallDelta,
     Usage,
+    json_text,
+    text_of,
+    translated,
+)
+from slm.llm.providers.failures import (
+    Failure,
     by_status,
     causes,
     connection_failure,
@@ -53,7 +57,7 @@ class OpenAIProvider:
         answer = await client.chat.completions.create(
             model=request.model,
             messages=[],
-            extra_body=_body(request),
+            extra_body=translated(_body, request),
         )
         # Another content type than JSON comes back as a string, other members as they are.
         if not isinstance(answer, ChatCompletion):
@@ -64,13 +68,13 @@ class OpenAIProvider:
             ToolCall(
                 id=call.id or f"call_{index}",
                 name=call.function.name,
-                arguments_json=call.function.arguments or "{}",
+                arguments_json=json_text(call.function.arguments),
             )
             for index, call in enumerate(message.tool_calls or ())
             if call.type != "custom"
         )
         return Completion(
-            text=message.content or getattr(message, "refusal", None) or "",
+            text=text_of(message.content or message.refusal),
             reasoning=_reasoning(message),
             tool_calls=calls,
             finish_reason=choice.finish_reason or ("tool_calls" if calls else "stop"),
@@ -80,7 +84,7 @@ class OpenAIProvider:
     async def stream(self, request: ChatRequest) -> AsyncGenerator[StreamChunk, None]:
         """Yield the answer as it comes."""
         client = await self._client(request)
-        body = {"stream_options": {"include_usage": True}} | _body(request)
+        body = {"stream_options": {"include_usage": True}} | translated(_body, request)
         stream = await client.chat.completions.create(
             model=request.model, messages=[], stream=True, extra_body=body
         )
@@ -166,8 +170,7 @@ def _message(message: Mapping[str, Any]) -> dict[str, Any]:
 
 def _call(call: Mapping[str, Any]) -> dict[str, Any]:
     function = dict(call["function"])
-    if not isinstance(function.get("arguments"), str):
-        function["arguments"] = json.dumps(function.get("arguments") or {})
+    function["arguments"] = json_text(function.get("arguments"))
     return {"type": "function"} | dict(call) | {"function": function}
 
 
@@ -178,7 +181,7 @@ def _chunk(event: ChatCompletionChunk, calls: int) -> StreamChunk:
     choice = event.choices[0]
     delta = choice.delta
     return StreamChunk(
-        text=delta.content or "",
+        text=text_of(delta.content),
         reasoning=_reasoning(delta),
         tool_calls=tuple(
             ToolCallDelta(
@@ -186,7 +189,7 @@ def _chunk(event: ChatCompletionChunk, calls: int) -> StreamChunk:
                 index=calls + offset if call.index is None else call.index,
                 id=call.id or "",
                 name=(call.function and call.function.name) or "",
-                arguments_json=(call.function and call.function.arguments) or "",
+                arguments_json=json_text((call.function and call.function.arguments) or ""),
             )
             for offset, call in enumerate(delta.tool_calls or ())
         ),
@@ -206,8 +209,8 @@ def _usage(usage: CompletionUsage | None) -> Usage | None:
         return None
     details = usage.prompt_tokens_details
     return Usage(
-        input_tokens=usage.prompt_tokens,
-        output_tokens=usage.completion_tokens,
+        input_tokens=int(usage.prompt_tokens or 0),
+        output_tokens=int(usage.completion_tokens or 0),
         cached_input_tokens=(details and details.cached_tokens) or 0,
     )
 
