@@ -48,7 +48,7 @@ async def test_no_request_after_on_change_uses_an_older_revision(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """1,000 changes under 50 request loops: each request is as new as what on_change told."""
-    caplog.set_level(logging.DEBUG)
+    caplog.set_level(logging.DEBUG, logger="slm")
     changes, loops = 1000, 50
     async with (
         ServerProcess(tmp_path / "data", log_level="debug") as server,
