@@ -181,17 +181,9 @@ class ServerProcess:
         self._settings = _without_none(self._settings | settings)
         inherited = {k: v for k, v in os.environ.items() if not k.startswith("SLM_")}
         given = {f"SLM_{name.upper()}": _env_text(v) for name, v in self._settings.items()}
-        command = [sys.executable, "-m", "slm", "serve"]
-        command += ["--port", str(self._port), "--data", str(self.data_dir)]
+        arguments = ["serve", "--port", str(self._port), "--data", str(self.data_dir)]
         before = len(self.log)
-        with self.log_path.open("ab") as log:
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=inherited | given | self._env,
-            )
+        self._process = self._spawn(arguments, inherited | given | self._env)
 
         def ready() -> re.Match[str] | None:
             assert self.process.poll() is None, f"the server ended: {self.log[before:]}"
@@ -201,6 +193,17 @@ class ServerProcess:
         assert match is not None
         self.url = match[1]
         self._port = int(self.url.rpartition(":")[2])
+
+    def _spawn(self, arguments: list[str], environment: dict[str, str]) -> Any:
+        """Start the process; a subclass may do it in another way."""
+        with self.log_path.open("ab") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "slm", *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+            )
 
     def kill(self) -> None:
         """End it as a power cut does (SIGKILL)."""
