@@ -1,0 +1,88 @@
+"""`ServerProcess` whose start costs a fork instead of a new interpreter and its imports."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from tests.servers import ServerProcess
+
+
+class _Zygote:
+    """The one process of this test run that servers are forked from; started when first needed."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[str] | None = None
+
+    def ask(self, request: dict[str, Any]) -> Any:
+        with self._lock:
+            if self._process is None:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-m", "tests.faults.zygote"],
+                    cwd=Path(__file__).parents[2],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    text=True,
+                )
+                atexit.register(self._end, self._process)
+            assert self._process.stdin is not None
+            assert self._process.stdout is not None
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+            return json.loads(self._process.stdout.readline())
+
+    @staticmethod
+    def _end(process: subprocess.Popen[str]) -> None:
+        assert process.stdin is not None
+        process.stdin.close()
+        process.wait(10)
+
+
+_zygote = _Zygote()
+
+
+class _Child:
+    """The part of `subprocess.Popen` that a test needs, for a process forked by another."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            self.returncode = _zygote.ask({"poll": self.pid})
+        return self.returncode
+
+    def wait(self, timeout: float = 30) -> int:
+        deadline = time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            assert time.monotonic() < deadline, f"process {self.pid} has not ended"
+            time.sleep(0.005)
+        return code
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+class ForkedServer(ServerProcess):
+    """`slm serve` as a process of its own, forked from one that has everything imported."""
+
+    def _spawn(self, arguments: list[str], environment: dict[str, str]) -> Any:
+        request = {"arguments": arguments, "environment": environment, "log": str(self.log_path)}
+        return _Child(_zygote.ask(request))
