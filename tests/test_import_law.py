@@ -138,7 +138,7 @@ def test_import_slm_loads_no_server_module() -> None:
     """Not even our own server modules come along with the SDK."""
     script = (
         "import slm, sys; [getattr(slm, name) for name in slm.__all__]; "
-        "print([name for name in sys.modules if name.split('.')[1:2] in (['server'], ['cli'])])"
+        "print([m for m in sys.modules if m.split('.')[:2] in (['slm', 'server'], ['slm', 'cli'])])"
     )
     done = subprocess.run(
         [sys.executable, "-c", script], check=True, capture_output=True, text=True, timeout=60
