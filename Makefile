@@ -8,10 +8,10 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 UV_COMPILE := uv pip compile --quiet --universal --generate-hashes --no-header --no-annotate
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench soak lock clean
+.PHONY: help demo test lint format bench bench-quick bench-peers soak lock clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
 
 demo: .venv/installed ## change an agent's LLM live, with a real language model, and watch the next request use it
 	@$(BIN)/slm demo --find-model || $(MAKE) --no-print-directory .venv/model
@@ -29,9 +29,15 @@ format: .venv/installed ## put the code into ruff's form
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-bench: .venv/installed ## measure it against what you know
-	@test -f benchmarks/__main__.py || { echo 'make bench: there are no benchmarks yet' >&2; exit 1; }
-	$(BIN)/python -m benchmarks
+bench: .venv-bench/installed ## measure it against what you know, and write docs/performance.md
+	.venv-bench/bin/python -m benchmarks
+
+bench-quick: .venv-bench/installed ## the same in two minutes: prints its table, writes no document
+	.venv-bench/bin/python -m benchmarks --quick
+
+bench-peers: ## what the bench compares with that pip cannot install (Debian, as root)
+	apt-get install -y --no-install-recommends gcc libc6-dev libssl-dev openssl redis-server etcd-server
+	cd benchmarks/unleash && npm install --no-package-lock --no-audit --no-fund
 
 soak: .venv/installed .venv/model ## the long form of the fault tests
 	$(BIN)/python -m pytest -m soak
@@ -39,9 +45,10 @@ soak: .venv/installed .venv/model ## the long form of the fault tests
 lock: ## resolve the requirements again (needs uv); read the diff before you commit it
 	$(UV_COMPILE) --upgrade --all-extras pyproject.toml -o requirements.lock
 	$(UV_COMPILE) --upgrade --no-deps requirements-model.in -o requirements-model.lock
+	$(UV_COMPILE) --upgrade -c requirements.lock benchmarks/requirements.in -o benchmarks/requirements.txt
 
 clean: ## remove .venv and whatever tools left behind
-	rm -rf .venv dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-bench benchmarks/build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Stamp files: a second run installs nothing, a changed lock installs what changed.
@@ -60,6 +67,17 @@ clean: ## remove .venv and whatever tools left behind
 
 .venv/installed: .venv/locked pyproject.toml
 	@$(PIP) install --no-deps --no-build-isolation --editable .
+	@touch $@
+
+# The bench has an environment of its own: its peers' clients are no business of anyone else's.
+.venv-bench/created: .venv/created
+	@"$(PYTHON)" -m venv --clear .venv-bench
+	@touch $@
+
+.venv-bench/installed: .venv-bench/created requirements.lock benchmarks/requirements.txt pyproject.toml
+	@echo 'Installing the locked requirements of the bench (about 120 packages)'
+	@.venv-bench/bin/python -m pip --quiet --disable-pip-version-check install --require-hashes -r requirements.lock -r benchmarks/requirements.txt
+	@.venv-bench/bin/python -m pip --quiet --disable-pip-version-check install --no-deps --no-build-isolation --editable .
 	@touch $@
 
 .venv/model: .venv/locked requirements-model.lock

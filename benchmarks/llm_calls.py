@@ -26,11 +26,16 @@ MESSAGES = [
 
 
 async def measure(options: Options) -> dict[str, Any]:
+    with machine.pinned(machine.cores()[1]):
+        return await _measure(options)
+
+
+async def _measure(options: Options) -> dict[str, Any]:
     try:
         from openai import AsyncOpenAI
     except ImportError:
         raise Missing("openai (PyPI)") from None
-    server_core, own_core = machine.cores()
+    server_core = machine.cores()[0]
     blocks, calls = (6, 30) if options.quick else (14, 60)
     model = await asyncio.create_subprocess_exec(
         sys.executable,
@@ -41,7 +46,6 @@ async def measure(options: Options) -> dict[str, Any]:
     )
     assert model.stdout is not None
     endpoint = f"http://127.0.0.1:{(await model.stdout.readline()).split()[1].decode()}/v1"
-    machine.pin(own_core)
     taken: dict[str, list[float]] = {}
     try:
         async with BenchServer(core=server_core) as server:

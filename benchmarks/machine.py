@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import re
@@ -10,6 +11,7 @@ import sqlite3
 import ssl
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -22,15 +24,27 @@ PACKAGES = (
 )  # fmt: skip
 
 
+_USABLE = sorted(os.sched_getaffinity(0))
+
+
 def cores() -> tuple[int, int]:
     """Return the core of the server and the core of whatever loads it; one core serves as both."""
-    usable = sorted(os.sched_getaffinity(0))
-    return usable[0], usable[-1]
+    return _USABLE[0], _USABLE[-1]
 
 
 def pin(core: int) -> None:
     """Keep this process on one core."""
     os.sched_setaffinity(0, {core})
+
+
+@contextlib.contextmanager
+def pinned(core: int) -> Iterator[None]:
+    """Keep this process on one core for as long as the block lasts."""
+    pin(core)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, _USABLE)
 
 
 def describe() -> dict[str, Any]:
@@ -39,7 +53,7 @@ def describe() -> dict[str, Any]:
     memory = re.search(r"MemTotal:\s*(\d+) kB", _read("/proc/meminfo"))
     return {
         "cpu": cpu[1] if cpu else platform.processor(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": len(_USABLE),
         "memory_gib": round(int(memory[1]) / 2**20) if memory else None,
         "kernel": platform.release(),
         "system": platform.freedesktop_os_release().get("PRETTY_NAME", platform.system()),

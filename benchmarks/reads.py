@@ -17,6 +17,11 @@ SLM_CALLS = 200_000
 
 
 async def measure(options: Options) -> dict[str, Any]:
+    with machine.pinned(machine.cores()[1]):
+        return await _measure(options)
+
+
+async def _measure(options: Options) -> dict[str, Any]:
     missing: dict[str, str] = {}
     peers: dict[str, readers.Reads] = {}
     for name, (_, prepare, _) in readers.PEERS.items():
@@ -24,7 +29,6 @@ async def measure(options: Options) -> dict[str, Any]:
             peers[name] = prepare()
         except Missing as error:
             missing[name] = str(error)
-    machine.pin(machine.cores()[1])
     taken: dict[str, list[float]] = {}
     passes = 3 if options.quick else 7
     async with BenchServer(agents=readers.COUNT, keys=True, core=machine.cores()[0]) as server:
