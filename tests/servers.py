@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 from slm.server.run import SLMServer
 from slm.server.settings import Settings
@@ -37,9 +37,17 @@ TENTH: dict[str, Any] = {
 """The timings of a server under test: a tenth of the defaults."""
 
 
+@overload
 async def eventually(
-    condition: Callable[[], T | Awaitable[T]], timeout: float = 10.0, every: float = 0.01
-) -> T:
+    condition: Callable[[], Awaitable[T]], timeout: float = 10.0, every: float = 0.01
+) -> T: ...
+@overload
+async def eventually(
+    condition: Callable[[], T], timeout: float = 10.0, every: float = 0.01
+) -> T: ...
+async def eventually(
+    condition: Callable[[], Any], timeout: float = 10.0, every: float = 0.01
+) -> Any:
     """Wait until `condition` (plain or async) answers something true, and return that.
 
     Args:
@@ -55,7 +63,7 @@ async def eventually(
         answer = condition()
         value: Any = await answer if inspect.isawaitable(answer) else answer
         if value:
-            return value  # type: ignore[no-any-return]
+            return value
         if time.monotonic() > deadline:
             raise AssertionError(f"not within {timeout} s: {inspect.getsource(condition).strip()}")
         await asyncio.sleep(every)

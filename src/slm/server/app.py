@@ -13,7 +13,7 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
 from slm.errors import ProblemError
-from slm.server.api import admin, agents, health, history, snapshot, ws
+from slm.server.api import admin, agents, audit, health, history, keys, snapshot, tokens, ws
 from slm.server.compaction import Compaction
 from slm.server.edge import Edge
 from slm.server.listener import ChangeListener
@@ -136,6 +136,9 @@ def create_app(settings: Settings, prepared: Prepared) -> FastAPI:
         history.router,
         snapshot.router,
         admin.router,
+        tokens.router,
+        keys.router,
+        audit.router,
         health.router,
     ):
         app.include_router(router)

@@ -193,6 +193,13 @@ class ChangeFeed:
             )
         return self.position >= revision
 
+    async def knows_tokens(self, version: int, timeout: float) -> bool:
+        """Wait until the tokens are those of `version`; return whether they are in time."""
+        if self._tokens_version >= version:
+            return True
+        self.wake()
+        return await self._moved.until(lambda: self._tokens_version >= version, timeout)
+
     async def horizon(self) -> Horizon:
         """Return the state row as it is now.
 
@@ -254,6 +261,7 @@ class ChangeFeed:
         if news.tokens is not None:
             self._tokens.replace(news.tokens)
             self._tokens_version = news.horizon.tokens_version
+            self._moved.fire()
         if news.agents is not None:
             first, same_epoch = not self.epoch, self.epoch == epoch
             self._catalog.load(news.agents, head, epoch)

@@ -39,6 +39,10 @@ _KNOWN_FIELDS: Final = frozenset(AgentCreate.model_fields) | {
     "limit",
     "offset",
     "min_revision",
+    "scopes",
+    "agents",
+    "expires_in_seconds",
+    "fingerprint",
 }
 _PLACES: Final = frozenset({"body", "query", "path", "header"})
 

@@ -68,6 +68,14 @@ class TokenInfo:
         return self.revoked_at is None and not expired
 
 
+@dataclass(frozen=True)
+class TokenWritten:
+    """A token as it is after a write, and the tokens_version from which a replica knows of it."""
+
+    token: TokenInfo
+    version: int
+
+
 class TokenStore:
     """Creates, lists and revokes tokens; every replica notices through the state row."""
 
@@ -82,7 +90,7 @@ class TokenStore:
         *,
         expires_in_seconds: int | None = None,
         who: Who,
-    ) -> tuple[TokenInfo, SecretStr]:
+    ) -> tuple[TokenWritten, SecretStr]:
         """Make a token and return it, the one time that it can be seen.
 
         Raises:
@@ -92,8 +100,8 @@ class TokenStore:
         now = utc_now()
         lifetime = expires_in_seconds and timedelta(seconds=expires_in_seconds)
 
-        def work(connection: Connection) -> TokenInfo:
-            _notice(connection)
+        def work(connection: Connection) -> TokenWritten:
+            version = _notice(connection)
             if any(known.name == name and known.counts for known in _all(connection)):
                 raise Conflict("A token of this name is there already; revoke it first.")
             values = {
@@ -109,7 +117,7 @@ class TokenStore:
             detail = {"token_id": token_id, "name": name, "scopes": list(scopes)}
             detail |= {"agents": view.patterns, "expires_in_seconds": expires_in_seconds}
             append(connection, Event(who, "token.create", detail=detail))
-            return _one(connection, token_id)
+            return TokenWritten(_one(connection, token_id), version)
 
         return await self._database.run(work), token
 
@@ -117,7 +125,7 @@ class TokenStore:
         """Return every token that ever was, in the order in which they were made."""
         return await self._database.read(_all)
 
-    async def revoke(self, token_id: int, *, who: Who) -> TokenInfo:
+    async def revoke(self, token_id: int, *, who: Who) -> TokenWritten:
         """Refuse a token from now on; its open streams are closed on every replica.
 
         Raises:
@@ -125,11 +133,11 @@ class TokenStore:
             Conflict: nobody could administer this server any more.
         """
 
-        def work(connection: Connection) -> TokenInfo:
-            _notice(connection)
+        def work(connection: Connection) -> TokenWritten:
+            version = _notice(connection)
             token = _one(connection, token_id)
             if token.revoked_at is not None:
-                return token
+                return TokenWritten(token, version)
             others = [t for t in _all(connection) if t.id != token_id and t.counts]
             if token.counts and _administers(token) and not any(map(_administers, others)):
                 raise Conflict(
@@ -139,7 +147,7 @@ class TokenStore:
             connection.execute(statement)
             detail = {"token_id": token_id, "name": token.name}
             append(connection, Event(who, "token.revoke", detail=detail))
-            return _one(connection, token_id)
+            return TokenWritten(_one(connection, token_id), version)
 
         return await self._database.run(work)
 
@@ -160,13 +168,14 @@ def _administers(token: TokenInfo) -> bool:
     return "admin" in token.scopes and token.expires_at is None
 
 
-def _notice(connection: Connection) -> None:
+def _notice(connection: Connection) -> int:
     """Lock the state row, as every writer does first, and let every replica see the change."""
-    statement: Any = _BUMP
+    statement: Any = _BUMP.returning(STATE.c.tokens_version)
     if connection.dialect.name == "postgresql":
         # With no revision: there is none, and a replica that has them all must look even so.
-        statement = _BUMP.returning(func.pg_notify(CHANNEL, ""))
-    connection.execute(statement)
+        statement = _BUMP.returning(STATE.c.tokens_version, func.pg_notify(CHANNEL, ""))
+    version: int = connection.execute(statement).one()[0]
+    return version
 
 
 def _all(connection: Connection) -> list[TokenInfo]:

@@ -13,7 +13,13 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from slm.errors import Unauthorized
-from slm.server.api.common import Parts, SLMRoute, json_response, problem_responses
+from slm.server.api.common import (
+    Parts,
+    SLMRoute,
+    json_response,
+    note_failed_login,
+    problem_responses,
+)
 from slm.server.auth import bearer_token
 from slm.server.services import Services
 
@@ -35,9 +41,12 @@ async def get_readiness(services: Parts) -> Response:
         "migrated": True,
         "database": feed.current,
         "feed": feed.running and feed.current,
+        "encryption_key": services.caretaker.keys_usable,
     }
     ready = all(checks.values())
     body = {"ready": ready} | checks | {"revision": feed.position, "epoch": feed.epoch}
+    # An agent whose key is of no use is told, and does not take the server out of service.
+    body["keys_undecryptable"] = len(services.registry.reads.undecryptable)
     headers = {"cache-control": "no-store"}
     return json_response(json.dumps(body).encode(), 200 if ready else 503, headers)
 
@@ -50,6 +59,7 @@ async def get_metrics(request: Request, services: Parts) -> Response:
         given = bearer_token(request.headers) or ""
         secret = wanted.get_secret_value()
         if not hmac.compare_digest(given.encode(), secret.encode()):
+            note_failed_login(request)
             raise Unauthorized("Send the metrics token as 'Authorization: Bearer …'.")
     registry = CollectorRegistry()
     registry.register(_Metrics(services))
@@ -81,6 +91,11 @@ class _Metrics(Collector):
             ("slm_connections", "Open WebSocket connections", len(hub.subscribers())),
             ("slm_subscribers", "Live streams", hub.live_count()),
             ("slm_buffered_bytes", "Bytes that wait for slow readers", hub.buffered_bytes()),
+            (
+                "slm_keys_undecryptable",
+                "Agents whose stored key cannot be used",
+                len(self._services.registry.reads.undecryptable),
+            ),
         )
         counters = (
             ("slm_changes", "Changes passed on", hub.counts.changes),

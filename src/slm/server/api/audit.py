@@ -1,0 +1,89 @@
+"""The routes of the audit, scope `admin`: read it, and check its chain."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Response
+from pydantic import BaseModel
+
+from slm.errors import DatabaseUnavailable, InvalidRequest
+from slm.server.api.agents import FilterText
+from slm.server.api.common import Admin, Parts, SLMRoute, json_response, problem_responses
+from slm.server.strict_json import MAX_INTEGER
+
+router = APIRouter(prefix="/api/admin/audit", route_class=SLMRoute, tags=["administration"])
+
+
+class AuditEntry(BaseModel):
+    """Who did what, to which agent, when and from where."""
+
+    seq: int
+    at: str
+    actor: str
+    action: str
+    agent_id: str | None
+    address: str | None
+    detail: dict[str, Any]
+    hash: str
+
+
+class AuditPage(BaseModel):
+    """Entries, the newest first."""
+
+    entries: list[AuditEntry]
+
+
+class AuditVerdict(BaseModel):
+    """Whether the chain is what was written."""
+
+    whole: bool
+    rows: int
+    head: str
+    broken_at: int | None
+    reason: str
+
+
+@router.get(
+    "", response_model=AuditPage, responses=problem_responses(DatabaseUnavailable, InvalidRequest)
+)
+async def list_audit(
+    services: Parts,
+    _: Admin,
+    before: Annotated[int | None, Query(ge=0, le=MAX_INTEGER)] = None,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+    actor: FilterText | None = None,
+    agent: FilterText | None = None,
+    action: FilterText | None = None,
+) -> Response:
+    """List entries, the newest first; `before` goes on where a page ended."""
+    entries = await services.audit.entries(
+        before=before, limit=limit, actor=actor, agent_id=agent, action=action
+    )
+    found = [vars(entry) | {"detail": _detail(entry.detail)} for entry in entries]
+    return _answer({"entries": found})
+
+
+@router.get(
+    "/verify",
+    response_model=AuditVerdict,
+    responses=problem_responses(DatabaseUnavailable, InvalidRequest),
+)
+async def verify_audit(services: Parts, _: Admin, expect: FilterText | None = None) -> Response:
+    """Walk the whole chain; `expect` is the head that an earlier look gave."""
+    verdict = await services.audit.verify(expect)
+    return _answer({"whole": verdict.whole} | vars(verdict))
+
+
+def _detail(text: str) -> dict[str, Any]:
+    try:
+        detail = json.loads(text)
+    except ValueError:
+        detail = None
+    # Somebody may have altered it; then it is shown, and `verify` tells.
+    return detail if isinstance(detail, dict) else {"unreadable": text}
+
+
+def _answer(body: dict[str, Any]) -> Response:
+    return json_response(json.dumps(body).encode(), 200, {"cache-control": "no-store"})
