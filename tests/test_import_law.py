@@ -62,7 +62,7 @@ def rooms_of(source: str, module: str, *, package: bool) -> Iterator[str]:
             # `from slm import client` names a room as well as `import slm.client` does.
             names = [f"{start}.{alias.name}" for alias in node.names]
         elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "import_module":
-            names = [arg.value for arg in node.args if isinstance(arg, ast.Constant)]
+            names = [str(arg.value) for arg in node.args if isinstance(arg, ast.Constant)]
         else:
             continue
         for name in names:

@@ -148,8 +148,8 @@ def test_the_server_extra_is_enough_to_serve(wheel: Path, tmp_path: Path) -> Non
         text=True,
         cwd=tmp_path,
     )
+    assert process.stdout is not None
     try:
-        assert process.stdout is not None
         lines = []
         for line in process.stdout:
             lines.append(line)

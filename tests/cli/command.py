@@ -8,6 +8,7 @@ import os
 import pty
 import sys
 from asyncio.subprocess import DEVNULL, PIPE
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,11 +40,13 @@ class Done:
         return line.removeprefix("error: ")
 
 
-def environment(data: Path | None = None, **extra: str) -> dict[str, str]:
+def environment(
+    data: Path | None = None, env: Mapping[str, str] | None = None, **extra: str
+) -> dict[str, str]:
     """Return the environment of a command: nothing of ours but what is named."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLM_", "AUTOBOT_LLM_"))}
     clean |= {"SLM_DATA_DIR": str(data)} if data is not None else {}
-    return clean | extra
+    return clean | dict(env or {}) | extra
 
 
 async def slm(
@@ -51,7 +54,8 @@ async def slm(
     data: Path | None = None,
     stdin: str | None = None,
     cwd: Path | None = None,
-    **env: str,
+    env: Mapping[str, str] | None = None,
+    **variables: str,
 ) -> Done:
     """Run `slm` to its end.
 
@@ -60,7 +64,8 @@ async def slm(
         data: the data directory of the server it speaks to.
         stdin: what it reads; nothing by default, and not a terminal.
         cwd: where it runs.
-        **env: further environment variables.
+        env: further environment variables.
+        **variables: the same.
     """
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "slm", *arguments),
@@ -68,7 +73,7 @@ async def slm(
         stdout=PIPE,
         stderr=PIPE,
         cwd=cwd,
-        env=environment(data, **env),
+        env=environment(data, env, **variables),
     )
     given = None if stdin is None else stdin.encode()
     try:
@@ -91,7 +96,11 @@ def checked(done: Done) -> Done:
 
 
 def slm_at_a_terminal(
-    *arguments: str, data: Path, answers: dict[str, str], columns: int = 100
+    *arguments: str,
+    data: Path,
+    answers: Mapping[str, str],
+    columns: int = 100,
+    env: Mapping[str, str] | None = None,
 ) -> Done:
     """Run `slm` at a terminal and answer its prompts; blocks, so wrap it in `asyncio.to_thread`.
 
@@ -100,11 +109,12 @@ def slm_at_a_terminal(
         data: the data directory of the server it speaks to.
         answers: what to type when a text is shown.
         columns: how wide the terminal is.
+        env: further environment variables.
     """
-    env = environment(data, COLUMNS=str(columns), TERM="xterm-256color")
+    around = environment(data, env, COLUMNS=str(columns), TERM="xterm-256color")
     child, terminal = pty.fork()
     if child == 0:
-        os.execve(sys.executable, [sys.executable, "-m", "slm", *arguments], env)
+        os.execve(sys.executable, [sys.executable, "-m", "slm", *arguments], around)
     shown = ""
     waiting = dict(answers)
     while True:

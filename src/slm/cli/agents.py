@@ -275,6 +275,7 @@ def set_agent(
         if "llm_api_key" in body:
             raise output.UsageError("--clear api-key contradicts giving one")
         body["llm_api_key"] = key
+    merged({}, option or [])  # what is wrong with them is said before anything is asked
     if not body and not option:
         raise output.UsageError("nothing to set; name at least one field")
     old, answer = asyncio.run(_update(target, agent, body, option, if_match))

@@ -71,7 +71,8 @@ def _root(
 def run() -> int:
     """Run the command that sys.argv names and return the process's exit code."""
     try:
-        code = app(standalone_mode=False)
+        # The name, since `python -m slm` would show another in usage lines.
+        code = app(prog_name="slm", standalone_mode=False)
     except TyperException as problem:
         if problem.format_message():  # without one the help has been shown instead
             output.error(_usage(problem))
