@@ -1,0 +1,123 @@
+"""Both ends of our WebSockets against Autobahn's cases, as the suite `kosoku` runs them.
+
+Sections 1 to 7 are the protocol itself (framing, pings, fragments, UTF-8, closing): 246 cases. The
+rest is speed (9) and compression (12, 13), which we do not speak.
+
+Two of them fail with the libraries as they come. 7.1.5, a close frame between two fragments, is
+answered by `websockets`, and so by uvicorn, with 1002; our class mends that. In 7.9.5 a peer sends
+the close code 1006, which must never be sent: aiohttp takes every code of its `WSCloseCode` for
+allowed, 1006 too, and answers as if nothing were wrong. That is aiohttp's, its client's as well as
+its server's; it harms nobody here, since the connection ends either way and the SDK comes back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Iterable
+from typing import Any
+
+import aiohttp
+import uvicorn
+from kosoku import FailureError, run_fuzzingclient, run_fuzzingserver
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+
+from slm.server.transport import PushProtocol, http_protocol
+from tests.servers import eventually
+
+PROTOCOL_CASES = [f"{section}.*" for section in range(1, 8)]
+ALL = 246
+
+
+async def echo(scope: dict[str, Any], receive: Any, send: Any) -> None:
+    """Send every message back as it came; for tests alone."""
+    if scope["type"] != "websocket":
+        return
+    await receive()
+    await send({"type": "websocket.accept"})
+    while (message := await receive())["type"] == "websocket.receive":
+        text, data = message.get("text"), message.get("bytes")
+        await send({"type": "websocket.send", "text": text, "bytes": data})
+
+
+@contextlib.asynccontextmanager
+async def echo_server(protocol: type[WebSocketsSansIOProtocol]) -> AsyncIterator[str]:
+    """Serve `echo` over this protocol class and yield `host:port`."""
+    config = uvicorn.Config(
+        echo,
+        port=0,
+        http=http_protocol(8192, 5.0),
+        ws=protocol,
+        ws_per_message_deflate=False,
+        lifespan="off",
+        log_config=None,
+        log_level="critical",
+    )
+    server = uvicorn.Server(config)
+    serving = asyncio.create_task(server.serve())
+    await eventually(lambda: server.started)
+    host, port = server.servers[0].sockets[0].getsockname()
+    try:
+        yield f"{host}:{port}"
+    finally:
+        server.should_exit = True
+        await serving
+
+
+def failed(results: Iterable[Any]) -> dict[str, str]:
+    """What did not pass, and why."""
+    return {
+        result.case_id: f"{result.result} {result.result_close}"
+        for result in results
+        if not result.passed
+    }
+
+
+async def _cases_against(protocol: type[WebSocketsSansIOProtocol]) -> list[Any]:
+    async with echo_server(protocol) as address:
+        try:
+            return list(await run_fuzzingclient(address, PROTOCOL_CASES, concurrency=8))
+        except FailureError as failure:
+            return list(failure.results)
+
+
+async def test_our_server_protocol_passes_every_case() -> None:
+    """The class that serves /ws speaks RFC 6455 to the letter, under an echo application."""
+    results = await _cases_against(PushProtocol)
+    assert len(results) == ALL
+    assert failed(results) == {}
+
+
+async def test_plain_uvicorn_fails_the_case_that_our_protocol_mends() -> None:
+    """Without our class 7.1.5 fails; the day it passes, the mending can go."""
+    assert set(failed(await _cases_against(WebSocketsSansIOProtocol))) == {"7.1.5"}
+
+
+async def test_the_client_library_passes_every_case_but_one() -> None:
+    """The SDK's WebSocket library in an echo loop; 7.9.5 is its own fault, and harms nobody."""
+    async with run_fuzzingserver(PROTOCOL_CASES) as server, aiohttp.ClientSession() as session:
+        base = f"http://{server.address}:{server.port}"
+        async with session.ws_connect(f"{base}/getCaseCount") as socket:
+            assert int(await socket.receive_str()) == ALL
+        for first in range(1, ALL + 1, 8):
+            numbers = range(first, min(first + 8, ALL + 1))
+            urls = [f"{base}/runCase?case={number}&agent=aiohttp" for number in numbers]
+            await asyncio.gather(*(_echo_case(session, url) for url in urls))
+        async with session.ws_connect(f"{base}/updateReports?agent=aiohttp") as socket:
+            await socket.receive()
+        try:
+            async with asyncio.timeout(10):
+                results: list[Any] = list(await server.get_result())
+        except FailureError as failure:
+            results = list(failure.results)
+    assert len(results) == ALL
+    assert set(failed(results)) == {"7.9.5"}
+
+
+async def _echo_case(session: aiohttp.ClientSession, url: str) -> None:
+    async with session.ws_connect(url, compress=0, max_msg_size=0) as socket:
+        async for message in socket:
+            if message.type is aiohttp.WSMsgType.TEXT:
+                await socket.send_str(message.data)
+            elif message.type is aiohttp.WSMsgType.BINARY:
+                await socket.send_bytes(message.data)
