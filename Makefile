@@ -20,10 +20,11 @@ demo: .venv/installed ## change an agent's LLM live, with a real language model,
 test: .venv/installed .venv/model lint ## lint, type checks and every test
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
-lint: .venv/installed ## ruff and mypy --strict
+lint: .venv/installed ## ruff, mypy --strict and bandit
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy --strict
+	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive src
 
 format: .venv/installed ## put the code into ruff's form
 	$(BIN)/ruff check --fix

@@ -70,7 +70,7 @@ class LocalModel:
         if reason is not None:
             raise StartupError(reason)
         with tempfile.TemporaryFile("w+", errors="replace") as complaints:
-            self._process = subprocess.Popen(  # noqa: S603 - our own module, no shell
+            self._process = subprocess.Popen(  # noqa: S603 - our own module, no shell # nosec B603
                 [sys.executable, "-m", __spec__.name],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,

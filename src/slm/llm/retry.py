@@ -41,5 +41,5 @@ class RetrySettings:
         if not (error.retryable or isinstance(error, LLMStreamBroken)):
             return None
         longest = min(self.backoff_max_seconds, self.backoff_seconds * 2 ** (tries - 1))
-        wait = (error.retry_after_seconds or 0.0) + random.uniform(0, longest)  # noqa: S311
+        wait = (error.retry_after_seconds or 0.0) + random.uniform(0, longest)  # noqa: S311 # nosec B311
         return wait if wait < seconds_left else None

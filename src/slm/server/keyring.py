@@ -11,7 +11,7 @@ import asyncio
 import enum
 import logging
 import shlex
-import subprocess  # nosec B404 - runs the operator's own command, with no shell
+import subprocess
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -93,7 +93,7 @@ def _parsed(text: str, name: str) -> list[SecretStr]:
 def _output_of(command: str, seconds: float) -> str:
     """Run the operator's command, without a shell, and return what it prints."""
     try:
-        done = subprocess.run(  # noqa: S603 # nosec B603 - this is what the setting is for
+        done = subprocess.run(  # noqa: S603 - what the setting is for # nosec B603
             shlex.split(command),
             stdin=subprocess.DEVNULL,
             capture_output=True,

@@ -83,7 +83,7 @@ class ChangeListener:
                 self.listening = False
             if self.connections > connections:
                 backoff = FIRST_BACKOFF_SECONDS
-            await asyncio.sleep(random.uniform(0, backoff))  # noqa: S311 - jitter, no secret
+            await asyncio.sleep(random.uniform(0, backoff))  # noqa: S311 - jitter, no secret # nosec B311
             backoff = min(2 * backoff, MAX_BACKOFF_SECONDS)
 
     async def _listen(self, connector: Any, options: dict[str, Any]) -> None:

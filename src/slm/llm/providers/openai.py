@@ -124,7 +124,7 @@ class OpenAIProvider:
                 organization="",
                 project="",
                 admin_api_key="",
-                webhook_secret="",
+                webhook_secret="",  # empty, or it comes from the environment # nosec B106
                 http_client=connections.httpx2_client(),
                 max_retries=0,
                 timeout=None,
