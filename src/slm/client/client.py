@@ -14,6 +14,7 @@ import socket
 import uuid
 import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, TypeVar
@@ -350,13 +351,11 @@ class SLMClient:
         self._cache.distrust()
 
     def _info(self) -> ClientInfo:
-        from slm import __version__
-
         host = socket.gethostname()
         return ClientInfo(
             name=(self._name or host)[:128],
             instance=self._instance,
-            version=__version__,
+            version=version("autobot-slm"),
             host=host[:255],
             pid=os.getpid(),
         )
