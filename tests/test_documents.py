@@ -23,6 +23,9 @@ from tests.servers import running_server
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+OTHER_VARIABLES = {"SLM_URL", "SLM_TOKEN", "SLM_TOKEN_FILE", "SLM_CA_FILE", "SLM_TRACEBACK"}
+"""Read by the command line and the SDK, not by the server."""
+
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 
 
@@ -38,21 +41,34 @@ def tracked_files() -> list[Path]:
 
 def table_rows(prefix: str) -> dict[str, str]:
     """Return the README's rows `| `NAME` | default | …` of the variables with this prefix."""
-    return dict(re.findall(rf"^\| `({prefix}\w+)` \| (.*?) \|", README, re.MULTILINE))
+    return dict(re.findall(rf"^\| `({prefix}\w+)` \|(.*?)\|", README, re.MULTILINE))
+
+
+def setting_rows() -> dict[str, tuple[str, str]]:
+    """Return what the README's row of each setting must say: its default, and what it is."""
+    described = dict(
+        re.findall(r"^ {8}(\w+): (.*(?:\n {12}.*)*)", Settings.__doc__ or "", re.MULTILINE)
+    )
+    rows = {}
+    for name, field in Settings.model_fields.items():
+        default = field.default
+        text = str(default).lower() if isinstance(default, bool) else str(default)
+        shown = "" if default in (None, ()) else f"`{text.removesuffix('.0')}`"
+        rows[f"SLM_{name.upper()}"] = (shown, " ".join(described[name].split()).rstrip("."))
+    return rows
 
 
 def test_every_setting_is_in_the_readme_with_its_default() -> None:
     """The table of environment variables is that of the server's settings."""
-    rows = table_rows("SLM_")
-    fields = {f"SLM_{name.upper()}": field for name, field in Settings.model_fields.items()}
-    ours = {"SLM_URL", "SLM_TOKEN", "SLM_TOKEN_FILE", "SLM_CA_FILE", "SLM_TRACEBACK"}
-    assert set(rows) == set(fields) | ours
-    for name, field in fields.items():
-        default = field.default
-        text = "" if default in (None, ()) else f"`{str(default).removesuffix('.0')}`"
-        if isinstance(default, bool):
-            text = f"`{str(default).lower()}`"
-        assert rows[name].strip() == text, name
+    told = {name: default.strip() for name, default in table_rows("SLM_").items()}
+    settings = setting_rows()
+    wrong = [
+        f"| `{name}` | {default} | {what} |"
+        for name, (default, what) in settings.items()
+        if told.get(name) != default
+    ]
+    assert not wrong, "the README needs these rows:\n" + "\n".join(wrong)
+    assert set(told) - set(settings) == OTHER_VARIABLES
 
 
 def test_the_environment_step_is_in_the_readme() -> None:

@@ -60,7 +60,8 @@ def rooms_of(source: str, module: str, *, package: bool) -> Iterator[str]:
                 parts = parts[: len(parts) - node.level + (1 if package else 0)]
                 start = ".".join([*parts, start]).rstrip(".")
             # `from slm import client` names a room as well as `import slm.client` does.
-            names = [f"{start}.{alias.name}" for alias in node.names]
+            # Its version is nobody's room.
+            names = [f"{start}.{a.name}" for a in node.names if a.name != "__version__"]
         elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "import_module":
             names = [str(arg.value) for arg in node.args if isinstance(arg, ast.Constant)]
         else:
