@@ -129,9 +129,10 @@ class OpenAIProvider:
                 max_retries=0,
                 timeout=None,
             )
-            # What is None above is taken from the environment (OPENAI_ORG_ID, OPENAI_PROJECT_ID…),
-            # and OPENAI_CUSTOM_HEADERS, an Authorization among them, whatever is given.
+            # Taken from the environment where not given (OPENAI_ORG_ID, OPENAI_PROJECT_ID, …), and
+            # OPENAI_CUSTOM_HEADERS, an Authorization among them, whatever is given.
             client.organization = client.project = None
+            client.admin_api_key = client.webhook_secret = None
             client._custom_headers = {}
             return client
 
