@@ -263,3 +263,29 @@ async def subscribers(
             await stack.enter_async_context(Subscriber(http, where(n), token, **options))
             for n in range(count)
         ]
+
+
+async def heard(
+    http: aiohttp.ClientSession,
+    url: str,
+    token: str,
+    since: int | None = None,
+    epoch: str | None = None,
+    until: Callable[[Frame], bool] = lambda frame: frame["type"] == "heartbeat",
+) -> Connection:
+    """Subscribe once and return the connection with all frames up to one that `until` takes.
+
+    A heartbeat comes after whatever is replayed, so that is where it stops if nothing else is said.
+    """
+    connection = Connection(f"since {since}", since, epoch)
+    ask: dict[str, Any] = {"subscribe": "agent_config"}
+    if since is not None:
+        ask |= {"since": since, "epoch": epoch}
+    headers = {"Authorization": f"Bearer {token}"}
+    async with asyncio.timeout(15), http.ws_connect(f"{url}/ws", headers=headers) as ws:
+        await ws.send_str(json.dumps(ask))
+        while True:
+            frame = json.loads(await ws.receive_str())
+            connection.frames.append(frame)
+            if until(frame):
+                return connection

@@ -1,0 +1,81 @@
+"""Fault 2: `since` at, below and beyond the compacted and the head revision: no silent hole."""
+
+from __future__ import annotations
+
+import aiohttp
+
+from slm.server.compaction import compact
+from tests.faults.history import final_position, violations
+from tests.faults.site import Operator, Site, rows_of, wire_frame
+from tests.faults.subscriber import heard
+from tests.servers import eventually
+
+
+async def test_every_position(site: Site, http: aiohttp.ClientSession) -> None:
+    """From every `since` there is: the whole rest at or above the floor, a resync elsewhere."""
+    # A page of three, so that a replay is several.
+    server = site.in_loop(heartbeat_seconds=0.05, replay_page=3)
+    await server.start()
+    try:
+        operator = Operator(http, server.url, site.admin_token)
+        await operator.create("billing")
+        for n in range(20):
+            head = await operator.set("billing", llm_model=f"m{n}")
+        rows = await rows_of(server, "SELECT revision, type, agent FROM changes")
+        epoch = server.running.services.feed.epoch
+        committed = {(epoch, r): wire_frame(kind, r, agent) for r, kind, agent in rows}
+        await compact(server.running.services.database, keep=8, batch=5)
+        floor = head - 8
+
+        for since in range(head + 4):
+            one = await heard(http, server.url, site.backend_token, since, epoch)
+            kinds = [frame["type"] for frame in one.frames]
+            if since < floor:
+                assert one.frames[1]["reason"] == "compacted"
+            elif since > head:
+                assert one.frames[1]["reason"] == "ahead"
+            else:
+                assert "resync" not in kinds
+                changes = [f["revision"] for f in one.frames if "config" in f]
+                assert changes == list(range(since + 1, head + 1))
+            expected = ["compacted"] if since < floor else ["ahead"] if since > head else []
+            assert violations([one], resyncs=expected, committed=committed) == []
+            assert final_position([one]) == (epoch, head)
+
+        other = await heard(http, server.url, site.backend_token, head, "another-life")
+        assert other.frames[1]["reason"] == "epoch"
+        assert violations([other], resyncs=["epoch"]) == []
+        fresh = await heard(http, server.url, site.backend_token)
+        assert violations([fresh]) == []
+        assert final_position([fresh]) == (epoch, head)
+    finally:
+        await server.stop()
+
+
+async def test_compacted_under_a_slow_replay(site: Site, http: aiohttp.ClientSession) -> None:
+    """What is compacted away while it is being replayed becomes a resync, not a hole."""
+    server = site.in_loop(
+        heartbeat_seconds=0.05, replay_page=2, changes_keep=3, compact_interval_seconds=0.02
+    )
+    await server.start()
+    try:
+        operator = Operator(http, server.url, site.admin_token)
+        await operator.create("billing")
+        epoch = server.running.services.feed.epoch
+        found = []
+        for n in range(25):
+            head = await operator.set("billing", llm_model=f"m{n}")
+            since = max(0, head - 6)
+            found.append(await heard(http, server.url, site.backend_token, since, epoch))
+        for one in found:
+            assert violations([one], resyncs=["compacted"]) == []
+
+        async def trimmed() -> bool:
+            return await rows_of(server, "SELECT floor FROM state") == [(head - 3,)]
+
+        await eventually(trimmed)
+        exact = await heard(http, server.url, site.backend_token, head - 3, epoch)
+        assert violations([exact]) == []
+        assert final_position([exact]) == (epoch, head)
+    finally:
+        await server.stop()
