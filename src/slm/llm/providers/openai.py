@@ -121,10 +121,6 @@ class OpenAIProvider:
             client = openai.AsyncOpenAI(
                 api_key=request.secret(),
                 base_url=request.endpoint,
-                organization="",
-                project="",
-                admin_api_key="",
-                webhook_secret="",  # empty, or it comes from the environment # nosec B106
                 http_client=connections.httpx2_client(),
                 max_retries=0,
                 timeout=None,
