@@ -191,6 +191,12 @@ class DatabaseUnavailable(Unavailable):
     code, title = "database-unavailable", "The database does not answer"
 
 
+class Overloaded(Unavailable):
+    """The server has as much under way as it takes at once; nothing was begun. Come back."""
+
+    code, title = "overloaded", "Too much at once"
+
+
 class Behind(Unavailable):
     """This replica has not yet seen the revision that the client knows of."""
 

@@ -49,6 +49,8 @@ class Services:
     failed_logins: TokenBuckets
     writes: TokenBuckets
     streams: Gauge
+    openings: Gauge
+    snapshots: Gauge
     doorkeeper: Doorkeeper
     caretaker: Caretaker
     counts: RequestCounts = field(default_factory=RequestCounts)
@@ -78,6 +80,8 @@ def make_services(settings: Settings, prepared: Prepared) -> Services:
         ),
         writes=TokenBuckets(Rate(settings.writes_per_second, settings.writes_burst)),
         streams=Gauge(settings.streams_per_token),
+        openings=Gauge(settings.max_opening_streams),
+        snapshots=Gauge(settings.max_snapshots),
         doorkeeper=Doorkeeper(tokens, hub),
         caretaker=Caretaker(settings, database, keyring, registry.reads, tokens, token_store),
     )

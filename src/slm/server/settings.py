@@ -66,6 +66,9 @@ class Settings(BaseSettings):
         writes_per_second: how often one token may write, in the long run.
         writes_burst: how often at once.
         streams_per_token: how many streams one token may have open here; none: any number.
+        max_opening_streams: how many streams may be on their way from handshake to live at once;
+            the rest are told to come back (503).
+        max_snapshots: how many snapshots may be made at once.
         buffer_bytes: how much may wait for one slow reader.
         buffer_total_bytes: how much may wait for all of them.
         max_body_bytes: the largest request body.
@@ -124,6 +127,8 @@ class Settings(BaseSettings):
     writes_burst: Burst = 5000
     streams_per_token: Annotated[int, Field(gt=0)] | None = None
 
+    max_opening_streams: Annotated[int, Field(gt=0)] = 500
+    max_snapshots: Annotated[int, Field(gt=0)] = 50
     buffer_bytes: Bytes = 1024 * 1024
     buffer_total_bytes: Bytes = 256 * 1024 * 1024
     max_body_bytes: Bytes = 262_144

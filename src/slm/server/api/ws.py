@@ -9,7 +9,14 @@ from typing import Final
 from starlette.websockets import WebSocket
 
 from slm import protocol
-from slm.errors import Forbidden, NotJSON, ProblemError, ProtocolError, TooManyRequests
+from slm.errors import (
+    Forbidden,
+    NotJSON,
+    Overloaded,
+    ProblemError,
+    ProtocolError,
+    TooManyRequests,
+)
 from slm.protocol import MAX_FRAME_BYTES, Ack, Subscribe
 from slm.server.api.common import Requires, services_of
 from slm.server.auth import Caller
@@ -36,6 +43,9 @@ async def stream(websocket: WebSocket) -> None:
             raise TooManyRequests(
                 "This token has as many streams open as it may.", retry_after_seconds=5
             )
+        if not services.openings.take(None):
+            services.streams.release(caller.token_id)
+            raise Overloaded("As many streams are being opened as may be at once.")
     except ProblemError as problem:
         await _refuse(websocket, problem)
         return
@@ -46,10 +56,15 @@ async def stream(websocket: WebSocket) -> None:
 
 
 async def _serve(websocket: WebSocket, services: Services, caller: Caller) -> None:
-    await websocket.accept()
+    opening = _Opening(services)
+    try:
+        await websocket.accept()
+    except BaseException:
+        opening.end()
+        raise
     sink = sink_for(websocket)
     subscriber = services.hub.attach(sink, caller.view, caller.token_id)
-    conversation = _Conversation(services, subscriber)
+    conversation = _Conversation(services, subscriber, opening)
     try:
         await conversation.listen(websocket)
     finally:
@@ -65,11 +80,32 @@ async def _refuse(websocket: WebSocket, problem: ProblemError) -> None:
         await websocket.close()
 
 
+class _Opening:
+    """A place among the streams that may be opened at once; given back when it is live.
+
+    A peer that was let in and says nothing gives it back too, so that it keeps nobody out.
+    """
+
+    def __init__(self, services: Services) -> None:
+        self._openings = services.openings
+        self._held = True
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_later(services.settings.header_timeout_seconds, self.end)
+
+    def end(self, *_: object) -> None:
+        """Give the place back, once."""
+        self._timer.cancel()
+        if self._held:
+            self._held = False
+            self._openings.release(None)
+
+
 class _Conversation:
     """What one peer says, and what it is answered."""
 
-    def __init__(self, services: Services, subscriber: Subscriber) -> None:
+    def __init__(self, services: Services, subscriber: Subscriber, opening: _Opening) -> None:
         self.subscriber = subscriber
+        self._place = opening
         self._services = services
         self._opening: asyncio.Task[None] | None = None
 
@@ -87,6 +123,7 @@ class _Conversation:
 
     def close(self) -> None:
         """Stop what is under way for this peer."""
+        self._place.end()
         if self._opening is not None:
             self._opening.cancel()
 
@@ -126,6 +163,7 @@ class _Conversation:
             ),
             name="slm-open-stream",
         )
+        self._opening.add_done_callback(self._place.end)
 
     def _complain(self, detail: str) -> None:
         text = protocol.encode(protocol.Error(code="bad-message", detail=detail))
