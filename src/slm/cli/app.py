@@ -12,7 +12,19 @@ from typing import Annotated, Final
 import typer
 from typer.exceptions import TyperException
 
-from slm.cli import agents, ask, db, demo, output, serve, watch
+from slm.cli import (
+    agents,
+    ask,
+    audit,
+    certs,
+    db,
+    demo,
+    keys,
+    output,
+    serve,
+    tokens,
+    watch,
+)
 from slm.errors import SLMError
 
 EXIT_FAILURE: Final = 1
@@ -20,6 +32,7 @@ EXIT_INTERRUPTED: Final = 130
 
 _SERVER: Final = "The server"
 _AGENTS: Final = "The agents, through a running server"
+_SECURITY: Final = "Tokens, encryption keys and the audit, through a running server"
 _EPILOG: Final = """
 [bold]A first try[/]
 
@@ -46,10 +59,14 @@ app = typer.Typer(
 )
 app.command("serve", rich_help_panel=_SERVER)(serve.serve)
 app.add_typer(db.app, name="db", rich_help_panel=_SERVER)
+app.add_typer(certs.app, name="certs", rich_help_panel=_SERVER)
 app.command("demo", rich_help_panel=_SERVER)(demo.demo)
 app.add_typer(agents.app, name="agents", rich_help_panel=_AGENTS)
 app.command("ask", rich_help_panel=_AGENTS)(ask.ask)
 app.command("watch", rich_help_panel=_AGENTS)(watch.watch)
+app.add_typer(tokens.app, name="tokens", rich_help_panel=_SECURITY)
+app.add_typer(keys.app, name="keys", rich_help_panel=_SECURITY)
+app.add_typer(audit.app, name="audit", rich_help_panel=_SECURITY)
 
 
 def _show_version(wanted: bool) -> None:

@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.progress import (
     BarColumn,
     DownloadColumn,
+    MofNCompleteColumn,
     Progress,
     TextColumn,
     TransferSpeedColumn,
@@ -154,3 +155,19 @@ def transfer(what: str) -> Iterator[Callable[[int, int | None], None]]:
             bar.update(task, advance=count, total=total)
 
         yield on_bytes
+
+
+@contextlib.contextmanager
+def steps(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Yield what to tell of each step (how many are done, and of how many); a bar on a terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    console = err()
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
+        task = bar.add_task(what, total=None)
+
+        def on_step(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        yield on_step

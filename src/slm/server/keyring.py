@@ -22,6 +22,7 @@ from pydantic import SecretStr
 from sqlalchemy import Connection, insert, select, update
 
 from slm.errors import ConfigurationError, EncryptionKeyMissing, StartupError
+from slm.server.audit import Event, Who, append
 from slm.server.database import Database
 from slm.server.files import read_private
 from slm.server.models import ENCRYPTION_KEYS, STATE, utc_now
@@ -113,7 +114,7 @@ def _output_of(command: str, seconds: float) -> str:
     raise StartupError(f"SLM_ENCRYPTION_KEY_COMMAND cannot be used: {why}.") from None
 
 
-def register(connection: Connection, vault: Vault) -> list[str]:
+def register(connection: Connection, vault: Vault, who: Who) -> list[str]:
     """Tell the database of each key that it does not know yet; none becomes active by it.
 
     Where it knows of none the first one does, and the others count as older than it: a rotation
@@ -139,6 +140,7 @@ def register(connection: Connection, vault: Vault) -> list[str]:
                     created_at=now,
                 )
             )
+            append(connection, Event(who, "encryption_key.add", detail={"fingerprint": name}))
     if not known.keys() >= set(vault.fingerprints):
         connection.execute(update(STATE).values(keyring_version=STATE.c.keyring_version + 1))
     pruned = [n for n in vault.fingerprints if n in known and known[n].retired_at is not None]
@@ -179,6 +181,11 @@ class Keyring:
         if version != self._version:
             self._activate(connection.execute(_ACTIVE).scalar_one(), version)
 
+    async def load(self) -> None:
+        """Read the source again, whatever the database knows."""
+        # Not in the database's thread: a command may take its time.
+        await asyncio.to_thread(self._reload)
+
     async def refresh(self, database: Database) -> None:
         """Read the source again where the database knows of a key that is not here.
 
@@ -188,8 +195,7 @@ class Keyring:
         """
         known, active, version = await database.read(_known)
         if not known <= set(self.vault.fingerprints):
-            # Not in the database's thread: a command may take its time.
-            await asyncio.to_thread(self._reload)
+            await self.load()
         self._activate(active, version)
 
     def _activate(self, active: str, version: int) -> None:

@@ -21,7 +21,8 @@ from sqlalchemy import Connection, delete, func, insert, inspect, select, text, 
 
 from slm.errors import ProblemError, StartupError
 from slm.server import tokens
-from slm.server.adopt import Adoption, adopt
+from slm.server.adopt import ACTOR, Adoption, adopt
+from slm.server.audit import Who
 from slm.server.database import Database
 from slm.server.files import make_data_dir, read_private, write_private
 from slm.server.keyring import KeysAtHand, KeySource, key_file, read_keys, register
@@ -104,7 +105,7 @@ def _prepare(
     keys = _own_keys(connection, database, settings, notes) if own else list(at_hand.keys)
     migrate(connection)
     vault = _checked_vault(connection, keys, may_replace=own)
-    notes += register(connection, vault)
+    notes += register(connection, vault, Who(ACTOR))
     notes += _adoption_notes(adopt(connection, vault, first_time=first_time))
     notes += _first_tokens(connection, settings.data_dir)
     return vault, notes

@@ -22,7 +22,7 @@ from slm.server.database import Database
 from slm.server.files import replace_private
 from slm.server.keyring import Keyring, KeySource, key_file, newest_inactive, read_keys, register
 from slm.server.models import AGENTS, ENCRYPTION_KEYS, STATE, utc_now
-from slm.server.replicas import ReplicaInfo, replicas
+from slm.server.replicas import Lease, ReplicaInfo, replicas
 from slm.server.settings import Settings
 from slm.server.vault import Vault, fingerprint
 
@@ -97,10 +97,13 @@ class Progress:
 class KeyRotation:
     """The steps of a rotation; each is one request."""
 
-    def __init__(self, settings: Settings, database: Database, keyring: Keyring) -> None:
+    def __init__(
+        self, settings: Settings, database: Database, keyring: Keyring, lease: Lease
+    ) -> None:
         self._settings = settings
         self._database = database
         self._keyring = keyring
+        self._lease = lease
         self._file_lock = asyncio.Lock()
 
     @property
@@ -158,14 +161,18 @@ class KeyRotation:
         async with self._file_lock:
             # The file first: a key that the database knows of is never one that is lost.
             self._vault.replace(await asyncio.to_thread(self._rewrite, lambda keys: [*keys, made]))
+        await self._register(who)
+        await self._lease.renew()
+        return name
+
+    async def _register(self, who: Who) -> None:
+        """Tell the database of every key that is here and new to it."""
 
         def work(connection: Connection) -> None:
             connection.execute(_LOCK_STATE)
-            register(connection, self._vault)
-            append(connection, Event(who, "encryption_key.add", detail={"fingerprint": name}))
+            register(connection, self._vault, who)
 
         await self._database.run(work)
-        return name
 
     async def rotate(self, wanted: str | None, *, who: Who) -> str:
         """Make a key the active one: from the commit on it encrypts every write, everywhere.
@@ -178,8 +185,13 @@ class KeyRotation:
             The fingerprint of the active key.
 
         Raises:
-            KeysNotReady: a live replica does not have it, or the database does not know it.
+            KeysNotReady: a live replica does not have it, or the database does not know it. The
+                other replicas read their keys again within a third of their lease.
         """
+        # A command may print a key by now that nobody has seen yet.
+        await self._keyring.load()
+        await self._register(who)
+        await self._lease.renew()
 
         def work(connection: Connection) -> str:
             connection.execute(_LOCK_STATE)

@@ -11,10 +11,12 @@ from slm.server.catalog import Catalog
 from slm.server.database import Database
 from slm.server.doorkeeper import Doorkeeper
 from slm.server.feed import ChangeFeed
+from slm.server.fleet import Fleet
 from slm.server.hub import Hub
 from slm.server.keyring import Keyring, read_keys
 from slm.server.limits import Gauge, Rate, TokenBuckets
 from slm.server.prepare import Prepared
+from slm.server.receipts import Receipts
 from slm.server.registry import AgentRegistry
 from slm.server.rotation import KeyRotation
 from slm.server.settings import Settings
@@ -40,6 +42,8 @@ class Services:
     registry: AgentRegistry
     catalog: Catalog
     hub: Hub
+    fleet: Fleet
+    receipts: Receipts
     feed: ChangeFeed
     tokens: TokenTable
     keyring: Keyring
@@ -58,21 +62,27 @@ class Services:
 
 def make_services(settings: Settings, prepared: Prepared) -> Services:
     """Put the parts together; nothing runs yet."""
-    catalog, hub, tokens = Catalog(), Hub(settings), TokenTable()
+    catalog, tokens = Catalog(), TokenTable()
     database = prepared.database
     keyring = Keyring(prepared.vault, lambda: read_keys(settings).keys)
     registry = AgentRegistry(database, prepared.vault, keyring, settings.endpoint_policy)
     token_store = TokenStore(database)
+    caretaker = Caretaker(settings, database, keyring, registry.reads, tokens, token_store)
+    lease = caretaker.lease
+    fleet = Fleet(lease.id, lease.name, tokens.name_of, settings.behind_after_seconds)
+    hub = Hub(settings, fleet)
     return Services(
         settings=settings,
         database=database,
         registry=registry,
         catalog=catalog,
         hub=hub,
+        fleet=fleet,
+        receipts=Receipts(database, fleet),
         feed=ChangeFeed(database, catalog, hub, tokens, settings),
         tokens=tokens,
         keyring=keyring,
-        rotation=KeyRotation(settings, database, keyring),
+        rotation=KeyRotation(settings, database, keyring, caretaker.lease),
         token_store=token_store,
         audit=AuditLog(database),
         failed_logins=TokenBuckets(
@@ -83,5 +93,5 @@ def make_services(settings: Settings, prepared: Prepared) -> Services:
         openings=Gauge(settings.max_opening_streams),
         snapshots=Gauge(settings.max_snapshots),
         doorkeeper=Doorkeeper(tokens, hub),
-        caretaker=Caretaker(settings, database, keyring, registry.reads, tokens, token_store),
+        caretaker=caretaker,
     )

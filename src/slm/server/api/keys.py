@@ -113,7 +113,6 @@ async def get_keys(services: Parts, _: Admin) -> Response:
 async def add_key(request: Request, services: Parts, caller: Admin) -> Response:
     """Make a key in the data directory; it decrypts, and encrypts nothing yet."""
     name = await services.rotation.add(who=who_of(request, caller))
-    await services.caretaker.lease.renew()
     return _answer({"fingerprint": name}, 201)
 
 
