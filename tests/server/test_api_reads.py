@@ -190,7 +190,7 @@ async def test_a_strange_agent_id_is_not_found(admin: Api, path: str) -> None:
     """Whatever stands in the path, an agent that is not there is 404 on every route."""
     for method, suffix in (("GET", ""), ("GET", "/llm"), ("DELETE", ""), ("PUT", "")):
         url = URL(f"{admin.server.url}/api/agents/{path}{suffix}", encoded=True)
-        body = {} if method == "PUT" else None
+        body: dict[str, str] | None = {} if method == "PUT" else None
         async with admin.session.request(method, url, headers=admin.auth(), json=body) as answer:
             assert answer.status == 404, (method, suffix)
             assert answer.content_type == "application/problem+json"

@@ -128,25 +128,24 @@ class _Conversation:
             self._opening.cancel()
 
     def _take(self, text: str) -> None:
+        said: Subscribe | Ack | None = None
+        wrong = "a message is neither a subscription nor an ack"
         try:
             said = protocol.parse_client_message(text)
-            if len(text) * 4 > MAX_FRAME_BYTES and not isinstance(said, Ack):
-                self._check_size(text)
-            if said is None:
-                raise ProtocolError("a message is neither a subscription nor an ack")
         except NotJSON:
             self.subscriber.sink.end(1007, "not JSON")
+            return
         except ProtocolError as error:
-            self._complain(str(error))
-        else:
-            if isinstance(said, Subscribe):
-                self._subscribe(said)
-            else:
-                self.subscriber.last_ack = said
-
-    def _check_size(self, text: str) -> None:
-        if len(text.encode()) > MAX_FRAME_BYTES:
+            wrong = str(error)
+        if isinstance(said, Ack):
+            self.subscriber.last_ack = said
+            self._services.fleet.acked(self.subscriber, said)
+        elif len(text.encode()) > MAX_FRAME_BYTES:
             self.subscriber.sink.end(1009, "too big")
+        elif said is None:
+            self._complain(wrong)
+        else:
+            self._subscribe(said)
 
     def _subscribe(self, wanted: Subscribe) -> None:
         if self._opening is not None:
