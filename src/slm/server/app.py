@@ -13,7 +13,7 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
 from slm.errors import ProblemError
-from slm.server.api import admin, agents, audit, health, history, keys, snapshot, tokens, ws
+from slm.server.api import admin, agents, audit, fleet, health, history, keys, snapshot, tokens, ws
 from slm.server.compaction import Compaction
 from slm.server.edge import Edge
 from slm.server.listener import ChangeListener
@@ -134,6 +134,7 @@ def create_app(settings: Settings, prepared: Prepared) -> FastAPI:
     for router in (
         agents.router,
         history.router,
+        fleet.router,
         snapshot.router,
         admin.router,
         tokens.router,

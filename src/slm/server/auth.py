@@ -99,6 +99,11 @@ class TokenTable:
         self.used[caller.token_id] = now
         return caller
 
+    def name_of(self, token_id: int | None) -> str:
+        """Return what a token is called; one that does not count any more has no name."""
+        caller = None if token_id is None else self._by_id.get(token_id)
+        return "" if caller is None else caller.name
+
     def why_gone(self, token_id: int) -> str | None:
         """Say why this token does not count any more, or None where it does."""
         caller = self._by_id.get(token_id)

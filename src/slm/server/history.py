@@ -88,6 +88,17 @@ class History:
 
         return await self._database.read(read)
 
+    async def change(self, revision: int) -> Change:
+        """Return one change.
+
+        Raises:
+            RevisionNotFound: there is none of this revision, or none any more.
+        """
+        found = await self.changes(ChangeFilter(since=revision - 1, upto=revision), 1)
+        if not found.changes:
+            raise RevisionNotFound
+        return found.changes[0]
+
     async def agent_before(self, agent_id: str, to: int | None) -> Change:
         """Return the change that made the agent what a rollback shall restore.
 

@@ -70,6 +70,19 @@ class Sink(Protocol):
         """Cut the connection now and throw away what waits."""
 
 
+class Observer(Protocol):
+    """Who is told of streams and of the head: the fleet."""
+
+    def moved(self, head: int, *, restarted: bool = False) -> None:
+        """Hear the head that the stream has reached; `restarted`: in another epoch."""
+
+    def joined(self, subscriber: Subscriber) -> None:
+        """Hear that `subscribed` goes out to this connection."""
+
+    def left(self, subscriber: Subscriber) -> None:
+        """Hear that a connection is gone, subscribed or not."""
+
+
 class Subscriber:
     """One connection's stream.
 
@@ -166,7 +179,8 @@ class Hub:
         counts: for `/metrics`.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, observer: Observer) -> None:
+        self._observer = observer
         self.head = 0
         self.epoch = ""
         self.is_behind: Callable[[], bool] = lambda: False
@@ -189,6 +203,7 @@ class Hub:
     def start(self, revision: int, epoch: str) -> None:
         """Begin at the catalog's revision."""
         self.head, self.epoch = revision, epoch
+        self._observer.moved(revision, restarted=True)
         self._tasks = [
             asyncio.create_task(self._broadcast(), name="slm-broadcast"),
             asyncio.create_task(self._heartbeats(), name="slm-heartbeats"),
@@ -238,6 +253,7 @@ class Hub:
         self._connections.discard(subscriber)
         self._leave(subscriber)
         self._waiting.pop(subscriber, None)
+        self._observer.left(subscriber)
 
     def subscribers(self) -> list[Subscriber]:
         """Return everyone who is connected, for the fleet view and `/metrics`."""
@@ -256,6 +272,7 @@ class Hub:
     def begin(self, subscriber: Subscriber, revision: int, epoch: str) -> None:
         """Say `subscribed`: what follows starts after `revision`."""
         subscriber.position, subscriber.epoch = revision, epoch
+        self._observer.joined(subscriber)
         message = Subscribed(revision=revision, epoch=epoch, heartbeat=self.heartbeat_seconds)
         self.send(subscriber, Frames((protocol.encode(message),), revision))
 
@@ -364,6 +381,7 @@ class Hub:
     async def _broadcast_frames(self, frames: Frames, changes: Sequence[CommittedChange]) -> None:
         # Before the first write: whoever joins from here on must already have these.
         self.head = frames.head
+        self._observer.moved(frames.head)
         # One encoding for each view that there is.
         limited: dict[View, Frames] = {}
         for count, subscriber in enumerate(list(self._live), 1):
@@ -381,6 +399,7 @@ class Hub:
         self._keep_to_total()
 
     async def _broadcast_restart(self, restart: _Restart) -> None:
+        self._observer.moved(restart.revision, restarted=restart.epoch != self.epoch)
         self.head, self.epoch = restart.revision, restart.epoch
         for count, subscriber in enumerate(list(self._live), 1):
             if subscriber.live:

@@ -182,6 +182,7 @@ class _Uvicorn(uvicorn.Server):
         await self.main_loop()
         for server in self.servers:
             server.close()
+        self._slm.services.fleet.close()
         await self._slm.services.hub.close_streams(self._slm.settings.shutdown_seconds)
         await self.shutdown()
         for connection in list(self.server_state.connections):

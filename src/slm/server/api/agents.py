@@ -47,6 +47,7 @@ from slm.server.api.common import (
     revision_headers,
     who_of,
 )
+from slm.server.api.waiting import Wait, receipt_of
 from slm.server.auth import Caller
 from slm.server.catalog import AgentFilter, Entry
 from slm.server.peer import require_private
@@ -170,6 +171,7 @@ async def create_agent(
     agent: AgentCreate,
     services: Parts,
     caller: Writer,
+    wait: Wait = None,
 ) -> Response:
     """Create an agent; with is_default it takes the flag from the default of now."""
     caller.require_writable(agent.agent_id, makes_default=agent.is_default)
@@ -179,7 +181,7 @@ async def create_agent(
     written = await services.registry.create(
         agent, actor=who.actor, comment=agent.comment, address=who.address
     )
-    return await written_answer(services, written, 201)
+    return await written_answer(services, written, 201, wait)
 
 
 @router.put(
@@ -193,6 +195,7 @@ async def update_agent(
     update: AgentUpdate,
     services: Parts,
     caller: Writer,
+    wait: Wait = None,
 ) -> Response:
     """Change the fields that are sent; null clears a field that can be empty."""
     caller.require_writable(agent_id, makes_default=bool(update.is_default))
@@ -207,7 +210,7 @@ async def update_agent(
         if_match=if_match(request, services, agent_id),
         address=who.address,
     )
-    return await written_answer(services, written, 200)
+    return await written_answer(services, written, 200, wait)
 
 
 @router.delete(
@@ -223,8 +226,9 @@ async def delete_agent(
     services: Parts,
     caller: Writer,
     comment: FilterText | None = None,
+    wait: Wait = None,
 ) -> Response:
-    """Delete an agent; the default cannot be."""
+    """Delete an agent; the default cannot be. With `wait` the answer is 200 with a receipt."""
     caller.require_writable(agent_id)
     who = who_of(request, caller)
     written = await services.registry.delete(
@@ -234,7 +238,7 @@ async def delete_agent(
         if_match=if_match(request, services, agent_id),
         address=who.address,
     )
-    return await written_answer(services, written, 204)
+    return await written_answer(services, written, 204 if wait is None else 200, wait)
 
 
 def if_match(request: Request, services: Services, agent_id: str) -> int | None:
@@ -244,7 +248,11 @@ def if_match(request: Request, services: Services, agent_id: str) -> int | None:
 
 
 async def written_answer(
-    services: Services, written: Written, status: int, **more: object
+    services: Services,
+    written: Written,
+    status: int,
+    wait: float | None = None,
+    **more: object,
 ) -> Response:
     """Answer once the feed has passed the write on, so that whoever wrote reads what it wrote.
 
@@ -252,6 +260,7 @@ async def written_answer(
         services: the parts of the server.
         written: what the registry did.
         status: of the answer.
+        wait: how long to wait for every backend's answer; None: not at all, and no receipt.
         more: fields to add to the agent in the body.
     """
     services.counts.writes += written.changed
@@ -261,8 +270,12 @@ async def written_answer(
         # It is committed; only this replica's reads do not know of it yet.
         headers["slm-stale"] = "true"
     agent = written.agent
+    if wait is not None:
+        more["receipt"] = await receipt_of(services, written, wait)
     if agent is None:
-        return Response(None, status, headers)
+        if status == 204:
+            return Response(None, status, headers)
+        return json_response(json.dumps(more, ensure_ascii=False).encode(), status, headers)
     headers["etag"] = f'"{agent.revision}"'
     if status == 201:
         headers["location"] = f"/api/agents/{quote(agent.agent_id, safe='')}"

@@ -23,6 +23,7 @@ from slm.server.api.common import (
     revision_headers,
     who_of,
 )
+from slm.server.api.waiting import Wait
 from slm.server.auth import Caller
 from slm.server.history import (
     MAX_PAGE,
@@ -108,6 +109,7 @@ async def roll_back(
     rollback: Rollback,
     services: Parts,
     caller: Writer,
+    wait: Wait = None,
 ) -> Response:
     """Give an agent back what it was at a revision, as a new change; a key is never restored."""
     caller.require_writable(agent_id)
@@ -134,4 +136,4 @@ async def roll_back(
             comment=comment,
             address=who.address,
         )
-    return await written_answer(services, written, 200, restored_revision=old.revision)
+    return await written_answer(services, written, 200, wait, restored_revision=old.revision)

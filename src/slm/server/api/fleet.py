@@ -1,0 +1,52 @@
+"""The routes of the fleet: who listens, and who took which change (docs/protocol.md section 3)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Path, Response
+
+from slm.errors import Forbidden, RevisionNotFound
+from slm.server.api.common import (
+    KEYED_PROBLEMS,
+    READ_PROBLEMS,
+    Parts,
+    Reader,
+    SLMRoute,
+    catalog_headers,
+    problem_responses,
+)
+from slm.server.api.waiting import Wait
+from slm.server.strict_json import MAX_INTEGER
+
+router = APIRouter(prefix="/api", route_class=SLMRoute, tags=["fleet"])
+
+RevisionPath = Annotated[int, Path(ge=1, le=MAX_INTEGER)]
+
+
+@router.get("/fleet", responses=problem_responses(*READ_PROBLEMS))
+async def get_fleet(services: Parts, caller: Reader, response: Response) -> dict[str, Any]:
+    """List every connected backend, and those that went away within the last hour."""
+    if caller.view.is_limited:
+        raise Forbidden("The token is limited to some agents; backends serve others as well.")
+    fleet = services.fleet
+    response.headers.update(catalog_headers(services))
+    return {
+        "backends": [fleet.describe(backend) for backend in fleet.backends()],
+        "revision": fleet.head,
+        "epoch": services.catalog.epoch,
+    }
+
+
+@router.get(
+    "/changes/{revision}/receipt",
+    responses=problem_responses(*KEYED_PROBLEMS, RevisionNotFound),
+)
+async def get_receipt(
+    revision: RevisionPath, services: Parts, caller: Reader, wait: Wait = None
+) -> dict[str, Any]:
+    """Say how every backend took a change; with `wait`, once all have answered."""
+    subject = await services.receipts.subject(revision)
+    if not caller.view.sees(subject.agent_id, subject.is_default):
+        raise RevisionNotFound
+    return await services.receipts.receipt(subject, wait or 0.0)

@@ -1,0 +1,40 @@
+"""The parameter `wait` of the writes, and the receipt in their answer (docs/protocol.md 3)."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Final
+
+from fastapi import Query
+from pydantic import BeforeValidator
+
+from slm.server.registry import Written
+from slm.server.services import Services
+
+MAX_WAIT_SECONDS: Final = 60.0
+
+_DURATION: Final = re.compile(r"([0-9]{1,6}(?:\.[0-9]{1,6})?)(ms|s|)")
+
+
+def _seconds(text: Any) -> float:
+    found = _DURATION.fullmatch(str(text))
+    seconds = float(found[1]) / (1000 if found[2] == "ms" else 1) if found else -1.0
+    if not 0 <= seconds <= MAX_WAIT_SECONDS:
+        raise ValueError(f"a duration such as 5s or 500ms, at most {MAX_WAIT_SECONDS:g}s")
+    return seconds
+
+
+Wait = Annotated[
+    float | None,
+    BeforeValidator(_seconds, json_schema_input_type=str),
+    Query(
+        description="Wait until every backend has answered for the change, such as 5s or 500ms,"
+        f" at most {MAX_WAIT_SECONDS:g}s; the answer then has a `receipt`."
+    ),
+]
+
+
+async def receipt_of(services: Services, written: Written, wait: float) -> dict[str, Any] | None:
+    """Return the receipt of a write, after waiting for it."""
+    subject = await services.receipts.subject_of(written)
+    return None if subject is None else await services.receipts.receipt(subject, wait)

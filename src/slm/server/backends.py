@@ -1,0 +1,297 @@
+"""One backend as the fleet knows it: when it listened, what it acked, how it took a change.
+
+Values and rules only; knows no connection, no database and no clock (docs/protocol.md section 4).
+"""
+
+from __future__ import annotations
+
+from array import array
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, NamedTuple
+
+from slm.protocol import ClientInfo, NotInForce
+from slm.server.view import EVERYTHING, View
+
+RECEIPT_REVISIONS: Final = 1000
+"""A receipt can be asked for this many revisions back."""
+
+SHARED_ACKS: Final = 64
+"""So many of a backend's last acks other replicas are told."""
+
+_MAX_STRETCHES: Final = 20
+_NOTHING: Final[Mapping[str, NotInForce]] = {}
+
+
+class Acked(NamedTuple):
+    """One ack: up to where, when (seconds since 1970), what is not in force."""
+
+    revision: int
+    at: float
+    not_in_force: Mapping[str, NotInForce]
+
+
+class AckLog:
+    """The last acks of a backend, by revision; sixteen bytes each, since there are many."""
+
+    def __init__(self) -> None:
+        self.cut = False
+        """Whether earlier acks are not here any more."""
+        self.count = 0
+        """How many there ever were."""
+        self._revisions = array("q")
+        self._times = array("d")
+        self._refusals: list[Mapping[str, NotInForce]] = []
+
+    def __len__(self) -> int:
+        return len(self._revisions)
+
+    def __iter__(self) -> Iterator[Acked]:
+        return map(Acked, self._revisions, self._times, self._refusals)
+
+    @property
+    def last(self) -> Acked | None:
+        """The newest ack."""
+        if not self._revisions:
+            return None
+        return Acked(self._revisions[-1], self._times[-1], self._refusals[-1])
+
+    def add(self, ack: Acked) -> None:
+        """Take in an ack that is newer in time than all before it."""
+        if self._revisions and ack.revision < self._revisions[-1]:
+            # Another epoch moved it back: what it acked of the old one means nothing now.
+            self.clear()
+        self.count += 1
+        refusals = ack.not_in_force or _NOTHING
+        if self._refusals and refusals == self._refusals[-1]:
+            refusals = self._refusals[-1]
+        self._revisions.append(ack.revision)
+        self._times.append(ack.at)
+        self._refusals.append(refusals)
+        if len(self._revisions) > RECEIPT_REVISIONS + RECEIPT_REVISIONS // 4:
+            # A quarter at a time, so that not every ack moves them all.
+            gone = len(self._revisions) - RECEIPT_REVISIONS
+            del self._revisions[:gone], self._times[:gone], self._refusals[:gone]
+            self.cut = True
+
+    def clear(self) -> None:
+        """Forget what was acked; the count goes on."""
+        del self._revisions[:], self._times[:], self._refusals[:]
+        self.cut = False
+
+    def since(self, revision: int) -> Iterator[Acked]:
+        """Yield the acks of `revision` and later ones, the oldest first."""
+        for index in range(bisect_left(self._revisions, revision), len(self._revisions)):
+            yield Acked(self._revisions[index], self._times[index], self._refusals[index])
+
+    def reaches_back_to(self, revision: int) -> bool:
+        """Whether the first ack of `revision` is here, or there was none."""
+        return not self.cut or bool(self._revisions and self._revisions[0] < revision)
+
+
+@dataclass
+class Stretch:
+    """One connection: the head of the stream when it subscribed, and when it had ended."""
+
+    first: int
+    last: int | None = None
+    ended_at: float | None = None
+
+
+@dataclass
+class Backend:
+    """One backend process, across its reconnects, as one replica knows it.
+
+    Attributes:
+        id: the same across reconnects where the backend names its instance.
+        client: who it says it is.
+        token: the name of its token.
+        replica: the lease of the server that it is, or was, connected to.
+        server: that server's name, for people.
+        view: what its token may see.
+        since: when it came or went, seconds since 1970.
+        stretches: its connections, the newest last.
+        acks: what it said it received.
+        keys: agents whose held key is not that of its last ack, with the key's revision.
+    """
+
+    id: str
+    client: ClientInfo
+    token: str
+    replica: str
+    server: str
+    view: View = EVERYTHING
+    since: float = 0.0
+    stretches: list[Stretch] = field(default_factory=list)
+    acks: AckLog = field(default_factory=AckLog)
+    keys: Mapping[str, int | None] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """What to call it: its name and instance as it gave them, else its token's name."""
+        named = [part for part in (self.client.name, self.client.instance) if part]
+        return "/".join(named) or f"{self.token}#{self.id.rpartition('#')[2]}"
+
+    @property
+    def connected(self) -> bool:
+        """Whether it listens now."""
+        return bool(self.stretches) and self.stretches[-1].last is None
+
+    @property
+    def applied(self) -> int | None:
+        """The highest revision it acked; None as long as it never did."""
+        last = self.acks.last
+        return None if last is None else last.revision
+
+    @property
+    def not_in_force(self) -> Mapping[str, NotInForce]:
+        """What it last said is not in force, by agent."""
+        last = self.acks.last
+        return _NOTHING if last is None else last.not_in_force
+
+    def begin(self, head: int, now: float) -> None:
+        """Note that it subscribed."""
+        self.end(head, now)
+        self.stretches = [*self.stretches[1 - _MAX_STRETCHES :], Stretch(head)]
+        self.since = now
+
+    def end(self, head: int, now: float) -> None:
+        """Note that its connection is gone, if it has one."""
+        if self.connected:
+            self.stretches[-1].last = head
+            self.stretches[-1].ended_at = now
+            self.since = now
+
+    def was_there(self, revision: int, committed_at: float) -> bool:
+        """Whether it listened when `revision` was committed: then a receipt expects it."""
+        return any(
+            each.first < revision
+            and (
+                each.last is None
+                or each.last >= revision
+                # Gone between the commit and the push.
+                or (each.ended_at is not None and each.ended_at >= committed_at)
+            )
+            for each in self.stretches
+        )
+
+    def together_with(self, other: Backend) -> Backend:
+        """Return one backend out of what two replicas know of it."""
+        newer = max(self, other, key=lambda each: (each.connected, each.since))
+        whole = Backend(
+            **{name: getattr(newer, name) for name in ("id", "client", "token", "replica")},
+            server=newer.server,
+            view=newer.view,
+            since=newer.since,
+            keys=max(self, other, key=_last_ack_at).keys,
+        )
+        older = other if newer is self else self
+        whole.stretches = [*older.stretches, *newer.stretches]
+        for ack in sorted([*self.acks, *other.acks], key=lambda each: each.at):
+            whole.acks.add(ack)
+        whole.acks.cut = whole.acks.cut or self.acks.cut or other.acks.cut
+        return whole
+
+    def to_json(self, offset_seconds: float) -> dict[str, Any]:
+        """Return what other replicas are told; `offset_seconds` makes our times the database's."""
+        acks = list(self.acks)[-SHARED_ACKS:]
+        return {
+            "client": self.client.model_dump(exclude_none=True),
+            "token": self.token,
+            "server": self.server,
+            "view": self.view.to_text(),
+            "since": self.since + offset_seconds,
+            "stretches": [
+                [s.first, s.last, None if s.ended_at is None else s.ended_at + offset_seconds]
+                for s in self.stretches
+            ],
+            "acks": [
+                [a.revision, a.at + offset_seconds]
+                + ([{k: [v.revision, v.reason] for k, v in a.not_in_force.items()}])
+                * bool(a.not_in_force)
+                for a in acks
+            ],
+            "acked": self.acks.count,
+            "keys": dict(self.keys),
+        }
+
+    def take_over(self, data: Mapping[str, Any], offset_seconds: float) -> None:
+        """Take in what its replica tells of it; acks that are here already stay."""
+        self.client = ClientInfo.model_validate(data["client"])
+        self.token, self.server = data["token"], data["server"]
+        self.view = View.from_text(data["view"])
+        self.since = data["since"] - offset_seconds
+        self.stretches = [
+            Stretch(first, last, None if ended is None else ended - offset_seconds)
+            for first, last, ended in data["stretches"]
+        ]
+        self.keys = data["keys"]
+        acks = [
+            Acked(
+                revision,
+                at - offset_seconds,
+                {k: NotInForce(revision=r, reason=t) for k, (r, t) in refused[0].items()}
+                if refused
+                else _NOTHING,
+            )
+            for revision, at, *refused in data["acks"]
+        ]
+        missed = data["acked"] - self.acks.count
+        if not 0 <= missed <= len(acks):
+            # What lies between was never seen here, or its server started its log anew.
+            self.acks.clear()
+            self.acks.cut = data["acked"] > len(acks)
+            missed = len(acks)
+        for ack in acks[len(acks) - missed :]:
+            self.acks.add(ack)
+        self.acks.count = data["acked"]
+
+
+def _last_ack_at(backend: Backend) -> float:
+    last = backend.acks.last
+    return 0.0 if last is None else last.at
+
+
+class Subject(NamedTuple):
+    """What a receipt is about.
+
+    Attributes:
+        agent_id: the agent that was changed.
+        is_default: whether it is, or was, the default: then everyone may see it.
+        revision: that of the change.
+        committed_at: seconds since 1970.
+        changed: False where the write altered nothing: then whoever is connected now is expected.
+    """
+
+    agent_id: str
+    is_default: bool
+    revision: int
+    committed_at: float
+    changed: bool = True
+
+
+class Outcome(NamedTuple):
+    """How a backend took a change.
+
+    Attributes:
+        answered: whether it did so at all.
+        at: when, where that is known.
+        reason: why it refused; None where it applied the change.
+    """
+
+    answered: bool
+    at: float | None = None
+    reason: str | None = None
+
+
+def outcome_of(backend: Backend, subject: Subject) -> Outcome:
+    """Return how `backend` took the change: the first ack that has it in force, else the last."""
+    refused: Outcome | None = None
+    for ack in backend.acks.since(subject.revision):
+        held_up = ack.not_in_force.get(subject.agent_id)
+        if held_up is None or held_up.revision < subject.revision:
+            known = refused is not None or backend.acks.reaches_back_to(subject.revision)
+            return Outcome(True, ack.at if known else None)
+        refused = Outcome(True, ack.at, held_up.reason)
+    return refused or Outcome(False)

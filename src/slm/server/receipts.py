@@ -1,0 +1,66 @@
+"""Receipts: waits until every backend has answered for one change, and says how each took it.
+
+Knows what a change is from the history and who took it from the fleet; on PostgreSQL the other
+replicas are asked first (docs/protocol.md section 3).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from datetime import UTC, datetime
+from typing import Any
+
+from slm.errors import DatabaseUnavailable, RevisionNotFound
+from slm.server.backends import RECEIPT_REVISIONS, Subject
+from slm.server.database import Database
+from slm.server.fleet import Fleet
+from slm.server.history import History
+from slm.server.registry import Written
+
+
+class Receipts:
+    """Answers `?wait=` and `GET /api/changes/{revision}/receipt`."""
+
+    def __init__(self, database: Database, fleet: Fleet) -> None:
+        self._history = History(database)
+        self._fleet = fleet
+
+    async def subject(self, revision: int) -> Subject:
+        """Return what a receipt of this revision is about.
+
+        Raises:
+            RevisionNotFound: there is no such change, or nobody remembers who took it.
+            DatabaseUnavailable: the database does not answer.
+        """
+        fleet = self._fleet
+        if revision <= fleet.head - RECEIPT_REVISIONS:
+            raise RevisionNotFound(f"Receipts are kept of the last {RECEIPT_REVISIONS} revisions.")
+        change = await self._history.change(revision)
+        return Subject(
+            agent_id=change.agent_id,
+            is_default=change.was_default or change.agent.is_default,
+            revision=revision,
+            committed_at=change.created_at.timestamp(),
+        )
+
+    async def subject_of(self, written: Written) -> Subject | None:
+        """Return what the receipt of a write is about; the write stands, whatever fails here."""
+        agent = written.agent
+        with contextlib.suppress(DatabaseUnavailable, RevisionNotFound):
+            if written.changed:
+                return await self.subject(written.revision if agent is None else agent.revision)
+        if agent is None:
+            return None
+        return Subject(
+            agent_id=agent.agent_id,
+            is_default=agent.is_default,
+            revision=agent.revision,
+            committed_at=(agent.updated_at if written.changed else datetime.now(UTC)).timestamp(),
+            changed=written.changed,
+        )
+
+    async def receipt(self, subject: Subject, seconds: float = 0.0) -> dict[str, Any]:
+        """Return how everyone took a change, once all have answered or after `seconds`."""
+        if seconds > 0:
+            await self._fleet.wait(subject, seconds)
+        return self._fleet.receipt(subject)
