@@ -1,0 +1,202 @@
+"""The feed against a real database: what others commit, what goes wrong, and how it comes back."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import Connection, delete, update
+
+from slm.schemas import AgentCreate, AgentUpdate
+from slm.server import feed as feed_module
+from slm.server.database import CHANGES, STATE
+from slm.server.hub import Frames
+from slm.server.prepare import prepare
+from slm.server.services import Services, make_services
+from slm.server.settings import Settings
+from tests.servers import TENTH, eventually
+
+
+@pytest.fixture
+async def services(tmp_path: Path) -> AsyncIterator[Services]:
+    """The parts of a server, without its HTTP; the feed runs."""
+    settings = Settings(data_dir=tmp_path, **TENTH)
+    prepared = await prepare(settings)
+    parts = make_services(settings, prepared)
+    await parts.feed.start()
+    yield parts
+    await parts.feed.stop()
+    await parts.hub.stop()
+    await prepared.database.close()
+
+
+class Listener:
+    """A subscriber's sink that keeps what it was sent."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def push(self, frames: Frames) -> int:
+        self.texts.extend(text for text in frames.texts if '"heartbeat"' not in text[:20])
+        return 0
+
+    def waiting_bytes(self) -> int:
+        return 0
+
+    async def drained(self) -> None:
+        pass
+
+    def end(self, code: int, reason: str) -> None:
+        self.texts.append(f"closed {code}")
+
+    def abort(self) -> None:
+        self.texts.append("aborted")
+
+
+def listen(services: Services) -> Listener:
+    """Join the live stream at its head."""
+    listener = Listener()
+    subscriber = services.hub.attach(listener)
+    services.hub.begin(subscriber, services.hub.head, services.hub.epoch)
+    assert services.hub.join(subscriber)
+    return listener
+
+
+def change_state(**values: Any) -> Callable[[Connection], None]:
+    """Write into the state row as no server does."""
+
+    def work(connection: Connection) -> None:
+        connection.execute(update(STATE).values(**values))
+
+    return work
+
+
+async def create(services: Services, agent_id: str) -> int:
+    """Commit an agent through the registry, and wake nobody."""
+    agent = AgentCreate(agent_id=agent_id, name="n", llm_provider="ollama", llm_model="m")
+    return (await services.registry.create(agent, actor="test")).revision
+
+
+async def test_the_poll_finds_what_nobody_told_of(services: Services) -> None:
+    """A commit without a wake-up, as another replica's whose NOTIFY was lost, is found anyway."""
+    revision = await create(services, "a")
+    await eventually(lambda: services.feed.position == revision)
+    assert services.catalog.get("a") is not None
+
+
+async def test_passed_waits_for_the_catalog(services: Services) -> None:
+    """`passed` is true once the catalog has the revision, and false when it does not come."""
+    revision = await create(services, "a")
+    assert await services.feed.passed(revision, timeout=10)
+    assert services.catalog.revision == revision
+    assert not await services.feed.passed(revision + 1, timeout=0.05)
+
+
+async def test_the_feed_goes_on_after_an_outage(services: Services) -> None:
+    """Without its database it says so and keeps trying; afterwards it has all that was missed."""
+    listener = listen(services)
+    await create(services, "before")
+    await eventually(lambda: services.feed.position == 2)
+    await services.database.close()
+    await eventually(lambda: not services.feed.current)
+    assert services.feed.running
+    assert not await services.feed.settled(99)
+    await services.database.open()
+    await eventually(lambda: services.feed.current)
+    await create(services, "after")
+    await eventually(lambda: services.feed.position == 3)
+    await eventually(lambda: len(listener.texts) == 3)
+    assert ['"agent_created"' in text for text in listener.texts] == [False, True, True]
+
+
+async def test_changes_that_are_gone_are_loaded_over(services: Services) -> None:
+    """Cut off while the others compacted, it loads everything anew and says `resync`."""
+    listener = listen(services)
+    await services.feed.stop()
+    for agent_id in ("a", "b", "c"):
+        await create(services, agent_id)
+
+    def compact(connection: Connection) -> None:
+        connection.execute(delete(CHANGES).where(CHANGES.c.revision <= 3))
+        connection.execute(update(STATE).values(floor=3))
+
+    await services.database.run(compact)
+    services.feed._task = asyncio.create_task(services.feed._follow())
+    await eventually(lambda: services.feed.position == 4)
+    assert [agent.agent_id for agent in services.catalog.agents()] == ["default", "a", "b", "c"]
+    await eventually(lambda: len(listener.texts) == 2)
+    assert '"resync"' in listener.texts[1]
+    assert '"compacted"' in listener.texts[1]
+
+
+async def test_a_hole_in_the_changes_is_never_passed_over(services: Services) -> None:
+    """A row that is missing or cannot be read is no reason to skip it in silence."""
+    listener = listen(services)
+    await services.feed.stop()
+    for agent_id in ("a", "b", "c"):
+        await create(services, agent_id)
+
+    def spoil(connection: Connection) -> None:
+        connection.execute(update(CHANGES).where(CHANGES.c.revision == 3).values(agent="{}"))
+
+    await services.database.run(spoil)
+    services.feed._task = asyncio.create_task(services.feed._follow())
+    await eventually(lambda: services.feed.position == 4)
+    await eventually(lambda: len(listener.texts) == 2)
+    assert '"resync"' in listener.texts[1]
+
+
+async def test_too_far_behind_it_loads_everything(
+    services: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beyond a limit it does not read the changes one by one."""
+    monkeypatch.setattr(feed_module, "MAX_CATCH_UP", 3)
+    listener = listen(services)
+    await services.feed.stop()
+    for number in range(5):
+        await create(services, f"a{number}")
+    services.feed._task = asyncio.create_task(services.feed._follow())
+    await eventually(lambda: services.feed.position == 6)
+    await eventually(lambda: len(listener.texts) == 2)
+    assert '"resync"' in listener.texts[1]
+    assert len(services.catalog) == 6
+
+
+async def test_a_burst_goes_out_whole_and_in_order(services: Services) -> None:
+    """Hundreds of changes at once are more than one write, and still each is there once."""
+    listener = listen(services)
+    await services.feed.stop()
+    filler = {"filler": "x" * 3000}
+    for number in range(100):
+        update_ = AgentUpdate(llm_model=f"m{number}", llm_options=filler)
+        await services.registry.update("default", update_, actor="test")
+    services.feed._task = asyncio.create_task(services.feed._follow())
+    await eventually(lambda: len(listener.texts) == 101)
+    assert [f'"m{number}"' in listener.texts[number + 1] for number in range(100)] == [True] * 100
+
+
+async def test_a_new_epoch_is_followed(services: Services) -> None:
+    """Another epoch in the state row loads everything and moves the catalog to it."""
+    await services.database.run(change_state(epoch="cafe"))
+    await eventually(lambda: services.feed.epoch == "cafe")
+    assert services.hub.epoch == "cafe" or await services.hub.reached(1, "cafe", 10)
+
+
+async def test_a_fallen_revision_is_given_a_new_epoch_once(services: Services) -> None:
+    """The feed that sees the revision fall writes a new epoch; everyone after it finds that one."""
+    old = services.feed.epoch
+    await create(services, "a")
+    await eventually(lambda: services.feed.position == 2)
+
+    def fall(connection: Connection) -> None:
+        connection.execute(delete(CHANGES).where(CHANGES.c.revision > 1))
+        connection.execute(update(STATE).values(revision=1))
+
+    await services.database.run(fall)
+    await eventually(lambda: services.feed.epoch != old)
+    horizon = await services.feed.horizon()
+    assert (horizon.revision, horizon.epoch) == (1, services.feed.epoch)
+    assert services.feed.position == 1
