@@ -127,7 +127,7 @@ def create_app(settings: Settings, prepared: Prepared) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.services = services
-    app.add_middleware(Edge, services=services)
+    app.add_middleware(Edge, services=services, streams={"/ws": ws.stream})
     app.add_exception_handler(ProblemError, on_problem)
     app.add_exception_handler(HTTPException, on_http_exception)
     app.add_exception_handler(RequestValidationError, on_validation_error)

@@ -6,12 +6,18 @@ database and no HTTP.
 
 from __future__ import annotations
 
+import asyncio
+import gzip
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Final
 
 from slm.schemas import Agent
 from slm.server.view import EVERYTHING, View
+
+GZIP_LEVEL: Final = 5
+"""Above it a list gets hardly smaller and takes twice as long."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,7 @@ EVERY_AGENT = AgentFilter()
 
 
 class Catalog:
-    """All agents at `revision` of `epoch`; every method works in one step of the loop.
+    """All agents at `revision` of `epoch`; every plain method works in one step of the loop.
 
     Attributes:
         revision: the revision of the last change it holds.
@@ -98,6 +104,7 @@ class Catalog:
         self._entries: dict[str, Entry] = {}
         self._default_id: str | None = None
         self._whole_list: bytes | None = None
+        self._compressed: asyncio.Future[bytes] | None = None
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -109,7 +116,7 @@ class Catalog:
             (e.agent.agent_id for e in self._entries.values() if e.agent.is_default), None
         )
         self.revision, self.epoch = revision, epoch
-        self._whole_list = None
+        self._whole_list = self._compressed = None
 
     def apply(self, changes: Sequence[CommittedChange], head: int) -> None:
         """Move to `head`; `changes` are all those after `revision` up to it, in order."""
@@ -126,7 +133,7 @@ class Catalog:
             elif self._default_id == agent_id:
                 self._default_id = None
         self.revision = head
-        self._whole_list = None
+        self._whole_list = self._compressed = None
 
     def get(self, agent_id: str) -> Entry | None:
         """Return the agent of exactly this agent_id."""
@@ -151,6 +158,18 @@ class Catalog:
         found = [entry for entry in self._entries.values() if wanted.matches(entry)]
         stop = None if limit is None else offset + limit
         return self._encode(found[offset:stop], len(found))
+
+    async def compressed_list(self) -> bytes:
+        """Return the answer of GET /api/agents in gzip, compressed once a revision.
+
+        It is that of the revision at which it was asked for, even if a change comes meanwhile.
+        """
+        if self._compressed is None:
+            body = self.list_body()
+            # In a thread: ten thousand agents take 50 ms, which the streams would wait for.
+            compressing = asyncio.to_thread(gzip.compress, body, GZIP_LEVEL, mtime=0)
+            self._compressed = asyncio.ensure_future(compressing)
+        return await asyncio.shield(self._compressed)
 
     def _encode(self, entries: Sequence[Entry], total: int) -> bytes:
         bodies = b",".join(entry.body for entry in entries)

@@ -1,17 +1,18 @@
 """The outermost layer: the headers that every answer carries, and what nobody else caught.
 
-Pure ASGI, since it is in the way of every request. Knows no route.
+Pure ASGI, since it is in the way of every request. Knows no route but by the name that it is given.
 """
 
 from __future__ import annotations
 
 import logging
 import traceback
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.websockets import WebSocket
 
 from slm.errors import InternalError, NotFound
 from slm.server.problems import problem_response
@@ -23,9 +24,9 @@ STAMP: Final = "slm.stamp"
 """The key of the scope that holds the request's `Stamp`."""
 
 _ALWAYS: Final = (
-    ("x-content-type-options", "nosniff"),
-    ("content-security-policy", "default-src 'none'; frame-ancestors 'none'"),
-    ("referrer-policy", "no-referrer"),
+    (b"x-content-type-options", b"nosniff"),
+    (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'"),
+    (b"referrer-policy", b"no-referrer"),
 )
 
 
@@ -42,16 +43,33 @@ class Edge:
 
     An answer that names no revision of its own gets the catalog's from before the request was
     looked at: whatever was read since is at least as new.
+
+    Args:
+        app: what answers the requests.
+        services: whose revision and epoch are named.
+        streams: what answers a WebSocket at each path. It is called from here: the frames of the
+            frameworks' layers below would be kept for as long as a stream lives, 10 KiB each.
     """
 
-    def __init__(self, app: ASGIApp, services: Services) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        services: Services,
+        streams: Mapping[str, Callable[[WebSocket], Awaitable[None]]],
+    ) -> None:
         self.app = app
         self.services = services
+        self.streams = streams
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on."""
         if scope["type"] == "websocket":
-            await self.app(scope, receive, self._handshake_send(scope, receive, send))
+            send = self._handshake_send(scope, receive, send)
+            stream = self.streams.get(scope["path"])
+            if stream is not None:
+                await stream(WebSocket(scope, receive, send))
+            else:
+                await self.app(scope, receive, send)
             return
         if scope["type"] != "http":
             await self.app(scope, receive, send)
@@ -67,7 +85,7 @@ class Edge:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                self._stamp(MutableHeaders(scope=message), scope)
+                self._stamp(message, scope)
             await send(message)
 
         try:
@@ -93,7 +111,7 @@ class Edge:
             if kind == "websocket.accept":
                 accepted = True
             elif kind == "websocket.http.response.start":
-                self._stamp(MutableHeaders(scope=message), scope)
+                self._stamp(message, scope)
             elif kind == "websocket.close" and not accepted and _can_deny(scope):
                 # Our own route never closes before it accepts; this is the router's.
                 await problem_response(NotFound())(scope, receive, stamped_send)
@@ -103,13 +121,19 @@ class Edge:
         return stamped_send
 
     @staticmethod
-    def _stamp(headers: MutableHeaders, scope: Scope) -> None:
+    def _stamp(message: Message, scope: Scope) -> None:
+        # On the raw list: it is in the way of every answer.
+        headers = list(message.get("headers", ()))
+        given = {name for name, _ in headers}
         stamp: Stamp = scope[STAMP]
-        for name, value in _ALWAYS:
-            headers[name] = value
-        headers.setdefault("cache-control", "no-cache")
-        headers.setdefault("slm-revision", str(stamp.revision))
-        headers.setdefault("slm-epoch", stamp.epoch)
+        headers += _ALWAYS
+        if b"cache-control" not in given:
+            headers.append((b"cache-control", b"no-cache"))
+        if b"slm-revision" not in given:
+            headers.append((b"slm-revision", b"%d" % stamp.revision))
+        if b"slm-epoch" not in given:
+            headers.append((b"slm-epoch", stamp.epoch.encode()))
+        message["headers"] = headers
 
 
 def _can_deny(scope: Scope) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Annotated, Final
 from urllib.parse import quote
 
@@ -37,6 +38,7 @@ from slm.server.api.common import (
     SLMRoute,
     UpToDate,
     Writer,
+    answered_at_once,
     catalog_headers,
     catch_up,
     if_match_revision,
@@ -54,6 +56,7 @@ from slm.server.peer import require_private
 from slm.server.registry import Written
 from slm.server.services import Services
 from slm.server.strict_json import MAX_INTEGER
+from slm.server.view import EVERYTHING
 
 router = APIRouter(prefix="/api", route_class=SLMRoute, tags=["agents"])
 
@@ -69,6 +72,14 @@ _WRITE_PROBLEMS: Final = (
 BODY_PROBLEMS: Final = (*_WRITE_PROBLEMS, ContentTooLarge, UnsupportedMediaType)
 
 
+_GZIP: Final = re.compile(
+    r"(^|,)\s*(gzip|\*)\s*(?!\s*;\s*q=0(\.0*)?\s*(,|$))(;|,|$)", re.IGNORECASE
+)
+
+
+_NO_WEIGHT: Final = re.compile(r"\s*q\s*=\s*0(\.0*)?\s*")
+
+
 def _searchable(text: str) -> str:
     if "\x00" in text:
         raise ValueError("holds a NUL character")
@@ -78,11 +89,50 @@ def _searchable(text: str) -> str:
 FilterText = Annotated[str, Query(max_length=256), AfterValidator(_searchable)]
 
 
+async def _whole_list(request: Request, services: Services, caller: Caller) -> Response:
+    catalog = services.catalog
+    if caller.view is not EVERYTHING or not _takes_gzip(request):
+        return _list_answer(request, services, AgentFilter(view=caller.view))
+    # What is sent compressed is another representation, with a tag of its own (RFC 9110 8.8.3).
+    etag = f'"{catalog.epoch}-{catalog.revision}-gzip"'
+    headers = catalog_headers(services) | {"vary": "accept-encoding"}
+    if not none_match(request.headers.get("if-none-match"), etag):
+        return not_modified(etag, headers)
+    body = await catalog.compressed_list()
+    return json_response(body, headers=headers | {"etag": etag, "content-encoding": "gzip"})
+
+
+def _takes_gzip(request: Request) -> bool:
+    """Say whether the caller prefers gzip to the plain form (RFC 9110 section 12.5.3)."""
+    for coding in request.headers.get("accept-encoding", "").lower().split(","):
+        name, _, weight = coding.partition(";")
+        if name.strip() == "gzip":
+            return _NO_WEIGHT.fullmatch(weight) is None
+    return False
+
+
+def _list_answer(
+    request: Request,
+    services: Services,
+    wanted: AgentFilter,
+    limit: int | None = None,
+    offset: int = 0,
+) -> Response:
+    catalog = services.catalog
+    headers = catalog_headers(services) | {"vary": "accept-encoding"}
+    etag = f'"{catalog.epoch}-{catalog.revision}"'
+    if not none_match(request.headers.get("if-none-match"), etag):
+        return not_modified(etag, headers)
+    body = catalog.list_body(wanted, limit=limit, offset=offset)
+    return json_response(body, headers=headers | {"etag": etag})
+
+
 @router.get(
     "/agents",
     response_model=AgentList,
     responses=problem_responses(*READ_PROBLEMS),
 )
+@answered_at_once(_whole_list)
 async def list_agents(
     request: Request,
     services: UpToDate,
@@ -95,14 +145,12 @@ async def list_agents(
     offset: Annotated[int, Query(ge=0, le=MAX_INTEGER)] = 0,
 ) -> Response:
     """List the agents, without keys, in the order in which they were made."""
-    catalog = services.catalog
-    headers = catalog_headers(services)
-    etag = f'"{catalog.epoch}-{catalog.revision}"'
-    if not none_match(request.headers.get("if-none-match"), etag):
-        return not_modified(etag, headers)
     wanted = AgentFilter(agent_id, search, provider, is_active, caller.view)
-    body = catalog.list_body(wanted, limit=limit, offset=offset)
-    return json_response(body, headers=headers | {"etag": etag})
+    return _list_answer(request, services, wanted, limit, offset)
+
+
+async def _default_at_once(request: Request, services: Services, caller: Caller) -> Response:
+    return _agent_answer(request, services, caller, services.catalog.default())
 
 
 @router.get(
@@ -110,9 +158,15 @@ async def list_agents(
     response_model=Agent,
     responses=problem_responses(*READ_PROBLEMS, AgentNotFound),
 )
+@answered_at_once(_default_at_once)
 async def get_default_agent(request: Request, services: UpToDate, caller: Reader) -> Response:
     """Return the agent that is the default now, whatever its agent_id."""
-    return _agent_answer(request, services, caller, services.catalog.default())
+    return await _default_at_once(request, services, caller)
+
+
+async def _agent_at_once(request: Request, services: Services, caller: Caller) -> Response:
+    entry = services.catalog.get(request.path_params["agent_id"])
+    return _agent_answer(request, services, caller, entry)
 
 
 @router.get(
@@ -120,6 +174,7 @@ async def get_default_agent(request: Request, services: UpToDate, caller: Reader
     response_model=Agent,
     responses=problem_responses(*READ_PROBLEMS, AgentNotFound),
 )
+@answered_at_once(_agent_at_once)
 async def get_agent(
     request: Request, agent_id: AgentIdPath, services: UpToDate, caller: Reader
 ) -> Response:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Coroutine, Mapping
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, TypeVar
 
 from fastapi import Depends, Path, Query, Request, Response
 from fastapi.dependencies.models import Dependant
@@ -124,6 +124,26 @@ class _ReadRequest(Request):
         self._json = value
 
 
+AtOnce = Callable[[Request, Services, Caller], Coroutine[Any, Any, Response]]
+_Endpoint = TypeVar("_Endpoint", bound=Callable[..., Any])
+
+
+def answered_at_once(answer: AtOnce) -> Callable[[_Endpoint], _Endpoint]:
+    """Have `answer` take the requests without a query string; the endpoint takes the others.
+
+    With nothing to parse, FastAPI's look at the parameters is half the cost of a plain read.
+    """
+
+    def mark(endpoint: _Endpoint) -> _Endpoint:
+        _AT_ONCE[endpoint] = answer
+        return endpoint
+
+    return mark
+
+
+_AT_ONCE: Final[dict[Callable[..., Any], AtOnce]] = {}
+
+
 class SLMRoute(APIRoute):
     """A route with the three doors; its scope is in the API's document too."""
 
@@ -139,6 +159,7 @@ class SLMRoute(APIRoute):
         handler = super().get_route_handler()
         requirement = requirement_of(self.dependant)
         takes_body = self.body_field is not None
+        at_once = _AT_ONCE.get(self.endpoint)
         parameters: set[str] = {
             field.alias
             for field in get_flat_params(self.dependant)
@@ -150,6 +171,8 @@ class SLMRoute(APIRoute):
                 request.scope[_CALLER] = requirement.check(request)
             if request.scope["query_string"]:
                 _refuse_unknown(request, parameters)
+            elif at_once is not None:
+                return await at_once(request, services_of(request), request.scope[_CALLER])
             if takes_body:
                 request = await _read_strictly(request)
             return await handler(request)
