@@ -8,6 +8,7 @@ answers come late. Pure: no socket, the cache alone.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from random import Random
 from typing import Any
 
 from hypothesis import Phase, settings
@@ -19,7 +20,7 @@ from slm.client.cache import AgentConfigCache
 from slm.protocol import AgentChanged, AgentDeleted
 from slm.schemas import AgentConfig, LLMConfigWithKey, Snapshot
 
-AGENTS = ["a", "b", "c", "d"]
+AGENTS = ["a", "b"]  # few, so that things meet
 Change = AgentChanged | AgentDeleted
 
 
@@ -110,7 +111,7 @@ class AnyStream(RuleBasedStateMachine):
 
     # --- the operator ---
 
-    @rule(agent_id=st.sampled_from(AGENTS), place=st.integers(0, 3), keyed=st.booleans())
+    @rule(agent_id=st.sampled_from(AGENTS), place=st.integers(0, 1), keyed=st.booleans())
     def write(self, agent_id: str, place: int, keyed: bool) -> None:
         """Create, or change endpoint and key together."""
         row = self.database.rows.get(agent_id, Row(0, ""))
@@ -211,9 +212,9 @@ class AnyStream(RuleBasedStateMachine):
         self.delivered.append(message)
 
     @precondition(lambda self: self.connected and self.delivered)
-    @rule(data=st.data())
-    def deliver_an_old_one_again(self, data: st.DataObject) -> None:
-        self.cache.apply_change(data.draw(st.sampled_from(self.delivered)))
+    @rule(number=st.integers(0, 99))
+    def deliver_an_old_one_again(self, number: int) -> None:
+        self.cache.apply_change(self.delivered[number % len(self.delivered)])
 
     @rule()
     def ask_for_a_snapshot(self) -> None:
@@ -227,6 +228,7 @@ class AnyStream(RuleBasedStateMachine):
         wanted = self.connected and snapshot.epoch == self.cache.epoch
         if wanted and (self.cache.synced or snapshot.revision >= self.cache._streamed):
             self.cache.apply_snapshot(snapshot)
+            self.cache.set_live(True)
 
     @rule(agent_id=st.sampled_from(AGENTS))
     def ask_for_a_key(self, agent_id: str) -> None:
@@ -240,10 +242,9 @@ class AnyStream(RuleBasedStateMachine):
         self.answers.append((cache.generation, agent_id, known, answer))
 
     @precondition(lambda self: self.answers)
-    @rule(data=st.data())
-    def a_key_arrives(self, data: st.DataObject) -> None:
-        number = data.draw(st.integers(0, len(self.answers) - 1))
-        generation, agent_id, known, answer = self.answers.pop(number)
+    @rule(number=st.integers(0, 99))
+    def a_key_arrives(self, number: int) -> None:
+        generation, agent_id, known, answer = self.answers.pop(number % len(self.answers))
         if generation != self.cache.generation:
             return
         if answer is None:
@@ -265,8 +266,8 @@ class AnyStream(RuleBasedStateMachine):
                 assert pair in self.database.pairs
 
     @invariant()
-    def there_is_a_default_once_there_was_one(self) -> None:
-        if self.cache.synced:
+    def there_is_a_default_while_live(self) -> None:
+        if self.cache.live:
             assert self.cache.default_id is not None
 
     @rule()
@@ -310,10 +311,67 @@ class AnyStream(RuleBasedStateMachine):
 
 
 AnyStream.TestCase.settings = settings(
-    max_examples=200,
-    stateful_step_count=50,
+    max_examples=100,
+    stateful_step_count=40,
     deadline=None,
     # Without the explaining phase, whose tracing makes it five times slower on Python 3.11.
     phases=[Phase.explicit, Phase.reuse, Phase.generate, Phase.target, Phase.shrink],
 )
 TestAnyStreamLeavesTheCacheEqualToTheDatabase = AnyStream.TestCase
+
+
+def test_a_thousand_long_walks_end_equal_to_the_database() -> None:
+    """The same law on long random walks, which reach what shrinkable ones rarely do."""
+    for seed in range(1000):
+        random = Random(seed)
+        walk = AnyStream()
+        for _ in range(80):
+            step = random.choices(list(STEPS), list(STEPS.values()))[0]
+            agent_id, number, coin = random.choice(AGENTS), random.randrange(5), random.random()
+            if step == "write":
+                walk.write(agent_id, number % 2, coin < 0.5)
+            elif step in ("touch", "switch", "delete", "ask_for_a_key"):
+                getattr(walk, step)(agent_id)
+            elif step == "make_default":
+                walk.make_default("default" if coin < 0.3 else agent_id)
+            elif step in ("cut", "heal", "ask_for_a_snapshot"):
+                getattr(walk, step)()
+            elif step in ("restore", "compact"):
+                getattr(walk, step)(number)
+            elif step == "a_snapshot_arrives" and walk.snapshots:
+                walk.a_snapshot_arrives()
+            elif step == "a_key_arrives" and walk.answers:
+                walk.a_key_arrives(number)
+            elif step == "subscribe" and not walk.connected:
+                walk.subscribe()
+            elif step == "send" and walk.connected:
+                walk.send()
+            elif step == "deliver" and walk.connected and walk.in_flight:
+                walk.deliver(coin < 0.2)
+            elif step == "deliver_an_old_one_again" and walk.connected and walk.delivered:
+                walk.deliver_an_old_one_again(number)
+            walk.no_config_has_the_key_of_another()
+            walk.there_is_a_default_while_live()
+        walk.heal()
+
+
+STEPS = {
+    "write": 8,
+    "touch": 4,
+    "switch": 3,
+    "delete": 6,
+    "make_default": 3,
+    "restore": 1,
+    "compact": 1,
+    "cut": 1,
+    "heal": 2,
+    "subscribe": 9,
+    "send": 9,
+    "deliver": 30,
+    "deliver_an_old_one_again": 9,
+    "ask_for_a_snapshot": 5,
+    "a_snapshot_arrives": 5,
+    "ask_for_a_key": 9,
+    "a_key_arrives": 9,
+}
+"""How often each step of a walk is taken."""

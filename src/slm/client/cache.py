@@ -65,6 +65,7 @@ class AgentConfigCache:
         self._agents: dict[str, KnownAgent] = {}
         self._tombstones: dict[str, int] = {}
         self._streamed = 0
+        self._base = 0
         self._all_confirmed_at: float | None = None
         self._by_hand: dict[str, tuple[dict[str, Any], float]] = {}
 
@@ -101,12 +102,19 @@ class AgentConfigCache:
         """Return what is known of the agent, whatever its state."""
         return self._agents.get(agent_id)
 
+    @property
+    def position(self) -> int:
+        """The revision that the SLM's answers may not be older than."""
+        return self._streamed
+
     def known_revision(self, agent_id: str) -> int:
-        """Return the last revision known of this agent, of its deletion too; -1 for none."""
+        """Return up to which revision this agent is known, its absence too; -1 for not at all."""
         known = self._agents.get(agent_id)
         if known is not None and known.generation == self.generation:
             return known.revision
-        return self._tombstones.get(agent_id, -1)
+        # Whoever is not here at a snapshot's revision was gone by then.
+        gone = self._base if self.synced else -1
+        return max(self._tombstones.get(agent_id, -1), gone)
 
     def keys_awaited(self) -> list[str]:
         """Return the agents whose newest config lacks its key."""
@@ -152,7 +160,7 @@ class AgentConfigCache:
         self.epoch = epoch
         self.synced = False
         self._tombstones.clear()
-        self._streamed = revision
+        self._streamed = self._base = revision
 
     def advance(self, revision: int) -> None:
         """Note that the stream has passed everything up to `revision`."""
@@ -164,6 +172,8 @@ class AgentConfigCache:
         """Take over a snapshot, where it is newer; return the agents whose config was swapped."""
         if snapshot.epoch != self.epoch:
             self.begin(snapshot.epoch, snapshot.revision)
+        if snapshot.revision < self._base:
+            return []  # deletes that it does not know of are no longer remembered here
         swapped = []
         there = set()
         for agent in snapshot.agents:
@@ -175,6 +185,7 @@ class AgentConfigCache:
                 self._drop(agent_id)
                 swapped.append(agent_id)
         self._tombstones = {i: r for i, r in self._tombstones.items() if r > snapshot.revision}
+        self._base = snapshot.revision
         self._all_confirmed_at = self.clock()
         self._find_default()
         self.synced = True
@@ -184,7 +195,7 @@ class AgentConfigCache:
     def apply_change(self, message: AgentChanged | AgentDeleted) -> bool:
         """Apply a change if it is newer than what is known; return whether a config was swapped."""
         agent_id, revision = message.agent_id, message.revision
-        if revision <= self.known_revision(agent_id):
+        if revision <= max(self.known_revision(agent_id), self._base):
             return False
         if isinstance(message, AgentChanged):
             return self._put(agent_id, revision, message.config)
@@ -215,6 +226,8 @@ class AgentConfigCache:
         """Apply "no such agent, or inactive", asked when `asked_at` was the known revision."""
         if self.known_revision(agent_id) > asked_at or agent_id not in self._agents:
             return False
+        if self.live and agent_id == self.default_id:
+            return False  # the stream is about to say who the default is now, and then this
         self._tombstones[agent_id] = self.known_revision(agent_id)
         return self._drop(agent_id)
 

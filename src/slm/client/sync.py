@@ -265,7 +265,7 @@ class Synchroniser:
         swapped = False
         try:
             agent = await self._connection.get_llm(
-                agent_id, min_revision=known if known >= 0 else cache.revision, epoch=cache.epoch
+                agent_id, min_revision=known if known >= 0 else cache.position, epoch=cache.epoch
             )
             if generation == cache.generation:
                 swapped = cache.apply_fetched(agent)
