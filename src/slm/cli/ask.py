@@ -77,7 +77,11 @@ async def _ask(
     as_json: bool,
 ) -> None:
     client = SLMClient(
-        target.url, token=target.token.get_secret_value(), ca_file=target.ca_file, name="slm ask"
+        target.url,
+        token=target.token.get_secret_value(),
+        ca_file=target.ca_file,
+        client_cert=target.client_cert,
+        name="slm ask",
     )
     async with client, LLMInterface(client) as llm:
         config = await client.resolve(agent_id)

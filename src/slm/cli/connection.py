@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 import typer
 from pydantic import SecretStr
 
+from slm.client.tls import ClientCert
 from slm.errors import ConfigurationError
 
 DEFAULT_URL: Final = "http://127.0.0.1:8760"
@@ -78,12 +79,14 @@ class Target:
         token: the bearer token.
         ca_file: certificates of a private CA, or None for the system's.
         found: where url and token were found, for messages.
+        client_cert: our own certificate, for a server that asks for one.
     """
 
     url: str
     token: SecretStr
     ca_file: Path | None
     found: str
+    client_cert: ClientCert | None = None
 
     @property
     def is_private(self) -> bool:
@@ -102,7 +105,14 @@ def find(url: str | None, token_file: Path | None, ca_file: Path | None, data_di
     """
     address, url_source = _find_url(url, data_dir)
     token, token_source = _find_token(token_file, data_dir, address)
-    return Target(address, SecretStr(token), ca_file, f"{url_source}; token: {token_source}")
+    found = f"{url_source}; token: {token_source}"
+    return Target(address, SecretStr(token), ca_file, found, _client_cert())
+
+
+def _client_cert() -> ClientCert | None:
+    """Return what SLM_CLIENT_CERT and SLM_CLIENT_KEY name; both may be one file."""
+    cert, key = os.environ.get("SLM_CLIENT_CERT"), os.environ.get("SLM_CLIENT_KEY")
+    return (cert, key) if cert and key else cert or None
 
 
 def is_loopback(url: str) -> bool:

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ValidationError
 from yarl import URL
 
 from slm.cli.connection import Target
+from slm.client.tls import TlsFiles
 from slm.errors import (
     AgentNotFound,
     InvalidRequest,
@@ -182,13 +183,9 @@ def parsed(model: type[_M], answer: Answer) -> _M:
         raise SLMUnavailable("the server's answer is not of the shape that was expected") from None
 
 
-def tls_context(target: Target) -> ssl.SSLContext:
+def tls_context(target: Target) -> ssl.SSLContext | bool:
     """Return the context that verifies the server's certificate; there is no way not to."""
-    try:
-        return ssl.create_default_context(cafile=target.ca_file)
-    except OSError as error:
-        reason = error.strerror or "not PEM"
-        raise SLMUnavailable(f"the CA file {target.ca_file} cannot be used: {reason}") from None
+    return TlsFiles(target.ca_file, target.client_cert).context()
 
 
 def unreachable(target: Target, error: BaseException) -> SLMUnavailable:

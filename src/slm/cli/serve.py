@@ -80,12 +80,24 @@ def serve(
             show_default=False,
         ),
     ] = None,
+    tls_client_ca: Annotated[
+        Path | None,
+        typer.Option(
+            "--tls-client-ca",
+            metavar="FILE",
+            help="Whoever connects must show a certificate that one of these has signed, in PEM. "
+            "\\[env var: SLM_TLS_CLIENT_CA]",
+            rich_help_panel=_TLS,
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Run the server until Ctrl-C or SIGTERM.
 
     On an empty data directory it makes its database, seeds the default agent and writes an
     encryption key and two tokens: admin.token for you, backend.token for the backends. It says
-    where they are, never what they hold. When it answers it prints: SLM ready at URL.
+    where they are, never what they hold. When it answers it prints: SLM ready at URL. On SIGHUP it
+    reads the TLS certificate again.
 
     [bold]Examples[/]
       slm serve
@@ -103,6 +115,7 @@ def serve(
         database_url=database_url,
         tls_cert=tls_cert,
         tls_key=tls_key,
+        tls_client_ca=tls_client_ca,
     )
     _log_to_stderr(settings.log_level)
     left: list[str] = []

@@ -24,12 +24,13 @@ from pydantic import SecretStr
 from slm.client.cache import AgentConfigCache
 from slm.client.config import ResolvedConfig
 from slm.client.fallback import from_environment, hardcoded
-from slm.client.http import TokenSource, normalised_url, tls_context
+from slm.client.http import TokenSource, normalised_url
 from slm.client.known import KnownAgent
 from slm.client.retry import ClientStatus
 from slm.client.snapshot_file import Contents, Saver, SnapshotFile
 from slm.client.sync import Synchroniser
 from slm.client.timings import Timings, check_seconds
+from slm.client.tls import ClientCert, TlsFiles
 from slm.errors import AgentKeyUnavailable, ConfigurationError
 from slm.protocol import ClientInfo
 
@@ -56,6 +57,8 @@ class SLMClient:
         cache_file: where to keep the last known good configuration for a start without the SLM.
         cache_key: a Fernet key that encrypts that file; without one no API key is in it.
         ca_file: the PEM file of a private CA; certificates are verified against it alone.
+        client_cert: this backend's own certificate, for an SLM that asks for one: a PEM file with
+            certificate and key, or a pair of files.
         name: what this backend is called in the SLM's fleet view; the host's name by default.
         ttl_seconds: without a live stream, after how long a value is refreshed and counts as stale.
         start_timeout: how long `connect` waits for the SLM at most, in seconds.
@@ -76,6 +79,7 @@ class SLMClient:
         cache_file: str | os.PathLike[str] | None = None,
         cache_key: str | SecretStr | None = None,
         ca_file: str | os.PathLike[str] | None = None,
+        client_cert: ClientCert | None = None,
         name: str | None = None,
         ttl_seconds: float = 300,
         start_timeout: float = 5,
@@ -85,8 +89,8 @@ class SLMClient:
     ) -> None:
         self._url = normalised_url(slm_url)
         self._token = TokenSource(token, token_file)
-        self._ca_file = Path(ca_file) if ca_file is not None else None
-        tls_context(self._ca_file)  # a wrong file is told here rather than at the first connection
+        self._tls = TlsFiles(Path(ca_file) if ca_file is not None else None, client_cert)
+        self._tls.context()  # a wrong file is told here rather than at the first connection
         self._file = SnapshotFile(cache_file, cache_key) if cache_file is not None else None
         self._name = name
         self._instance = uuid.uuid4().hex
@@ -317,7 +321,7 @@ class SLMClient:
                 self._cache,
                 self._url,
                 self._token,
-                self._ca_file,
+                self._tls,
                 self._timings,
                 self._info(),
                 self._swapped,

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import ssl
 from collections.abc import Awaitable, Mapping
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -21,6 +20,7 @@ from pydantic import BaseModel, SecretStr, ValidationError
 from yarl import URL
 
 from slm.client.timings import Timings
+from slm.client.tls import TlsFiles
 from slm.endpoints import literal_address
 from slm.errors import (
     BadRequest,
@@ -154,14 +154,12 @@ def _usable_token(text: str, where: str) -> SecretStr:
 class Connection:
     """One HTTP session to one SLM, for the GETs and the stream; bound to the loop it is made in."""
 
-    def __init__(
-        self, base_url: str, token: TokenSource, ca_file: Path | None, timings: Timings
-    ) -> None:
+    def __init__(self, base_url: str, token: TokenSource, tls: TlsFiles, timings: Timings) -> None:
         self._base_url = base_url
         self._token = token
         self._timings = timings
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(ssl=tls_context(ca_file), limit=16),
+            connector=aiohttp.TCPConnector(ssl=tls.context(), limit=16),
             cookie_jar=aiohttp.DummyCookieJar(),
             timeout=aiohttp.ClientTimeout(total=None),  # each request below has its own
             middlewares=(_refuse_redirects,),
@@ -246,21 +244,6 @@ class Connection:
     async def _read(self, url: URL) -> tuple[int, Mapping[str, str], bytes]:
         async with self._session.get(url, headers=self._token.headers()) as answer:
             return answer.status, answer.headers, await answer.read()
-
-
-def tls_context(ca_file: Path | None) -> ssl.SSLContext | bool:
-    """Return a context that verifies: against `ca_file` alone where one is given.
-
-    Raises:
-        ConfigurationError: the file cannot be read, or holds no certificate.
-    """
-    if ca_file is None:
-        return True
-    try:
-        return ssl.create_default_context(cafile=str(ca_file))
-    except (OSError, ssl.SSLError) as error:
-        reason = "it holds no certificate" if isinstance(error, ssl.SSLError) else error.strerror
-        raise ConfigurationError(f"ca_file {ca_file} cannot be used: {reason}") from None
 
 
 async def _refuse_redirects(

@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Coroutine
-from pathlib import Path
 from typing import Any, Final
 
 from slm.client.cache import AgentConfigCache
@@ -18,6 +17,7 @@ from slm.client.http import Connection, EpochChanged, TokenSource
 from slm.client.retry import Backoff, ClientStatus, status_after
 from slm.client.stream import Stream
 from slm.client.timings import Timings
+from slm.client.tls import TlsFiles
 from slm.errors import (
     AgentInactive,
     AgentNotFound,
@@ -49,7 +49,7 @@ class Synchroniser:
         cache: what is kept equal.
         base_url: the SLM's `http(s)://…`.
         token: its bearer token.
-        ca_file: a private CA, or None.
+        tls: a private CA and a certificate of our own, where there are any.
         timings: how long to wait for what.
         client: who subscribes.
         swapped: called with an agent_id once its config was swapped, left or came into force.
@@ -61,7 +61,7 @@ class Synchroniser:
         cache: AgentConfigCache,
         base_url: str,
         token: TokenSource,
-        ca_file: Path | None,
+        tls: TlsFiles,
         timings: Timings,
         client: ClientInfo,
         swapped: Callable[[str], None],
@@ -74,7 +74,7 @@ class Synchroniser:
         self._timings = timings
         self._swapped = swapped
         self._liveness = liveness
-        self._connection = Connection(base_url, token, ca_file, timings)
+        self._connection = Connection(base_url, token, tls, timings)
         self._stream = Stream(self._connection, self, client, timings)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._snapshot: asyncio.Task[None] | None = None

@@ -10,6 +10,7 @@ import contextlib
 import logging
 import signal
 import socket
+import ssl
 from collections.abc import Callable, Iterator
 
 import uvicorn
@@ -20,8 +21,10 @@ from slm.protocol import MAX_ACK_BYTES
 from slm.server import failpoints
 from slm.server.app import create_app
 from slm.server.prepare import Prepared, prepare
+from slm.server.process import forbid_core_dumps
 from slm.server.services import Services
 from slm.server.settings import Settings
+from slm.server.tls import ServerTls
 from slm.server.transport import PushProtocol, http_protocol
 
 logger = logging.getLogger(__name__)
@@ -39,7 +42,7 @@ async def serve(
     on_ready: Callable[[str], None] = lambda url: None,
     on_note: Callable[[str], None] = logger.info,
 ) -> None:
-    """Run the server until SIGTERM or SIGINT.
+    """Run the server until SIGTERM or SIGINT; SIGHUP reloads its TLS certificate.
 
     Args:
         settings: what the operator set.
@@ -49,11 +52,13 @@ async def serve(
     Raises:
         StartupError: it cannot start; one sentence says why.
     """
+    forbid_core_dumps()
     server = SLMServer(settings)
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+    loop.add_signal_handler(signal.SIGHUP, server.reload_tls)
     try:
         url = await server.start()
         for note in server.notes:
@@ -62,7 +67,7 @@ async def serve(
         await stop.wait()
     finally:
         await server.stop()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             loop.remove_signal_handler(number)
 
 
@@ -78,6 +83,7 @@ class SLMServer:
         self.settings = settings
         self.url = ""
         self.notes: list[str] = []
+        self._tls: ServerTls | None = None
         self._prepared: Prepared | None = None
         self._app: FastAPI | None = None
         self._server: _Uvicorn | None = None
@@ -96,6 +102,7 @@ class SLMServer:
         Raises:
             StartupError: it cannot start; one sentence says why.
         """
+        self._tls = _tls_of(self.settings)
         failpoints.arm(self.settings.failpoint, testing=self.settings.testing)
         self._prepared = await prepare(self.settings)
         try:
@@ -108,6 +115,11 @@ class SLMServer:
             await self.stop()
             raise
         return self.url
+
+    def reload_tls(self) -> None:
+        """Read the TLS certificate again; connections from now on get it."""
+        if self._tls is not None:
+            self._tls.reload()
 
     async def stop(self) -> None:
         """Close the streams one by one, finish the requests, and close the database."""
@@ -142,14 +154,9 @@ class SLMServer:
             server_header=False,
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=FINISH_SECONDS,
-            ssl_certfile=settings.tls_cert,
-            ssl_keyfile=settings.tls_key,
+            ssl_context_factory=None if self._tls is None else _existing(self._tls),
         )
-        try:
-            config.load()
-        except OSError as error:
-            # ssl.SSLError is one too.
-            raise StartupError(f"The TLS certificate or key cannot be used: {error}.") from None
+        config.load()
         server = _Uvicorn(config, self)
         await server.begin(listener)
         self._server = server
@@ -217,6 +224,19 @@ def _listening(settings: Settings) -> Iterator[socket.socket]:
     except BaseException:
         listener.close()
         raise
+
+
+def _tls_of(settings: Settings) -> ServerTls | None:
+    if settings.tls_cert is None or settings.tls_key is None:
+        return None
+    tls = ServerTls(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
+    # Before the database is touched: a wrong file is the quickest thing to tell.
+    tls.context()
+    return tls
+
+
+def _existing(tls: ServerTls) -> Callable[..., ssl.SSLContext]:
+    return lambda config, default: tls.context()
 
 
 def _url(settings: Settings, listener: socket.socket) -> str:
