@@ -17,6 +17,7 @@ from slm.server.hub import Frames
 from slm.server.prepare import prepare
 from slm.server.services import Services, make_services
 from slm.server.settings import Settings
+from slm.server.view import View
 from tests.servers import TENTH, eventually
 
 
@@ -176,6 +177,45 @@ async def test_a_burst_goes_out_whole_and_in_order(services: Services) -> None:
     services.feed._task = asyncio.create_task(services.feed._follow())
     await eventually(lambda: len(listener.texts) == 101)
     assert [f'"m{number}"' in listener.texts[number + 1] for number in range(100)] == [True] * 100
+
+
+async def test_one_broken_connection_leaves_the_others_live(services: Services) -> None:
+    """A connection that fails when it is written to is cut; everyone else hears on."""
+
+    class Broken(Listener):
+        def push(self, frames: Frames) -> int:
+            if '"subscribed"' in frames.texts[0]:
+                return super().push(frames)
+            raise OSError("broken")
+
+    broken, good = Broken(), listen(services)
+    subscriber = services.hub.attach(broken)
+    services.hub.begin(subscriber, services.hub.head, services.hub.epoch)
+    services.hub.join(subscriber)
+    await create(services, "a")
+    await eventually(lambda: len(good.texts) == 2)
+    assert broken.texts[-1] == "aborted"
+    assert not subscriber.live
+
+
+async def test_a_broadcast_that_fails_sends_everyone_to_resume(services: Services) -> None:
+    """Nobody may stay live with a hole: all streams end with 1011, and the next one works."""
+
+    class BrokenView(View):
+        def sees(self, agent_id: str, is_default: bool) -> bool:
+            raise RuntimeError("broken")
+
+    listeners = [listen(services) for _ in range(3)]
+    subscriber = services.hub.attach(Listener(), BrokenView(()))
+    services.hub.begin(subscriber, services.hub.head, services.hub.epoch)
+    services.hub.join(subscriber)
+    await create(services, "a")
+    await eventually(lambda: [each.texts[-1] for each in listeners] == ["closed 1011"] * 3)
+    assert services.hub.live_count() == 0
+    assert services.hub.running
+    again = listen(services)
+    await create(services, "b")
+    await eventually(lambda: len(again.texts) == 2)
 
 
 async def test_a_new_epoch_is_followed(services: Services) -> None:

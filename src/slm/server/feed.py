@@ -269,8 +269,10 @@ class ChangeFeed:
                 logger.warning("everything was loaded anew, at revision %d", head)
                 self._hub.restart(epoch, head, "compacted" if same_epoch else "epoch")
         elif news.changes:
-            self._catalog.apply(news.changes, head)
+            # Queued first: should the encoding fail, neither has moved and the next look tries
+            # again. Nothing is sent before this step of the loop is over.
             self._hub.publish(news.changes)
+            self._catalog.apply(news.changes, head)
         else:
             return
         self._moved.fire()

@@ -217,6 +217,11 @@ class Hub:
         for subscriber in list(self._connections):
             subscriber.sink.abort()
 
+    @property
+    def running(self) -> bool:
+        """Whether both tasks are at work."""
+        return bool(self._tasks) and not any(task.done() for task in self._tasks)
+
     async def close_streams(self, seconds: float) -> None:
         """Close every connection with 1012, spread over `seconds`: not all return at once."""
         self._closing = True
@@ -306,9 +311,9 @@ class Hub:
         """
         try:
             waiting = subscriber.sink.push(frames)
-        except Exception:
+        except Exception as error:
             # One broken connection must not end the broadcast to all others.
-            logger.exception("a connection failed while it was written to")
+            logger.error("writing to a connection failed with %s", type(error).__name__)
             subscriber.sink.abort()
             waiting = -1
         if waiting < 0:
@@ -330,10 +335,10 @@ class Hub:
     # --- from the feed ---
 
     def publish(self, changes: Iterable[CommittedChange]) -> None:
-        """Queue committed changes, in order; each is encoded once, here."""
-        for change in changes:
-            self._queue.append((change, encode_change(change)))
-            self.counts.changes += 1
+        """Queue committed changes, in order, all or none; each is encoded once, here."""
+        encoded = [(change, encode_change(change)) for change in changes]
+        self._queue.extend(encoded)
+        self.counts.changes += len(encoded)
         self._queued.set()
 
     def restart(self, epoch: str, revision: int, reason: ResyncReason) -> None:
@@ -352,12 +357,22 @@ class Hub:
             await self._queued.wait()
             self._queued.clear()
             while self._queue:
-                if isinstance(self._queue[0], _Restart):
-                    await self._broadcast_restart(self._take_restart())
-                else:
-                    await self._broadcast_frames(*self._take_frames())
+                try:
+                    await self._broadcast_next()
+                except Exception as error:
+                    # Nobody knows who has it: everyone comes back and resumes, so no hole is left.
+                    logger.error("a broadcast failed with %s", type(error).__name__)
+                    for subscriber in list(self._live):
+                        self._leave(subscriber)
+                        subscriber.sink.end(1011, "internal error")
                 self._moved.fire()
                 await asyncio.sleep(0)
+
+    async def _broadcast_next(self) -> None:
+        if isinstance(self._queue[0], _Restart):
+            await self._broadcast_restart(self._take_restart())
+        else:
+            await self._broadcast_frames(*self._take_frames())
 
     def _take_restart(self) -> _Restart:
         item = self._queue.popleft()

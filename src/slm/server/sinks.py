@@ -81,6 +81,12 @@ class ASGISink:
         self._texts.clear()
         self._finish()
         self._task.cancel()
+        # ASGI has no way to cut a connection; this is the nearest, and may never be answered.
+        self._task = asyncio.create_task(self._give_up(), name="slm-asgi-sink-abort")
+
+    async def _give_up(self) -> None:
+        with contextlib.suppress(Exception):
+            await self._websocket.close(1013, "too slow")
 
     def _finish(self) -> None:
         self._closed = True

@@ -40,7 +40,7 @@ async def get_readiness(services: Parts) -> Response:
         # A server whose database is not migrated does not start.
         "migrated": True,
         "database": feed.current,
-        "feed": feed.running and feed.current,
+        "feed": feed.running and feed.current and services.hub.running,
         "encryption_key": services.caretaker.keys_usable,
     }
     ready = all(checks.values())
