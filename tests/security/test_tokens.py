@@ -43,25 +43,24 @@ async def test_a_token_is_shown_once_and_kept_as_a_digest(
     assert token.encode() not in everything
 
 
-@pytest.mark.parametrize(
-    "body",
-    [
-        {"name": "x", "scopes": []},
-        {"name": "x", "scopes": ["config:write"]},
-        {"name": "", "scopes": ["config:read"]},
-        {"name": "x", "scopes": ["config:read"], "agents": []},
-        {"name": "x", "scopes": ["config:read"], "agents": [""]},
-        {"name": "x", "scopes": ["admin"], "agents": ["a*"]},
-        {"name": "x", "scopes": ["config:read"], "expires_in_seconds": 0},
-        {"name": "x", "scopes": ["config:read"], "expires_in_seconds": 10**12},
-        {"name": "x", "scopes": ["config:read"], "token": "slm_mine"},
-    ],
-    ids=str,
-)
-async def test_a_token_that_makes_no_sense_is_refused(ask: Caller, body: dict[str, Any]) -> None:
+SENSELESS: list[dict[str, Any]] = [
+    {"name": "x", "scopes": []},
+    {"name": "x", "scopes": ["config:write"]},
+    {"name": "", "scopes": ["config:read"]},
+    {"name": "x", "scopes": ["config:read"], "agents": []},
+    {"name": "x", "scopes": ["config:read"], "agents": [""]},
+    {"name": "x", "scopes": ["admin"], "agents": ["a*"]},
+    {"name": "x", "scopes": ["config:read"], "expires_in_seconds": 0},
+    {"name": "x", "scopes": ["config:read"], "expires_in_seconds": 10**12},
+    {"name": "x", "scopes": ["config:read"], "token": "slm_mine"},
+]
+
+
+async def test_a_token_that_makes_no_sense_is_refused(ask: Caller) -> None:
     """No scope, an unknown one, an empty limit, a limited administrator, a chosen token: 422."""
-    answer = await ask("POST", "/api/admin/tokens", body)
-    assert (answer.status, answer.code) == (422, "invalid-request")
+    for body in SENSELESS:
+        answer = await ask("POST", "/api/admin/tokens", body)
+        assert (answer.status, answer.code) == (422, "invalid-request"), body
 
 
 async def test_names_are_unique_and_the_last_administrator_stays(ask: Caller) -> None:

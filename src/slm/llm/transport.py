@@ -10,14 +10,15 @@ import asyncio
 import contextlib
 import http.cookiejar
 import ipaddress
+import os
 import socket
 import ssl
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from slm.endpoints import refused_address
+from slm.endpoints import EndpointPolicy
 from slm.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -33,6 +34,13 @@ class AddressRefused(Exception):
     """The endpoint's name resolved to an address that no request may go to."""
 
 
+def _policy_of_environment() -> EndpointPolicy:
+    try:
+        return EndpointPolicy.from_environment(os.environ)
+    except ValueError as error:
+        raise ConfigurationError(f"SLM_ENDPOINTS or SLM_ENDPOINT_ALLOW: {error}") from None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransportSettings:
     """How connections to providers are made and kept.
@@ -42,12 +50,15 @@ class TransportSettings:
         max_connections: at once, of one event loop.
         keepalive_seconds: how long an idle connection is kept.
         address_seconds: for one address of a name, before the next one is tried.
+        endpoints: which addresses requests may go to; by default what SLM_ENDPOINTS and
+            SLM_ENDPOINT_ALLOW say in this process's environment.
     """
 
     ca_file: str | None = None
     max_connections: int = 1000
     keepalive_seconds: float = 30.0
     address_seconds: float = 2.0
+    endpoints: EndpointPolicy = field(default_factory=_policy_of_environment)
 
 
 class Connections:
@@ -166,7 +177,9 @@ class LoopConnections:
             max_connections=self._settings.max_connections,
             max_keepalive_connections=self._settings.max_connections,
             keepalive_expiry=self._settings.keepalive_seconds,
-            network_backend=CheckedBackend(core, self._settings.address_seconds),
+            network_backend=CheckedBackend(
+                core, self._settings.address_seconds, self._settings.endpoints
+            ),
         )
 
     async def _close_at_the_end(self) -> AsyncGenerator[None, None]:
@@ -187,8 +200,9 @@ class CheckedBackend:
     second time gains nothing (docs/protocol.md section 1, row `llm_endpoint`).
     """
 
-    def __init__(self, core: Any, address_seconds: float) -> None:
+    def __init__(self, core: Any, address_seconds: float, policy: EndpointPolicy) -> None:
         self._core = core
+        self._policy = policy
         self._inner = core.AnyIOBackend()
         self._address_seconds = address_seconds
 
@@ -231,7 +245,8 @@ class CheckedBackend:
             raise self._core.ConnectError("the endpoint's name cannot be resolved") from None
         addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
         for address in addresses:
-            reason = refused_address(ipaddress.ip_address(address.partition("%")[0]))
+            parsed = ipaddress.ip_address(address.partition("%")[0])
+            reason = self._policy.refused_address(parsed, host)
             if reason is not None:
                 raise AddressRefused(f"the endpoint's name resolves to an address that {reason}")
         return addresses
