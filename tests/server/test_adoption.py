@@ -409,7 +409,9 @@ async def test_a_kept_key_can_be_replaced(tmp_path: Path) -> None:
         assert store.notes == []
 
 
-@pytest.mark.parametrize("state", [None, "unbound", OLD.encrypt(b"x").decode()])
+@pytest.mark.parametrize(
+    "state", [None, "unbound", OLD.encrypt(b"x").decode()], ids=["none", "unbound", "a token"]
+)
 async def test_a_bare_token_put_there_later_is_refused(tmp_path: Path, state: str | None) -> None:
     """After adoption nobody's bare token is bound, whatever is written beside it."""
     make(tmp_path)
