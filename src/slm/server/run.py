@@ -32,6 +32,13 @@ logger = logging.getLogger(__name__)
 FINISH_SECONDS = 5
 """How long requests under way may take after a stop; with the closes it stays under ten."""
 
+UNSENT_BYTES = 128 * 1024
+"""How much the kernel holds for a peer that does not read; the rest waits where it is counted.
+
+Its own limit is megabytes a connection: a slow reader would be noticed late, and a thousand of them
+would take gigabytes that no setting of ours bounds.
+"""
+
 KEEP_ALIVE_SECONDS = 75
 """How long an idle HTTP connection is kept; longer than what load balancers keep theirs."""
 
@@ -211,6 +218,9 @@ def _listening(settings: Settings) -> Iterator[socket.socket]:
         family, _, _, _, address = min(found, key=lambda each: each[0] != socket.AF_INET)
         dual = family == socket.AF_INET6 and socket.has_dualstack_ipv6() and address[0] == "::"
         listener = socket.create_server(address, family=family, backlog=2048, dualstack_ipv6=dual)
+        if hasattr(socket, "TCP_NOTSENT_LOWAT"):
+            # Every accepted connection inherits it.
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
     except OSError as error:
         raise StartupError(
             f"The server cannot listen on {settings.host} port {settings.port}:"
