@@ -146,6 +146,7 @@ class Subscriber:
         try:
             self.connections.append(connection)
             ask: dict[str, Any] = {"subscribe": "agent_config"}
+            ask["client"] = {"name": "subscriber", "instance": self.name}
             if connection.since is not None:
                 ask |= {"since": connection.since, "epoch": connection.epoch}
             await ws.send_str(json.dumps(ask))

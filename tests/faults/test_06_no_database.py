@@ -60,7 +60,7 @@ async def cut_site(
 async def test_cut_from_its_database(
     kind: str, request: pytest.FixtureRequest, tmp_path: Path, http: aiohttp.ClientSession
 ) -> None:
-    """Writes and keyed reads 503, plain reads stale, heartbeats behind, clients not live; then back.
+    """Writes and keyed reads 503, plain reads stale, heartbeats behind, clients not live; back.
 
     `refused`: nobody listens there any more; `silent`: the network swallows every byte.
     """

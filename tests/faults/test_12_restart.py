@@ -1,0 +1,150 @@
+"""Fault 12: 1,000 clients and one restart: no stampede, and all are back soon."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from typing import Any
+
+import aiohttp
+import pytest
+
+from tests.faults.backends import backend, is_live
+from tests.faults.history import violations
+from tests.faults.network import proxied
+from tests.faults.site import Operator, Site
+from tests.servers import eventually
+
+BACK_WITHIN_SECONDS = 60
+
+
+def peak(times: list[float], window_seconds: float = 1.0) -> int:
+    """Return the most of these that lie within one window."""
+    most, within = 0, deque[float]()
+    for moment in sorted(times):
+        within.append(moment)
+        while within[0] < moment - window_seconds:
+            within.popleft()
+        most = max(most, len(within))
+    return most
+
+
+async def restart_under(
+    count: int,
+    site: Site,
+    http: aiohttp.ClientSession,
+    record: Callable[[str, object], None],
+    backoff: dict[str, float],
+    **settings: Any,
+) -> None:
+    async with site.process(**settings) as server, AsyncExitStack() as stack:
+        proxy = await stack.enter_async_context(proxied(server.url))
+        clients = [
+            backend(proxy.url, site.backend_token, backoff, start_timeout=60) for _ in range(count)
+        ]
+        await asyncio.gather(*(stack.enter_async_context(client) for client in clients))
+        await eventually(lambda: all(map(is_live, clients)), 60, 0.05)
+        operator = Operator(http, server.url, site.admin_token)
+        before = await operator.create("billing")
+        await eventually(lambda: all(c.revision >= before for c in clients), 30, 0.02)
+
+        began = time.monotonic()
+        assert await server.terminate() == 0
+        exited = time.monotonic()
+        assert exited - began < 10
+        await server.start()
+        after = await operator.set("billing", llm_model="after")
+        started = time.monotonic()
+        await eventually(
+            lambda: all(c.revision >= after and is_live(c) for c in clients),
+            BACK_WITHIN_SECONDS,
+            0.02,
+        )
+        tries = [p.accepted_at for p in proxy.passages if p.accepted_at >= began]
+        record("seconds_to_exit", round(exited - began, 2))
+        record("seconds_until_all_are_back", round(time.monotonic() - started, 2))
+        record("peak_connections_in_a_second", peak(tries))
+        record("tries", len(tries))
+        for client in clients:
+            assert (await client.resolve("billing")).llm_model == "after"
+        # Spread over the closing and the jitter: never the whole fleet in one second.
+        assert peak(tries) <= 0.8 * count
+        # The resume needs no snapshot, so a restart is not a thousand whole fetches.
+        assert all(len(history) >= 2 for history in proxy.histories)
+        for history in proxy.histories:
+            assert violations(history) == []
+
+
+async def test_a_thousand_clients_and_one_restart(
+    sqlite_site: Site, http: aiohttp.ClientSession, record_property: Callable[[str, object], None]
+) -> None:
+    """SIGTERM closes a thousand streams one after the other; jitter spreads them; all come back."""
+    backoff = {"backoff_initial_seconds": 0.5, "ping_interval_seconds": 10.0}
+    backoff |= {"request_timeout_seconds": 10.0, "snapshot_timeout_seconds": 30.0}
+    await restart_under(
+        1000,
+        sqlite_site,
+        http,
+        record_property,
+        backoff,
+        shutdown_seconds=2.0,
+        heartbeat_seconds=5.0,
+        ping_interval_seconds=10.0,
+        ping_timeout_seconds=10.0,
+    )
+
+
+async def test_more_than_may_be_opened_at_once(
+    sqlite_site: Site, http: aiohttp.ClientSession
+) -> None:
+    """Handshakes beyond the limit are 503 with Retry-After, cost nothing, and get in later."""
+    server = sqlite_site.in_loop(max_opening_streams=3, header_timeout_seconds=2.0)
+    await server.start()
+    try:
+        headers = {"Authorization": f"Bearer {sqlite_site.backend_token}"}
+        # Let in and silent: they hold their places.
+        silent = [await http.ws_connect(f"{server.url}/ws", headers=headers) for _ in range(3)]
+        with pytest.raises(aiohttp.WSServerHandshakeError) as caught:
+            await http.ws_connect(f"{server.url}/ws", headers=headers)
+        assert caught.value.status == 503
+        assert caught.value.headers is not None
+        assert int(caught.value.headers["Retry-After"]) >= 1
+        async with backend(server.url, sqlite_site.backend_token, start_timeout=0.1) as client:
+            # The places come back when the silent ones have had their time.
+            await eventually(lambda: is_live(client), 20)
+        assert not any(ws.closed for ws in silent)
+        for ws in silent:
+            await ws.close()
+    finally:
+        await server.stop()
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(300)
+async def test_a_thousand_clients_with_the_real_timings(
+    sqlite_site: Site, http: aiohttp.ClientSession, record_property: Callable[[str, object], None]
+) -> None:
+    """The same with every timing as it is by default."""
+    real = {
+        "backoff_initial_seconds": 0.5,
+        "backoff_max_seconds": 30.0,
+        "healthy_seconds": 60.0,
+        "ping_interval_seconds": 20.0,
+        "request_timeout_seconds": 10.0,
+        "snapshot_timeout_seconds": 60.0,
+        "close_timeout_seconds": 1.0,
+    }
+    await restart_under(
+        1000,
+        sqlite_site,
+        http,
+        record_property,
+        real,
+        shutdown_seconds=3.0,
+        heartbeat_seconds=20.0,
+        ping_interval_seconds=20.0,
+        ping_timeout_seconds=20.0,
+    )
