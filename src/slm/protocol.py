@@ -22,6 +22,9 @@ MAX_FRAME_BYTES: Final = 64 * 1024
 
 MAX_ACK_BYTES: Final = 1024 * 1024
 
+MAX_REASON: Final = 1024
+"""The most characters that say why something is not in force."""
+
 Revision = Annotated[StrictInt, Field(ge=0, le=2**63 - 1)]
 
 
@@ -60,7 +63,7 @@ class NotInForce(_Message):
     """Why a revision that was received is not what the backend uses."""
 
     revision: Revision
-    reason: Annotated[str, Field(max_length=1024)]
+    reason: Annotated[str, Field(max_length=MAX_REASON)]
 
 
 class Ack(_Message):

@@ -420,6 +420,6 @@ async def test_success_leaves_no_key_in_a_log(
 
 def test_the_dialects_cover_every_provider() -> None:
     """A provider added to the interface must be added to these tests."""
-    from slm.llm.interface import _PROVIDERS
+    from slm.llm.validator import PROVIDERS
 
-    assert {dialect.provider for dialect in DIALECTS} == set(_PROVIDERS)
+    assert {dialect.provider for dialect in DIALECTS} == set(PROVIDERS)

@@ -7,7 +7,7 @@ Knows no socket, no file and no clock but the monotonic one that it is given.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from pydantic import SecretStr
@@ -40,6 +40,7 @@ class AgentConfigCache:
         synced: whether everything up to `revision` is in here, keys apart.
         live: whether every change since then would have been heard of.
         default_id: the agent_id of the default agent.
+        refused: asked for each config before it comes into force; why it must not, or None.
         generation: goes up whenever the revisions known so far lose their meaning.
     """
 
@@ -62,6 +63,7 @@ class AgentConfigCache:
         self.live = False
         self.default_id: str | None = None
         self.generation = 0
+        self.refused: Callable[[ResolvedConfig], str | None] = lambda config: None
         self._agents: dict[str, KnownAgent] = {}
         self._tombstones: dict[str, int] = {}
         self._streamed = 0
@@ -120,6 +122,18 @@ class AgentConfigCache:
         """Return the agents whose newest config lacks its key."""
         return [agent_id for agent_id, known in self._agents.items() if known.awaits_key]
 
+    def unsettled(self) -> Iterator[tuple[str, KnownAgent]]:
+        """Yield the active agents whose newest config is not in force, or not yet."""
+        for agent_id, known in self._agents.items():
+            if (known.awaits_key or known.refused is not None) and known.is_active:
+                yield agent_id, known
+
+    def key_revision(self, agent_id: str) -> int | None:
+        """Return the revision of the agent's present key; None with no key or no agent."""
+        known = self._agents.get(agent_id)
+        newest = known.newest if known is not None else None
+        return newest.api_key_revision if newest is not None else None
+
     def expired(self, config: ResolvedConfig) -> bool:
         """Say whether even as stale the value may no longer be served (`max_stale_seconds`)."""
         limit = self.max_stale_seconds
@@ -136,9 +150,12 @@ class AgentConfigCache:
     def everything(self) -> list[tuple[ResolvedConfig, bool, bool]]:
         """Return each whole config with its is_default and is_active, for the snapshot file."""
         return [
-            (known.config, known.is_default, known.is_active)
+            (newest, known.is_default, known.is_active)
             for known in self._agents.values()
-            if known.config is not None and known.pending is None and known.key_error is None
+            # What is refused too: whoever resumes from there is not told of it again.
+            if (newest := known.newest) is not None
+            and known.pending is None
+            and known.key_error is None
         ]
 
     # --- what the SLM says ---
@@ -178,7 +195,7 @@ class AgentConfigCache:
         there = set()
         for agent in snapshot.agents:
             there.add(agent.agent_id)
-            if self.apply_fetched(agent):
+            if self.apply_fetched(agent, "snapshot"):
                 swapped.append(agent.agent_id)
         for agent_id in self._agents.keys() - there:
             if self.known_revision(agent_id) <= snapshot.revision:
@@ -208,7 +225,7 @@ class AgentConfigCache:
             return False
         return self._put(agent.agent_id, agent.revision, agent)
 
-    def apply_fetched(self, agent: LLMConfigWithKey) -> bool:
+    def apply_fetched(self, agent: LLMConfigWithKey, key_from: str = "fetch") -> bool:
         """Apply a config that came with its key, unless older; return whether it was swapped in."""
         known = self.known_revision(agent.agent_id)
         deleted = agent.agent_id not in self._agents and agent.revision == known
@@ -219,7 +236,13 @@ class AgentConfigCache:
             error = "the SLM did not send it"
         key = agent.llm_api_key
         return self._put(
-            agent.agent_id, agent.revision, agent, key=key, key_error=error, whole=True
+            agent.agent_id,
+            agent.revision,
+            agent,
+            key=key,
+            key_error=error,
+            whole=True,
+            key_from=key_from,
         )
 
     def apply_absent(self, agent_id: str, asked_at: int) -> bool:
@@ -271,7 +294,7 @@ class AgentConfigCache:
             if agent.llm_api_key is None and agent.api_key_revision is not None:
                 complete = False
                 continue
-            self.apply_fetched(agent)
+            self.apply_fetched(agent, "file")
             freshness = self._agents[agent.agent_id].freshness
             freshness.confirmed_at, freshness.from_file = confirmed_at, True
         self._find_default()
@@ -294,6 +317,7 @@ class AgentConfigCache:
         key: SecretStr | None = None,
         key_error: str | None = None,
         whole: bool = False,
+        key_from: str = "",
     ) -> bool:
         now = self.clock()
         old = self._agents.get(agent_id)
@@ -311,6 +335,9 @@ class AgentConfigCache:
                 new.freshness.confirmed_at = now
                 new.freshness.superseded_at = None
             new.config = value
+            new.key_from = key_from or (old.key_from if old is not None else "")
+            if config.is_active:
+                self._judge(new, old, before)
         else:
             new.pending, new.key_error = value, key_error
             waiting = old.pending if old is not None else None
@@ -319,7 +346,8 @@ class AgentConfigCache:
             if old is not None and key_error is None:
                 # The previous whole value: better than nothing, and never mixed with the new one.
                 new.config, new.freshness = before, old.freshness
-        if old is not None and (new.config is not old.config or new.pending is not None):
+        kept = new.pending is not None or new.refused_config is not None
+        if old is not None and (new.config is not old.config or kept):
             self._supersede(old)
         self._agents[agent_id] = new
         self._tombstones.pop(agent_id, None)
@@ -330,16 +358,47 @@ class AgentConfigCache:
         self._note_default(agent_id, new)
         return new.in_force is not before
 
+    def _judge(
+        self, new: KnownAgent, old: KnownAgent | None, before: ResolvedConfig | None
+    ) -> None:
+        """Keep the last good config in force where the new one must not be used."""
+        value = new.config
+        if value is None or (reason := self.refused(value)) is None:
+            return
+        new.refused = reason
+        # With nothing good to keep, a call says best itself what is wrong.
+        if old is not None and before is not None and before is not value:
+            if old.refused is not None and old.refused_config is None:
+                return  # not good either
+            new.refused_config = value
+            new.config, new.freshness = before, old.freshness
+
+    def judge_anew(self) -> list[str]:
+        """Ask again of every config, after `refused` changed; return who was swapped."""
+        swapped = []
+        for agent_id, known in self._agents.items():
+            if not known.is_active or known.pending is not None or known.key_error is not None:
+                continue
+            newest = known.newest
+            known.refused = None if newest is None else self.refused(newest)
+            if known.refused is None and known.refused_config is not None:
+                known.config, known.refused_config = known.refused_config, None
+                known.freshness = Freshness(self, self.clock(), from_file=False)
+                self.ready[agent_id] = known.config
+                swapped.append(agent_id)
+        return swapped
+
     def _held_key(
         self, old: KnownAgent | None, config: AgentConfig
     ) -> tuple[SecretStr | None, bool]:
         """Return the key for a config that came without it, and whether it is the right one."""
         if config.api_key_revision is None:
             return None, True
-        held = old.config if old is not None and old.generation == self.generation else None
-        if held is None or held.api_key_revision != config.api_key_revision:
-            return None, False
-        return held.llm_api_key, held.llm_api_key is not None
+        if old is not None and old.generation == self.generation:
+            for held in (old.config, old.refused_config):
+                if held is not None and held.api_key_revision == config.api_key_revision:
+                    return held.llm_api_key, held.llm_api_key is not None
+        return None, False
 
     def _supersede(self, known: KnownAgent) -> None:
         if known.freshness.superseded_at is None:

@@ -25,6 +25,7 @@ from slm.client.cache import AgentConfigCache
 from slm.client.config import ResolvedConfig
 from slm.client.fallback import from_environment, hardcoded
 from slm.client.http import TokenSource, normalised_url
+from slm.client.in_use import InUse, KeysInUse
 from slm.client.known import KnownAgent
 from slm.client.retry import ClientStatus
 from slm.client.snapshot_file import Contents, Saver, SnapshotFile
@@ -40,6 +41,10 @@ _T = TypeVar("_T")
 OnChange = Callable[[str, ResolvedConfig | None], Awaitable[None] | None]
 """Called with the agent_id whose config was swapped, and with the agent's own config now in force;
 None where it has none: deleted, switched off, or its key cannot be had."""
+
+Validator = Callable[[ResolvedConfig], str | None]
+"""Says why a config must not come into force, or None. Called in the client's loop; must be quick.
+"""
 
 _NOTHING: Final[Mapping[str, ResolvedConfig]] = {}
 
@@ -103,6 +108,9 @@ class SLMClient:
         self._sync: Synchroniser | None = None
         self._closed = False
         self._callbacks: list[OnChange] = []
+        self._validators: list[Validator] = []
+        self._in_use = KeysInUse()
+        self._cache.refused = self._refused
         self._callback_tasks: set[asyncio.Future[None]] = set()
         self._saver: Saver | None = None
         self._warned: set[str] = set()
@@ -220,6 +228,31 @@ class SLMClient:
 
         return unsubscribe
 
+    def register_validator(self, validator: Validator) -> Callable[[], None]:
+        """Have `validator(config)` asked before a config comes into force; return how to stop that.
+
+        Where it gives a reason, the agent's last good config stays in use and the SLM is told
+        (docs/protocol.md section 4, `not_in_force`). `LLMInterface` registers one by itself.
+        """
+        if validator not in self._validators:
+            self._validators.append(validator)
+            self._judge_anew()
+
+        def unregister() -> None:
+            if validator in self._validators:
+                self._validators.remove(validator)
+                self._judge_anew()
+
+        return unregister
+
+    def in_use(self, config: ResolvedConfig) -> InUse:
+        """Return a context manager that holds the config's key for the length of a call.
+
+        While it is held, the SLM's fleet view says that this backend still uses that key.
+        `LLMInterface` does so by itself.
+        """
+        return InUse(self._in_use, config, self._cache.key_revision, self._key_use_changed)
+
     # --- the chain ---
 
     async def _chain(self, agent_id: str | None) -> ResolvedConfig:
@@ -326,6 +359,8 @@ class SLMClient:
                 self._info(),
                 self._swapped,
                 self._liveness,
+                self._in_use,
+                self._key_wait,
             )
             sync.start()
         return sync
@@ -351,6 +386,7 @@ class SLMClient:
         self._saver = None
         self._hot = _NOTHING
         self._callback_tasks = set()
+        self._in_use.start_anew()
         self._instance = uuid.uuid4().hex
         self._cache.distrust()
 
@@ -385,6 +421,32 @@ class SLMClient:
             except Exception:
                 _log.exception("an on_change callback failed")
 
+    def _refused(self, config: ResolvedConfig) -> str | None:
+        for validator in tuple(self._validators):
+            try:
+                reason = validator(config)
+            except Exception:
+                _log.exception("a validator failed; its config is used")
+                continue
+            if reason is not None:
+                return reason
+        return None
+
+    def _judge_anew(self) -> None:
+        sync = self._sync
+        if sync is None or sync.loop is _running_loop():
+            for agent_id in self._cache.judge_anew():
+                self._swapped(agent_id)
+            if sync is not None:
+                sync.acks.changed()
+        elif sync.loop.is_running():
+            # The cache has one writer: its own loop.
+            sync.loop.call_soon_threadsafe(self._judge_anew)
+
+    def _key_use_changed(self) -> None:
+        if self._sync is not None:
+            self._sync.acks.changed_elsewhere()
+
     def _callback_ended(self, task: asyncio.Future[None]) -> None:
         self._callback_tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
@@ -408,6 +470,13 @@ class SLMClient:
             return None
         complete = not cache.keys_awaited()
         return Contents(cache.everything(), cache.epoch, cache.revision, complete)
+
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
 
 
 _clients: weakref.WeakSet[SLMClient] = weakref.WeakSet()

@@ -61,6 +61,9 @@ class KnownAgent:
         pending: the newest config while its key is not here yet; the key in it is None.
         pending_since: since when that key is missing.
         key_error: why the SLM cannot give the key; None when it can.
+        refused: why the newest config is not to be used; None when it may.
+        refused_config: that newest config, where `config` is the last good one instead.
+        key_from: how the key came: `snapshot`, `fetch` or `file`.
     """
 
     revision: int
@@ -72,6 +75,21 @@ class KnownAgent:
     pending: ResolvedConfig | None = None
     pending_since: float = 0.0
     key_error: str | None = None
+    refused: str | None = None
+    refused_config: ResolvedConfig | None = None
+    key_from: str = ""
+
+    @property
+    def newest(self) -> ResolvedConfig | None:
+        """The newest config that is known, in force or not."""
+        return self.pending or self.refused_config or self.config
+
+    @property
+    def not_in_force(self) -> str | None:
+        """Why the newest config is not in force; None where it is, or only its key is awaited."""
+        if self.key_error is not None:
+            return f"its key cannot be had: {self.key_error}"
+        return self.refused
 
     @property
     def in_force(self) -> ResolvedConfig | None:

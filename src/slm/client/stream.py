@@ -79,6 +79,17 @@ class Stream:
                 backoff.reset()
             await asyncio.sleep(backoff.delay_after(failure))
 
+    async def send(self, text: str) -> bool:
+        """Send a message; return whether there is a subscription to send it on."""
+        ws = self._ws
+        if ws is None or ws.closed or self._subscribed_at is None:
+            return False
+        try:
+            await ws.send_str(text)
+        except (aiohttp.ClientError, OSError):
+            return False  # the reader finds out by itself, and why
+        return True
+
     async def restart(self) -> None:
         """Close the connection, so that the next one starts from the listener's position."""
         if self._ws is not None:

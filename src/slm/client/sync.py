@@ -12,8 +12,10 @@ import logging
 from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
+from slm.client.acks import Acks
 from slm.client.cache import AgentConfigCache
 from slm.client.http import Connection, EpochChanged, TokenSource
+from slm.client.in_use import KeysInUse
 from slm.client.retry import Backoff, ClientStatus, status_after
 from slm.client.stream import Stream
 from slm.client.timings import Timings
@@ -54,6 +56,8 @@ class Synchroniser:
         client: who subscribes.
         swapped: called with an agent_id once its config was swapped, left or came into force.
         liveness: called when the cache becomes live, or stops being it.
+        in_use: which keys calls in flight hold.
+        key_wait: how long an ack waits for a key that changed.
     """
 
     def __init__(
@@ -66,6 +70,8 @@ class Synchroniser:
         client: ClientInfo,
         swapped: Callable[[str], None],
         liveness: Callable[[], None],
+        in_use: KeysInUse,
+        key_wait: float,
     ) -> None:
         self.loop = asyncio.get_running_loop()
         self.last_error: str | None = None
@@ -76,6 +82,8 @@ class Synchroniser:
         self._liveness = liveness
         self._connection = Connection(base_url, token, tls, timings)
         self._stream = Stream(self._connection, self, client, timings)
+        interval = timings.ack_interval_seconds
+        self.acks = Acks(cache, in_use, interval, key_wait, self._stream.send)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._snapshot: asyncio.Task[None] | None = None
         self._key_awaited: dict[str, asyncio.Event] = {}
@@ -102,6 +110,7 @@ class Synchroniser:
     def start(self) -> None:
         """Start the stream; it goes on until `close`."""
         self._spawn(self._stream.run())
+        self._spawn(self.acks.run())
         for agent_id in self._cache.keys_awaited():
             self._await_key(agent_id)
 
@@ -151,6 +160,7 @@ class Synchroniser:
         self._connected = True
         self._behind = False
         self._failed = None
+        self.acks.subscribed()
         if since is None:
             self._begin(message.epoch, message.revision)
         elif message.epoch == self._cache.epoch and message.revision == since:
@@ -366,6 +376,7 @@ class Synchroniser:
     # --- tasks ---
 
     def _wake(self) -> None:
+        self.acks.changed()
         for future in self._waiting:
             if not future.done():
                 future.set_result(None)

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from slm.client.config import ResolvedConfig
-from slm.endpoints import effective_endpoint, refused_endpoint
+from slm.endpoints import effective_endpoint
 from slm.errors import (
     ConfigurationError,
     LLMAuthError,
@@ -25,6 +25,7 @@ from slm.errors import (
 from slm.llm.providers.base import ChatRequest, Completion, Message, Provider
 from slm.llm.providers.failures import Failure
 from slm.llm.results import ChatResult, Overrides, result_of
+from slm.llm.validator import refused_address
 
 _logger = logging.getLogger(__name__)
 
@@ -41,7 +42,6 @@ _RESERVED: Final = frozenset(
     ]
 )
 _KEY: Final = re.compile(r"[\x21-\x7e]+")
-_allowed = functools.lru_cache(maxsize=1024)(refused_endpoint)
 
 
 class Call:
@@ -116,7 +116,7 @@ class Call:
     def _request(self, messages: Sequence[Message], overrides: Overrides) -> ChatRequest:
         config = self.config
         endpoint = effective_endpoint(config.llm_provider, config.llm_endpoint) or ""
-        reason = _allowed(endpoint)
+        reason = refused_address(endpoint)
         if reason is not None:
             raise self._error(Failure(LLMEndpointRefused, f"the endpoint {reason}"))
         key = config.llm_api_key
@@ -125,7 +125,7 @@ class Call:
                 detail = "the API key holds a character that no header can carry"
                 raise self._error(Failure(LLMAuthError, detail))
             key = None
-        options = _options(config.llm_options, overrides.get("options"))
+        options = _options(config, overrides.get("options"))
         return ChatRequest(
             endpoint=endpoint,
             key=key,
@@ -178,19 +178,27 @@ def check_overrides(messages: Sequence[Message], overrides: Mapping[str, Any]) -
         raise ConfigurationError("options must be a dict")
 
 
-def _options(ours: Mapping[str, Any], theirs: Mapping[str, Any] | None) -> dict[str, Any]:
-    options = dict(ours)
+def _options(config: ResolvedConfig, theirs: Mapping[str, Any] | None) -> dict[str, Any]:
+    options = dict(config.llm_options)
     if theirs:
         options.update(theirs)
     for name in _RESERVED & options.keys():
         del options[name]
-        _warn_of_reserved(name)
+        _warn_of_reserved(name, where_from(config))
     return options
 
 
-@functools.lru_cache(maxsize=len(_RESERVED))
-def _warn_of_reserved(name: str) -> None:
-    _logger.warning("%s in llm_options is ignored: it is not an option of the model", name)
+@functools.lru_cache(maxsize=1024)
+def _warn_of_reserved(name: str, whose: str) -> None:
+    _logger.warning(
+        "[%s] %s in llm_options is ignored: it is not an option of the model", whose, name
+    )
+
+
+def where_from(config: ResolvedConfig) -> str:
+    """Return the agent, the step and the revision, as every log line has them."""
+    text = f"agent {config.agent_id}, step {config.step.value}"
+    return text if config.revision is None else f"{text}, revision {config.revision}"
 
 
 def _temperature(

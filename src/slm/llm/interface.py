@@ -9,23 +9,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib
-from collections.abc import AsyncGenerator, Sequence
+import logging
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import Final, Protocol, Unpack
+from typing import Protocol, Unpack
 
 from slm.client.config import ResolvedConfig
 from slm.errors import ConfigurationError, LLMError, LLMProviderMissing
-from slm.llm.call import Call, check_overrides, context_of
+from slm.llm.call import Call, check_overrides, context_of, where_from
 from slm.llm.providers.base import Accumulator, Message, Provider, StreamChunk
 from slm.llm.results import ChatResult, Overrides
 from slm.llm.retry import RetrySettings
 from slm.llm.transport import Connections, TransportSettings
+from slm.llm.validator import PROVIDERS, reason_against, unknown_provider
 
-_PROVIDERS: Final = {
-    "ollama": ("slm.llm.providers.ollama", "OllamaProvider"),
-    "openai": ("slm.llm.providers.openai", "OpenAIProvider"),
-    "anthropic": ("slm.llm.providers.anthropic", "AnthropicProvider"),
-}
+_log = logging.getLogger("slm.llm")
 
 
 class Resolver(Protocol):
@@ -58,6 +57,13 @@ class LLMInterface:
         self._retry = retry or RetrySettings()
         self._connections = Connections(transport or TransportSettings())
         self._providers: dict[str, Provider] = {}
+        # An SLMClient has both; whatever else resolves need not.
+        self._in_use: Callable[[ResolvedConfig], AbstractContextManager[None]] = getattr(
+            client, "in_use", _not_counted
+        )
+        register = getattr(client, "register_validator", None)
+        if register is not None:
+            register(reason_against)
 
     async def chat(
         self, agent_id: str, messages: Sequence[Message], **overrides: Unpack[Overrides]
@@ -76,7 +82,12 @@ class LLMInterface:
             ConfigurationError: an override or a message makes no sense.
         """
         check_overrides(messages, overrides)
-        call = await self._begin(agent_id, messages, overrides)
+        config = await self._client.resolve(agent_id)
+        # A call in flight holds its key until it ends, however often it is tried.
+        with self._in_use(config):
+            return await self._chat(await self._begin(config, messages, overrides))
+
+    async def _chat(self, call: Call) -> ChatResult:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + call.timeout_seconds
         tries = 0
@@ -84,8 +95,10 @@ class LLMInterface:
             tries += 1
             outcome = await _answer(call, deadline)
             if isinstance(outcome, ChatResult):
+                _log_answer(call, outcome)
                 return outcome
             pause = self._retry.pause(outcome, tries, deadline - loop.time())
+            _log_failure(outcome, pause)
             if pause is None:
                 raise outcome
             await asyncio.sleep(pause)
@@ -118,9 +131,8 @@ class LLMInterface:
         await self.close()
 
     async def _begin(
-        self, agent_id: str, messages: Sequence[Message], overrides: Overrides
+        self, config: ResolvedConfig, messages: Sequence[Message], overrides: Overrides
     ) -> Call:
-        config = await self._client.resolve(agent_id)
         provider = self._providers.get(config.llm_provider)
         if provider is None:
             provider = await self._load(config)
@@ -129,9 +141,8 @@ class LLMInterface:
     async def _load(self, config: ResolvedConfig) -> Provider:
         name = config.llm_provider
         context = context_of(config, config.llm_model)
-        if name not in _PROVIDERS:
-            known = ", ".join(sorted(_PROVIDERS))
-            raise LLMProviderMissing(f"unknown provider; known are {known}", **context)
+        if name not in PROVIDERS:
+            raise LLMProviderMissing(unknown_provider(), **context)
         try:
             # In a thread: an SDK takes up to a second to import, and the loop has others to serve.
             provider = await asyncio.to_thread(self._make, name)
@@ -144,7 +155,7 @@ class LLMInterface:
         )
 
     def _make(self, name: str) -> Provider:
-        module_name, class_name = _PROVIDERS[name]
+        module_name, class_name, _ = PROVIDERS[name]
         provider: Provider = getattr(importlib.import_module(module_name), class_name)(
             self._connections
         )
@@ -158,7 +169,16 @@ class LLMInterface:
         messages: Sequence[Message],
         overrides: Overrides,
     ) -> AsyncGenerator[StreamChunk, None]:
-        call = await self._begin(agent_id, messages, overrides)
+        config = await self._client.resolve(agent_id)
+        with self._in_use(config):
+            call = await self._begin(config, messages, overrides)
+            async with contextlib.aclosing(self._tried_stream(state, call)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+
+    async def _tried_stream(
+        self, state: _StreamState, call: Call
+    ) -> AsyncGenerator[StreamChunk, None]:
         loop = asyncio.get_running_loop()
         first_token = loop.time() + call.timeout_seconds
         tries = 0
@@ -179,11 +199,15 @@ class LLMInterface:
             if received.finish_reason is not None:
                 # Whatever broke after that, the answer is whole.
                 state.result = call.result(received.completion())
+                _log_answer(call, state.result)
                 return
             if received.started:
-                raise call.broken(received.text, outcome)
+                broken = call.broken(received.text, outcome)
+                _log_failure(broken, None)
+                raise broken
             error = outcome or call.broken("")
             pause = self._retry.pause(error, tries, first_token - loop.time())
+            _log_failure(error, pause)
             if pause is None:
                 raise error
             await asyncio.sleep(pause)
@@ -236,6 +260,24 @@ class LLMStream:
         traceback: TracebackType | None,
     ) -> None:
         await self.aclose()
+
+
+def _not_counted(_: ResolvedConfig) -> AbstractContextManager[None]:
+    return contextlib.nullcontext()
+
+
+def _log_answer(call: Call, result: ChatResult) -> None:
+    if _log.isEnabledFor(logging.DEBUG):
+        where = f"{result.provider}/{result.model}"
+        _log.debug("[%s] %s answered (%s)", where_from(call.config), where, result.finish_reason)
+
+
+def _log_failure(error: LLMError, pause: float | None) -> None:
+    """Log a failure; its text names provider, model, agent, step and revision."""
+    if pause is None:
+        _log.debug("%s", error)
+    else:
+        _log.info("%s; trying again in %.1f s", error, pause)
 
 
 class _StreamState:

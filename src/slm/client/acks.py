@@ -1,0 +1,138 @@
+"""Acks: tells the SLM what was received, what of it is not in force, and which keys are held.
+
+The full state each time: at once when idle, else at most once an interval. Reads the cache and
+changes nothing; how a message reaches the SLM is the stream's affair (docs/protocol.md section 4).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+from slm.client.cache import AgentConfigCache
+from slm.client.in_use import KeysInUse
+from slm.client.known import KnownAgent
+from slm.protocol import MAX_REASON, Ack, NotInForce, encode
+
+KEY_DID_NOT_COME: Final = "the key did not come"
+_MAX_NAMED: Final = 5000
+"""So many agents fit into an ack of 1 MiB."""
+
+
+class Acks:
+    """What one client says of itself; belongs to one loop.
+
+    Args:
+        cache: what is held.
+        in_use: which keys calls in flight hold.
+        interval_seconds: the shortest time between two acks.
+        key_wait: how long an ack waits for a changed key.
+        send: sends a message, and returns whether there was a stream to send it on.
+    """
+
+    def __init__(
+        self,
+        cache: AgentConfigCache,
+        in_use: KeysInUse,
+        interval_seconds: float,
+        key_wait: float,
+        send: Callable[[str], Awaitable[bool]],
+    ) -> None:
+        self._cache = cache
+        self._in_use = in_use
+        self._interval_seconds = interval_seconds
+        self._key_wait = key_wait
+        self._send = send
+        self._loop = asyncio.get_running_loop()
+        self._due = asyncio.Event()
+        self._timer: asyncio.TimerHandle | None = None
+        self._last: Ack | None = None
+        self._synced_epoch: str | None = None
+        self._passed = 0
+        self._awaited: dict[str, tuple[int, float]] = {}
+
+    def subscribed(self) -> None:
+        """Begin anew: this connection has heard nothing from us yet."""
+        self._last = None
+        self._due.set()
+
+    def changed(self) -> None:
+        """Note that something may be different; it is told as soon as the interval allows."""
+        self._due.set()
+
+    def changed_elsewhere(self) -> None:
+        """The same, from any thread."""
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._due.set)
+
+    async def run(self) -> None:
+        """Tell, until cancelled."""
+        sent_at = float("-inf")
+        while True:
+            await self._due.wait()
+            pause = sent_at + self._interval_seconds - self._loop.time()
+            if pause > 0:
+                await asyncio.sleep(pause)
+            self._due.clear()
+            ack = self._state()
+            if ack != self._last and await self._send(encode(ack)):
+                self._last, sent_at = ack, self._loop.time()
+
+    def _state(self) -> Ack:
+        """Return what is to be said now."""
+        cache = self._cache
+        revision = self._received()
+        unsettled = dict(cache.unsettled())
+        not_in_force: dict[str, NotInForce] = {}
+        keys: dict[str, int | None] = {}
+        again_at: float | None = None
+        self._awaited = {i: held for i, held in self._awaited.items() if i in unsettled}
+        for agent_id, known in unsettled.items():
+            reason = known.not_in_force
+            if reason is None:
+                first, since = self._awaited.setdefault(
+                    agent_id, (known.revision, known.pending_since)
+                )
+                left = since + self._key_wait - cache.clock()
+                if left > 0:
+                    # Not passed before the swap, but never back behind what was passed already.
+                    revision = min(revision, max(first - 1, self._passed))
+                    again_at = left if again_at is None else min(again_at, left)
+                else:
+                    reason = KEY_DID_NOT_COME
+            if reason is not None and len(not_in_force) < _MAX_NAMED:
+                not_in_force[agent_id] = NotInForce(
+                    revision=known.revision, reason=reason[:MAX_REASON]
+                )
+            _note_held_key(keys, agent_id, known)
+        for agent_id, held in self._in_use.oldest().items():
+            if held != cache.key_revision(agent_id):
+                keys[agent_id] = min(held, keys.get(agent_id) or held)
+        self._look_again_in(again_at)
+        self._passed = revision
+        return Ack(ack=revision, not_in_force=not_in_force, keys=keys)
+
+    def _received(self) -> int:
+        """Return up to where everything is here; of another epoch than the SLM's, nothing."""
+        cache = self._cache
+        if cache.synced:
+            self._synced_epoch = cache.epoch
+        if cache.epoch != self._synced_epoch or self._synced_epoch is None:
+            self._passed = 0
+            return 0
+        return cache.revision
+
+    def _look_again_in(self, seconds: float | None) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = None if seconds is None else self._loop.call_later(seconds, self._due.set)
+
+
+def _note_held_key(keys: dict[str, int | None], agent_id: str, known: KnownAgent) -> None:
+    newest = known.newest
+    if newest is None or newest.api_key_revision is None:
+        return
+    held = None if known.config is None else known.config.api_key_revision
+    if held != newest.api_key_revision:
+        keys[agent_id] = held

@@ -1,0 +1,190 @@
+"""What the SDK says of itself: what it received, what is not in force, which keys it holds."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+
+from slm import LLMInterface, ResolvedConfig
+from slm.client.acks import KEY_DID_NOT_COME
+from tests.end_to_end.gateway import gateway
+from tests.fleet.sdk import FAST, applied, fleet_of, sdk
+from tests.server.raw import Api
+from tests.servers import InLoopServer, eventually
+
+KEYED: dict[str, Any] = {
+    "llm_provider": "openai",
+    "llm_endpoint": "https://one.example.com/v1",
+    "llm_api_key": "sk-canary-acks-1",
+}
+
+
+def name_of(fleet_entry: dict[str, Any]) -> str:
+    """Return what receipts call it."""
+    return str(fleet_entry["backend"])
+
+
+async def test_a_backend_says_at_once_what_it_has(server: InLoopServer, admin: Api) -> None:
+    """Right after it connected the fleet knows it, and after a change that it took it."""
+    async with sdk(server.url, server.backend_token, "one") as client:
+        await eventually(lambda: applied(admin, client.revision, "one"))
+        answer = await admin.call("PUT", "/api/agents/default?wait=30s", json={"llm_model": "n"})
+        one = (await fleet_of(admin))["one"]
+        assert answer.json["receipt"]["applied"] == [name_of(one)]
+        assert one["applied"] == answer.json["revision"]
+        assert one["not_in_force"] == {}
+        assert one["keys"] == {}
+        assert one["pid"] > 0
+
+
+async def test_acks_follow_the_swap(server: InLoopServer, admin: Api) -> None:
+    """Whoever waited for the receipt finds every backend on the new config."""
+    async with sdk(server.url, server.backend_token, "one") as client:
+        await eventually(lambda: applied(admin, client.revision, "one"))
+        for model in ("a", "b", "c"):
+            await admin.call("PUT", "/api/agents/default?wait=30s", json={"llm_model": model})
+            assert (await client.resolve("default")).llm_model == model
+
+
+async def test_a_key_that_does_not_come_is_told(server: InLoopServer, admin: Api) -> None:
+    """The ack waits for a changed key as long as resolve does; then it says that it did not come.
+
+    Once the key is here after all, the change is applied.
+    """
+    await admin.create("a", **KEYED)
+    async with gateway(server.url) as gate:
+        client = sdk(gate.url, server.backend_token, "one", key_wait=0.3)
+        async with client:
+            await eventually(lambda: applied(admin, client.revision, "one"))
+            old = await client.resolve("a")
+            gate.refuse = lambda path: 503 if path.endswith("/llm") else None
+            answer = await admin.call(
+                "PUT", "/api/agents/a?wait=30s", json={"llm_api_key": "sk-canary-acks-2"}
+            )
+            receipt = answer.json["receipt"]
+            assert receipt["applied"] == []
+            assert [each["reason"] for each in receipt["refused"]] == [KEY_DID_NOT_COME]
+            one = (await fleet_of(admin))["one"]
+            revision = answer.json["revision"]
+            assert one["applied"] == revision
+            assert one["not_in_force"]["a"]["revision"] == revision
+            assert one["keys"] == {"a": old.api_key_revision}
+            gate.refuse = lambda _path: None
+            await eventually(lambda: _in_force(admin, "one"))
+            receipt = (await admin.get(f"/api/changes/{revision}/receipt")).json
+            assert receipt["applied"] == [name_of(one)]
+            assert (await client.resolve("a")).api_key_revision == revision
+
+
+async def _in_force(admin: Api, name: str) -> bool:
+    told = (await fleet_of(admin))[name]
+    return not told["not_in_force"] and not told["keys"]
+
+
+async def test_a_refused_config_leaves_the_last_good_one(server: InLoopServer, admin: Api) -> None:
+    """A validator's reason is in the receipt; calls go on with the config that was good."""
+    await admin.create("a", llm_model="good")
+
+    def only_good(config: ResolvedConfig) -> str | None:
+        return None if config.llm_model != "bad" else "this model is not allowed here"
+
+    async with sdk(server.url, server.backend_token, "one") as client:
+        client.register_validator(only_good)
+        told: list[str] = []
+        client.on_change(lambda _, config: told.append(config.llm_model if config else "none"))
+        await eventually(lambda: applied(admin, client.revision, "one"))
+        answer = await admin.call("PUT", "/api/agents/a?wait=30s", json={"llm_model": "bad"})
+        (refusal,) = answer.json["receipt"]["refused"]
+        assert refusal["reason"] == "this model is not allowed here"
+        config = await client.resolve("a")
+        assert (config.llm_model, config.stale) == ("good", True)
+        assert told == []
+        answer = await admin.call("PUT", "/api/agents/a?wait=30s", json={"llm_model": "better"})
+        assert answer.json["receipt"]["refused"] == []
+        config = await client.resolve("a")
+        assert (config.llm_model, config.stale) == ("better", False)
+        assert told == ["better"]
+
+
+async def test_a_validator_that_goes_lets_the_config_in(server: InLoopServer, admin: Api) -> None:
+    """Configs are judged anew when a validator comes or goes."""
+    await admin.create("a", llm_model="good")
+    async with sdk(server.url, server.backend_token, "one") as client:
+        remove = client.register_validator(lambda c: "no" if c.llm_model == "bad" else None)
+        await admin.call("PUT", "/api/agents/a?wait=30s", json={"llm_model": "bad"})
+        assert (await client.resolve("a")).llm_model == "good"
+        remove()
+        assert (await client.resolve("a")).llm_model == "bad"
+        await eventually(lambda: _in_force(admin, "one"))
+
+
+async def test_a_missing_extra_is_told_before_any_call(
+    server: InLoopServer, admin: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With LLMInterface at hand, a provider whose SDK is not there is refused by name."""
+    from slm.llm import validator
+
+    await admin.create("a", llm_model="local")
+    validator._installed.cache_clear()
+    # What Python itself does for a package that is not installed.
+    monkeypatch.setitem(sys.modules, "anthropic", None)
+    try:
+        async with sdk(server.url, server.backend_token, "one") as client, LLMInterface(client):
+            await eventually(lambda: applied(admin, client.revision, "one"))
+            answer = await admin.call(
+                "PUT",
+                "/api/agents/a?wait=30s",
+                json={"llm_provider": "anthropic", "llm_model": "claude", "llm_api_key": "sk-c"},
+            )
+            (refusal,) = answer.json["receipt"]["refused"]
+            assert refusal["reason"] == "the anthropic extra is not installed"
+            assert (await client.resolve("a")).llm_provider == "ollama"
+    finally:
+        validator._installed.cache_clear()
+
+
+async def test_a_call_in_flight_holds_its_key(server: InLoopServer, admin: Api) -> None:
+    """While a call runs on the old key the fleet names it; when it ends nobody holds it."""
+    await admin.create("a", **KEYED)
+    async with sdk(server.url, server.backend_token, "one") as client:
+        await eventually(lambda: applied(admin, client.revision, "one"))
+        old = await client.resolve("a")
+        with client.in_use(old):
+            answer = await admin.call(
+                "PUT", "/api/agents/a?wait=30s", json={"llm_api_key": "sk-canary-acks-2"}
+            )
+            assert len(answer.json["receipt"]["applied"]) == 1
+            assert (await fleet_of(admin))["one"]["keys"] == {"a": old.api_key_revision}
+        await eventually(lambda: _in_force(admin, "one"))
+
+
+async def test_many_changes_are_few_acks(server: InLoopServer, admin: Api) -> None:
+    """Under load acks are taken together, and the last one is of the last change."""
+    timings = type(FAST)(ack_interval_seconds=0.5)
+    async with gateway(server.url) as gate:
+        client = sdk(gate.url, server.backend_token, "one", timings=timings)
+        async with client:
+            await eventually(lambda: applied(admin, client.revision, "one"))
+            last = 0
+            for number in range(50):
+                last = (await admin.put("default", llm_model=f"m{number}")).revision
+            await eventually(lambda: applied(admin, last, "one"))
+            fleet = server.running.services.fleet
+            (backend,) = fleet.backends()
+            assert len(backend.acks) < 25
+
+
+async def test_two_backends_of_one_name_are_told_apart(server: InLoopServer, admin: Api) -> None:
+    """Two clients of one name are two backends, by their instances."""
+    async with (
+        sdk(server.url, server.backend_token, "twin"),
+        sdk(server.url, server.backend_token, "twin"),
+    ):
+        await eventually(lambda: _count(admin, 2))
+
+
+async def _count(admin: Api, count: int) -> bool:
+    fleet = (await admin.get("/api/fleet")).json["backends"]
+    return len({each["backend"] for each in fleet if each["state"] == "live"}) == count
