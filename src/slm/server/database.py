@@ -84,6 +84,10 @@ class Database:
         idle_in_transaction_seconds: after this PostgreSQL ends a transaction that says nothing: a
             stopped replica holds the state row, and every other writer would wait for it.
         pool_size: how many transactions run at once on PostgreSQL; SQLite has one.
+
+    Attributes:
+        after_commit: on SQLite, called in the same thread after each commit, in a transaction of
+            its own; what it raises is the affair of nobody, for the write is durable.
     """
 
     def __init__(
@@ -103,6 +107,7 @@ class Database:
         # None while a server is made ready: a migration takes as long as it takes.
         self._answer_timeout_seconds: float | None = None
         self._workers = 1 if self.dialect == "sqlite" else pool_size
+        self.after_commit: Callable[[Connection], None] | None = None
         self._attempts: set[Attempt] = set()
         self._engine: Engine | None = None
         self._threads: ThreadPoolExecutor | None = None
@@ -272,6 +277,9 @@ class Database:
                 if not read_only:
                     attempt.begin_commit()
                 transaction.commit()
+            if self.after_commit is not None and not read_only:
+                with contextlib.suppress(Exception), connection.begin():
+                    self.after_commit(connection)
         return result
 
     def _sqlite(self) -> Engine:

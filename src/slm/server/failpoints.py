@@ -62,6 +62,11 @@ def arm(text: str | None, *, testing: bool) -> None:
         _armed.update(wanted)
 
 
+def any_armed() -> bool:
+    """Say whether a test waits at any place; what is only a shorter way is then not taken."""
+    return bool(_armed)
+
+
 def reach(name: str) -> None:
     """Do what is armed at this place; for code that runs in a thread."""
     if _armed and (armed := _due(name)) is not None:

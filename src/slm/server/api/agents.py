@@ -320,7 +320,6 @@ async def written_answer(
     """
     services.counts.writes += written.changed
     headers = revision_headers(written.revision, written.epoch)
-    services.feed.wake()
     if not await catch_up(services, written.revision):
         # It is committed; only this replica's reads do not know of it yet.
         headers["slm-stale"] = "true"
