@@ -114,3 +114,14 @@ async def test_commands_over_tls(tmp_path: Path) -> None:
         assert unknown.code == 1
         assert "certificate is not accepted" in unknown.error
         assert "--ca-file" in unknown.error
+
+
+async def test_commands_find_a_server_that_listens_everywhere(tmp_path: Path) -> None:
+    """With --host 0.0.0.0 the commands beside it speak to it over loopback, with its own token."""
+    async with ServerProcess(tmp_path / "data", host="0.0.0.0") as server:
+        port = server.url.rpartition(":")[2]
+        assert server.url == f"http://0.0.0.0:{port}"
+        assert (tmp_path / "data" / "server.url").read_text() == f"http://127.0.0.1:{port}\n"
+        assert (await slm("agents", "list", data=tmp_path / "data")).code == 0
+        assert await server.terminate() == 0
+        assert not (tmp_path / "data" / "server.url").exists()

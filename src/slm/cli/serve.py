@@ -148,7 +148,7 @@ def _log_to_stderr(level: str) -> None:
 def _leave_url(data_dir: Path, url: str) -> None:
     file = data_dir / URL_FILE
     try:
-        file.write_text(f"{url}\n")
+        file.write_text(f"{_from_here(url)}\n")
     except OSError as error:
         output.warning(f"{file} could not be written ({error.strerror}); commands need --url {url}")
 
@@ -157,5 +157,10 @@ def _take_url_back(data_dir: Path, url: str) -> None:
     """Remove the file, unless another server of the same directory has written it since."""
     file = data_dir / URL_FILE
     with contextlib.suppress(OSError):
-        if file.read_text().strip() == url:
+        if file.read_text().strip() == _from_here(url):
             file.unlink()
+
+
+def _from_here(url: str) -> str:
+    """Return the address as this machine reaches it: "all addresses" is one to listen on."""
+    return url.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
