@@ -48,7 +48,7 @@ class Caller:
         async with self.session.request(
             method, self.url + path, json=json_, headers=headers, **more
         ) as answer:
-            text = await answer.text()
+            text = (await answer.read()).decode(errors="replace")
             self.seen.append(f"{dict(answer.headers)} {text}")
             body = json.loads(text) if "json" in answer.headers.get("Content-Type", "") else text
             return Answer(answer.status, body, answer.headers)
