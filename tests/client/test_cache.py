@@ -120,7 +120,7 @@ def test_a_senseless_ttl_is_refused() -> None:
 @pytest.mark.parametrize(("revision", "applies"), [(4, False), (5, False), (6, True)])
 def test_only_what_is_newer_applies(revision: int, applies: bool) -> None:
     """A lower or equal revision changes nothing, a higher one does."""
-    cache = synced(row("a", 5))
+    cache = synced(row("a", 5), revision=5)
     assert cache.apply_change(changed("a", revision, llm_model="new")) is applies
     assert cache.ready["a"].llm_model == ("new" if applies else "m")
 

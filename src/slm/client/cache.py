@@ -212,7 +212,7 @@ class AgentConfigCache:
     def apply_change(self, message: AgentChanged | AgentDeleted) -> bool:
         """Apply a change if it is newer than what is known; return whether a config was swapped."""
         agent_id, revision = message.agent_id, message.revision
-        if revision <= max(self.known_revision(agent_id), self._base):
+        if revision <= self.known_revision(agent_id):
             return False
         if isinstance(message, AgentChanged):
             return self._put(agent_id, revision, message.config)

@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable
 
 from slm.client.timings import Timings
-from slm.errors import Forbidden, ProblemError, TLSError, Unauthorized
+from slm.errors import ProblemError, TLSError
 
 
 class ClientStatus(enum.StrEnum):
@@ -47,7 +47,7 @@ def is_retryable(error: BaseException) -> bool:
     A refused token or scope does not mend itself within seconds: these are tried every few minutes
     (docs/protocol.md section 5). Nothing is ever given up.
     """
-    return not isinstance(error, Unauthorized | Forbidden)
+    return not (isinstance(error, ProblemError) and error.status in (401, 403))
 
 
 def status_after(error: BaseException) -> ClientStatus:
