@@ -6,6 +6,7 @@ The answer goes to stdout as it comes; which configuration made it, and why that
 from __future__ import annotations
 
 import asyncio
+import logging
 import sys
 import time
 from typing import Annotated, Any
@@ -76,6 +77,8 @@ async def _ask(
     *,
     as_json: bool,
 ) -> None:
+    # What the SDK would log for an operator is told to the user below.
+    logging.getLogger("slm").addHandler(logging.NullHandler())
     client = SLMClient(
         target.url,
         token=target.token.get_secret_value(),
@@ -86,9 +89,10 @@ async def _ask(
     async with client, LLMInterface(client) as llm:
         config = await client.resolve(agent_id)
         if config.revision is None:
+            reason = client.last_error or client.status.value
             output.warning(
-                f"the SLM at {target.url} gave no config ({client.status.value}); going on without "
-                "it, as a backend does"
+                f"the SLM at {target.url} gave no config: {reason}; going on without it, as a "
+                "backend does"
             )
         output.note(_why(config))
         started = time.monotonic()

@@ -57,12 +57,12 @@ def one_line(text: str) -> str:
 
 def error(text: str) -> None:
     """Say in one line on stderr what went wrong."""
-    err().print(f"[bold red]error:[/] {escape(one_line(text))}", soft_wrap=True)
+    err().print(f"[bold red]error:[/] {escape(one_line(text))}")
 
 
 def warning(text: str) -> None:
     """Say in one line on stderr what should be known though nothing failed."""
-    err().print(f"[bold yellow]warning:[/] {escape(one_line(text))}", soft_wrap=True)
+    err().print(f"[bold yellow]warning:[/] {escape(one_line(text))}")
 
 
 def say(text: str) -> None:
@@ -72,7 +72,7 @@ def say(text: str) -> None:
 
 def note(text: str) -> None:
     """Say something by the way, on stderr."""
-    err().print(f"[dim]{escape(text)}[/]", soft_wrap=True)
+    err().print(f"[dim]{escape(text)}[/]")
 
 
 def print_json(value: Any, *, lines: bool = False) -> None:
