@@ -1,6 +1,6 @@
 """A reverse proxy in front of an SLM that can refuse one kind of request, for tests.
 
-What `tests/proxy.py` does to bytes, this does to requests: "the key fetch fails while the stream
+What `tests/faults/network.py` does to bytes, this does to requests: "the key fetch fails while the stream
 goes on" cannot be said in terms of connections.
 """
 
