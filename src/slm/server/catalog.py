@@ -10,6 +10,7 @@ import asyncio
 import gzip
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property
 from typing import Final
 
@@ -29,12 +30,14 @@ class CommittedChange:
         type: `agent_config_changed`, `agent_created` or `agent_deleted`.
         agent: the agent after the change; for a delete, as it was.
         was_default: whether it was the default before the change.
+        created_at: when it was made, by the clock of the server that made it; None: not read.
     """
 
     revision: int
     type: str
     agent: Agent
     was_default: bool = False
+    created_at: datetime | None = None
 
     @property
     def deletes(self) -> bool:

@@ -9,12 +9,14 @@ import logging
 import traceback
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Final
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocket
 
 from slm.errors import InternalError, NotFound
+from slm.server.metrics import UNKNOWN_ROUTE
 from slm.server.problems import problem_response
 from slm.server.services import Services
 
@@ -28,6 +30,9 @@ _ALWAYS: Final = (
     (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'"),
     (b"referrer-policy", b"no-referrer"),
 )
+
+
+_METHODS: Final = frozenset({"GET", "POST", "PUT", "DELETE"})
 
 
 @dataclass
@@ -79,12 +84,12 @@ class Edge:
         scope = {**scope, STAMP: Stamp(catalog.revision, catalog.epoch)}
         if scope["method"] == "HEAD":
             scope["method"] = "GET"
-        started = False
+        started, status, begun = False, 500, perf_counter()
 
         async def stamped_send(message: Message) -> None:
-            nonlocal started
+            nonlocal started, status
             if message["type"] == "http.response.start":
-                started = True
+                started, status = True, message["status"]
                 self._stamp(message, scope)
             await send(message)
 
@@ -98,6 +103,10 @@ class Edge:
             if started:
                 raise RuntimeError("the answer was cut off") from None
             await problem_response(InternalError())(scope, receive, stamped_send)
+        finally:
+            method = scope["method"] if scope["method"] in _METHODS else "other"
+            route = getattr(scope.get("route"), "path", UNKNOWN_ROUTE)
+            self.services.metrics.answered(method, route, status, perf_counter() - begun)
 
     def _handshake_send(self, scope: Scope, receive: Receive, send: Send) -> Send:
         """Stamp a refused handshake too, and tell an unknown path as such: 404 and not 403."""

@@ -12,6 +12,7 @@ import logging
 import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from typing import Any, Final
 
 from pydantic import ValidationError
@@ -29,8 +30,10 @@ from slm.server.database import (
     STATE,
     Database,
     agent_of,
+    utc_now,
 )
 from slm.server.hub import Hub
+from slm.server.metrics import Metrics
 from slm.server.pulse import Pulse
 from slm.server.settings import Settings
 
@@ -44,7 +47,13 @@ SETTLE_SECONDS: Final = 5.0
 
 # Built once: building a statement costs more than running it.
 _HORIZON: Final = select(STATE.c.revision, STATE.c.floor, STATE.c.epoch, STATE.c.tokens_version)
-_CHANGE: Final = (CHANGES.c.revision, CHANGES.c.type, CHANGES.c.agent, CHANGES.c.was_default)
+_CHANGE: Final = (
+    CHANGES.c.revision,
+    CHANGES.c.type,
+    CHANGES.c.agent,
+    CHANGES.c.was_default,
+    CHANGES.c.created_at,
+)
 _SELECT_CHANGES: Final = (
     select(*_CHANGE)
     .where(CHANGES.c.revision > bindparam("since"), CHANGES.c.revision <= bindparam("upto"))
@@ -94,12 +103,16 @@ class Page:
 
 @dataclass(frozen=True)
 class _News:
-    """What one look found: changes, or everything anew; the tokens where they have changed."""
+    """What one look found: changes, or everything anew; the tokens where they have changed.
+
+    Where this server itself has just committed the last change, `committed_at` is when.
+    """
 
     horizon: Horizon
     changes: Sequence[CommittedChange] = ()
     agents: Sequence[Agent] | None = None
     tokens: TokenTable | None = None
+    committed_at: float | None = None
 
 
 class ChangeFeed:
@@ -111,6 +124,7 @@ class ChangeFeed:
         hub: given every change after the catalog has it.
         tokens: replaced when the database's tokens have changed.
         settings: poll_interval_seconds and behind_after_seconds count here.
+        metrics: told how old each change was.
     """
 
     def __init__(
@@ -120,7 +134,9 @@ class ChangeFeed:
         hub: Hub,
         tokens: TokenTable,
         settings: Settings,
+        metrics: Metrics | None = None,
     ) -> None:
+        self._metrics = metrics or Metrics()
         self._database = database
         self._catalog = catalog
         self._hub = hub
@@ -134,6 +150,7 @@ class ChangeFeed:
         self._failed_looks = 0
         self._wake = asyncio.Event()
         self._moved = Pulse()
+        self._committed_at: dict[int, float] = {}
         self._task: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         hub.is_behind = lambda: not self.current
@@ -206,11 +223,13 @@ class ChangeFeed:
         Gives up when the database cannot be read, or does not answer for `SETTLE_SECONDS`.
         """
         if self.position < revision:
+            self._committed_at[revision] = asyncio.get_running_loop().time()
             self.wake()
             failed = self._failed_looks
             await self._moved.until(
                 lambda: self.position >= revision or self._failed_looks > failed, SETTLE_SECONDS
             )
+            self._committed_at.pop(revision, None)
         return self.position >= revision
 
     async def knows_tokens(self, version: int, timeout: float) -> bool:
@@ -287,9 +306,10 @@ class ChangeFeed:
         loop = self._loop
         if loop is None or self._task is None or failpoints.any_armed():
             return
+        committed_at = loop.time()
         news = _read_news(connection, self.position, self.epoch, self._tokens_version)
         if news.changes or news.tokens is not None:
-            loop.call_soon_threadsafe(self._take, news)
+            loop.call_soon_threadsafe(self._take, replace(news, committed_at=committed_at))
 
     def _take(self, news: _News) -> None:
         """Pass on what a look after a commit found; anything unusual is left to the next look."""
@@ -322,9 +342,22 @@ class ChangeFeed:
             # again. Nothing is sent before this step of the loop is over.
             self._hub.publish(news.changes)
             self._catalog.apply(news.changes, head)
+            self._measure(news)
         else:
             return
         self._moved.fire()
+
+    def _measure(self, news: _News) -> None:
+        """Tell how old the changes were, and when those that were written here were committed."""
+        now = utc_now()
+        for change in news.changes:
+            if change.created_at is not None:
+                self._metrics.passed_on((now - change.created_at).total_seconds())
+            committed_at = self._committed_at.pop(change.revision, None)
+            if committed_at is not None:
+                self._hub.committed_at[change.revision] = committed_at
+        if news.committed_at is not None:
+            self._hub.committed_at[news.changes[-1].revision] = news.committed_at
 
     async def _make_epoch_anew(self, epoch: str, position: int) -> None:
         """Give the database a new epoch: its revision fell, so positions mean nothing any more."""
@@ -386,11 +419,11 @@ def _without_hole(rows: Iterable[Sequence[Any]], since: int) -> list[CommittedCh
     """Return the changes that follow `since` one by one; the first hole ends them.
 
     Args:
-        rows: each a revision, type, agent and was_default.
+        rows: each a revision, type, agent, was_default and when it was made.
         since: the revision before the first.
     """
     changes = []
-    for expected, (revision, kind, text, was_default) in enumerate(rows, since + 1):
+    for expected, (revision, kind, text, was_default, at) in enumerate(rows, since + 1):
         if revision != expected:
             break
         try:
@@ -398,5 +431,10 @@ def _without_hole(rows: Iterable[Sequence[Any]], since: int) -> list[CommittedCh
         except ValidationError:
             logger.error("change %d cannot be read", revision)
             break
-        changes.append(CommittedChange(revision, kind, agent, was_default))
+        changes.append(CommittedChange(revision, kind, agent, was_default, _as_utc(at)))
     return changes
+
+
+def _as_utc(time: datetime) -> datetime:
+    # SQLite keeps no zone; what we write is UTC.
+    return time if time.tzinfo is not None else time.replace(tzinfo=UTC)

@@ -125,6 +125,7 @@ class HubCounts:
     frames: int = 0
     evicted: int = 0
     resyncs: int = 0
+    replays: int = 0
 
 
 def encode_change(change: CommittedChange, view: View = EVERYTHING) -> str:
@@ -177,6 +178,8 @@ class Hub:
         epoch: the epoch that `head` belongs to.
         is_behind: asked for each heartbeat; set by the feed.
         counts: for `/metrics`.
+        committed_at: when the changes that wait here were committed, where this server did it.
+        on_pushed: told how long after its commit a change was written to every live stream.
     """
 
     def __init__(self, settings: Settings, observer: Observer) -> None:
@@ -185,6 +188,8 @@ class Hub:
         self.epoch = ""
         self.is_behind: Callable[[], bool] = lambda: False
         self.counts = HubCounts()
+        self.committed_at: dict[int, float] = {}
+        self.on_pushed: Callable[[float], None] = lambda seconds: None
         self.heartbeat_seconds = settings.heartbeat_seconds
         self._buffer_bytes = settings.buffer_bytes
         self._buffer_total_bytes = settings.buffer_total_bytes
@@ -270,7 +275,11 @@ class Hub:
 
     def buffered_bytes(self) -> int:
         """Return how many bytes wait for slow readers."""
-        return sum(subscriber.sink.waiting_bytes() for subscriber in list(self._waiting))
+        return sum(self.buffers())
+
+    def buffers(self) -> list[int]:
+        """Return how many bytes wait for each reader that was slow when it was last written to."""
+        return [subscriber.sink.waiting_bytes() for subscriber in list(self._waiting)]
 
     # --- the way into the live stream ---
 
@@ -343,6 +352,7 @@ class Hub:
 
     def restart(self, epoch: str, revision: int, reason: ResyncReason) -> None:
         """Send everyone to a snapshot: another epoch counts, or changes are missing."""
+        self.committed_at.clear()
         self._queue.append(_Restart(epoch, revision, reason))
         self._queued.set()
 
@@ -412,6 +422,14 @@ class Hub:
                 self._keep_to_total()
                 await asyncio.sleep(0)
         self._keep_to_total()
+        self._tell_pushed(changes)
+
+    def _tell_pushed(self, changes: Sequence[CommittedChange]) -> None:
+        now = asyncio.get_running_loop().time()
+        for change in changes:
+            committed_at = self.committed_at.pop(change.revision, None)
+            if committed_at is not None:
+                self.on_pushed(now - committed_at)
 
     async def _broadcast_restart(self, restart: _Restart) -> None:
         self._observer.moved(restart.revision, restarted=restart.epoch != self.epoch)

@@ -68,6 +68,9 @@ async def _not_resumable(since: int, epoch: str, feed: ChangeFeed) -> ResyncReas
 
 
 async def _replay(subscriber: Subscriber, hub: Hub, feed: ChangeFeed, page_size: int) -> None:
+    if hub.join(subscriber):
+        return
+    hub.counts.replays += 1
     while not hub.join(subscriber):
         since = subscriber.position
         if subscriber.epoch != hub.epoch or since > hub.head:

@@ -15,6 +15,7 @@ from slm.server.fleet import Fleet
 from slm.server.hub import Hub
 from slm.server.keyring import Keyring, read_keys
 from slm.server.limits import Gauge, Rate, TokenBuckets
+from slm.server.metrics import Metrics
 from slm.server.prepare import Prepared
 from slm.server.receipts import Receipts
 from slm.server.registry import AgentRegistry
@@ -45,6 +46,7 @@ class Services:
     fleet: Fleet
     receipts: Receipts
     feed: ChangeFeed
+    metrics: Metrics
     tokens: TokenTable
     keyring: Keyring
     rotation: KeyRotation
@@ -70,7 +72,8 @@ def make_services(settings: Settings, prepared: Prepared) -> Services:
     caretaker = Caretaker(settings, database, keyring, registry.reads, tokens, token_store)
     lease = caretaker.lease
     fleet = Fleet(lease.id, lease.name, tokens.name_of, settings.behind_after_seconds)
-    hub = Hub(settings, fleet)
+    hub, metrics = Hub(settings, fleet), Metrics()
+    hub.on_pushed = metrics.pushed
     return Services(
         settings=settings,
         database=database,
@@ -79,7 +82,8 @@ def make_services(settings: Settings, prepared: Prepared) -> Services:
         hub=hub,
         fleet=fleet,
         receipts=Receipts(database, fleet),
-        feed=ChangeFeed(database, catalog, hub, tokens, settings),
+        feed=ChangeFeed(database, catalog, hub, tokens, settings, metrics),
+        metrics=metrics,
         tokens=tokens,
         keyring=keyring,
         rotation=KeyRotation(settings, database, keyring, caretaker.lease),

@@ -64,7 +64,7 @@ async def get_metrics(request: Request, services: Parts) -> Response:
     registry = CollectorRegistry()
     registry.register(_Metrics(services))
     return Response(
-        generate_latest(registry),
+        generate_latest(registry) + generate_latest(services.metrics.registry),
         headers={"cache-control": "no-store"},
         media_type=CONTENT_TYPE_LATEST,
     )
@@ -92,6 +92,11 @@ class _Metrics(Collector):
             ("slm_subscribers", "Live streams", hub.live_count()),
             ("slm_buffered_bytes", "Bytes that wait for slow readers", hub.buffered_bytes()),
             (
+                "slm_largest_buffer_bytes",
+                "Bytes that wait for the slowest reader",
+                max(hub.buffers(), default=0),
+            ),
+            (
                 "slm_keys_undecryptable",
                 "Agents whose stored key cannot be used",
                 len(self._services.registry.reads.undecryptable),
@@ -102,6 +107,7 @@ class _Metrics(Collector):
             ("slm_frames", "Frames written to connections", hub.counts.frames),
             ("slm_evictions", "Readers dropped for being too slow", hub.counts.evicted),
             ("slm_resyncs", "Streams sent to a snapshot", hub.counts.resyncs),
+            ("slm_replays", "Streams that were told what they had missed", hub.counts.replays),
             ("slm_writes", "Writes that changed an agent", counts.writes),
             ("slm_key_reads", "Keys handed out", counts.key_reads),
             ("slm_auth_failures", "Requests refused with 401 or 403", counts.auth_failures),
