@@ -1,4 +1,4 @@
-"""Real SLM servers for tests: in this loop or as a child process, on port 0, at a tenth of the time.
+"""Real SLM servers for tests: in this loop or as a child, on port 0, at a tenth of the time.
 
 Every timing is a setting; nothing here waits for a while, `eventually` waits for a condition.
 """
@@ -141,7 +141,7 @@ async def running_server(data_dir: Path, **settings: Any) -> AsyncIterator[InLoo
 
 
 class ServerProcess:
-    """`python -m slm serve` as a child process, so that it can be killed, stopped and started again.
+    """`python -m slm serve` as a child process, to be killed, stopped and started again.
 
     Attributes:
         data_dir: where its database, keys and tokens are.

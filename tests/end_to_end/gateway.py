@@ -1,7 +1,7 @@
 """A reverse proxy in front of an SLM that can refuse one kind of request, for tests.
 
-What `tests/faults/network.py` does to bytes, this does to requests: "the key fetch fails while the stream
-goes on" cannot be said in terms of connections.
+What `tests/faults/network.py` does to bytes, this does to requests: "the key fetch fails while the
+stream goes on" cannot be said in terms of connections.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import aiohttp
 from aiohttp import web
 
 _HOP_BY_HOP = {"host", "connection", "transfer-encoding", "content-length", "content-encoding"}
+_CODES = {404: "agent-not-found", 409: "key-undecryptable"}
 
 
 @dataclass
@@ -22,7 +23,7 @@ class Gateway:
     """Where it listens, what passed, and the rule that refuses.
 
     Attributes:
-        refuse: given a path, the status to answer it with, or None to let it through.
+        refuse: given a path, `/ws` too, the status to answer it with, or None to let it through.
         passed: the path of every HTTP request that came, refused ones too.
         frames: every text frame the SLM sent.
     """
@@ -37,12 +38,14 @@ class Gateway:
     async def handle(self, request: web.Request) -> web.StreamResponse:
         assert self._session is not None
         headers = {k: v for k, v in request.headers.items() if k.lower() not in _HOP_BY_HOP}
+        status = self.refuse(request.path)
+        if request.path != "/ws":
+            self.passed.append(request.path)
+        if status is not None:
+            problem = {"status": status, "code": _CODES.get(status, "unavailable")}
+            return web.json_response(problem, status=status)
         if request.path == "/ws":
             return await self._stream(request, headers["Authorization"])
-        self.passed.append(request.path)
-        status = self.refuse(request.path)
-        if status is not None:
-            return web.json_response({"status": status, "code": "unavailable"}, status=status)
         async with self._session.request(
             request.method,
             self.upstream + request.path_qs,
