@@ -38,7 +38,9 @@ class _Zygote:
             assert self._process.stdout is not None
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
-            return json.loads(self._process.stdout.readline())
+            answer = self._process.stdout.readline()
+            assert answer, "the process that servers are forked from has ended; see stderr"
+            return json.loads(answer)
 
     @staticmethod
     def _end(process: subprocess.Popen[str]) -> None:

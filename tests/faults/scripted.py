@@ -88,6 +88,7 @@ class ScriptedSLM:
 
     Attributes:
         revision: of the snapshot.
+        epoch: of every answer over HTTP.
         agents: by agent_id, revision and config of each agent of the snapshot.
         scripts: what the next streams are told; the last one serves all that follow.
         refuse: given the number of the handshake, an answer instead of the upgrade, or None.
@@ -98,6 +99,7 @@ class ScriptedSLM:
 
     url: str = ""
     revision: int = 1
+    epoch: str = EPOCH
     agents: dict[str, tuple[int, dict[str, Any]]] = field(default_factory=dict)
     scripts: list[Script] = field(default_factory=list)
     refuse: Callable[[int], web.Response | None] = lambda _: None
@@ -110,11 +112,11 @@ class ScriptedSLM:
         return fields | {"agent_id": agent_id, "revision": revision, "llm_api_key": None}
 
     def _headers(self) -> dict[str, str]:
-        return {"SLM-Revision": str(self.revision), "SLM-Epoch": EPOCH}
+        return {"SLM-Revision": str(self.revision), "SLM-Epoch": self.epoch}
 
     async def snapshot(self, _: web.Request) -> web.Response:
         self.snapshots += 1
-        said = {"revision": self.revision, "epoch": EPOCH}
+        said = {"revision": self.revision, "epoch": self.epoch}
         agents = [self._with_key(agent_id) for agent_id in self.agents]
         return web.json_response(said | {"agents": agents}, headers=self._headers())
 
