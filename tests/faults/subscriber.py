@@ -141,7 +141,7 @@ class Subscriber:
 
     async def _connect(self, connection: Connection) -> None:
         url = self._url()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(2.5 * self._heartbeat_seconds):
             ws = await self._http.ws_connect(f"{url}/ws", headers=self._headers, compress=0)
         try:
             self.connections.append(connection)
