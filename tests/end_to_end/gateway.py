@@ -34,6 +34,12 @@ class Gateway:
     passed: list[str] = field(default_factory=list)
     frames: list[str] = field(default_factory=list)
     _session: aiohttp.ClientSession | None = None
+    _streams: set[web.WebSocketResponse] = field(default_factory=set)
+
+    async def cut(self) -> None:
+        """Close every stream."""
+        for stream in list(self._streams):
+            await stream.close(code=aiohttp.WSCloseCode.SERVICE_RESTART)
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         assert self._session is not None
@@ -59,6 +65,7 @@ class Gateway:
         assert self._session is not None
         down = web.WebSocketResponse(compress=False)
         await down.prepare(request)
+        self._streams.add(down)
         async with self._session.ws_connect(
             self.upstream + "/ws", headers={"Authorization": authorization}, compress=0
         ) as up:
@@ -77,6 +84,7 @@ class Gateway:
             for pump in pumps:
                 pump.cancel()
             await asyncio.gather(*pumps, return_exceptions=True)
+        self._streams.discard(down)
         await down.close()
         return down
 

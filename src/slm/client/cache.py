@@ -198,8 +198,7 @@ class AgentConfigCache:
             if self.apply_fetched(agent, "snapshot"):
                 swapped.append(agent.agent_id)
         for agent_id in self._agents.keys() - there:
-            if self.known_revision(agent_id) <= snapshot.revision:
-                self._drop(agent_id)
+            if self.known_revision(agent_id) <= snapshot.revision and self._drop(agent_id):
                 swapped.append(agent_id)
         self._tombstones = {i: r for i, r in self._tombstones.items() if r > snapshot.revision}
         self._base = snapshot.revision
@@ -412,7 +411,7 @@ class AgentConfigCache:
         self._supersede(known)
         if agent_id == self.default_id:
             self._find_default()
-        return True
+        return known.in_force is not None
 
     def _note_default(self, agent_id: str, new: KnownAgent) -> None:
         """Follow the flag; the promotion comes before the demotion, so the newest flag counts."""

@@ -251,6 +251,7 @@ class Synchroniser:
             await self._stream.restart()
         elif self._connected:
             self._all_is_well()
+        self.settled.set()
 
     # --- one agent over HTTP ---
 

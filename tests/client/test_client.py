@@ -1,0 +1,563 @@
+"""SLMClient against a real server: the chain, liveness, keys, files and what `status` says."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import threading
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography.fernet import Fernet
+
+from slm import AgentKeyUnavailable, ClientStatus, ConfigurationError, SLMClient, Step, Timings
+from slm.client.config import ResolvedConfig
+from tests.end_to_end.gateway import Gateway, gateway
+from tests.faults.backends import TENTH
+from tests.faults.scripted import Peer, changed, config, scripted_slm
+from tests.server.raw import Api
+from tests.servers import InLoopServer, eventually
+
+NOBODY = "http://127.0.0.1:9"  # the discard port: nothing listens there
+KEYED: dict[str, Any] = {"llm_provider": "openai", "llm_model": "gpt-4"}
+
+
+def make(url: str, server: InLoopServer, **options: Any) -> SLMClient:
+    options = {"timings": Timings(**TENTH)} | options
+    return SLMClient(url, token=server.backend_token, **options)
+
+
+@pytest.fixture
+async def client(server: InLoopServer) -> AsyncIterator[SLMClient]:
+    """A client that is live."""
+    async with make(server.url, server) as opened:
+        yield opened
+
+
+@pytest.fixture
+async def gate(server: InLoopServer) -> AsyncIterator[Gateway]:
+    """A reverse proxy before the server, that refuses what a test likes."""
+    async with gateway(server.url) as opened:
+        yield opened
+
+
+async def without_stream(gate: Gateway, client: SLMClient) -> None:
+    """End the stream, and let no new one through; HTTP goes on."""
+    gate.refuse = lambda path: 503 if path == "/ws" else None
+    await gate.cut()
+    await eventually(lambda: client.status is ClientStatus.DISCONNECTED)
+
+
+def status_of(client: SLMClient) -> ClientStatus:
+    """Return the status; by a call, since a type checker takes a property for unchanging."""
+    return client.status
+
+
+def key_of(config: ResolvedConfig) -> str | None:
+    return config.llm_api_key.get_secret_value() if config.llm_api_key is not None else None
+
+
+# --- the chain ---
+
+
+async def test_a_change_is_the_next_answer(client: SLMClient, admin: Api) -> None:
+    """What an operator changes is what the next question is answered, with its revision."""
+    await admin.create("billing", llm_model="old")
+    answer = await admin.put("billing", llm_model="new", llm_options={"seed": 1})
+    await eventually(lambda: client.revision >= answer.revision)
+    config = await client.resolve("billing")
+    assert (config.step, config.revision, config.llm_model) == (
+        Step.AGENT,
+        answer.revision,
+        "new",
+    )
+    assert (config.age, config.stale, config.source_agent_id) == (0, False, "billing")
+    assert (await client.get_agent_config("billing")) == {
+        "llm_provider": "ollama",
+        "llm_endpoint": None,
+        "llm_model": "new",
+        "llm_api_key": None,
+        "llm_timeout": 30,
+        "llm_temperature": 0.7,
+        "llm_max_tokens": None,
+        "llm_options": {"seed": 1},
+    }
+
+
+async def test_while_live_an_answer_is_one_lookup(client: SLMClient, server: InLoopServer) -> None:
+    """No lock, no clock and no waiting: the frozen value itself, and a copy of a ready dict."""
+
+    def no_clock() -> float:
+        raise AssertionError("the clock was asked")
+
+    client._cache.clock = no_clock
+    first = await client.resolve("default")
+    with pytest.raises(StopIteration) as answer:
+        client.resolve("default").send(None)
+    assert answer.value.value is first
+    with pytest.raises(StopIteration) as answer:
+        client.get_agent_config("default").send(None)
+    assert answer.value.value == first.as_dict()
+    client._cache.clock = lambda: 0.0
+
+
+async def test_the_default_answers_for_the_unknown_and_the_inactive(
+    client: SLMClient, admin: Api
+) -> None:
+    """Step 2 is whichever agent is the default now, told with the name of its row."""
+    await admin.create("off", llm_model="never", is_active=False)
+    await admin.create("house", llm_model="house-model")
+    answer = await admin.put("house", is_default=True)
+    await eventually(lambda: client.revision >= answer.revision)
+    for agent_id in ("off", "unknown", "", "..", "a/b"):
+        config = await client.resolve(agent_id)
+        assert (config.step, config.llm_model, config.agent_id, config.source_agent_id) == (
+            Step.DEFAULT,
+            "house-model",
+            agent_id,
+            "house",
+        )
+    assert (await client.get_default_agent_config())["llm_model"] == "house-model"
+    answer = await admin.put("off", is_active=True)
+    await eventually(lambda: client.revision >= answer.revision)
+    assert (await client.resolve("off")).llm_model == "never"
+
+
+async def test_while_live_memory_is_the_truth(
+    gate: Gateway, server: InLoopServer, admin: Api
+) -> None:
+    """An unknown agent costs no request; start-up costs one snapshot."""
+    async with make(gate.url, server) as client:
+        for _ in range(20):
+            assert (await client.resolve("unknown")).step is Step.DEFAULT
+    assert gate.passed == ["/api/snapshot"]
+
+
+async def test_without_a_stream_a_miss_is_one_request_for_all(
+    gate: Gateway, server: InLoopServer, admin: Api
+) -> None:
+    """HTTP alone: one fetch shared by all who wait, and the unknown remembered for a while."""
+    await admin.create("billing", llm_model="m", llm_api_key="sk-1", llm_provider="openai")
+    gate.refuse = lambda path: 503 if path == "/ws" else None
+    timings = Timings(**(TENTH | {"unknown_seconds": 60.0}))
+    async with make(gate.url, server, start_timeout=0.1, timings=timings) as client:
+        found = await asyncio.gather(*(client.resolve("billing") for _ in range(50)))
+        assert {(c.step, key_of(c), c.stale) for c in found} == {(Step.AGENT, "sk-1", False)}
+        missed = await asyncio.gather(*(client.resolve("unknown") for _ in range(50)))
+        missed += [await client.resolve("unknown") for _ in range(5)]
+        assert {(c.step, c.source_agent_id) for c in missed} == {(Step.DEFAULT, "default")}
+    assert sorted(gate.passed) == [
+        "/api/agents/billing/llm",
+        "/api/agents/default",
+        "/api/agents/unknown/llm",
+    ]
+
+
+async def test_without_a_stream_old_values_are_refreshed_behind_the_answer(
+    gate: Gateway, server: InLoopServer, admin: Api
+) -> None:
+    """Past the TTL an answer is the last known value, stale, and asks for the new one meanwhile."""
+    created = await admin.create("billing", llm_model="old")
+    async with make(gate.url, server, ttl_seconds=0.2) as client:
+        await eventually(lambda: client.revision >= created.revision)
+        await without_stream(gate, client)
+        changed = await admin.put("billing", llm_model="new")
+        seen = []
+
+        async def refreshed() -> bool:
+            config = await client.resolve("billing")
+            seen.append((config.llm_model, config.stale))
+            return config.revision == changed.revision
+
+        await eventually(refreshed)
+        assert ("old", True) in seen
+        assert seen[-1] == ("new", False)
+
+        await admin.delete("billing")
+
+        async def gone() -> bool:
+            return (await client.resolve("billing")).step is Step.DEFAULT
+
+        await eventually(gone)
+
+
+async def test_an_answer_of_another_epoch_brings_the_whole_of_it(tmp_path: Path) -> None:
+    """Without a stream too, a restored database is noticed and taken over as a whole."""
+    agents = {"default": (9, config("d", is_default=True)), "gone": (8, config("g"))}
+    async with scripted_slm(revision=9, agents=agents, scripts=[once_live(9)]) as slm:
+        timings = Timings(
+            **(TENTH | {"backoff_initial_seconds": 60.0, "backoff_max_seconds": 60.0})
+        )
+        async with SLMClient(slm.url, token="t", ttl_seconds=0.1, timings=timings) as client:
+            await eventually(lambda: client.status is ClientStatus.DISCONNECTED)
+            assert (await client.resolve("gone")).llm_model == "g"
+            slm.epoch, slm.revision = "restored", 3
+            slm.agents = {"default": (2, config("older", is_default=True))}
+
+            async def taken_over() -> bool:
+                return (await client.resolve("gone")).llm_model == "older"
+
+            await eventually(taken_over)
+            assert client.revision == 3
+
+
+def once_live(revision: int) -> Any:
+    async def script(peer: Peer) -> None:
+        await peer.subscribed(revision)
+        await peer.say({"type": "heartbeat", "revision": revision, "behind": False})
+
+    return script
+
+
+# --- keys ---
+
+
+async def test_a_key_that_cannot_be_decrypted_raises(
+    gate: Gateway, server: InLoopServer, admin: Api
+) -> None:
+    """On 409 neither the older key nor the default agent takes over; a new key mends it."""
+    created = await admin.create("billing", **KEYED, llm_api_key="sk-1")
+    async with make(gate.url, server, key_wait=0.1) as client:
+        await eventually(lambda: client.revision >= created.revision)
+        told: list[ResolvedConfig | None] = []
+        client.on_change(lambda _, config: told.append(config))
+        gate.refuse = lambda path: 409 if path.endswith("/llm") else None
+        await admin.put("billing", llm_api_key="sk-2")
+        await eventually(lambda: told == [None])
+        with pytest.raises(AgentKeyUnavailable, match="billing"):
+            await client.resolve("billing")
+        with pytest.raises(AgentKeyUnavailable):
+            await client.get_agent_config("billing")
+        gate.refuse = lambda _: None
+        await admin.put("billing", llm_api_key="sk-3")
+        await eventually(lambda: len(told) == 2)
+        assert key_of(await client.resolve("billing")) == "sk-3"
+
+
+async def test_a_key_that_never_came_raises_rather_than_going_on(
+    gate: Gateway, server: InLoopServer, admin: Api
+) -> None:
+    """A new agent whose key cannot be fetched is not served by the default agent's provider."""
+    async with make(gate.url, server, key_wait=0.1) as client:
+        gate.refuse = lambda path: 503 if path.endswith("/llm") else None
+        created = await admin.create("billing", **KEYED, llm_api_key="sk-1")
+        await eventually(lambda: client.revision >= created.revision)
+        with pytest.raises(AgentKeyUnavailable) as caught:
+            await client.resolve("billing")
+        assert caught.value.agent_id == "billing"
+        gate.refuse = lambda _: None
+
+        async def here() -> bool:
+            try:
+                return key_of(await client.resolve("billing")) == "sk-1"
+            except AgentKeyUnavailable:
+                return False
+
+        await eventually(here)
+        assert client.last_error is None
+
+
+async def test_a_cleared_key_is_dropped_without_a_request(
+    gate: Gateway, server: InLoopServer, admin: Api
+) -> None:
+    """Null in a frame drops the key; another model with the same key fetches nothing either."""
+    created = await admin.create("billing", **KEYED, llm_api_key="sk-1")
+    async with make(gate.url, server) as client:
+        await eventually(lambda: client.revision >= created.revision)
+        answer = await admin.put("billing", llm_model="gpt-5")
+        await eventually(lambda: client.revision >= answer.revision)
+        config = await client.resolve("billing")
+        assert (config.llm_model, key_of(config)) == ("gpt-5", "sk-1")
+        answer = await admin.put("billing", llm_api_key=None)
+        await eventually(lambda: client.revision >= answer.revision)
+        assert key_of(await client.resolve("billing")) is None
+    assert gate.passed == ["/api/snapshot"]
+
+
+async def test_an_agent_that_goes_while_its_key_is_fetched_is_gone(
+    gate: Gateway, server: InLoopServer, admin: Api
+) -> None:
+    """A 404 in answer to a key fetch: the chain goes on to the default, and nothing is tried on."""
+    async with make(gate.url, server, key_wait=0.1) as client:
+        gate.refuse = lambda path: 404 if path.endswith("/llm") else None
+        created = await admin.create("billing", **KEYED, llm_api_key="sk-1")
+        await eventually(lambda: client.revision >= created.revision)
+
+        async def goes_on() -> bool:
+            try:
+                return (await client.resolve("billing")).step is Step.DEFAULT
+            except AgentKeyUnavailable:
+                return False
+
+        await eventually(goes_on)
+        assert gate.passed.count("/api/agents/billing/llm") == 1
+
+
+# --- on_change ---
+
+
+async def test_on_change_follows_the_swap(client: SLMClient, admin: Api) -> None:
+    """A callback is told what is in force; one that raises harms neither others nor the stream."""
+    told: list[tuple[str, str | None]] = []
+    later: list[str] = []
+
+    def broken(agent_id: str, config: ResolvedConfig | None) -> None:
+        raise RuntimeError("a user's mistake")
+
+    async def coroutine(agent_id: str, config: ResolvedConfig | None) -> None:
+        later.append(agent_id)
+        raise RuntimeError("another one")
+
+    def plain(agent_id: str, config: ResolvedConfig | None) -> None:
+        current = client.peek(agent_id)
+        assert current is config
+        told.append((agent_id, config.llm_model if config is not None else None))
+
+    client.on_change(broken)
+    client.on_change(coroutine)
+    unsubscribe = client.on_change(plain)
+    await admin.create("a", llm_model="one")
+    await admin.put("a", llm_model="two")
+    await admin.put("a", is_active=False)
+    await admin.delete("a")
+    await eventually(lambda: len(told) == 3)
+    assert told == [("a", "one"), ("a", "two"), ("a", None)]
+    await eventually(lambda: len(later) == 3)
+    unsubscribe()
+    unsubscribe()
+    answer = await admin.create("b")
+    await eventually(lambda: client.revision >= answer.revision)
+    assert len(told) == 3
+    assert client.status is ClientStatus.LIVE
+
+
+# --- status and start ---
+
+
+async def test_the_status_of_a_life(server: InLoopServer) -> None:
+    """Starting, live, disconnected, live again, closed; and after closing, still an answer."""
+    client = make(server.url, server, ttl_seconds=0.01)
+    assert status_of(client) is ClientStatus.STARTING
+    await client.connect()
+    assert (status_of(client), client.last_error) == (ClientStatus.LIVE, None)
+    await client.connect()
+    await server.stop()
+    await eventually(lambda: status_of(client) is ClientStatus.DISCONNECTED)
+    assert client.last_error
+    await server.start()
+    await eventually(lambda: status_of(client) is ClientStatus.LIVE)
+    assert client.last_error is None
+    await client.close()
+    await client.close()
+    assert status_of(client) is ClientStatus.CLOSED
+    config = await client.resolve("default")
+    assert config.step is Step.AGENT
+    await eventually(lambda: config.stale)
+
+
+async def test_a_wrong_token_is_told_at_once(
+    server: InLoopServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """connect() does not wait where waiting cannot help; the token is in no message."""
+    async with asyncio.timeout(20):
+        async with SLMClient(server.url, token="slm_canary", start_timeout=3600) as client:
+            assert status_of(client) is ClientStatus.UNAUTHORIZED
+            assert client.last_error
+            assert (await client.resolve("any")).step is Step.HARDCODED
+            assert "canary" not in client.last_error
+    assert "canary" not in caplog.text
+
+
+async def test_a_token_without_its_scope_is_told_too(gate: Gateway, server: InLoopServer) -> None:
+    """A stream without the right to the snapshot is not called live."""
+    gate.refuse = lambda path: 403 if path == "/api/snapshot" else None
+    async with asyncio.timeout(20):
+        async with make(gate.url, server, start_timeout=3600) as client:
+            assert status_of(client) is ClientStatus.UNAUTHORIZED
+            gate.refuse = lambda _: None
+            await eventually(lambda: status_of(client) is ClientStatus.LIVE)
+
+
+async def test_behind_is_not_live(server: InLoopServer) -> None:
+    """A server that lost its database says so, and its clients no longer call themselves live."""
+    go_on = asyncio.Event()
+
+    async def script(peer: Peer) -> None:
+        await peer.subscribed(5)
+        await peer.say({"type": "heartbeat", "revision": 5, "behind": True})
+        await go_on.wait()
+        await peer.live(5)
+
+    agents = {"default": (1, config("d", is_default=True))}
+    async with (
+        scripted_slm(revision=5, agents=agents, scripts=[script]) as slm,
+        SLMClient(slm.url, token="t", timings=Timings(**TENTH)) as client,
+    ):
+        await eventually(lambda: client.status is ClientStatus.BEHIND)
+        assert client.peek("default") is None
+        assert (await client.resolve("default")).llm_model == "d"
+        go_on.set()
+        await eventually(lambda: client.status is ClientStatus.LIVE)
+        assert client.peek("default") is not None
+
+
+async def test_a_hole_in_the_stream_is_mended_by_a_snapshot() -> None:
+    """A revision that was skipped against the contract does not stay unknown."""
+    agents = {"default": (1, config("d", is_default=True)), "a": (5, config("old"))}
+
+    async def script(peer: Peer) -> None:
+        await peer.subscribed(5)
+        await eventually(lambda: slm.snapshots == 1)
+        slm.agents = {"default": agents["default"], "a": (6, config("new"))}
+        slm.revision = 7
+        await peer.say(changed("b", 7, "m"))
+        await peer.live(7)
+
+    async with (
+        scripted_slm(revision=5, agents=agents, scripts=[script]) as slm,
+        SLMClient(slm.url, token="t", timings=Timings(**TENTH)) as client,
+    ):
+        await eventually(lambda: client.revision == 7)
+        assert (await client.resolve("a")).llm_model == "new"
+        assert slm.snapshots == 2
+
+
+async def test_connect_returns_before_a_silent_slm_answers() -> None:
+    """An address that takes connections and says nothing costs start_timeout, not for ever."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        timings = Timings(request_timeout_seconds=3600)
+        async with asyncio.timeout(20):
+            async with SLMClient(url, token="t", start_timeout=0.2, timings=timings) as client:
+                assert client.status is ClientStatus.STARTING
+
+
+async def test_a_question_connects_by_itself(server: InLoopServer, admin: Api) -> None:
+    """Who forgets connect() gets the SLM's answer, not the hardcoded one."""
+    client = make(server.url, server)
+    found = await asyncio.gather(*(client.resolve("default") for _ in range(10)))
+    assert {config.step for config in found} == {Step.AGENT}
+    await client.close()
+
+
+async def test_another_threads_loop_may_ask(server: InLoopServer, client: SLMClient) -> None:
+    """Questions from a loop in another thread are answered in the client's own."""
+    results: list[Any] = []
+
+    async def ask() -> None:
+        results.append(await client.resolve("default"))
+        results.append(await client.resolve("unknown"))
+        try:
+            await client.connect()
+        except ConfigurationError as error:
+            results.append(error)
+
+    thread = threading.Thread(target=asyncio.run, args=(ask(),))
+    thread.start()
+    await asyncio.to_thread(thread.join)
+    assert [config.step for config in results[:2]] == [Step.AGENT, Step.DEFAULT]
+    assert isinstance(results[2], ConfigurationError)
+
+
+def test_a_second_loop_may_connect_after_the_first_has_ended(tmp_path: Path) -> None:
+    """One asyncio.run after another, as scripts and tests do, works with one client."""
+    from tests.servers import ServerProcess
+
+    server = ServerProcess(tmp_path / "data")
+    asyncio.run(server.start())
+    client = SLMClient(server.url, token=server.backend_token, timings=Timings(**TENTH))
+    try:
+        for _ in range(2):
+            assert asyncio.run(client.resolve("default")).step is Step.AGENT
+    finally:
+        server.kill()
+
+
+# --- the snapshot file ---
+
+
+async def test_an_encrypted_file_is_enough_to_go_on_and_to_resume(
+    gate: Gateway, server: InLoopServer, admin: Api, tmp_path: Path
+) -> None:
+    """With a cache key, keys survive a restart without the SLM; then `since` and no full fetch."""
+    path, cache_key = tmp_path / "last.json", Fernet.generate_key().decode()
+    created = await admin.create("billing", **KEYED, llm_api_key="sk-canary")
+    async with make(gate.url, server, cache_file=path, cache_key=cache_key) as client:
+        await eventually(lambda: client.revision >= created.revision)
+        assert key_of(await client.resolve("billing")) == "sk-canary"
+    assert b"sk-canary" not in path.read_bytes()
+
+    offline = SLMClient(NOBODY, token="t", cache_file=path, cache_key=cache_key, start_timeout=0.1)
+    async with offline as client:
+        config = await client.resolve("billing")
+        assert (config.step, key_of(config), config.stale) == (Step.AGENT, "sk-canary", True)
+
+    gate.passed.clear()
+    answer = await admin.put("billing", llm_model="gpt-5")
+    async with make(gate.url, server, cache_file=path, cache_key=cache_key) as client:
+        await eventually(lambda: client.revision >= answer.revision)
+        config = await client.resolve("billing")
+        assert (config.llm_model, key_of(config), config.stale) == ("gpt-5", "sk-canary", False)
+    assert gate.passed == []
+
+
+async def test_without_a_cache_key_an_agent_with_a_key_counts_as_not_there(
+    gate: Gateway, server: InLoopServer, admin: Api, tmp_path: Path
+) -> None:
+    """With no SLM to ask, an error would help nobody: the default agent answers."""
+    path = tmp_path / "last.json"
+    created = await admin.create("billing", **KEYED, llm_api_key="sk-canary")
+    async with make(gate.url, server, cache_file=path) as client:
+        await eventually(lambda: client.revision >= created.revision)
+        await client.resolve("billing")
+    async with SLMClient(NOBODY, token="t", cache_file=path, start_timeout=0.1) as client:
+        config = await client.resolve("billing")
+        assert (config.step, config.source_agent_id, config.stale) == (
+            Step.DEFAULT,
+            "default",
+            True,
+        )
+    gate.passed.clear()
+    async with make(gate.url, server, cache_file=path) as client:
+        assert key_of(await client.resolve("billing")) == "sk-canary"
+    assert gate.passed == ["/api/snapshot"]
+
+
+# --- secrets ---
+
+
+async def test_no_secret_is_in_any_log_line(
+    gate: Gateway,
+    server: InLoopServer,
+    admin: Api,
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
+) -> None:
+    """Key and token through a whole life, failures included, with every logger at DEBUG."""
+    caplog.set_level(logging.DEBUG)
+    caplog.set_level(logging.DEBUG, "slm")
+    asyncio.get_running_loop().set_debug(True)
+    created = await admin.create("billing", **KEYED, llm_api_key="sk-canary")
+    path = tmp_path / "file"
+    async with make(gate.url, server, cache_file=path, key_wait=0.05) as client:
+        await eventually(lambda: client.revision >= created.revision)
+        client.on_change(lambda *_: 1 / 0)  # type: ignore[arg-type]
+        gate.refuse = lambda path: 503 if path.endswith("/llm") else None
+        answer = await admin.put("billing", llm_api_key="sk-canary-2")
+        await eventually(lambda: client.revision >= answer.revision)
+        await client.resolve("billing")
+        gate.refuse = lambda path: 401 if path == "/ws" else None
+        await gate.cut()
+        await eventually(lambda: client.status is ClientStatus.UNAUTHORIZED)
+        gate.refuse = lambda _: None
+        await eventually(lambda: client.status is ClientStatus.LIVE)
+        shown = repr(vars(client)) + str(client.last_error) + repr(client._cache._agents)
+    asyncio.get_running_loop().set_debug(False)
+    assert caplog.records
+    for secret in ("sk-canary", server.backend_token):
+        assert secret not in caplog.text
+        assert secret not in shown
+        assert secret not in path.read_text()
