@@ -89,6 +89,10 @@ Active = Annotated[
 Default = Annotated[
     bool, typer.Option("--default", help="Make it the default agent, instead of the present one.")
 ]
+Comment = Annotated[
+    str | None,
+    typer.Option("--comment", metavar="TEXT", help="Why, for the history.", show_default=False),
+]
 IfMatch = Annotated[
     int | None,
     typer.Option(

@@ -12,11 +12,12 @@ from typing import Annotated, Any, Final
 import typer
 from rich.markup import escape
 
-from slm.cli import output
+from slm.cli import fleet, history, output, receipts
 from slm.cli.agent_options import (
     Active,
     AgentId,
     Clearable,
+    Comment,
     Default,
     Description,
     Endpoint,
@@ -39,6 +40,7 @@ from slm.cli.agent_options import (
 )
 from slm.cli.connection import DEFAULT_DATA_DIR, CaFile, DataDir, Target, TokenFile, Url, find
 from slm.cli.http import Answer, Api, agent_path, parsed
+from slm.cli.receipts import Wait, WaitLimit
 from slm.endpoints import effective_endpoint
 from slm.errors import PreconditionFailed
 from slm.schemas import Agent, AgentList
@@ -48,21 +50,10 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
 )
+_HISTORY: Final = "Its history"
+_KEYS: Final = "Its API key"
 
-_FIELDS: Final = {
-    "name": "name",
-    "description": "description",
-    "llm_provider": "provider",
-    "llm_endpoint": "endpoint",
-    "llm_model": "model",
-    "llm_timeout": "timeout",
-    "llm_temperature": "temperature",
-    "llm_max_tokens": "max tokens",
-    "llm_options": "options",
-    "is_default": "default",
-    "is_active": "active",
-    "llm_api_key": "api key",
-}
+_FIELDS: Final = history.FIELDS | {"llm_api_key": "api key"}
 """What a write can change, and how a person calls it."""
 
 _RETRIES_ON_CONFLICT: Final = 5
@@ -171,6 +162,9 @@ def create(
     api_key: KeyPrompt = False,
     api_key_file: KeyFile = None,
     api_key_stdin: KeyStdin = False,
+    comment: Comment = None,
+    wait: Wait = False,
+    wait_limit: WaitLimit = None,
     as_json: Json = False,
     url: Url = None,
     token_file: TokenFile = None,
@@ -182,9 +176,11 @@ def create(
     [bold]Example[/]
       slm agents create classifier --provider openai --model gpt-4o-mini --api-key
     """
+    seconds = receipts.limit_of(wait, wait_limit)
     target = find(url, token_file, ca_file, data)
     body = sent(
         name=name or agent,
+        comment=comment,
         description=description,
         llm_provider=provider,
         llm_endpoint=endpoint,
@@ -199,13 +195,15 @@ def create(
     )
     answer = asyncio.run(_call(target, "POST", "/api/agents", body={"agent_id": agent} | body))
     made = parsed(Agent, answer)
+    receipt = _receipt(target, made.revision, seconds)
     if as_json:
-        output.print_json(answer.data)
-        return
-    output.out().print(
-        f"[bold]{escape(made.agent_id)}[/] created at revision {made.revision}: "
-        f"{escape(made.llm_provider)}/{escape(made.llm_model)}, {_key_state(made)}"
-    )
+        output.print_json(answer.data | receipt)
+    else:
+        output.out().print(
+            f"[bold]{escape(made.agent_id)}[/] created at revision {made.revision}: "
+            f"{escape(made.llm_provider)}/{escape(made.llm_model)}, {_key_state(made)}"
+        )
+    _end(receipt, as_json)
 
 
 @app.command("set")
@@ -235,6 +233,9 @@ def set_agent(
     api_key_file: KeyFile = None,
     api_key_stdin: KeyStdin = False,
     if_match: IfMatch = None,
+    comment: Comment = None,
+    wait: Wait = False,
+    wait_limit: WaitLimit = None,
     as_json: Json = False,
     url: Url = None,
     token_file: TokenFile = None,
@@ -248,9 +249,11 @@ def set_agent(
 
     [bold]Examples[/]
       slm agents set code-assistant --model gpt-4o --temperature 0.2
+      slm agents set code-assistant --model gpt-4o --comment "cheaper" --wait
       slm agents set code-assistant --provider anthropic --model claude-sonnet-4-5 --api-key
       slm agents set code-assistant --option top_p=0.9 --clear max-tokens
     """
+    seconds = receipts.limit_of(wait, wait_limit)
     target = find(url, token_file, ca_file, data)
     body = sent(
         name=name,
@@ -278,12 +281,15 @@ def set_agent(
     merged({}, option or [])  # what is wrong with them is said before anything is asked
     if not body and not option:
         raise output.UsageError("nothing to set; name at least one field")
+    body |= sent(comment=comment)
     old, answer = asyncio.run(_update(target, agent, body, option, if_match))
     new = parsed(Agent, answer)
     changed = _changes(old, new)
     key_cleared = bool(answer.data.get("api_key_cleared"))
+    receipt = _receipt(target, new.revision, seconds)
     if as_json:
-        output.print_json(answer.data | {"changed": changed, "api_key_cleared": key_cleared})
+        told = answer.data | {"changed": changed, "api_key_cleared": key_cleared}
+        output.print_json(told | receipt)
     elif not changed:
         output.out().print(
             f"[bold]{escape(agent)}[/] was so already; it stays at revision {new.revision}"
@@ -292,12 +298,15 @@ def set_agent(
         output.out().print(
             f"[bold]{escape(agent)}[/] is at revision [bold]{new.revision}[/] (was {old.revision})"
         )
-        output.pairs({f"  {_FIELDS[field]}": _arrow(*both) for field, both in changed.items()})
+        output.pairs(
+            {f"  {_FIELDS[field]}": history.arrow(*both) for field, both in changed.items()}
+        )
     if key_cleared:
         output.warning(
             "the stored API key was cleared, since it was bound to the old provider and address; "
             f"give the new one's: slm agents set {agent} --api-key"
         )
+    _end(receipt, as_json)
 
 
 @app.command()
@@ -305,6 +314,9 @@ def delete(
     agent: AgentId,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     if_match: IfMatch = None,
+    comment: Comment = None,
+    wait: Wait = False,
+    wait_limit: WaitLimit = None,
     as_json: Json = False,
     url: Url = None,
     token_file: TokenFile = None,
@@ -312,16 +324,45 @@ def delete(
     data: DataDir = DEFAULT_DATA_DIR,
 ) -> None:
     """Delete an agent; from then on its callers get the default agent."""
+    seconds = receipts.limit_of(wait, wait_limit)
     target = find(url, token_file, ca_file, data)
     if not yes:
         if not sys.stdin.isatty():
             raise output.UsageError("there is no terminal to ask at; add --yes to delete")
         typer.confirm(f"Delete {agent}?", abort=True, err=True)
-    answer = asyncio.run(_call(target, "DELETE", agent_path(agent), if_match=if_match))
+    answer = asyncio.run(
+        _call(target, "DELETE", agent_path(agent), params=sent(comment=comment), if_match=if_match)
+    )
+    receipt = _receipt(target, answer.revision, seconds)
     if as_json:
-        output.print_json({"agent_id": agent, "deleted": True, "revision": answer.revision})
+        told = {"agent_id": agent, "deleted": True, "revision": answer.revision}
+        output.print_json(told | receipt)
+    else:
+        output.out().print(f"[bold]{escape(agent)}[/] deleted at revision {answer.revision}")
+    _end(receipt, as_json)
+
+
+app.command("history", rich_help_panel=_HISTORY)(history.history)
+app.command("diff", rich_help_panel=_HISTORY)(history.diff)
+app.command("rollback", rich_help_panel=_HISTORY)(history.rollback)
+app.command("key-status", rich_help_panel=_KEYS)(fleet.key_status)
+
+
+def _receipt(target: Target, revision: int, seconds: float | None) -> dict[str, Any]:
+    """Return `{"receipt": …}`, or nothing where nobody asked to wait."""
+    if seconds is None:
+        return {}
+    return {"receipt": receipts.receipt_of(target, revision, seconds)}
+
+
+def _end(told: dict[str, Any], as_json: bool) -> None:
+    """Show the receipt where there is one; a backend without the change is a failure."""
+    if not told:
         return
-    output.out().print(f"[bold]{escape(agent)}[/] deleted at revision {answer.revision}")
+    if not as_json:
+        receipts.show(told["receipt"])
+    if not receipts.is_whole(told["receipt"]):
+        raise typer.Exit(1)
 
 
 async def _call(target: Target, method: str, path: str, **how: Any) -> Answer:
@@ -379,10 +420,6 @@ def _changes(old: Agent, new: Agent) -> dict[str, list[Any]]:
         became = ("replaced" if old.has_api_key else "set") if new.has_api_key else "cleared"
         changed["llm_api_key"] = [was, became]
     return changed
-
-
-def _arrow(old: Any, new: Any) -> str:
-    return f"{output.shown(old)} → [bold]{output.shown(new)}[/]"
 
 
 def _row(agent: Agent) -> list[str]:

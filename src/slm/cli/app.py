@@ -19,6 +19,8 @@ from slm.cli import (
     certs,
     db,
     demo,
+    fleet,
+    history,
     keys,
     output,
     serve,
@@ -63,6 +65,8 @@ app.add_typer(certs.app, name="certs", rich_help_panel=_SERVER)
 app.command("demo", rich_help_panel=_SERVER)(demo.demo)
 app.add_typer(agents.app, name="agents", rich_help_panel=_AGENTS)
 app.command("ask", rich_help_panel=_AGENTS)(ask.ask)
+app.command("fleet", rich_help_panel=_AGENTS)(fleet.fleet)
+app.command("changes", rich_help_panel=_AGENTS)(history.changes)
 app.command("watch", rich_help_panel=_AGENTS)(watch.watch)
 app.add_typer(tokens.app, name="tokens", rich_help_panel=_SECURITY)
 app.add_typer(keys.app, name="keys", rich_help_panel=_SECURITY)

@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import secrets
+import socket
 from datetime import UTC, datetime
+from importlib.metadata import version
 from typing import Annotated, Any, Final
 
 import aiohttp
@@ -20,8 +24,11 @@ from slm.cli.connection import DEFAULT_DATA_DIR, CaFile, DataDir, Target, TokenF
 from slm.cli.http import Api, parsed, unreachable
 from slm.errors import ProtocolError, SLMUnavailable
 from slm.protocol import (
+    Ack,
     AgentChanged,
     AgentDeleted,
+    ClientInfo,
+    Heartbeat,
     Resync,
     ServerMessage,
     Subscribe,
@@ -85,7 +92,15 @@ class _Watcher:
         self._as_json = as_json
         self._known: dict[str, AgentConfig] = {}
         self._revision = 0
+        self._acked = -1
         self._epoch = ""
+        self._client = ClientInfo(
+            name="slm watch",
+            instance=secrets.token_hex(3),
+            version=version("autobot-slm"),
+            host=socket.gethostname()[:255],
+            pid=os.getpid(),
+        )
 
     async def run(self) -> None:
         """Watch for ever; only the first connection may fail.
@@ -120,7 +135,12 @@ class _Watcher:
             async with api.session.ws_connect(f"{self._target.url}/ws", heartbeat=20) as ws:
                 await ws.send_str(
                     encode(
-                        Subscribe(subscribe="agent_config", since=self._revision, epoch=self._epoch)
+                        Subscribe(
+                            subscribe="agent_config",
+                            since=self._revision,
+                            epoch=self._epoch,
+                            client=self._client,
+                        )
                     )
                 )
                 silence: float | None = 10.0
@@ -131,7 +151,12 @@ class _Watcher:
                     message = parse_server_message(frame.data)
                     if isinstance(message, Subscribed):
                         silence = message.heartbeat * _SILENT_HEARTBEATS
+                        self._acked = -1
                     await self._take(api, message)
+                    # So that nobody takes a watcher for a backend that hangs.
+                    if self._acked != self._revision:
+                        self._acked = self._revision
+                        await ws.send_str(encode(Ack(ack=self._revision)))
         except aiohttp.WSServerHandshakeError as error:
             if error.status in (401, 403):
                 # The REST API says in words why; a token revoked meanwhile ends the watch.
@@ -148,6 +173,9 @@ class _Watcher:
                 return
             self._show(message)
             self._revision = message.revision
+        elif isinstance(message, Heartbeat):
+            # Of a change that this token may not see.
+            self._revision = max(self._revision, message.revision)
         elif isinstance(message, Resync):
             output.note(
                 f"some changes up to revision {message.revision} cannot be shown one by one "

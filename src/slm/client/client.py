@@ -98,7 +98,7 @@ class SLMClient:
         self._tls.context()  # a wrong file is told here rather than at the first connection
         self._file = SnapshotFile(cache_file, cache_key) if cache_file is not None else None
         self._name = name
-        self._instance = uuid.uuid4().hex
+        self._instance = uuid.uuid4().hex[:12]
         self._start_timeout = check_seconds("start_timeout", start_timeout)
         self._key_wait = check_seconds("key_wait", key_wait)
         self._timings = timings or Timings()
@@ -387,7 +387,7 @@ class SLMClient:
         self._hot = _NOTHING
         self._callback_tasks = set()
         self._in_use.start_anew()
-        self._instance = uuid.uuid4().hex
+        self._instance = uuid.uuid4().hex[:12]
         self._cache.distrust()
 
     def _info(self) -> ClientInfo:

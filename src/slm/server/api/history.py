@@ -52,10 +52,17 @@ async def list_changes(
     since: Revision = 0,
     agent: FilterText | None = None,
     actor: FilterText | None = None,
+    newest_first: bool = False,
     limit: Limit = 100,
 ) -> Response:
-    """List changes after a revision, oldest first."""
-    wanted = ChangeFilter(agent_id=agent, actor=actor, since=since, sees=_visible(services, caller))
+    """List changes after a revision, oldest first unless asked otherwise."""
+    wanted = ChangeFilter(
+        agent_id=agent,
+        actor=actor,
+        since=since,
+        newest_first=newest_first,
+        sees=_visible(services, caller),
+    )
     return await _list(services, wanted, limit)
 
 

@@ -1,0 +1,184 @@
+"""`slm fleet` and `slm agents key-status`: who is connected, who runs what, who holds which key.
+
+Reads the fleet view and shows it; what it says comes from the backends' own acks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import UTC, datetime
+from fnmatch import fnmatchcase
+from typing import Annotated, Any, Final
+
+import typer
+from rich.markup import escape
+
+from slm.cli import output
+from slm.cli.agent_options import AgentId, Json
+from slm.cli.connection import DEFAULT_DATA_DIR, CaFile, DataDir, Target, TokenFile, Url, find
+from slm.cli.http import Api
+from slm.schemas import Agent
+
+_STATES: Final = {
+    "live": "[green]live[/]",
+    "stale": "[yellow]stale[/]",
+    "unknown": "[yellow]unknown[/]",
+    "gone": "[red]gone[/]",
+}
+
+
+def fleet(
+    only: Annotated[
+        str | None,
+        typer.Argument(metavar="NAME", help="Only these; * for any text.", show_default=False),
+    ] = None,
+    as_json: Json = False,
+    url: Url = None,
+    token_file: TokenFile = None,
+    ca_file: CaFile = None,
+    data: DataDir = DEFAULT_DATA_DIR,
+) -> None:
+    """Show every connected backend, and those that went away within the last hour.
+
+    [bold]live[/]: has what there is. [bold]stale[/]: is behind for longer than a few seconds.
+    [bold]unknown[/]: listens, but never says what it took. [bold]gone[/]: not connected any more.
+
+    [bold]Example[/]
+      slm fleet --json | jq -r '.backends[] | select(.lag > 0) | .backend'
+    """
+    target = find(url, token_file, ca_file, data)
+    told = asyncio.run(_fleet(target))
+    backends = [
+        each for each in told["backends"] if only is None or fnmatchcase(each["backend"], only)
+    ]
+    if as_json:
+        output.print_json(told | {"backends": backends})
+        return
+    output.table(
+        ["BACKEND", "HOST", "SDK", "STATE", "SINCE", "REV", "LAG", "NOT IN FORCE"],
+        [_row(each) for each in backends],
+        right=["REV", "LAG"],
+    )
+    counts = dict.fromkeys(_STATES, 0)
+    for each in backends:
+        counts[each["state"]] = counts.get(each["state"], 0) + 1
+    told_counts = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
+    output.note(f"{told_counts or 'no backend'}; revision {told['revision']}, {target.url}")
+
+
+def key_status(
+    agent: AgentId,
+    as_json: Json = False,
+    url: Url = None,
+    token_file: TokenFile = None,
+    ca_file: CaFile = None,
+    data: DataDir = DEFAULT_DATA_DIR,
+) -> None:
+    """Say whether an agent's former API key may be revoked at the provider.
+
+    A backend holds a key until its last call with it has ended. Exit 0 and "safe to revoke" only
+    when no connected backend holds an older one.
+
+    [bold]Example[/]
+      until slm agents key-status code-assistant; do sleep 1; done
+    """
+    target = find(url, token_file, ca_file, data)
+    now, told = asyncio.run(_agent_and_fleet(target, agent))
+    holders = [held for each in told["backends"] if (held := _held(each, now)) is not None]
+    here = [held for held in holders if held["state"] != "gone"]
+    away = [held for held in holders if held["state"] == "gone" and held["acks"]]
+    safe = not here
+    if as_json:
+        status = {"agent_id": now.agent_id, "api_key_revision": now.api_key_revision}
+        output.print_json(status | {"safe_to_revoke": safe, "holders": here, "away": away})
+        raise typer.Exit(0 if safe else 1)
+    console = output.out()
+    present = (
+        "has no API key"
+        if now.api_key_revision is None
+        else f"has the API key of revision {now.api_key_revision}"
+    )
+    console.print(f"[bold]{escape(now.agent_id)}[/] {present}", soft_wrap=True)
+    for held in here:
+        console.print(f"  {escape(held['backend'])}: {held['why']}", soft_wrap=True)
+    for held in away:
+        output.warning(f"{held['backend']} went away before it took the change: {held['why']}")
+    if safe:
+        console.print("[green]safe to revoke[/] the former key: no connected backend holds it")
+    else:
+        count = "1 backend" if len(here) == 1 else f"{len(here)} backends"
+        console.print(f"[red]not yet[/]: {count} may still use the former key")
+    raise typer.Exit(0 if safe else 1)
+
+
+def _held(backend: dict[str, Any], agent: Agent) -> dict[str, Any] | None:
+    """Return why a backend may still use an older key of the agent, or None."""
+    patterns = backend["agents"]
+    sees = patterns is None or agent.is_default
+    if not sees and not any(_covers(pattern, agent.agent_id) for pattern in patterns):
+        return None
+    held = backend["keys"].get(agent.agent_id)
+    changed_at = agent.revision if agent.api_key_revision is None else agent.api_key_revision
+    if backend["applied"] is None:
+        why = "never says what it took (no acks)"
+    elif held is not None and held != agent.api_key_revision:
+        why = f"still holds the key of revision {held}"
+    elif backend["applied"] < changed_at:
+        why = f"is at revision {backend['applied']}, before the key changed"
+    else:
+        return None
+    return {
+        "backend": backend["backend"],
+        "state": backend["state"],
+        "acks": backend["applied"] is not None,
+        "holds": held,
+        "why": why,
+    }
+
+
+def _covers(pattern: str, agent_id: str) -> bool:
+    # As the server: `*` is any text, and nothing else has a meaning.
+    return fnmatchcase(agent_id, pattern.replace("[", "[[]").replace("?", "[?]"))
+
+
+async def _fleet(target: Target) -> dict[str, Any]:
+    async with Api(target) as api:
+        return (await api.call("GET", "/api/fleet")).data
+
+
+async def _agent_and_fleet(target: Target, agent_id: str) -> tuple[Agent, dict[str, Any]]:
+    async with Api(target) as api:
+        # In this order: the fleet is at least as new as the key that is asked about.
+        agent = await api.agent(agent_id)
+        return agent, (await api.call("GET", "/api/fleet")).data
+
+
+def _row(backend: dict[str, Any]) -> list[str]:
+    since = datetime.fromisoformat(backend["since"])
+    lag = "–"
+    if backend["lag"] is not None:
+        lag = f"{backend['lag']}"
+        if backend["lag"]:
+            lag += f" ({backend['lag_ms'] / 1000:.1f} s)"
+    held_up = [
+        f"{agent_id} {held['revision']}: {held['reason']}"
+        for agent_id, held in backend["not_in_force"].items()
+    ]
+    return [
+        f"[bold]{escape(backend['backend'])}[/]",
+        escape(f"{backend['host'] or '–'}:{backend['pid'] or '–'}"),
+        escape(backend["version"] or "–"),
+        _STATES.get(backend["state"], escape(backend["state"])),
+        _ago(since),
+        "–" if backend["applied"] is None else str(backend["applied"]),
+        lag,
+        escape("; ".join(held_up)) or "–",
+    ]
+
+
+def _ago(then: datetime) -> str:
+    seconds = int((datetime.now(UTC) - then).total_seconds())
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds // size} {unit}"
+    return f"{max(0, seconds)} s"

@@ -1,0 +1,316 @@
+"""`slm agents history|diff|rollback` and `slm changes`: what was, who did it, and getting it back.
+
+Knows the routes of the history and how a change is shown.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import UTC, datetime
+from typing import Annotated, Any, Final
+
+import typer
+from rich.markup import escape
+
+from slm.cli import output, receipts
+from slm.cli.agent_options import AgentId, Comment, IfMatch, Json
+from slm.cli.connection import DEFAULT_DATA_DIR, CaFile, DataDir, Target, TokenFile, Url, find
+from slm.cli.http import Answer, Api, agent_path, parsed
+from slm.cli.receipts import Wait, WaitLimit
+from slm.errors import RevisionNotFound
+from slm.schemas import Agent, Change, ChangeList
+
+FIELDS: Final = {
+    "name": "name",
+    "description": "description",
+    "llm_provider": "provider",
+    "llm_endpoint": "endpoint",
+    "llm_model": "model",
+    "llm_timeout": "timeout",
+    "llm_temperature": "temperature",
+    "llm_max_tokens": "max tokens",
+    "llm_options": "options",
+    "is_default": "default",
+    "is_active": "active",
+}
+"""What a change can be of, and how a person calls it; the API key apart."""
+
+Limit = Annotated[
+    int, typer.Option("--limit", metavar="N", min=1, max=1000, help="At most so many, the newest.")
+]
+
+
+def history(
+    agent: AgentId,
+    at: Annotated[
+        str | None,
+        typer.Option(
+            "--at",
+            metavar="TIME",
+            help="What it ran then, such as '2026-11-17 14:03', local unless it names a zone.",
+            show_default=False,
+        ),
+    ] = None,
+    limit: Limit = 20,
+    as_json: Json = False,
+    url: Url = None,
+    token_file: TokenFile = None,
+    ca_file: CaFile = None,
+    data: DataDir = DEFAULT_DATA_DIR,
+) -> None:
+    """Show what became of an agent, the newest first; with --at, what it was at a time.
+
+    [bold]Example[/]
+      slm agents history code-assistant --at "2026-11-17 14:03"
+    """
+    target = find(url, token_file, ca_file, data)
+    path = f"{agent_path(agent)}/history"
+    if at is not None:
+        answer = asyncio.run(_get(target, path, {"at": _utc(at), "limit": 1}))
+        _show_then(agent, at, answer, as_json)
+        return
+    # One more, to tell what the oldest of them changed.
+    answer = asyncio.run(_get(target, path, {"limit": min(limit + 1, 1000)}))
+    found = parsed(ChangeList, answer)
+    if not found.changes:
+        raise RevisionNotFound(f"the history holds nothing of {agent}")
+    if as_json:
+        output.print_json(answer.data | {"changes": answer.data["changes"][:limit]})
+        return
+    befores: list[Change | None] = [*found.changes[1:], None]
+    _print_changes(list(zip(found.changes, befores, strict=True))[:limit], with_agent=False)
+    if found.floor and len(found.changes) <= limit:
+        output.note(f"changes up to revision {found.floor} are not kept any more")
+
+
+def diff(
+    agent: AgentId,
+    old: Annotated[
+        int | None,
+        typer.Argument(metavar="REV", help="From here; else the one before.", show_default=False),
+    ] = None,
+    new: Annotated[
+        int | None, typer.Argument(metavar="REV", help="To here; else now.", show_default=False)
+    ] = None,
+    as_json: Json = False,
+    url: Url = None,
+    token_file: TokenFile = None,
+    ca_file: CaFile = None,
+    data: DataDir = DEFAULT_DATA_DIR,
+) -> None:
+    """Show what differs between two revisions of an agent; without any, its last change."""
+    target = find(url, token_file, ca_file, data)
+    before, after = asyncio.run(_two(target, agent, old, new))
+    differing = differences(before.agent, after.agent)
+    if as_json:
+        revisions = {"from": before.revision, "to": after.revision}
+        output.print_json({"agent_id": agent} | revisions | {"changed": differing})
+        return
+    output.out().print(f"[bold]{escape(agent)}[/] {before.revision} → {after.revision}")
+    if not differing:
+        output.out().print("  the same")
+    output.pairs({f"  {_label(field)}": _arrow(field, both) for field, both in differing.items()})
+
+
+def rollback(
+    agent: AgentId,
+    to: Annotated[
+        int | None,
+        typer.Option(
+            "--to",
+            metavar="REVISION",
+            help="As it was then; without it, before its last change.",
+            show_default=False,
+        ),
+    ] = None,
+    comment: Comment = None,
+    if_match: IfMatch = None,
+    wait: Wait = False,
+    wait_limit: WaitLimit = None,
+    as_json: Json = False,
+    url: Url = None,
+    token_file: TokenFile = None,
+    ca_file: CaFile = None,
+    data: DataDir = DEFAULT_DATA_DIR,
+) -> None:
+    """Give an agent back what it was, as a new change. An API key is never restored.
+
+    [bold]Example[/]
+      slm agents rollback code-assistant --to 41 --wait
+    """
+    seconds = receipts.limit_of(wait, wait_limit)
+    target = find(url, token_file, ca_file, data)
+    body: dict[str, Any] = {"to": to, "comment": comment}
+    body = {name: value for name, value in body.items() if value is not None}
+    answer = asyncio.run(_roll_back(target, agent, body, if_match))
+    restored = parsed(Agent, answer)
+    told = answer.data
+    receipt = None if seconds is None else receipts.receipt_of(target, restored.revision, seconds)
+    cleared = bool(told.get("api_key_cleared"))
+    if as_json:
+        output.print_json(told | ({} if receipt is None else {"receipt": receipt}))
+    else:
+        output.out().print(
+            f"[bold]{escape(agent)}[/] is as it was at revision {told['restored_revision']},"
+            f" by revision [bold]{restored.revision}[/]"
+        )
+        if receipt is not None:
+            receipts.show(receipt)
+    if cleared:
+        output.warning(
+            "the API key was cleared, since it belongs to another provider or address; give the"
+            f" right one: slm agents set {agent} --api-key"
+        )
+    if receipt is not None and not receipts.is_whole(receipt):
+        raise typer.Exit(1)
+
+
+def changes(
+    agent: Annotated[
+        str | None, typer.Option("--agent", metavar="AGENT", help="Of this agent alone.")
+    ] = None,
+    actor: Annotated[
+        str | None, typer.Option("--actor", metavar="TOKEN", help="By this token's name alone.")
+    ] = None,
+    since: Annotated[
+        int | None,
+        typer.Option(
+            "--since", metavar="REVISION", min=0, help="After this one, the oldest first."
+        ),
+    ] = None,
+    limit: Limit = 20,
+    as_json: Json = False,
+    url: Url = None,
+    token_file: TokenFile = None,
+    ca_file: CaFile = None,
+    data: DataDir = DEFAULT_DATA_DIR,
+) -> None:
+    """Show who changed what in the whole fleet, the newest first.
+
+    [bold]Example[/]
+      slm changes --actor deploy --limit 5
+    """
+    target = find(url, token_file, ca_file, data)
+    params: dict[str, str | int] = {"limit": limit, "since": since or 0}
+    params |= {k: v for k, v in (("agent", agent), ("actor", actor)) if v is not None}
+    if since is None:
+        params["newest_first"] = "true"
+    answer = asyncio.run(_get(target, "/api/changes", params))
+    if as_json:
+        output.print_json(answer.data)
+        return
+    found = parsed(ChangeList, answer)
+    _print_changes([(change, None) for change in found.changes], with_agent=True)
+    output.note(f"revision {found.revision}, {target.url}")
+
+
+def differences(old: Agent, new: Agent) -> dict[str, list[Any]]:
+    """Return what differs, as `{"llm_model": [old, new]}`; of the key, its revisions."""
+    return {
+        field: [getattr(old, field), getattr(new, field)]
+        for field in (*FIELDS, "api_key_revision")
+        if getattr(old, field) != getattr(new, field)
+    }
+
+
+def arrow(old: Any, new: Any) -> str:
+    """Return `old → new` as a person reads it."""
+    return f"{output.shown(old)} → [bold]{output.shown(new)}[/]"
+
+
+def _label(field: str) -> str:
+    return FIELDS.get(field, "api key")
+
+
+def _arrow(field: str, both: list[Any]) -> str:
+    if field != "api_key_revision":
+        return arrow(*both)
+    # Of a key there is nothing to show but when it was set.
+    return arrow(*(each and f"set at {each}" for each in both))
+
+
+def _print_changes(changes: list[tuple[Change, Change | None]], *, with_agent: bool) -> None:
+    columns = ["REV", "WHEN", "WHO", *(["AGENT"] if with_agent else []), "WHAT", "WHY"]
+    rows = []
+    for change, before in changes:
+        what = _what(change, before)
+        named = [f"[bold]{escape(change.agent_id)}[/]"] if with_agent else []
+        when = change.created_at.astimezone().strftime("%Y-%m-%d %H:%M:%S")
+        why = escape(output.one_line(change.comment or "")) or "–"
+        rows.append([str(change.revision), when, escape(change.actor), *named, what, why])
+    output.table(columns, rows, right=["REV"])
+
+
+def _what(change: Change, before: Change | None) -> str:
+    if change.type == "agent_deleted":
+        return "[red]deleted[/]"
+    agent = change.agent
+    runs = f"{escape(agent.llm_provider)}/{escape(agent.llm_model)}"
+    if change.type == "agent_created":
+        return f"[green]created[/] {runs}"
+    if before is None or before.type == "agent_deleted":
+        return f"changed, {runs}"
+    differing = differences(before.agent, agent)
+    told = [f"{_label(field)} {_arrow(field, both)}" for field, both in differing.items()]
+    return ", ".join(told) or "–"
+
+
+def _show_then(agent: str, at: str, answer: Answer, as_json: bool) -> None:
+    found = parsed(ChangeList, answer).changes
+    if not found or found[0].type == "agent_deleted":
+        raise RevisionNotFound(f"{agent} was not there at {at}, or the history begins later")
+    change = found[0]
+    if as_json:
+        output.print_json(answer.data["changes"][0])
+        return
+    when = change.created_at.astimezone()
+    values = {
+        "agent": f"[bold]{escape(agent)}[/]",
+        "revision": f"{change.revision} [dim](since {when:%Y-%m-%d %H:%M:%S}, by"
+        f" {escape(change.actor)})[/]",
+    }
+    values |= {label: output.shown(getattr(change.agent, f)) for f, label in FIELDS.items()}
+    key = change.agent.api_key_revision
+    values["api key"] = "–" if key is None else f"the one set at revision {key}"
+    output.pairs(values)
+
+
+def _utc(text: str) -> str:
+    try:
+        time = datetime.fromisoformat(text)
+    except ValueError:
+        raise output.UsageError("--at is a time such as '2026-11-17 14:03'") from None
+    return time.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+
+async def _get(target: Target, path: str, params: dict[str, Any]) -> Answer:
+    async with Api(target) as api:
+        return await api.call("GET", path, params=params)
+
+
+async def _roll_back(
+    target: Target, agent: str, body: dict[str, Any], if_match: int | None
+) -> Answer:
+    async with Api(target) as api:
+        return await api.call("POST", f"{agent_path(agent)}/rollback", body=body, if_match=if_match)
+
+
+async def _two(
+    target: Target, agent: str, old: int | None, new: int | None
+) -> tuple[Change, Change]:
+    path = f"{agent_path(agent)}/history"
+    async with Api(target) as api:
+        after = await _at(api, path, new)
+        if old is None:
+            old = after.revision - 1
+        return await _at(api, path, old), after
+
+
+async def _at(api: Api, path: str, upto: int | None) -> Change:
+    params: dict[str, Any] = {"limit": 1} | ({} if upto is None else {"upto": upto})
+    found = parsed(ChangeList, await api.call("GET", path, params=params)).changes
+    if not found:
+        raise RevisionNotFound(
+            "the history holds nothing of it" + ("" if upto is None else f" up to revision {upto}")
+        )
+    return found[0]

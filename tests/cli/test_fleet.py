@@ -1,0 +1,161 @@
+"""slm fleet, --wait, key-status, history, diff, rollback and changes, as they are run."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+
+from slm import ResolvedConfig, SLMClient
+from tests.cli.command import CANARY, Done, slm
+from tests.fleet.sdk import applied, sdk
+from tests.server.raw import Api
+from tests.servers import InLoopServer, eventually, running_server
+
+REASON = "the anthropic extra is not installed"
+CREATE = ("agents", "create", "a", "--provider", "openai", "--model", "gpt-4o")
+
+
+@pytest.fixture
+async def server(tmp_path: Path) -> AsyncIterator[InLoopServer]:
+    async with running_server(tmp_path / "data") as running:
+        (running.data_dir / "server.url").write_text(f"{running.url}\n")
+        yield running
+
+
+@pytest.fixture
+async def backends(server: InLoopServer, api: Api) -> AsyncIterator[list[SLMClient]]:
+    """Two backends; the second one refuses anthropic."""
+
+    def refuse(config: ResolvedConfig) -> str | None:
+        return REASON if config.llm_provider == "anthropic" else None
+
+    token = server.backend_token
+    async with sdk(server.url, token, "billing") as one, sdk(server.url, token, "search") as two:
+        two.register_validator(refuse)
+        await eventually(lambda: applied(api, one.revision, "billing", "search"))
+        yield [one, two]
+
+
+@pytest.fixture
+async def api(server: InLoopServer) -> AsyncIterator[Api]:
+    """The same server over HTTP, for what a test is not about."""
+    async with aiohttp.ClientSession() as session:
+        yield Api(server, session, server.admin_token)
+
+
+async def run(server: InLoopServer, *arguments: str, **options: Any) -> Done:
+    return await slm(*arguments, data=server.data_dir, **options)
+
+
+async def test_wait_exits_0_only_if_all_applied(
+    server: InLoopServer, backends: list[SLMClient]
+) -> None:
+    """--wait tells how many took the change and how fast; who refused it is named, with exit 1."""
+    created = await run(server, *CREATE, "--wait")
+    assert created.code == 0
+    assert "applied by 2 of 2 backends in " in created.out
+    moved = await run(
+        server,
+        *("agents", "set", "a", "--provider", "anthropic", "--model", "claude-sonnet-4-5"),
+        *("--wait-limit", "20s"),
+    )
+    assert moved.code == 1
+    assert "applied by 1 of 2 backends" in moved.out
+    (refusal,) = [line for line in moved.out.splitlines() if "refused" in line]
+    assert "search/" in refusal
+    assert REASON in refusal
+    told = await run(server, "fleet", "--json")
+    held_up = {each["name"]: each["not_in_force"] for each in told.json["backends"]}
+    assert held_up["billing"] == {}
+    assert held_up["search"]["a"]["reason"] == REASON
+    shown = await run(server, "fleet", "search/*")
+    assert REASON in shown.out
+    assert "billing" not in shown.out
+    back = await run(server, "agents", "rollback", "a", "--wait", "--comment", "wrong")
+    assert back.code == 0, back
+    assert "is as it was at revision 2" in back.out
+
+
+async def test_wait_for_a_script(server: InLoopServer, backends: list[SLMClient]) -> None:
+    """With --json the receipt is in the answer of a delete too."""
+    for arguments in ((*CREATE, "--wait"), ("agents", "delete", "a", "--yes", "--wait")):
+        done = await run(server, *arguments, "--json")
+        assert done.code == 0
+        assert len(done.json["receipt"]["applied"]) == 2, arguments
+
+
+async def test_history_says_who_what_and_why(server: InLoopServer, api: Api) -> None:
+    """The history names each change, the fields it was of, who made it and the comment."""
+    await api.create("a", llm_provider="openai", llm_model="gpt-4o")
+    await run(server, "agents", "set", "a", "--model", "gpt-5", "--comment", "better")
+    await api.put("a", llm_api_key=CANARY)
+    shown = await run(server, "agents", "history", "a")
+    header, key, model, created = shown.out.splitlines()
+    assert header.split() == ["REV", "WHEN", "WHO", "WHAT", "WHY"]
+    assert "api key – → set at 4" in key
+    assert "model gpt-4o → gpt-5" in model
+    assert "better" in model
+    assert "created openai/gpt-4o" in created
+    assert all(" admin " in line for line in (key, model, created))
+    told = await run(server, "agents", "diff", "a", "2", "3", "--json")
+    assert told.json["changed"] == {"llm_model": ["gpt-4o", "gpt-5"]}
+    last = await run(server, "agents", "diff", "a")
+    assert "a 3 → 4" in last.out
+    changes = await run(server, "changes", "--agent", "a", "--limit", "2")
+    assert [line.split()[0] for line in changes.out.splitlines()] == ["REV", "4", "3"]
+    mine = await run(server, "changes", "--actor", "nobody", "--json")
+    assert mine.json["changes"] == []
+
+
+async def test_what_it_ran_at_a_time(server: InLoopServer, api: Api) -> None:
+    """One command says what an agent was at a moment of the past."""
+    await api.create("a", llm_model="gpt-4o")
+    then = datetime.now(UTC).isoformat()
+    await api.put("a", llm_model="gpt-5")
+    shown = await run(server, "agents", "history", "a", "--at", then)
+    assert "gpt-4o" in shown.out
+    assert "gpt-5" not in shown.out
+    before = await run(server, "agents", "history", "a", "--at", "2001-01-01 14:03")
+    assert before.code == 1
+    assert before.error == "a was not there at 2001-01-01 14:03, or the history begins later"
+    wrong = await run(server, "agents", "history", "a", "--at", "tuesday")
+    assert wrong.code == 2
+
+
+async def test_key_status(server: InLoopServer, api: Api, backends: list[SLMClient]) -> None:
+    """Safe to revoke only when no connected backend holds an older key; else who does."""
+    made = await api.create("a", llm_provider="openai", llm_api_key=CANARY)
+    await eventually(lambda: applied(api, made.revision, "billing", "search"))
+    old = await backends[0].resolve("a")
+    with backends[0].in_use(old):
+        second = await api.put("a", llm_api_key="sk-second")
+        await eventually(lambda: applied(api, second.revision, "billing", "search"))
+        waiting = await run(server, "agents", "key-status", "a")
+        assert waiting.code == 1
+        assert "not yet" in waiting.out
+        assert "still holds the key of revision 2" in waiting.out
+        assert "search/" not in waiting.out
+    done = await run(server, "agents", "key-status", "a")
+    assert done.code == 0
+    assert "safe to revoke" in done.out
+
+
+async def test_a_watcher_is_no_backend_that_hangs(server: InLoopServer) -> None:
+    """`slm watch` acks what it shows, so no receipt waits for it."""
+    watching = asyncio.create_task(run(server, "watch", "--count", "2", "--json"))
+
+    async def there() -> bool:
+        backends = server.running.services.fleet.backends()
+        return any(each.name.startswith("slm watch") and each.acks for each in backends)
+
+    await eventually(there, 30)
+    created = await run(server, *CREATE, "--wait")
+    assert "applied by 1 of 1 backend in" in created.out
+    await run(server, "agents", "delete", "a", "--yes")
+    assert len((await watching).out.splitlines()) == 2
