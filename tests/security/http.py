@@ -87,7 +87,7 @@ class Stream:
     async def upto(self, revision: int) -> list[dict[str, Any]]:
         """Every message up to the one that names this revision or a later one."""
         messages: list[dict[str, Any]] = []
-        while not messages or messages[-1]["revision"] < revision:
+        while not messages or messages[-1].get("revision", -1) < revision:
             messages.append(await self.next())
         return messages
 

@@ -211,6 +211,8 @@ class PushProtocol(WebSocketsSansIOProtocol):
         super().__init__(*args, **kwargs)
         # uvicorn names the class itself; the subclass has no state of its own.
         self.conn.__class__ = _Conversation
+        # Its log has every header, the token among them, and every frame.
+        self.conn.debug = False
 
     # --- what the hub uses ---
 
