@@ -53,18 +53,23 @@ def adopt(connection: Connection, vault: Vault, *, first_time: bool) -> Adoption
     """Give every row that has none a revision and a change, and bind what keys can be bound.
 
     Args:
-        connection: in a transaction that holds the state row or the migration's lock.
+        connection: in a transaction that holds the state row, or that takes it here first.
         vault: the keys that were given; the first encrypts.
         first_time: the table was taken over just now. Only then may a bare token be bound unasked:
             later, whoever writes to the database could put an old one beside an endpoint of theirs.
     """
     found = Adoption()
+    # With its lock: while one replica starts the others write on, and a revision read without it
+    # would be put back over theirs.
+    before = connection.execute(
+        select(STATE.c.revision).where(STATE.c.id == 1).with_for_update()
+    ).scalar_one()
     rows = connection.execute(
         SELECT_AGENTS.where((AGENTS.c.revision == 0) | AGENTS.c.key_state.is_not(None)).order_by(
             AGENTS.c.id
         )
     ).all()
-    revision = connection.execute(select(STATE.c.revision)).scalar_one()
+    revision = before
     for row in rows:
         is_new = row.revision == 0
         values = dict(row._mapping)
@@ -87,7 +92,8 @@ def adopt(connection: Connection, vault: Vault, *, first_time: bool) -> Adoption
         )
         _record(connection, CREATED if is_new else CHANGED, values)
         found.rows += is_new
-    connection.execute(update(STATE).values(revision=revision))
+    if revision != before:
+        connection.execute(update(STATE).where(STATE.c.id == 1).values(revision=revision))
     return found
 
 

@@ -104,6 +104,8 @@ def _prepare(
     own = at_hand.source is KeySource.FILE
     keys = _own_keys(connection, database, settings, notes) if own else list(at_hand.keys)
     migrate(connection)
+    # Other replicas may be writing: the state row first and the audit's last, as in every write.
+    connection.execute(select(STATE.c.id).where(STATE.c.id == 1).with_for_update())
     vault = _checked_vault(connection, keys, may_replace=own)
     notes += register(connection, vault, Who(ACTOR))
     notes += _adoption_notes(adopt(connection, vault, first_time=first_time))
