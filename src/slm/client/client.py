@@ -130,6 +130,7 @@ class SLMClient:
             async with asyncio.timeout(self._start_timeout):
                 await sync.settled.wait()
         except TimeoutError:
+            sync.settled.set()  # long enough for all who wait
             _log.warning(
                 "the SLM at %s did not answer within %g s: %s; trying on in the background",
                 self._url,
@@ -257,7 +258,8 @@ class SLMClient:
 
     async def _chain(self, agent_id: str | None) -> ResolvedConfig:
         """Answer for an agent, or for the default agent when `agent_id` is None."""
-        if self._sync is None and not self._closed:
+        starting = self._sync is None or not self._sync.settled.is_set()
+        if starting and not self._closed:
             await self.connect()
         config = await self._own(agent_id) if agent_id is not None else None
         if config is None:

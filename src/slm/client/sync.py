@@ -128,7 +128,11 @@ class Synchroniser:
         An SLM that could not be asked, and an agent that it does not know, are not asked again for
         a few seconds. Nothing is raised: what came is in the cache, or nothing came.
         """
+        generation = self._cache.generation
         await asyncio.wait({self._asking(agent_id)})
+        if generation != self._cache.generation and not self._cache.synced:
+            # The stream began anew meanwhile, so that the answer was of no use.
+            await asyncio.wait({self._asking(agent_id)})
 
     async def ask_default(self) -> None:
         """Fetch which agent is the default; its key, if it has one, follows by itself."""
