@@ -43,7 +43,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "last-known-good.json"
 
 
-@pytest.mark.parametrize("key", [None, KEY])
+@pytest.mark.parametrize("key", [None, KEY], ids=["plain", "encrypted"])
 def test_what_was_saved_is_loaded(path: Path, key: str | None) -> None:
     """Every field comes back; the API key only where a cache key encrypts it."""
     file = SnapshotFile(path, key)
@@ -59,7 +59,7 @@ def test_what_was_saved_is_loaded(path: Path, key: str | None) -> None:
     assert (secret and secret.get_secret_value()) == (CANARY if key else None)
 
 
-@pytest.mark.parametrize("key", [None, KEY])
+@pytest.mark.parametrize("key", [None, KEY], ids=["plain", "encrypted"])
 def test_no_api_key_is_in_the_file_in_the_clear(path: Path, key: str | None) -> None:
     """Nobody who reads the file reads a key, and others cannot read it at all."""
     SnapshotFile(path, key).save(CONTENTS)
@@ -130,7 +130,7 @@ def test_a_file_that_is_no_snapshot_is_ignored(
     assert "is ignored" in caplog.text
 
 
-@pytest.mark.parametrize("key", [None, KEY])
+@pytest.mark.parametrize("key", [None, KEY], ids=["plain", "encrypted"])
 @given(
     cut=st.booleans(),
     where=st.floats(0, 1, exclude_max=True),
@@ -156,7 +156,7 @@ def test_a_damaged_file_is_ignored_wherever_the_damage_is(
     assert loaded is None or loaded == file.load()
 
 
-@pytest.mark.parametrize("key", [None, Fernet.generate_key().decode()])
+@pytest.mark.parametrize("key", [None, Fernet.generate_key().decode()], ids=["plain", "encrypted"])
 def test_an_encrypted_file_needs_its_key(
     path: Path, key: str | None, caplog: pytest.LogCaptureFixture
 ) -> None:
