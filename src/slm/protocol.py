@@ -30,7 +30,11 @@ Revision = Annotated[StrictInt, Field(ge=0, le=2**63 - 1)]
 
 class _Message(BaseModel):
     model_config = ConfigDict(
-        extra="ignore", frozen=True, hide_input_in_errors=True, protected_namespaces=()
+        extra="ignore",
+        frozen=True,
+        hide_input_in_errors=True,
+        protected_namespaces=(),
+        defer_build=True,  # when first used; it is a third of the import's time
     )
 
 

@@ -119,7 +119,12 @@ class _Written(BaseModel):
     """What a client sends: strict types, unknown fields refused, the input never in an error."""
 
     model_config = ConfigDict(
-        extra="forbid", strict=True, hide_input_in_errors=True, frozen=True, protected_namespaces=()
+        extra="forbid",
+        strict=True,
+        hide_input_in_errors=True,
+        frozen=True,
+        protected_namespaces=(),
+        defer_build=True,
     )
 
 
@@ -199,7 +204,12 @@ class _Read(BaseModel):
     """What the server answers: types checked, rules not, unknown fields ignored."""
 
     model_config = ConfigDict(
-        extra="ignore", hide_input_in_errors=True, frozen=True, protected_namespaces=()
+        extra="ignore",
+        hide_input_in_errors=True,
+        frozen=True,
+        protected_namespaces=(),
+        # Built when first used: a backend that imports this uses few of them.
+        defer_build=True,
     )
 
 
