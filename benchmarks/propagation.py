@@ -33,7 +33,7 @@ class Shape:
     gap_seconds: float
 
 
-FULL = (Shape(1, 200, 0.005), Shape(500, 60, 0.12))
+FULL = (Shape(1, 200, 0.005), Shape(500, 40, 0.12))
 QUICK = (Shape(1, 60, 0.005), Shape(100, 15, 0.05))
 
 
