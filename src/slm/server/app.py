@@ -21,6 +21,7 @@ from slm.server.prepare import Prepared
 from slm.server.problems import (
     InvalidRequestProblem,
     Problem,
+    every_code,
     on_http_exception,
     on_problem,
     on_validation_error,
@@ -59,6 +60,7 @@ class _Application(FastAPI):
             for model in (Problem, InvalidRequestProblem):
                 schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
                 schemas.update(schema.pop("$defs", {}))
+                schema["properties"]["code"]["enum"] = every_code()
                 schemas[model.__name__] = schema
             for unused in ("HTTPValidationError", "ValidationError"):
                 schemas.pop(unused, None)

@@ -26,8 +26,10 @@ from slm.errors import (
     NotFound,
     ProblemError,
     Unauthorized,
+    problem_classes,
 )
 from slm.schemas import AgentCreate
+from slm.server.transport import REFUSALS
 
 MEDIA_TYPE: Final = "application/problem+json"
 
@@ -161,6 +163,11 @@ def _of_status(status: int) -> ProblemError:
     problem.status = status  # type: ignore[misc]
     problem.title = http.HTTPStatus(status).phrase  # type: ignore[misc]
     return problem
+
+
+def every_code() -> list[str]:
+    """Return every code that an answer of this server may have, for the API's document."""
+    return sorted({*problem_classes(), *(code for code, _ in REFUSALS.values())})
 
 
 def documented(*classes: type[ProblemError]) -> dict[int | str, dict[str, Any]]:

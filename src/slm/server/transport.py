@@ -160,7 +160,7 @@ class HttpProtocol(HttpToolsProtocol):
             # An earlier request of the same connection is still being answered.
             self.transport.abort()
             return
-        code, title = _REFUSALS[status]
+        code, title = REFUSALS[status]
         problem = {"type": "about:blank", "title": title, "status": status, "detail": title}
         body = json.dumps(problem | {"code": code}).encode()
         self.transport.write(
@@ -180,11 +180,12 @@ class HttpProtocol(HttpToolsProtocol):
             self.transport.abort()
 
 
-_REFUSALS: Final = {
+REFUSALS: Final = {
     400: ("bad-request", "The request cannot be read"),
     408: ("request-timeout", "The request's head did not come in time"),
     431: ("header-fields-too-large", "The request's head is too large"),
 }
+"""What the parser itself refuses, by status: the problem's code and title."""
 
 
 class _Conversation(ServerProtocol):

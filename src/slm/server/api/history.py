@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
+from pydantic import BeforeValidator
 
 from slm.errors import AgentIsDefault, AgentNotFound, PreconditionFailed, RevisionNotFound
 from slm.schemas import Agent, ChangeList, Rollback
@@ -38,6 +40,20 @@ from slm.server.strict_json import MAX_INTEGER
 router = APIRouter(prefix="/api", route_class=SLMRoute, tags=["history"])
 
 Revision = Annotated[int, Query(ge=0, le=MAX_INTEGER)]
+
+
+def _iso_8601(value: object) -> object:
+    # pydantic would take any number for seconds since 1970.
+    if isinstance(value, str) and not re.match(r"[0-9]{4}-[0-9]{2}-[0-9]{2}([T ]|$)", value):
+        raise ValueError("is not a date and time of ISO 8601")
+    return value
+
+
+Time = Annotated[
+    datetime,
+    BeforeValidator(_iso_8601),
+    Query(description="ISO 8601; without a zone it is UTC"),
+]
 Limit = Annotated[int, Query(ge=1, le=MAX_PAGE)]
 
 
@@ -76,7 +92,7 @@ async def agent_history(
     caller: Reader,
     agent_id: AgentIdPath,
     upto: Revision | None = None,
-    at: Annotated[datetime | None, Query(description="ISO 8601; without a zone it is UTC")] = None,
+    at: Time | None = None,
     limit: Limit = 100,
 ) -> Response:
     """List an agent's changes, newest first; with `at`, the first is what it ran then."""
