@@ -76,11 +76,11 @@ def _started(folder: Path) -> Iterator[URL]:
     user = _other_user()
     if user is not None:
         os.chown(folder, user, -1)
-    programs = _reachable(_programs(), folder, user)
+    binaries = _reachable(programs(), folder, user)
     data = folder / "data"
-    _run([programs / "initdb", "-D", data, "-U", "postgres", "-A", "trust", "--no-sync",
+    _run([binaries / "initdb", "-D", data, "-U", "postgres", "-A", "trust", "--no-sync",
           "--locale=C.UTF-8", "-E", "UTF8"], folder, user)  # fmt: skip
-    port = _free_port()
+    port = free_port()
     options = {
         "listen_addresses": "127.0.0.1",
         "port": port,
@@ -89,7 +89,7 @@ def _started(folder: Path) -> Iterator[URL]:
         # What is lost when the machine's power goes is not what these tests are about.
         "fsync": "off",
     }
-    command = [str(programs / "postgres"), "-D", str(data)]
+    command = [str(binaries / "postgres"), "-D", str(data)]
     command += [part for name, value in options.items() for part in ("-c", f"{name}={value}")]
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(
@@ -104,7 +104,7 @@ def _started(folder: Path) -> Iterator[URL]:
         process.wait(30)
 
 
-def _programs() -> Path:
+def programs() -> Path:
     """Return the folder of PostgreSQL's programs."""
     installed = [
         path.parent
@@ -130,14 +130,14 @@ def _other_user() -> int | None:
     pytest.fail("PostgreSQL refuses to run as root, and there is no other user here")
 
 
-def _reachable(programs: Path, folder: Path, user: int | None) -> Path:
+def _reachable(binaries: Path, folder: Path, user: int | None) -> Path:
     """Return the programs, copied where that user can run them if they are out of its reach."""
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        _run([programs / "postgres", "--version"], folder, user)
-        return programs
+        _run([binaries / "postgres", "--version"], folder, user)
+        return binaries
     copy = folder / "postgresql"
-    shutil.copytree(programs.parent, copy, symlinks=True)
-    return copy / programs.name
+    shutil.copytree(binaries.parent, copy, symlinks=True)
+    return copy / binaries.name
 
 
 def _run(command: list[str | Path], folder: Path, user: int | None) -> None:
@@ -146,7 +146,8 @@ def _run(command: list[str | Path], folder: Path, user: int | None) -> None:
     )
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port that nobody listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

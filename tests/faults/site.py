@@ -139,8 +139,9 @@ class Operator:
             headers={"Authorization": f"Bearer {self.token}"} | headers,
             timeout=aiohttp.ClientTimeout(total=30),
         ) as answer:
-            known = await answer.json(content_type=None) if answer.content_length != 0 else None
-            return answer.status, answer.headers, known
+            is_json = answer.content_type.endswith("json")
+            said = await answer.json(content_type=None) if is_json else await answer.text()
+            return answer.status, answer.headers, said
 
     async def create(self, agent_id: str, **fields: Any) -> int:
         """Create an agent and return the revision."""

@@ -1,0 +1,257 @@
+"""docs/operations.md, tried as it is written: nginx, backup and restore, a rolling restart."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import shutil
+import ssl
+import subprocess
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import aiohttp
+import pytest
+import trustme
+from sqlalchemy.engine import make_url
+
+from tests.faults.backends import backend, backends, believes, is_live
+from tests.faults.site import Operator, Site, no_violations
+from tests.faults.subscriber import subscribers
+from tests.postgres import free_port, programs
+from tests.servers import eventually
+
+PAGE = (Path(__file__).parents[2] / "docs" / "operations.md").read_text()
+
+
+def block(language: str, holding: str) -> str:
+    """Return the page's code block of this language that holds this text."""
+    found: list[str] = re.findall(rf"^```{language}\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+    [one] = [text for text in found if holding in text]
+    return one
+
+
+def nginx_program() -> str:
+    found = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
+    if found is None:
+        pytest.skip("nginx is not installed here")
+    return found
+
+
+def configured(folder: Path, port: int, replicas: list[str], ca: trustme.CA) -> Path:
+    """Write the page's own configuration; only addresses and paths are ours."""
+    folder.mkdir()
+    certificate = ca.issue_cert("127.0.0.1")
+    certificate.private_key_pem.write_to_path(str(folder / "slm.key"))
+    for blob in certificate.cert_chain_pems:
+        blob.write_to_path(str(folder / "slm.pem"), append=True)
+    text = block("nginx", "upstream slm")
+    for number, url in enumerate(replicas, 1):
+        text = text.replace(f"10.0.0.1{number}:8760", url.removeprefix("http://"))
+    text = re.sub(r"^ *server 10\.0\.0\.\d+:8760 .*\n", "", text, flags=re.MULTILINE)
+    text = text.replace("listen 443 ssl", f"listen 127.0.0.1:{port} ssl")
+    text = text.replace("/etc/nginx/", f"{folder}/")
+    temporary = "".join(
+        f"{name}_temp_path {folder}/{name};\n"
+        for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    )
+    config = folder / "nginx.conf"
+    config.write_text(
+        f"daemon off; worker_processes 1; pid {folder}/pid; error_log {folder}/error.log;\n"
+        + ("user root;\n" if os.geteuid() == 0 else "")
+        + "events {}\nhttp {\naccess_log off;\n"
+        + temporary
+        + text
+        + "}\n"
+    )
+    return config
+
+
+@contextlib.asynccontextmanager
+async def nginx(folder: Path, replicas: list[str], ca: trustme.CA) -> AsyncIterator[str]:
+    """Run nginx as the page says."""
+    program, port = nginx_program(), free_port()
+    config = configured(folder, port, replicas, ca)
+    process = await asyncio.create_subprocess_exec(program, "-c", str(config), "-p", str(folder))
+    try:
+
+        async def listening() -> bool:
+            assert process.returncode is None, (folder / "error.log").read_text()
+            try:
+                _, writer = await asyncio.open_connection("127.0.0.1", port)
+            except OSError:
+                return False
+            writer.close()
+            return True
+
+        await eventually(listening)
+        yield f"https://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        await process.wait()
+
+
+async def written(operator: Operator, model: str) -> int:
+    """Change the model; nginx may for a second still hold the other replica for dead (502)."""
+
+    async def done() -> str | None:
+        status, headers, said = await operator.ask(
+            "PUT", "/api/agents/billing", {"llm_model": model}
+        )
+        assert status in (200, 502), said
+        return headers["SLM-Revision"] if status == 200 else None
+
+    return int(await eventually(done) or 0)
+
+
+async def test_nginx_as_documented(postgres_site: Site, tmp_path: Path) -> None:
+    """Keys and streams through it, replicas killed behind it: the backends go on."""
+    site, ca = postgres_site, trustme.CA()
+    ca_file = tmp_path / "ca.pem"
+    ca.cert_pem.write_to_path(str(ca_file))
+    nginx_program()
+    servers = [site.process(n, trusted_proxies="127.0.0.1") for n in range(2)]
+    async with contextlib.AsyncExitStack() as stack:
+        for server in servers:
+            await stack.enter_async_context(server)
+        url = await stack.enter_async_context(
+            nginx(tmp_path / "nginx", [server.url for server in servers], ca)
+        )
+        context = ssl.create_default_context(cafile=str(ca_file))
+        http = await stack.enter_async_context(
+            aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=context))
+        )
+        operator = Operator(http, url, site.admin_token)
+        before = await operator.create("billing", llm_provider="openai", llm_api_key="sk-canary")
+        clients = await stack.enter_async_context(
+            backends(6, url, site.backend_token, ca_file=ca_file)
+        )
+        await eventually(lambda: all(c.revision >= before and is_live(c) for c in clients))
+        for client in clients:
+            key = (await client.resolve("billing")).llm_api_key
+            assert key is not None
+            assert key.get_secret_value() == "sk-canary"
+        assert (await operator.ask("GET", "/metrics"))[0] == 404
+
+        servers[0].kill()
+        after = await written(operator, "without the first")
+        await eventually(lambda: all(c.revision >= after and is_live(c) for c in clients), 20)
+        await servers[0].start()
+        servers[1].kill()
+        last = await written(operator, "without the second")
+        await eventually(lambda: all(c.revision >= last and is_live(c) for c in clients), 20)
+        truth = await operator.agents()
+        for client in clients:
+            assert await believes(client, truth)
+
+
+async def test_nginx_that_was_not_named(postgres_site: Site, tmp_path: Path) -> None:
+    """Without SLM_TRUSTED_PROXIES what nginx says does not count, and no key goes through it."""
+    site, ca = postgres_site, trustme.CA()
+    ca_file = tmp_path / "ca.pem"
+    ca.cert_pem.write_to_path(str(ca_file))
+    nginx_program()
+    context = ssl.create_default_context(cafile=str(ca_file))
+    async with (
+        site.process() as server,
+        nginx(tmp_path / "nginx", [server.url], ca) as url,
+        aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=context)) as http,
+    ):
+        operator = Operator(http, url, site.admin_token)
+        status, _, said = await operator.ask("GET", "/api/agents/default/llm")
+        assert (status, said.get("code")) == (403, "tls-required"), said
+        assert (await operator.ask("GET", "/api/agents/default"))[0] == 200
+
+
+async def test_postgresql_backup_and_restore_as_documented(
+    postgres_site: Site, tmp_path: Path, http: aiohttp.ClientSession
+) -> None:
+    """The page's own lines: dumped while it serves, restored, and every backend drops the rest."""
+    site = postgres_site
+    if not (programs() / "pg_dump").exists():
+        pytest.skip("this PostgreSQL comes without pg_dump")
+    plain = make_url(site.database_url or "").set(drivername="postgresql")
+    environment = os.environ | {
+        "PATH": f"{programs()}:{os.environ['PATH']}",
+        "SLM_PG_URL": plain.render_as_string(hide_password=False),
+    }
+
+    async def shell(lines: str) -> None:
+        await asyncio.to_thread(
+            subprocess.run, ["sh", "-ec", lines], cwd=tmp_path, env=environment, check=True
+        )
+
+    server = site.in_loop()
+    await server.start()
+    try:
+        operator = Operator(http, server.url, site.admin_token)
+        kept = await operator.create("kept", llm_model="old")
+        async with (
+            subscribers(4, server.url, site.backend_token) as subs,
+            backend(server.url, site.backend_token) as client,
+        ):
+            await shell(block("sh", "pg_dump"))
+            await operator.create("made-later")
+            last = await operator.set("kept", llm_model="new")
+            await eventually(lambda: all(s.reached(last) for s in subs))
+            await eventually(lambda: client.revision >= last)
+            epoch = server.running.services.feed.epoch
+            await server.stop()
+            await shell(block("sh", "pg_restore"))
+            await server.start()
+            assert server.running.services.feed.epoch != epoch
+            for n in range(last - kept + 2):
+                after = await operator.set("kept", llm_timeout=n + 1)
+            assert after > last
+            await eventually(lambda: all(s.epoch != epoch and s.reached(after) for s in subs))
+            await eventually(lambda: is_live(client) and client.revision == after)
+            truth = await operator.agents()
+            assert truth.keys() == {"default", "kept"}
+            assert all(s.agents == truth for s in subs)
+            assert await believes(client, truth)
+            assert (await client.resolve("made-later")).step == "default"
+        no_violations(subs, resyncs=["epoch"])
+    finally:
+        await server.stop()
+
+
+async def test_a_rolling_restart(postgres_site: Site, http: aiohttp.ClientSession) -> None:
+    """SIGTERM to one replica after the other: requests finish, streams end with 1012 and resume."""
+    site = postgres_site
+    servers = [site.process(n) for n in range(2)]
+    async with servers[0], servers[1]:
+        urls = [server.url for server in servers]
+        operators = [Operator(http, url, site.admin_token) for url in urls]
+        revision = await operators[0].create("billing")
+        await servers[0].terminate()
+        await servers[0].start(failpoint="before_commit:hold:0.3")
+        async with subscribers(20, lambda n: urls[n % 2], site.backend_token) as subs:
+            await eventually(lambda: all(s.reached(revision) for s in subs))
+            connections = [len(s.connections) for s in subs]
+            under_way = asyncio.create_task(operators[0].set("billing", llm_model="under way"))
+            await eventually(
+                lambda: (
+                    site.rows(
+                        "SELECT count(*) FROM pg_stat_activity WHERE state = 'idle in transaction'"
+                        " AND datname = current_database() AND backend_xid IS NOT NULL"
+                    )
+                    == [(1,)]
+                ),
+                every=0.005,
+            )
+            for server in servers:
+                began = time.monotonic()
+                assert await server.terminate() == 0
+                assert time.monotonic() - began < 10
+                await server.start(failpoint=None)
+            assert await under_way == revision + 1
+            last = await operators[1].set("billing", llm_model="after")
+            await eventually(lambda: all(s.reached(last) for s in subs), 20)
+            assert all(1012 in s.closes for s in subs)
+            assert all(len(s.connections) > n for s, n in zip(subs, connections, strict=True))
+            truth = await operators[0].agents()
+            assert all(s.agents == truth for s in subs)
+        no_violations(subs, committed=site.committed())
