@@ -2,8 +2,9 @@
 
 from slm.client.blocking import BlockingSLMClient
 from slm.client.cache import AgentConfigCache
-from slm.client.client import OnChange, SLMClient
+from slm.client.client import SLMClient
 from slm.client.config import ResolvedConfig, SecretText, Step
+from slm.client.hooks import OnChange
 from slm.client.retry import ClientStatus
 from slm.client.timings import Timings
 

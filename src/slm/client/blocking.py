@@ -14,8 +14,9 @@ from collections.abc import Callable, Coroutine
 from types import TracebackType
 from typing import Any, TypeVar
 
-from slm.client.client import OnChange, SLMClient
+from slm.client.client import SLMClient
 from slm.client.config import ResolvedConfig
+from slm.client.hooks import OnChange
 from slm.client.retry import ClientStatus
 
 _T = TypeVar("_T")

@@ -1,19 +1,18 @@
-"""SLMClient: what a backend holds; it answers each agent's configuration by the chain.
+"""SLMClient: what a backend holds, from its connecting to its closing, in one loop or many.
 
-The chain and nothing else: `sync` keeps the cache equal to the SLM, `fallback` knows the steps that
-need none. While live an answer is one lookup in a dict: no lock, no clock, no await that waits.
+It puts the parts together: `sync` keeps the cache equal to the SLM, `chain` answers from it. While
+live an answer is one lookup in a dict: no lock, no clock, no await that waits.
 """
 
 from __future__ import annotations
 
 import asyncio
-import inspect
 import logging
 import os
 import socket
 import uuid
 import weakref
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
@@ -22,29 +21,21 @@ from typing import Any, Final, TypeVar
 from pydantic import SecretStr
 
 from slm.client.cache import AgentConfigCache
+from slm.client.chain import Chain
 from slm.client.config import ResolvedConfig
-from slm.client.fallback import from_environment, hardcoded
+from slm.client.hooks import Hooks, OnChange, Validator
 from slm.client.http import TokenSource, normalised_url
 from slm.client.in_use import InUse, KeysInUse
-from slm.client.known import KnownAgent
 from slm.client.retry import ClientStatus
 from slm.client.snapshot_file import Contents, Saver, SnapshotFile
 from slm.client.sync import Synchroniser
 from slm.client.timings import Timings, check_seconds
 from slm.client.tls import ClientCert, TlsFiles
-from slm.errors import AgentKeyUnavailable, ConfigurationError
+from slm.errors import ConfigurationError
 from slm.protocol import ClientInfo
 
 _log = logging.getLogger("slm.client")
 _T = TypeVar("_T")
-
-OnChange = Callable[[str, ResolvedConfig | None], Awaitable[None] | None]
-"""Called with the agent_id whose config was swapped, and with the agent's own config now in force;
-None where it has none: deleted, switched off, or its key cannot be had."""
-
-Validator = Callable[[ResolvedConfig], str | None]
-"""Says why a config must not come into force, or None. Called in the client's loop; must be quick.
-"""
 
 _NOTHING: Final[Mapping[str, ResolvedConfig]] = {}
 
@@ -107,13 +98,11 @@ class SLMClient:
         self._hot = _NOTHING
         self._sync: Synchroniser | None = None
         self._closed = False
-        self._callbacks: list[OnChange] = []
-        self._validators: list[Validator] = []
+        self._hooks = Hooks(self._judge_anew)
         self._in_use = KeysInUse()
-        self._cache.refused = self._refused
-        self._callback_tasks: set[asyncio.Future[None]] = set()
+        self._cache.refused = self._hooks.refusal
+        self._chain = Chain(self._cache, self._key_wait)
         self._saver: Saver | None = None
-        self._warned: set[str] = set()
         _clients.add(self)
 
     # --- life ---
@@ -188,7 +177,7 @@ class SLMClient:
         config = self._hot.get(agent_id)
         if config is not None:
             return config
-        return await self._in_own_loop(self._chain(agent_id))
+        return await self._in_own_loop(self._answer(agent_id))
 
     async def get_agent_config(self, agent_id: str) -> dict[str, Any]:
         """Return the agent's llm_* fields with `llm_api_key` as a dict of your own.
@@ -200,7 +189,7 @@ class SLMClient:
         """
         config = self._hot.get(agent_id)
         if config is None:
-            config = await self._in_own_loop(self._chain(agent_id))
+            config = await self._in_own_loop(self._answer(agent_id))
         return config.as_dict()
 
     async def get_default_agent_config(self) -> dict[str, Any]:
@@ -209,7 +198,7 @@ class SLMClient:
         Raises:
             AgentKeyUnavailable: the default agent needs an API key that cannot be had now.
         """
-        return (await self._in_own_loop(self._chain(None))).as_dict()
+        return (await self._in_own_loop(self._answer(None))).as_dict()
 
     def peek(self, agent_id: str) -> ResolvedConfig | None:
         """Return the agent's own config if it is at hand and live; safe from any thread."""
@@ -221,13 +210,7 @@ class SLMClient:
         A request that begins after the call uses the new config or a newer one. The callback may be
         a coroutine function. What it raises is logged and harms nobody.
         """
-        self._callbacks.append(callback)
-
-        def unsubscribe() -> None:
-            if callback in self._callbacks:
-                self._callbacks.remove(callback)
-
-        return unsubscribe
+        return self._hooks.on_change(callback)
 
     def register_validator(self, validator: Validator) -> Callable[[], None]:
         """Have `validator(config)` asked before a config comes into force; return how to stop that.
@@ -235,16 +218,7 @@ class SLMClient:
         Where it gives a reason, the agent's last good config stays in use and the SLM is told
         (docs/protocol.md section 4, `not_in_force`). `LLMInterface` registers one by itself.
         """
-        if validator not in self._validators:
-            self._validators.append(validator)
-            self._judge_anew()
-
-        def unregister() -> None:
-            if validator in self._validators:
-                self._validators.remove(validator)
-                self._judge_anew()
-
-        return unregister
+        return self._hooks.register_validator(validator)
 
     def in_use(self, config: ResolvedConfig) -> InUse:
         """Return a context manager that holds the config's key for the length of a call.
@@ -253,84 +227,6 @@ class SLMClient:
         `LLMInterface` does so by itself.
         """
         return InUse(self._in_use, config, self._cache.key_revision, self._key_use_changed)
-
-    # --- the chain ---
-
-    async def _chain(self, agent_id: str | None) -> ResolvedConfig:
-        """Answer for an agent, or for the default agent when `agent_id` is None."""
-        starting = self._sync is None or not self._sync.settled.is_set()
-        if starting and not self._closed:
-            await self.connect()
-        config = await self._own(agent_id) if agent_id is not None else None
-        if config is None:
-            config = await self._default(agent_id)
-        return config or self._without_slm(agent_id or "default")
-
-    async def _own(self, agent_id: str) -> ResolvedConfig | None:
-        """Step 1: the agent's own config, or None where it is unknown or inactive."""
-        cache, sync = self._cache, self._sync
-        if cache.find(agent_id) is None and not cache.live and sync is not None:
-            await sync.ask(agent_id)
-        return await self._whole(agent_id)
-
-    async def _default(self, agent_id: str | None) -> ResolvedConfig | None:
-        """Step 2: the default agent's config."""
-        cache, sync = self._cache, self._sync
-        if cache.default_id is None and not cache.live and sync is not None:
-            await sync.ask_default()
-        default_id = cache.default_id
-        if default_id is None or default_id == agent_id:
-            return None
-        config = await self._whole(default_id)
-        return config and config.answering(agent_id if agent_id is not None else default_id)
-
-    def _without_slm(self, agent_id: str) -> ResolvedConfig:
-        """Steps 3 and 4: the environment, else the hardcoded values."""
-        answer = from_environment(agent_id)
-        for warning in answer.warnings:
-            if warning not in self._warned:
-                self._warned.add(warning)
-                _log.warning("%s", warning)
-        return answer.config or hardcoded(agent_id)
-
-    async def _whole(self, agent_id: str) -> ResolvedConfig | None:
-        """Return a known agent's whole value: the current one, or the last one as stale."""
-        cache, sync = self._cache, self._sync
-        known = await self._once_its_key_is_here(agent_id)
-        if known is None:
-            return None
-        if not cache.live and sync is not None and known.freshness()[0] > cache.ttl_seconds:
-            if known.config is not None and cache.expired(known.config):
-                await sync.ask(agent_id)
-            else:
-                sync.refresh(agent_id)
-            known = cache.find(agent_id)
-        if known is None or not known.is_active:
-            return None
-        if known.key_error is not None:
-            raise AgentKeyUnavailable(agent_id, known.key_error)
-        config = known.config
-        gone = config is not None and cache.expired(config)
-        if known.pending is not None and (config is None or gone):
-            raise AgentKeyUnavailable(agent_id, "it has not come from the SLM yet")
-        return None if gone else config
-
-    async def _once_its_key_is_here(self, agent_id: str) -> KnownAgent | None:
-        """Return what is known of the agent, after waiting up to `key_wait` for a changed key.
-
-        The wait counts from the change as well as from the question: once the SLM has been slow
-        with a key, later questions do not wait for it again.
-        """
-        cache = self._cache
-        asked_at = cache.clock()
-        while (known := cache.find(agent_id)) is not None:
-            if known.pending is None or known.key_error is not None or not known.is_active:
-                break
-            left = min(asked_at, known.pending_since) + self._key_wait - cache.clock()
-            if left <= 0 or self._sync is None:
-                break
-            await self._sync.wait_for_change(left)
-        return known
 
     # --- loops, forks and files ---
 
@@ -367,6 +263,12 @@ class SLMClient:
             sync.start()
         return sync
 
+    async def _answer(self, agent_id: str | None) -> ResolvedConfig:
+        starting = self._sync is None or not self._sync.settled.is_set()
+        if starting and not self._closed:
+            await self.connect()
+        return await self._chain.answer(agent_id, self._sync)
+
     async def _in_own_loop(self, work: Coroutine[Any, Any, _T]) -> _T:
         """Run in the loop in which the client is connected, wherever this one is."""
         sync = self._sync
@@ -387,7 +289,7 @@ class SLMClient:
         self._sync = None
         self._saver = None
         self._hot = _NOTHING
-        self._callback_tasks = set()
+        self._hooks.abandon()
         self._in_use.start_anew()
         self._instance = uuid.uuid4().hex[:12]
         self._cache.distrust()
@@ -412,27 +314,7 @@ class SLMClient:
         if self._saver is not None:
             self._saver.soon()
         known = self._cache.find(agent_id)
-        config = known.in_force if known is not None else None
-        for callback in tuple(self._callbacks):
-            try:
-                result = callback(agent_id, config)
-                if inspect.isawaitable(result):
-                    task = asyncio.ensure_future(result)
-                    self._callback_tasks.add(task)
-                    task.add_done_callback(self._callback_ended)
-            except Exception:
-                _log.exception("an on_change callback failed")
-
-    def _refused(self, config: ResolvedConfig) -> str | None:
-        for validator in tuple(self._validators):
-            try:
-                reason = validator(config)
-            except Exception:
-                _log.exception("a validator failed; its config is used")
-                continue
-            if reason is not None:
-                return reason
-        return None
+        self._hooks.tell(agent_id, known.in_force if known is not None else None)
 
     def _judge_anew(self) -> None:
         sync = self._sync
@@ -448,11 +330,6 @@ class SLMClient:
     def _key_use_changed(self) -> None:
         if self._sync is not None:
             self._sync.acks.changed_elsewhere()
-
-    def _callback_ended(self, task: asyncio.Future[None]) -> None:
-        self._callback_tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            _log.error("an on_change callback failed", exc_info=error)
 
     def _load(self, file: SnapshotFile) -> None:
         loaded = file.load()
