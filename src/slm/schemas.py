@@ -124,7 +124,6 @@ class _Written(BaseModel):
         hide_input_in_errors=True,
         frozen=True,
         protected_namespaces=(),
-        defer_build=True,
     )
 
 
