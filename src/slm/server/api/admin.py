@@ -8,11 +8,12 @@ import secrets
 from collections.abc import AsyncIterator
 from typing import BinaryIO, Final
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 from starlette.responses import StreamingResponse
 
 from slm.errors import DatabaseUnavailable, InsufficientStorage, InvalidRequest, TlsRequired
-from slm.server.api.common import Parts, Requires, SLMRoute, problem_responses
+from slm.server.api.common import Admin, Parts, SLMRoute, problem_responses, who_of
+from slm.server.audit import Event
 from slm.server.backup import backup
 from slm.server.peer import require_private
 
@@ -24,13 +25,12 @@ _CHUNK_BYTES: Final = 256 * 1024
 @router.post(
     "/backup",
     response_class=StreamingResponse,
-    dependencies=[Depends(Requires("admin"))],
     responses={
         200: {"content": {"application/vnd.sqlite3": {}}, "description": "The database's copy"},
         **problem_responses(TlsRequired, InvalidRequest, DatabaseUnavailable, InsufficientStorage),
     },
 )
-async def make_backup(request: Request, services: Parts) -> StreamingResponse:
+async def make_backup(request: Request, services: Parts, caller: Admin) -> StreamingResponse:
     """Return a consistent copy of the SQLite database, made while it serves.
 
     The caller keeps it where it likes: the server leaves no copy of its own.
@@ -39,6 +39,7 @@ async def make_backup(request: Request, services: Parts) -> StreamingResponse:
     place = services.database.path
     if place is None:
         raise InvalidRequest("This backup is for a SQLite file; use pg_dump for PostgreSQL.")
+    await services.audit.record(Event(who_of(request, caller), "database.backup"))
     # Beside the database: on another disk the copy might not fit.
     path = place.with_name(f".backup-{secrets.token_hex(8)}")
     try:
