@@ -109,7 +109,7 @@ class ScriptedSLM:
 
     def _with_key(self, agent_id: str) -> dict[str, Any]:
         revision, fields = self.agents[agent_id]
-        return fields | {"agent_id": agent_id, "revision": revision, "llm_api_key": None}
+        return {"llm_api_key": None} | fields | {"agent_id": agent_id, "revision": revision}
 
     def _headers(self) -> dict[str, str]:
         return {"SLM-Revision": str(self.revision), "SLM-Epoch": self.epoch}
