@@ -41,7 +41,7 @@ bench-peers: ## what the bench compares with that pip cannot install (Debian, as
 	cd benchmarks/unleash && npm install --no-package-lock --no-audit --no-fund
 
 soak: .venv/installed .venv/model ## the long form of the fault tests
-	$(BIN)/python -m pytest -m soak
+	$(BIN)/python -m pytest -m soak tests/faults
 
 lock: ## resolve the requirements again (needs uv); read the diff before you commit it
 	$(UV_COMPILE) --upgrade --all-extras pyproject.toml -o requirements.lock

@@ -17,6 +17,20 @@ for _name in [name for name in os.environ if name.startswith("SLM_") and "_TEST_
     del os.environ[_name]
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print what tests measured, as docs/reliability.md has it."""
+    measured = [
+        (report.nodeid.partition("::")[2], report.user_properties)
+        for report in terminalreporter.getreports("passed")
+        if report.when == "call" and report.user_properties
+    ]
+    if measured:
+        terminalreporter.section("measured")
+        for name, properties in sorted(measured):
+            shown = ", ".join(f"{what}={value}" for what, value in properties)
+            terminalreporter.line(f"{name}: {shown}")
+
+
 @pytest.fixture
 async def server(tmp_path: Path) -> AsyncIterator[InLoopServer]:
     """A server with nothing but its default agent, in the test's own loop."""
