@@ -84,9 +84,9 @@ def key_status(
     """
     target = find(url, token_file, ca_file, data)
     now, told = asyncio.run(_agent_and_fleet(target, agent))
-    holders = [held for each in told["backends"] if (held := _held(each, now)) is not None]
-    here = [held for held in holders if held["state"] != "gone"]
-    away = [held for held in holders if held["state"] == "gone" and held["acks"]]
+    held = holders(told["backends"], now)
+    here = [each for each in held if each["state"] != "gone"]
+    away = [each for each in held if each["state"] == "gone" and each["acks"]]
     safe = not here
     if as_json:
         status = {"agent_id": now.agent_id, "api_key_revision": now.api_key_revision}
@@ -99,16 +99,26 @@ def key_status(
         else f"has the API key of revision {now.api_key_revision}"
     )
     console.print(f"[bold]{escape(now.agent_id)}[/] {present}", soft_wrap=True)
-    for held in here:
-        console.print(f"  {escape(held['backend'])}: {held['why']}", soft_wrap=True)
-    for held in away:
-        output.warning(f"{held['backend']} went away before it took the change: {held['why']}")
+    for each in here:
+        console.print(f"  {escape(each['backend'])}: {each['why']}", soft_wrap=True)
+    for each in away:
+        output.warning(f"{each['backend']} went away before it took the change: {each['why']}")
     if safe:
         console.print("[green]safe to revoke[/] the former key: no connected backend holds it")
     else:
         count = "1 backend" if len(here) == 1 else f"{len(here)} backends"
         console.print(f"[red]not yet[/]: {count} may still use the former key")
     raise typer.Exit(0 if safe else 1)
+
+
+def holders(backends: list[dict[str, Any]], agent: Agent) -> list[dict[str, Any]]:
+    """Return who may still use an older key of the agent, and why.
+
+    Args:
+        backends: the fleet view's, at least as new as `agent`.
+        agent: as it is now.
+    """
+    return [held for each in backends if (held := _held(each, agent)) is not None]
 
 
 def _held(backend: dict[str, Any], agent: Agent) -> dict[str, Any] | None:

@@ -16,6 +16,7 @@ from slm.errors import ProblemError
 from slm.server.api import admin, agents, audit, fleet, health, history, keys, snapshot, tokens, ws
 from slm.server.compaction import Compaction
 from slm.server.edge import Edge
+from slm.server.fleet_sync import CHANNEL
 from slm.server.listener import ChangeListener
 from slm.server.prepare import Prepared
 from slm.server.problems import (
@@ -90,7 +91,9 @@ def _workers(services: Services) -> list[_Worker]:
     settings, database = services.settings, services.database
     workers: list[_Worker] = [services.caretaker, services.doorkeeper]
     if database.dialect == "postgresql":
-        workers.append(ChangeListener(database.url, services.feed.hear))
+        sync = services.fleet_sync
+        workers.append(ChangeListener(database.url, services.feed.hear, {CHANNEL: sync.hear}))
+        workers.append(sync)
     if settings.changes_keep is not None:
         seconds = settings.compact_interval_seconds
         workers.append(Compaction(database, keep=settings.changes_keep, interval_seconds=seconds))

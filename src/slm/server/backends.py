@@ -17,7 +17,7 @@ from slm.server.view import EVERYTHING, View
 RECEIPT_REVISIONS: Final = 1000
 """A receipt can be asked for this many revisions back."""
 
-SHARED_ACKS: Final = 64
+SHARED_ACKS: Final = 32
 """So many of a backend's last acks other replicas are told."""
 
 _MAX_STRETCHES: Final = 20

@@ -36,6 +36,11 @@ class Waiter:
         self.done = asyncio.Event()
         self._left: set[str] | None = None
 
+    @property
+    def has_looked(self) -> bool:
+        """Whether it knows whom it waits for."""
+        return self._left is not None
+
     def look(self, expected: Iterable[Backend]) -> None:
         """Look at everyone who is expected."""
         self._left = {b.id for b in expected if b.acks and not self._answered(b)}
@@ -70,7 +75,8 @@ class Fleet:
         started_at_revision: of the changes up to here nobody's acks were heard by this server.
         dirty: ids of this server's backends that changed since others were told of them.
         waiters: who waits for a receipt here.
-        news: set when somebody began to wait, or there is something to tell other replicas.
+        news: set when there is something to tell other replicas.
+        asked: set when somebody began to wait.
     """
 
     def __init__(
@@ -88,6 +94,7 @@ class Fleet:
         self.dirty: set[str] = set()
         self.waiters: set[Waiter] = set()
         self.news = asyncio.Event()
+        self.asked = asyncio.Event()
         self._token_name = token_name
         self._stale_after_seconds = stale_after_seconds
         self._clock = clock
@@ -113,6 +120,7 @@ class Fleet:
                     backend.stretches[-1].first = head
         self.head = head
         self._heads.append((head, self._clock()))
+        self.news.set()
 
     def joined(self, subscriber: Subscriber) -> None:
         """Take in a connection that has subscribed; it may be a backend that was here before."""
@@ -193,9 +201,9 @@ class Fleet:
                 if replica not in alive:
                     backend.end(self.head, self._clock())
 
-    def look_again(self) -> None:
-        """Have everyone who waits look at all who are expected."""
-        for waiter in tuple(self.waiters):
+    def look(self, waiter: Waiter) -> None:
+        """Have someone who waits look at all who are expected, once everyone is known."""
+        if not waiter.has_looked:
             waiter.look(self.expected(waiter.subject))
 
     # --- who asks ---
@@ -239,12 +247,12 @@ class Fleet:
         Args:
             subject: the change.
             seconds: the limit.
-            alone: there is no other replica; else `look_again` says who is expected.
+            alone: there is no other replica; else `look` is called once they have told.
         """
         with self._waiting(subject) as waiter:
             if alone:
                 waiter.look(self.expected(subject))
-            self.news.set()
+            self.asked.set()
             if not self._closed:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(seconds):

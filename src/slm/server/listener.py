@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from sqlalchemy.engine import URL
@@ -30,17 +30,24 @@ class ChangeListener:
         url: the database's URL.
         wake: called with the revision that a notification names; with None where one may have been
             missed: after each connecting, and for a payload that is no number.
+        others: what to call for a notification of another channel.
 
     Attributes:
         connections: how many times it has begun to listen.
         listening: whether it listens now.
     """
 
-    def __init__(self, url: URL, wake: Callable[[int | None], None]) -> None:
+    def __init__(
+        self,
+        url: URL,
+        wake: Callable[[int | None], None],
+        others: Mapping[str, Callable[[], None]] | None = None,
+    ) -> None:
         self.connections = 0
         self.listening = False
         self._url = url
         self._wake = wake
+        self._others = others or {}
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -89,7 +96,8 @@ class ChangeListener:
     async def _listen(self, connector: Any, options: dict[str, Any]) -> None:
         connection = await connector.connect(**options)
         try:
-            await connection.execute(f"LISTEN {CHANNEL}")
+            for channel in (CHANNEL, *self._others):
+                await connection.execute(f"LISTEN {channel}")
             self.connections += 1
             self.listening = True
             if self.connections > 1:
@@ -98,6 +106,9 @@ class ChangeListener:
             # by its notification.
             self._wake(None)
             async for note in connection.notifies():
+                if note.channel in self._others:
+                    self._others[note.channel]()
+                    continue
                 self._wake(int(note.payload) if note.payload.isdecimal() else None)
         finally:
             # A broken connection may raise on its way out, and has nothing left to say.

@@ -214,6 +214,28 @@ class Replica(Base):
     seen_at: Mapped[float] = mapped_column(Double)
 
 
+class Backend(Base):
+    """What one replica tells the others of one backend of its own; see `server/fleet_sync.py`.
+
+    Attributes:
+        id: the backend; empty in the row that says how far the replica's stream has come.
+        seq: counts the replica's transactions, so that others read what is new alone.
+        data: JSON of `server/backends.py`.
+        written_at: seconds since 1970 by the database's clock.
+    """
+
+    __tablename__ = "backends"
+
+    id: Mapped[str] = mapped_column(Text, primary_key=True)
+    replica: Mapped[str] = mapped_column(String(32), primary_key=True)
+    seq: Mapped[int] = mapped_column(BigInteger)
+    data: Mapped[str] = mapped_column(Text)
+    connected: Mapped[bool] = mapped_column(Boolean)
+    written_at: Mapped[float] = mapped_column(Double)
+
+    __table_args__ = (Index("ix_backends_replica_seq", "replica", "seq"),)
+
+
 def _table(model: type[Base]) -> Table:
     table = model.__table__
     assert isinstance(table, Table)  # noqa: S101 - for the type checker
@@ -228,6 +250,7 @@ ENCRYPTION_KEYS: Final = _table(EncryptionKey)
 AUDIT: Final = _table(Audit)
 AUDIT_HEAD: Final = _table(AuditHead)
 REPLICAS: Final = _table(Replica)
+BACKENDS: Final = _table(Backend)
 
 # Without SQLAlchemy's types: they raise on what another program may have put into a SQLite column
 # (a text date, 'true'), and one such row must not take the whole list down.

@@ -14,6 +14,7 @@ from slm.errors import DatabaseUnavailable, RevisionNotFound
 from slm.server.backends import RECEIPT_REVISIONS, Subject
 from slm.server.database import Database
 from slm.server.fleet import Fleet
+from slm.server.fleet_sync import FleetSync
 from slm.server.history import History
 from slm.server.registry import Written
 
@@ -21,9 +22,11 @@ from slm.server.registry import Written
 class Receipts:
     """Answers `?wait=` and `GET /api/changes/{revision}/receipt`."""
 
-    def __init__(self, database: Database, fleet: Fleet) -> None:
+    def __init__(self, database: Database, fleet: Fleet, sync: FleetSync) -> None:
         self._history = History(database)
         self._fleet = fleet
+        self._sync = sync
+        self._alone = database.dialect == "sqlite"
 
     async def subject(self, revision: int) -> Subject:
         """Return what a receipt of this revision is about.
@@ -62,5 +65,12 @@ class Receipts:
     async def receipt(self, subject: Subject, seconds: float = 0.0) -> dict[str, Any]:
         """Return how everyone took a change, once all have answered or after `seconds`."""
         if seconds > 0:
-            await self._fleet.wait(subject, seconds)
+            await self._fleet.wait(subject, seconds, alone=self._alone)
+        else:
+            await self.refresh()
         return self._fleet.receipt(subject)
+
+    async def refresh(self) -> None:
+        """Take in what other replicas have told of their backends, where there are any."""
+        if not self._alone:
+            await self._sync.refresh()

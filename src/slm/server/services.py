@@ -12,6 +12,7 @@ from slm.server.database import Database
 from slm.server.doorkeeper import Doorkeeper
 from slm.server.feed import ChangeFeed
 from slm.server.fleet import Fleet
+from slm.server.fleet_sync import FleetSync
 from slm.server.hub import Hub
 from slm.server.keyring import Keyring, read_keys
 from slm.server.limits import Gauge, Rate, TokenBuckets
@@ -44,6 +45,7 @@ class Services:
     catalog: Catalog
     hub: Hub
     fleet: Fleet
+    fleet_sync: FleetSync
     receipts: Receipts
     feed: ChangeFeed
     metrics: Metrics
@@ -72,6 +74,7 @@ def make_services(settings: Settings, prepared: Prepared) -> Services:
     caretaker = Caretaker(settings, database, keyring, registry.reads, tokens, token_store)
     lease = caretaker.lease
     fleet = Fleet(lease.id, lease.name, tokens.name_of, settings.behind_after_seconds)
+    fleet_sync = FleetSync(database, fleet, settings.fleet_interval_seconds, settings.lease_seconds)
     hub, metrics = Hub(settings, fleet), Metrics()
     hub.on_pushed = metrics.pushed
     return Services(
@@ -81,7 +84,8 @@ def make_services(settings: Settings, prepared: Prepared) -> Services:
         catalog=catalog,
         hub=hub,
         fleet=fleet,
-        receipts=Receipts(database, fleet),
+        fleet_sync=fleet_sync,
+        receipts=Receipts(database, fleet, fleet_sync),
         feed=ChangeFeed(database, catalog, hub, tokens, settings, metrics),
         metrics=metrics,
         tokens=tokens,

@@ -57,6 +57,8 @@ class Settings(BaseSettings):
         database_timeout_seconds: how long a whole transaction may take before it is given up.
         idle_in_transaction_seconds: after this PostgreSQL ends a transaction that says nothing.
         compact_interval_seconds: how often changes beyond `changes_keep` are looked for.
+        fleet_interval_seconds: how often a replica tells others of its backends at most, unless a
+            receipt waits.
         lease_seconds: after how long without a word a replica counts as gone.
         key_command_seconds: how long `encryption_key_command` may take.
         key_check_seconds: how often all stored keys are tried, so that `/readyz` can tell.
@@ -114,6 +116,7 @@ class Settings(BaseSettings):
     database_timeout_seconds: Seconds = 10
     idle_in_transaction_seconds: Seconds = 5
     compact_interval_seconds: Seconds = 60
+    fleet_interval_seconds: Seconds = 1
     lease_seconds: Seconds = 15
     key_command_seconds: Seconds = 30
     key_check_seconds: Seconds = 300

@@ -29,6 +29,7 @@ async def get_fleet(services: Parts, caller: Reader, response: Response) -> dict
     """List every connected backend, and those that went away within the last hour."""
     if caller.view.is_limited:
         raise Forbidden("The token is limited to some agents; backends serve others as well.")
+    await services.receipts.refresh()
     fleet = services.fleet
     response.headers.update(catalog_headers(services))
     return {
