@@ -125,6 +125,7 @@ async def test_the_client_verifies_and_shows_its_own_certificate(
                 ssl=context,
             )
             assert made.status == 201
+            assert made.headers["Strict-Transport-Security"] == "max-age=31536000"
             config = await client.get_agent_config("a")
             assert config["llm_api_key"] == "sk-over-tls"
 

@@ -34,6 +34,9 @@ _ALWAYS: Final = (
 
 _METHODS: Final = frozenset({"GET", "POST", "PUT", "DELETE"})
 
+# RFC 6797: a browser that was here over TLS never comes back without.
+_TLS_ONLY: Final = (b"strict-transport-security", b"max-age=31536000")
+
 
 @dataclass
 class Stamp:
@@ -136,6 +139,8 @@ class Edge:
         given = {name for name, _ in headers}
         stamp: Stamp = scope[STAMP]
         headers += _ALWAYS
+        if scope["scheme"] == "https":
+            headers.append(_TLS_ONLY)
         if b"cache-control" not in given:
             headers.append((b"cache-control", b"no-cache"))
         if b"slm-revision" not in given:
