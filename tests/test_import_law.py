@@ -15,11 +15,12 @@ import slm
 
 ROOT = Path(slm.__file__).parent
 
-BASE = frozenset({"errors", "schemas", "protocol", "endpoints"})
+BASE = frozenset({"errors", "schemas", "protocol", "endpoints", "tracing"})
 
 # A room, and the rooms of the package that its modules may import beside their own.
 LAW: dict[str, frozenset[str]] = {
     "errors": frozenset(),
+    "tracing": frozenset(),
     "endpoints": frozenset(),
     "protocol": BASE,
     "schemas": BASE,

@@ -25,6 +25,9 @@ MAX_ACK_BYTES: Final = 1024 * 1024
 MAX_REASON: Final = 1024
 """The most characters that say why something is not in force."""
 
+Traceparent = Annotated[str, Field(max_length=128)]
+"""The trace that a change was made in, where it is traced (W3C Trace Context)."""
+
 Revision = Annotated[StrictInt, Field(ge=0, le=2**63 - 1)]
 
 
@@ -78,7 +81,49 @@ class Ack(_Message):
     keys: dict[str, Revision | None] = Field(default_factory=dict)
 
 
-ClientMessage = Subscribe | Ack
+class ExplainedStep(_Message):
+    """What one step of the chain says; never a key, only where one came from.
+
+    `answers`: whether this step gave the answer. `said`: in words, and why it was passed over.
+    """
+
+    step: Annotated[str, Field(max_length=32)]
+    answers: StrictBool = False
+    said: Annotated[str, Field(max_length=4096)]
+    agent_id: str | None = None
+    llm_provider: str | None = None
+    llm_endpoint: str | None = None
+    llm_model: str | None = None
+    revision: int | None = None
+    age_seconds: float | None = None
+    stale: bool | None = None
+    key: str | None = None
+
+
+class Explanation(_Message):
+    """How a client resolves an agent now: every step of the chain, and how it stands to its SLM.
+
+    `answered_by` names the step, or is null where resolving raises `error`.
+    """
+
+    agent_id: str
+    answered_by: str | None = None
+    error: str | None = None
+    status: str
+    revision: Revision
+    epoch: str | None = None
+    last_error: str | None = None
+    steps: list[ExplainedStep]
+
+
+class Explained(_Message):
+    """The answer to `Explain` of the same id."""
+
+    explained: Annotated[str, Field(max_length=128)]
+    report: Explanation
+
+
+ClientMessage = Subscribe | Ack | Explained
 
 
 # --- server to client ---
@@ -101,6 +146,7 @@ class AgentChanged(_Message):
     agent_id: str
     revision: Revision
     config: AgentConfig
+    traceparent: Traceparent | None = None
 
 
 class AgentDeleted(_Message):
@@ -109,6 +155,7 @@ class AgentDeleted(_Message):
     type: Literal["agent_deleted"] = "agent_deleted"
     agent_id: str
     revision: Revision
+    traceparent: Traceparent | None = None
 
 
 class Resync(_Message):
@@ -128,6 +175,14 @@ class Heartbeat(_Message):
     behind: StrictBool = False
 
 
+class Explain(_Message):
+    """Say how you resolve this agent; a client that does not know the question ignores it."""
+
+    type: Literal["explain"] = "explain"
+    id: str
+    agent_id: str
+
+
 class Error(_Message):
     """The last message was not understood; the stream goes on."""
 
@@ -136,7 +191,7 @@ class Error(_Message):
     detail: str
 
 
-ServerMessage = Subscribed | AgentChanged | AgentDeleted | Resync | Heartbeat | Error
+ServerMessage = Subscribed | AgentChanged | AgentDeleted | Resync | Heartbeat | Explain | Error
 
 _SERVER_TYPES: Final[dict[str, type[ServerMessage]]] = {
     "subscribed": Subscribed,
@@ -145,6 +200,7 @@ _SERVER_TYPES: Final[dict[str, type[ServerMessage]]] = {
     "agent_deleted": AgentDeleted,
     "resync": Resync,
     "heartbeat": Heartbeat,
+    "explain": Explain,
     "error": Error,
 }
 
@@ -153,6 +209,8 @@ def encode(message: ServerMessage | ClientMessage) -> str:
     """Return the message as one line of JSON; fields that are None and optional are left out."""
     if isinstance(message, Subscribe):
         return message.model_dump_json(exclude_none=True)
+    if isinstance(message, AgentChanged | AgentDeleted) and message.traceparent is None:
+        return message.model_dump_json(exclude={"traceparent"})
     return message.model_dump_json()
 
 
@@ -171,7 +229,7 @@ def parse_server_message(text: str) -> ServerMessage | None:
 
 
 def parse_client_message(text: str) -> ClientMessage | None:
-    """Return what a client sent, or None where it is neither a subscription nor an ack.
+    """Return what a client sent, or None where it is nothing that this version knows.
 
     Raises:
         NotJSON: it is not JSON.
@@ -186,6 +244,8 @@ def parse_client_message(text: str) -> ClientMessage | None:
         return message
     if "ack" in data:
         return _validated(Ack, data)
+    if "explained" in data:
+        return _validated(Explained, data)
     return None
 
 

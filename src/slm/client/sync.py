@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Final
 
+from slm import tracing
 from slm.client.acks import Acks
 from slm.client.cache import AgentConfigCache
 from slm.client.http import Connection, EpochChanged, TokenSource
@@ -31,10 +32,14 @@ from slm.protocol import (
     AgentChanged,
     AgentDeleted,
     ClientInfo,
+    Explain,
+    Explained,
+    Explanation,
     Heartbeat,
     Resync,
     ServerMessage,
     Subscribed,
+    encode,
 )
 
 _log = logging.getLogger("slm.client")
@@ -58,6 +63,7 @@ class Synchroniser:
         liveness: called when the cache becomes live, or stops being it.
         in_use: which keys calls in flight hold.
         key_wait: how long an ack waits for a key that changed.
+        explain: says how an agent is resolved, when the SLM asks.
     """
 
     def __init__(
@@ -72,6 +78,7 @@ class Synchroniser:
         liveness: Callable[[], None],
         in_use: KeysInUse,
         key_wait: float,
+        explain: Callable[[str], Awaitable[Explanation]],
     ) -> None:
         self.loop = asyncio.get_running_loop()
         self.last_error: str | None = None
@@ -80,6 +87,7 @@ class Synchroniser:
         self._timings = timings
         self._swapped = swapped
         self._liveness = liveness
+        self._explain = explain
         self._connection = Connection(base_url, token, tls, timings)
         self._stream = Stream(self._connection, self, client, timings)
         interval = timings.ack_interval_seconds
@@ -181,8 +189,9 @@ class Synchroniser:
                 # The contract excludes this; but a hole must not stay, whoever made it.
                 _log.warning("the stream skipped a revision; fetching a snapshot")
                 self._begin(cache.epoch or "", message.revision)
-            cache.advance(message.revision)
-            self._after(message.agent_id, cache.apply_change(message))
+            with tracing.joined("slm.apply", message.traceparent, _told_of(message)):
+                cache.advance(message.revision)
+                self._after(message.agent_id, cache.apply_change(message))
         elif isinstance(message, Heartbeat):
             cache.advance(message.revision)
             self._behind = message.behind
@@ -190,6 +199,12 @@ class Synchroniser:
         elif isinstance(message, Resync):
             _log.info("the SLM asks for a resync (%s)", message.reason)
             self._begin(message.epoch, message.revision)
+        elif isinstance(message, Explain):
+            self._spawn(self._answer(message))
+
+    async def _answer(self, question: Explain) -> None:
+        report = await self._explain(question.agent_id)
+        await self._stream.send(encode(Explained(explained=question.id, report=report)))
 
     def lost(self, error: SLMError) -> None:
         """Note that nothing is heard any more."""
@@ -396,3 +411,7 @@ class Synchroniser:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             _log.error("a task of the client failed", exc_info=error)
+
+
+def _told_of(message: AgentChanged | AgentDeleted) -> tracing.Attributes:
+    return {"slm.agent_id": message.agent_id, "slm.revision": message.revision}

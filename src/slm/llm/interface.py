@@ -17,6 +17,7 @@ from typing import Protocol, Unpack
 
 from slm.client.config import ResolvedConfig
 from slm.errors import ConfigurationError, LLMError, LLMProviderMissing
+from slm.llm import spans
 from slm.llm.call import Call, check_overrides, context_of, where_from
 from slm.llm.providers.base import Accumulator, Message, Provider, StreamChunk
 from slm.llm.results import ChatResult, Overrides
@@ -85,7 +86,15 @@ class LLMInterface:
         config = await self._client.resolve(agent_id)
         # A call in flight holds its key until it ends, however often it is tried.
         with self._in_use(config):
-            return await self._chat(await self._begin(config, messages, overrides))
+            call = await self._begin(config, messages, overrides)
+            span = spans.begin(call)
+            try:
+                result = await self._chat(call)
+            except BaseException as error:
+                spans.end(span, error)
+                raise
+            spans.end(span, result)
+            return result
 
     async def _chat(self, call: Call) -> ChatResult:
         loop = asyncio.get_running_loop()
@@ -172,9 +181,19 @@ class LLMInterface:
         config = await self._client.resolve(agent_id)
         with self._in_use(config):
             call = await self._begin(config, messages, overrides)
-            async with contextlib.aclosing(self._tried_stream(state, call)) as chunks:
-                async for chunk in chunks:
-                    yield chunk
+            span = spans.begin(call)
+            outcome: Exception | None = None
+            try:
+                async with contextlib.aclosing(self._tried_stream(state, call)) as chunks:
+                    async for chunk in chunks:
+                        yield chunk
+            except Exception as error:
+                outcome = error
+                raise
+            finally:
+                spans.end(span, outcome or state.result)
+                # The error must not be reachable from its own frame.
+                outcome = None
 
     async def _tried_stream(
         self, state: _StreamState, call: Call

@@ -31,6 +31,7 @@ class CommittedChange:
         agent: the agent after the change; for a delete, as it was.
         was_default: whether it was the default before the change.
         created_at: when it was made, by the clock of the server that made it; None: not read.
+        traceparent: the trace that it was made in, where it was made here and is traced.
     """
 
     revision: int
@@ -38,6 +39,7 @@ class CommittedChange:
     agent: Agent
     was_default: bool = False
     created_at: datetime | None = None
+    traceparent: str | None = None
 
     @property
     def deletes(self) -> bool:

@@ -88,6 +88,7 @@ class Database:
     Attributes:
         after_commit: on SQLite, called in the same thread after each commit, in a transaction of
             its own; what it raises is the affair of nobody, for the write is durable.
+        traces: by revision, the trace of a write that the feed has not passed on yet.
     """
 
     def __init__(
@@ -107,6 +108,7 @@ class Database:
         # None while a server is made ready: a migration takes as long as it takes.
         self._answer_timeout_seconds: float | None = None
         self._workers = 1 if self.dialect == "sqlite" else pool_size
+        self.traces: dict[int, str] = {}
         self.after_commit: Callable[[Connection], None] | None = None
         self._attempts: set[Attempt] = set()
         self._engine: Engine | None = None

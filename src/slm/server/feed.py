@@ -18,6 +18,7 @@ from typing import Any, Final
 from pydantic import ValidationError
 from sqlalchemy import Connection, bindparam, select, update
 
+from slm import tracing
 from slm.errors import ProblemError
 from slm.schemas import Agent
 from slm.server import failpoints
@@ -338,14 +339,28 @@ class ChangeFeed:
                 logger.warning("everything was loaded anew, at revision %d", head)
                 self._hub.restart(epoch, head, "compacted" if same_epoch else "epoch")
         elif news.changes:
+            changes = self._with_traces(news.changes)
             # Queued first: should the encoding fail, neither has moved and the next look tries
             # again. Nothing is sent before this step of the loop is over.
-            self._hub.publish(news.changes)
+            with tracing.joined("slm.feed", changes[-1].traceparent):
+                self._hub.publish(changes)
             self._catalog.apply(news.changes, head)
             self._measure(news)
         else:
             return
         self._moved.fire()
+
+    def _with_traces(self, changes: Sequence[CommittedChange]) -> Sequence[CommittedChange]:
+        """Return the changes with the traces that they were made in, where this server did it."""
+        traces = self._database.traces
+        if not traces:
+            return changes
+        traced = [replace(change, traceparent=traces.get(change.revision)) for change in changes]
+        # What is older was passed on, or never committed.
+        head = changes[-1].revision
+        for revision in [each for each in list(traces) if each <= head]:
+            traces.pop(revision, None)
+        return traced
 
     def _measure(self, news: _News) -> None:
         """Tell how old the changes were, and when those that were written here were committed."""

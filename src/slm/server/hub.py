@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Final, Literal, Protocol
 
-from slm import protocol
+from slm import protocol, tracing
 from slm.protocol import Ack, AgentChanged, AgentDeleted, ClientInfo, Heartbeat, Resync, Subscribed
 from slm.server.catalog import CommittedChange
 from slm.server.pulse import Pulse
@@ -141,13 +141,16 @@ def encode_change(change: CommittedChange, view: View = EVERYTHING) -> str:
     if not (seen_before or seen_after):
         message = Heartbeat(revision=change.revision)
     elif not seen_after:
-        message = AgentDeleted(agent_id=agent.agent_id, revision=change.revision)
+        message = AgentDeleted(
+            agent_id=agent.agent_id, revision=change.revision, traceparent=change.traceparent
+        )
     else:
         message = AgentChanged(
             type="agent_created" if change.type == "agent_created" else "agent_config_changed",
             agent_id=agent.agent_id,
             revision=change.revision,
             config=agent,
+            traceparent=change.traceparent,
         )
     return protocol.encode(message)
 
@@ -409,6 +412,7 @@ class Hub:
         self._observer.moved(frames.head)
         # One encoding for each view that there is.
         limited: dict[View, Frames] = {}
+        pushing = tracing.begin_joined("slm.push", changes[-1].traceparent)
         for count, subscriber in enumerate(list(self._live), 1):
             if subscriber.live:
                 view, seen = subscriber.view, frames
@@ -422,6 +426,7 @@ class Hub:
                 self._keep_to_total()
                 await asyncio.sleep(0)
         self._keep_to_total()
+        tracing.end(pushing, {"slm.revision": frames.head, "slm.subscribers": len(self._live)})
         self._tell_pushed(changes)
 
     def _tell_pushed(self, changes: Sequence[CommittedChange]) -> None:

@@ -16,6 +16,7 @@ from pydantic import SecretStr
 from sqlalchemy import Connection, Text, bindparam, cast, delete, func, insert, update
 from sqlalchemy.types import UserDefinedType
 
+from slm import tracing
 from slm.endpoints import EndpointPolicy, origin
 from slm.errors import (
     AgentExists,
@@ -271,13 +272,18 @@ class AgentRegistry:
     # --- writing; everything below runs inside one transaction, in the database's thread ---
 
     async def _write(self, work: Callable[[Connection], Written]) -> Written:
+        traceparent = tracing.traceparent()
+
         def transaction(connection: Connection) -> Written:
             written = work(connection)
+            if traceparent is not None:
+                self._database.traces[written.revision] = traceparent
             failpoints.reach("before_commit")
             return written
 
         try:
-            written = await self._database.run(transaction)
+            with tracing.span("slm.commit"):
+                written = await self._database.run(transaction)
         except _Unchanged as nothing:
             return nothing.written
         await failpoints.reach_async("after_commit")
