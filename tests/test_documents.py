@@ -23,7 +23,10 @@ from tests.servers import running_server
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-OTHER_VARIABLES = {"SLM_URL", "SLM_TOKEN", "SLM_TOKEN_FILE", "SLM_CA_FILE", "SLM_TRACEBACK"}
+OTHER_VARIABLES = {
+    *("SLM_URL", "SLM_TOKEN", "SLM_TOKEN_FILE", "SLM_CA_FILE"),
+    *("SLM_CLIENT_CERT", "SLM_CLIENT_KEY", "SLM_TRACEBACK"),
+}
 """Read by the command line and the SDK, not by the server."""
 
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
