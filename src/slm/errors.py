@@ -86,6 +86,18 @@ class AgentNotFound(ProblemError):
     code, status, title = "agent-not-found", 404, "No such agent"
 
 
+class BackendNotFound(ProblemError):
+    """No backend of this name is connected."""
+
+    code, status, title = "backend-not-found", 404, "No such backend is connected"
+
+
+class BackendSilent(ProblemError):
+    """The backend was asked and did not answer in time."""
+
+    code, status, title = "backend-silent", 504, "The backend does not answer"
+
+
 class TokenNotFound(ProblemError):
     """There is no token of this number."""
 

@@ -19,6 +19,7 @@ from slm.cli import (
     certs,
     db,
     demo,
+    explain,
     fleet,
     history,
     keys,
@@ -66,6 +67,7 @@ app.command("demo", rich_help_panel=_SERVER)(demo.demo)
 app.add_typer(agents.app, name="agents", rich_help_panel=_AGENTS)
 app.command("ask", rich_help_panel=_AGENTS)(ask.ask)
 app.command("fleet", rich_help_panel=_AGENTS)(fleet.fleet)
+app.command("explain", rich_help_panel=_AGENTS)(explain.explain)
 app.command("changes", rich_help_panel=_AGENTS)(history.changes)
 app.command("watch", rich_help_panel=_AGENTS)(watch.watch)
 app.add_typer(tokens.app, name="tokens", rich_help_panel=_SECURITY)

@@ -18,6 +18,7 @@ from slm.client.client import SLMClient
 from slm.client.config import ResolvedConfig
 from slm.client.hooks import OnChange
 from slm.client.retry import ClientStatus
+from slm.protocol import Explanation
 
 _T = TypeVar("_T")
 
@@ -91,6 +92,10 @@ class BlockingSLMClient:
     def get_default_agent_config(self) -> dict[str, Any]:
         """Return the default agent's llm_* fields; see `SLMClient.get_default_agent_config`."""
         return self._run(self._client.get_default_agent_config())
+
+    def explain(self, agent_id: str) -> Explanation:
+        """Say how this agent is resolved now; see `SLMClient.explain`."""
+        return self._run(self._client.explain(agent_id))
 
     def on_change(self, callback: OnChange) -> Callable[[], None]:
         """Have the callback called, in the private thread, after each swap; return how to stop."""

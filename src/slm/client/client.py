@@ -23,6 +23,7 @@ from pydantic import SecretStr
 from slm.client.cache import AgentConfigCache
 from slm.client.chain import Chain
 from slm.client.config import ResolvedConfig
+from slm.client.explain import explain_steps
 from slm.client.hooks import Hooks, OnChange, Validator
 from slm.client.http import TokenSource, normalised_url
 from slm.client.in_use import InUse, KeysInUse
@@ -31,8 +32,8 @@ from slm.client.snapshot_file import Contents, Saver, SnapshotFile
 from slm.client.sync import Synchroniser
 from slm.client.timings import Timings, check_seconds
 from slm.client.tls import ClientCert, TlsFiles
-from slm.errors import ConfigurationError
-from slm.protocol import ClientInfo
+from slm.errors import AgentKeyUnavailable, ConfigurationError
+from slm.protocol import ClientInfo, Explanation
 
 _log = logging.getLogger("slm.client")
 _T = TypeVar("_T")
@@ -200,6 +201,13 @@ class SLMClient:
         """
         return (await self._in_own_loop(self._answer(None))).as_dict()
 
+    async def explain(self, agent_id: str) -> Explanation:
+        """Say how this agent is resolved now: what each step of the chain says, and which answers.
+
+        Holds revisions, ages, why a step is passed over and where a key came from, never a key.
+        """
+        return await self._in_own_loop(self._explained(agent_id))
+
     def peek(self, agent_id: str) -> ResolvedConfig | None:
         """Return the agent's own config if it is at hand and live; safe from any thread."""
         return self._hot.get(agent_id)
@@ -259,6 +267,7 @@ class SLMClient:
                 self._liveness,
                 self._in_use,
                 self._key_wait,
+                self._explained,
             )
             sync.start()
         return sync
@@ -268,6 +277,25 @@ class SLMClient:
         if starting and not self._closed:
             await self.connect()
         return await self._chain.answer(agent_id, self._sync)
+
+    async def _explained(self, agent_id: str) -> Explanation:
+        answer, error = None, None
+        try:
+            answer = await self._answer(agent_id)
+        except AgentKeyUnavailable as problem:
+            error = str(problem)
+        cache = self._cache
+        unreachable = self.last_error or f"it is {self.status.value}"
+        return Explanation(
+            agent_id=agent_id,
+            answered_by=None if answer is None else answer.step.value,
+            error=error,
+            status=self.status.value,
+            revision=cache.revision,
+            epoch=cache.epoch,
+            last_error=self.last_error,
+            steps=explain_steps(cache, agent_id, answer, unreachable),
+        )
 
     async def _in_own_loop(self, work: Coroutine[Any, Any, _T]) -> _T:
         """Run in the loop in which the client is connected, wherever this one is."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from importlib.metadata import version
 from typing import Any, Protocol
 
@@ -13,10 +13,10 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
 from slm.errors import ProblemError
+from slm.server import explanations, fleet_sync
 from slm.server.api import admin, agents, audit, fleet, health, history, keys, snapshot, tokens, ws
 from slm.server.compaction import Compaction
 from slm.server.edge import Edge
-from slm.server.fleet_sync import CHANNEL
 from slm.server.listener import ChangeListener
 from slm.server.prepare import Prepared
 from slm.server.problems import (
@@ -92,7 +92,11 @@ def _workers(services: Services) -> list[_Worker]:
     workers: list[_Worker] = [services.caretaker, services.doorkeeper]
     if database.dialect == "postgresql":
         sync = services.fleet_sync
-        workers.append(ChangeListener(database.url, services.feed.hear, {CHANNEL: sync.hear}))
+        others: dict[str, Callable[[str], None]] = {
+            fleet_sync.CHANNEL: sync.hear,
+            explanations.CHANNEL: services.explanations.hear,
+        }
+        workers.append(ChangeListener(database.url, services.feed.hear, others))
         workers.append(sync)
     if settings.changes_keep is not None:
         seconds = settings.compact_interval_seconds

@@ -105,7 +105,7 @@ class FleetSync:
         with contextlib.suppress(ProblemError):
             await self._flush()
 
-    def hear(self) -> None:
+    def hear(self, _: str = "") -> None:
         """Take the call: somebody waits somewhere."""
         now = asyncio.get_running_loop().time()
         self._hurry_until = now + 2 * CALL_AGAIN_SECONDS

@@ -30,7 +30,7 @@ class ChangeListener:
         url: the database's URL.
         wake: called with the revision that a notification names; with None where one may have been
             missed: after each connecting, and for a payload that is no number.
-        others: what to call for a notification of another channel.
+        others: what to call with the payload of a notification of another channel.
 
     Attributes:
         connections: how many times it has begun to listen.
@@ -41,7 +41,7 @@ class ChangeListener:
         self,
         url: URL,
         wake: Callable[[int | None], None],
-        others: Mapping[str, Callable[[], None]] | None = None,
+        others: Mapping[str, Callable[[str], None]] | None = None,
     ) -> None:
         self.connections = 0
         self.listening = False
@@ -107,7 +107,7 @@ class ChangeListener:
             self._wake(None)
             async for note in connection.notifies():
                 if note.channel in self._others:
-                    self._others[note.channel]()
+                    self._others[note.channel](note.payload)
                     continue
                 self._wake(int(note.payload) if note.payload.isdecimal() else None)
         finally:

@@ -10,6 +10,7 @@ from slm.server.caretaker import Caretaker
 from slm.server.catalog import Catalog
 from slm.server.database import Database
 from slm.server.doorkeeper import Doorkeeper
+from slm.server.explanations import Explanations
 from slm.server.feed import ChangeFeed
 from slm.server.fleet import Fleet
 from slm.server.fleet_sync import FleetSync
@@ -47,6 +48,7 @@ class Services:
     fleet: Fleet
     fleet_sync: FleetSync
     receipts: Receipts
+    explanations: Explanations
     feed: ChangeFeed
     metrics: Metrics
     tokens: TokenTable
@@ -86,6 +88,7 @@ def make_services(settings: Settings, prepared: Prepared) -> Services:
         fleet=fleet,
         fleet_sync=fleet_sync,
         receipts=Receipts(database, fleet, fleet_sync),
+        explanations=Explanations(database, fleet, hub),
         feed=ChangeFeed(database, catalog, hub, tokens, settings, metrics),
         metrics=metrics,
         tokens=tokens,

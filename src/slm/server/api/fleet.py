@@ -6,7 +6,9 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Response
 
-from slm.errors import Forbidden, RevisionNotFound
+from slm.errors import BackendNotFound, BackendSilent, Forbidden, RevisionNotFound
+from slm.protocol import Explanation
+from slm.server.api.agents import FilterText
 from slm.server.api.common import (
     KEYED_PROBLEMS,
     READ_PROBLEMS,
@@ -37,6 +39,22 @@ async def get_fleet(services: Parts, caller: Reader, response: Response) -> dict
         "revision": fleet.head,
         "epoch": services.catalog.epoch,
     }
+
+
+@router.get(
+    "/explain",
+    response_model=Explanation,
+    responses=problem_responses(*KEYED_PROBLEMS, BackendNotFound, BackendSilent),
+)
+async def explain(
+    services: Parts, caller: Reader, agent_id: FilterText, backend: FilterText
+) -> Explanation:
+    """Ask a connected backend how it resolves an agent now, every step of its chain."""
+    if caller.view.is_limited:
+        raise Forbidden("The token is limited to some agents; backends serve others as well.")
+    await services.receipts.refresh()
+    explanations = services.explanations
+    return await explanations.ask(explanations.find(backend), agent_id)
 
 
 @router.get(

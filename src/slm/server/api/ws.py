@@ -17,7 +17,7 @@ from slm.errors import (
     ProtocolError,
     TooManyRequests,
 )
-from slm.protocol import MAX_FRAME_BYTES, Ack, Subscribe
+from slm.protocol import MAX_FRAME_BYTES, Ack, ClientMessage, Explained, Subscribe
 from slm.server.api.common import Requires, services_of
 from slm.server.auth import Caller
 from slm.server.hub import Frames, Subscriber
@@ -128,7 +128,7 @@ class _Conversation:
             self._opening.cancel()
 
     def _take(self, text: str) -> None:
-        said: Subscribe | Ack | None = None
+        said: ClientMessage | None = None
         wrong = "a message is neither a subscription nor an ack"
         try:
             said = protocol.parse_client_message(text)
@@ -144,6 +144,8 @@ class _Conversation:
             self.subscriber.sink.end(1009, "too big")
         elif said is None:
             self._complain(wrong)
+        elif isinstance(said, Explained):
+            self._services.explanations.answered(self.subscriber, said)
         else:
             self._subscribe(said)
 

@@ -1,0 +1,86 @@
+"""`slm explain`: how a backend resolves an agent now, as that backend itself says over its stream.
+
+Asks the server, which asks the backend; shows every step of the chain and never a key.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from slm.cli import output
+from slm.cli.agent_options import AgentId, Json
+from slm.cli.connection import DEFAULT_DATA_DIR, CaFile, DataDir, Target, TokenFile, Url, find
+from slm.cli.http import Answer, Api, parsed
+from slm.protocol import ExplainedStep, Explanation
+
+
+def explain(
+    agent: AgentId,
+    on: Annotated[
+        str,
+        typer.Option(
+            "--on",
+            metavar="BACKEND",
+            help="A connected backend, as slm fleet names it, or how its name begins.",
+            show_default=False,
+        ),
+    ],
+    as_json: Json = False,
+    url: Url = None,
+    token_file: TokenFile = None,
+    ca_file: CaFile = None,
+    data: DataDir = DEFAULT_DATA_DIR,
+) -> None:
+    """Ask a backend how it resolves an agent now: each step, what it said, why it was passed over.
+
+    [bold]Example[/]
+      slm explain code-assistant --on billing
+    """
+    target = find(url, token_file, ca_file, data)
+    answer = asyncio.run(_ask(target, agent, on))
+    if as_json:
+        output.print_json(answer.data)
+        return
+    told = parsed(Explanation, answer)
+    console = output.out()
+    outcome = f"answered by [bold]{escape(told.answered_by or 'nothing')}[/]"
+    if told.error is not None:
+        outcome = f"[red]fails[/]: {escape(told.error)}"
+    console.print(f"[bold]{escape(agent)}[/] on {escape(on)}: {outcome}", soft_wrap=True)
+    console.print(
+        f"[dim]the client is {escape(told.status)}, at revision {told.revision}[/]", soft_wrap=True
+    )
+    output.table(
+        ["", "STEP", "SAYS", "CONFIG", "REV", "AGE", "KEY"],
+        [_row(step) for step in told.steps],
+        right=["REV", "AGE"],
+    )
+
+
+async def _ask(target: Target, agent: str, on: str) -> Answer:
+    async with Api(target) as api:
+        return await api.call("GET", "/api/explain", params={"agent_id": agent, "backend": on})
+
+
+def _row(step: ExplainedStep) -> list[str]:
+    config = "–"
+    if step.llm_provider is not None:
+        config = f"{step.llm_provider}/{step.llm_model}"
+        if step.agent_id is not None:
+            config += f" of {step.agent_id}"
+    age = "–"
+    if step.age_seconds is not None:
+        age = f"{step.age_seconds:.0f} s" + (" stale" if step.stale else "")
+    return [
+        "[green]→[/]" if step.answers else " ",
+        f"[bold]{escape(step.step)}[/]",
+        escape(step.said),
+        escape(config),
+        output.shown(step.revision),
+        age,
+        escape(step.key or "–"),
+    ]

@@ -1,0 +1,139 @@
+"""Explanations: asks a backend over its stream how it would resolve an agent, and waits.
+
+A backend of another replica is asked by way of that replica; question and answer are NOTIFYs of
+PostgreSQL. No key is in either (docs/protocol.md section 4).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import secrets
+from typing import Any, Final
+
+from pydantic import ValidationError
+from sqlalchemy import func, select
+
+from slm import protocol
+from slm.errors import BackendNotFound, BackendSilent, InvalidRequest, ProblemError
+from slm.protocol import Explain, Explained, Explanation
+from slm.server.backends import Backend
+from slm.server.database import Database
+from slm.server.fleet import Fleet
+from slm.server.hub import Frames, Hub, Subscriber
+
+logger = logging.getLogger(__name__)
+
+CHANNEL: Final = "slm_explain"
+ANSWER_SECONDS: Final = 5.0
+_MAX_PAYLOAD: Final = 7900
+"""What PostgreSQL takes in a NOTIFY, in bytes."""
+
+_MAX_NAMED: Final = 5
+
+
+class Explanations:
+    """Questions under way."""
+
+    def __init__(self, database: Database, fleet: Fleet, hub: Hub) -> None:
+        self._database = database
+        self._fleet = fleet
+        self._hub = hub
+        self._asked: dict[str, tuple[Subscriber | None, asyncio.Future[Explanation]]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def find(self, name: str) -> Backend:
+        """Return the connected backend of this name: whole, its first part, or how it begins.
+
+        Raises:
+            BackendNotFound: none is connected under it.
+            InvalidRequest: it is the name of several.
+        """
+        backends = [each for each in self._fleet.backends() if each.connected]
+        for found in (
+            [each for each in backends if each.name == name],
+            [each for each in backends if each.client.name == name],
+            [each for each in backends if each.name.startswith(name)],
+        ):
+            if len(found) == 1:
+                return found[0]
+            if found:
+                some = ", ".join(each.name for each in found[:_MAX_NAMED])
+                raise InvalidRequest(f"{len(found)} backends are called so, such as {some}.")
+        raise BackendNotFound
+
+    async def ask(self, backend: Backend, agent_id: str) -> Explanation:
+        """Return what the backend says about an agent.
+
+        Raises:
+            BackendSilent: it did not answer in time; an older SDK does not know the question.
+            DatabaseUnavailable: it is at another replica, which cannot be asked now.
+        """
+        subscriber = self._fleet.subscriber(backend.id)
+        question = secrets.token_hex(8)
+        answer: asyncio.Future[Explanation] = asyncio.get_running_loop().create_future()
+        self._asked[question] = (subscriber, answer)
+        try:
+            if subscriber is not None:
+                self._send(subscriber, question, agent_id)
+            else:
+                await self._notify(
+                    {
+                        "ask": question,
+                        "replica": backend.replica,
+                        "backend": backend.id,
+                        "agent_id": agent_id,
+                    }
+                )
+            async with asyncio.timeout(ANSWER_SECONDS):
+                return await answer
+        except TimeoutError:
+            raise BackendSilent(
+                f"{backend.name} did not answer within {ANSWER_SECONDS:g} s; it hangs, or its SDK"
+                " is older than this question."
+            ) from None
+        finally:
+            del self._asked[question]
+
+    def answered(self, subscriber: Subscriber, said: Explained) -> None:
+        """Take a backend's answer; one that was not asked for says nothing."""
+        asked = self._asked.get(said.explained)
+        if asked is not None and asked[0] is subscriber and not asked[1].done():
+            asked[1].set_result(said.report)
+
+    def hear(self, payload: str) -> None:
+        """Take what another replica asks or answers."""
+        try:
+            told = json.loads(payload)
+            if told.get("replica") == self._fleet.replica:
+                task = asyncio.create_task(self._answer_for(told), name="slm-explain")
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
+            elif (asked := self._asked.get(told.get("answer", ""))) is not None:
+                report = Explanation.model_validate(told["report"])
+                if asked[0] is None and not asked[1].done():
+                    asked[1].set_result(report)
+        except (ValueError, ValidationError, KeyError, AttributeError):
+            logger.warning("a notification about an explanation cannot be read")
+
+    async def _answer_for(self, told: dict[str, Any]) -> None:
+        """Ask a backend of ours for another replica."""
+        backend = next((b for b in self._fleet.backends() if b.id == told["backend"]), None)
+        if backend is None or self._fleet.subscriber(backend.id) is None:
+            return
+        with contextlib.suppress(ProblemError):
+            report = await self.ask(backend, told["agent_id"])
+            await self._notify({"answer": told["ask"], "report": report.model_dump(mode="json")})
+
+    def _send(self, subscriber: Subscriber, question: str, agent_id: str) -> None:
+        text = protocol.encode(Explain(id=question, agent_id=agent_id))
+        self._hub.send(subscriber, Frames((text,), subscriber.position))
+
+    async def _notify(self, message: dict[str, Any]) -> None:
+        payload = json.dumps(message, ensure_ascii=False)
+        if len(payload.encode()) > _MAX_PAYLOAD:
+            raise InvalidRequest("The explanation is too long to be passed on between replicas.")
+        statement = select(func.pg_notify(CHANNEL, payload))
+        await self._database.run(lambda connection: connection.execute(statement) and None)

@@ -1,0 +1,145 @@
+"""What each step of the chain said, asked of the client itself and over its stream."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slm import SLMClient
+from slm.protocol import Explanation
+from tests.end_to_end.gateway import gateway
+from tests.fleet.sdk import applied, sdk
+from tests.server.raw import Api
+from tests.servers import InLoopServer, eventually
+
+CANARY = "sk-canary-explain"
+KEYED = {"llm_provider": "openai", "llm_model": "gpt-4", "llm_api_key": CANARY}
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "messages.json").read_text())
+
+
+def steps(told: Explanation) -> dict[str, str]:
+    """Return what each step said, and check that no key is anywhere in it."""
+    assert CANARY not in told.model_dump_json()
+    assert [step.step for step in told.steps] == ["agent", "default", "environment", "hardcoded"]
+    answering = [step.step for step in told.steps if step.answers]
+    assert answering == ([told.answered_by] if told.answered_by else [])
+    return {step.step: step.said for step in told.steps}
+
+
+async def test_each_step_says_why_it_was_passed_over(server: InLoopServer, admin: Api) -> None:
+    """An agent's own config, an unknown agent and one that is switched off are told apart."""
+    made = await admin.create("a", **KEYED)
+    await admin.create("off", is_active=False)
+    async with sdk(server.url, server.backend_token, "one") as client:
+        await eventually(lambda: applied(admin, client.revision, "one"))
+        own = await client.explain("a")
+        assert own.answered_by == "agent"
+        assert (own.status, own.error) == ("live", None)
+        said = steps(own)
+        assert said["agent"] == "the SLM's present config"
+        assert own.steps[0].revision == made.revision
+        assert own.steps[0].age_seconds == 0
+        assert own.steps[0].key == (
+            f"set at revision {made.revision}, came with the snapshot of all agents"
+        )
+        assert own.steps[1].agent_id == "default"
+        unknown = await client.explain("nobody")
+        assert unknown.answered_by == "default"
+        assert (
+            steps(unknown)["agent"] == "the SLM has no agent of this name that this token may see"
+        )
+        off = await client.explain("off")
+        assert off.answered_by == "default"
+        assert steps(off)["agent"] == "it is switched off"
+        default = await client.explain("default")
+        assert steps(default)["default"] == "it is the default agent itself"
+        changed = await admin.put("a", llm_api_key="sk-canary-explain-2")
+        await eventually(lambda: applied(admin, changed.revision, "one"))
+        own = await client.explain("a")
+        assert (
+            own.steps[0].key == f"set at revision {changed.revision}, came by a request of its own"
+        )
+
+
+async def test_an_outage_is_explained(
+    server: InLoopServer, admin: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the SLM the steps say so, and the environment's answers name their variables."""
+    monkeypatch.setenv("AUTOBOT_LLM_PROVIDER", "openai")
+    monkeypatch.setenv("AUTOBOT_LLM_MODEL", "gpt-4o")
+    monkeypatch.setenv("AUTOBOT_LLM_API_KEY", CANARY)
+    client = SLMClient("http://127.0.0.1:1", token="t", start_timeout=0.1)
+    async with client:
+        told = await client.explain("a")
+        assert told.answered_by == "environment"
+        assert steps(told)["agent"].startswith(
+            "nothing is known of it, and the SLM cannot be asked"
+        )
+        assert told.steps[2].key == "from AUTOBOT_LLM_API_KEY"
+
+
+async def test_a_key_that_cannot_be_had_is_explained(server: InLoopServer, admin: Api) -> None:
+    """Where resolving raises, the explanation holds the error and the step that stopped it."""
+    async with gateway(server.url) as gate:
+        gate.refuse = lambda path: 503 if path.endswith("/llm") else None
+        async with sdk(gate.url, server.backend_token, "one", key_wait=0.05) as client:
+            await eventually(lambda: applied(admin, client.revision, "one"))
+            made = await admin.create("a", **KEYED)
+            await eventually(lambda: client.revision >= made.revision)
+            told = await client.explain("a")
+            assert told.answered_by is None
+            assert told.error is not None
+            assert "has not come" in told.error
+            assert steps(told)["agent"] == "its key has not come from the SLM yet"
+
+
+async def test_a_backend_is_asked_over_its_stream(server: InLoopServer, admin: Api) -> None:
+    """An operator asks a backend by its name and gets its own explanation."""
+    await admin.create("a", **KEYED)
+    async with sdk(server.url, server.backend_token, "billing") as client:
+        await eventually(lambda: applied(admin, client.revision, "billing"))
+        answer = await admin.get("/api/explain?agent_id=a&backend=billing")
+        assert answer.status == 200, answer.body
+        told = Explanation.model_validate(answer.json)
+        assert told == await client.explain("a")
+        assert steps(told)["agent"] == "the SLM's present config"
+        missing = await admin.get("/api/explain?agent_id=a&backend=nobody")
+        assert (missing.status, missing.code) == (404, "backend-not-found")
+        async with sdk(server.url, server.backend_token, "billing"):
+            await eventually(lambda: _several(admin))
+
+
+async def _several(admin: Api) -> bool:
+    answer = await admin.get("/api/explain?agent_id=a&backend=billing")
+    return answer.status == 422 and "2 backends are called so" in answer.json["detail"]
+
+
+async def test_an_older_client_is_said_to_be_silent(
+    admin: Api, backend: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client that does not know the question goes on undisturbed; the operator is told."""
+    monkeypatch.setattr("slm.server.explanations.ANSWER_SECONDS", 0.1)
+    async with backend.stream(client={"name": "old"}) as stream:
+        await stream.frame()
+        answer = await admin.get("/api/explain?agent_id=a&backend=old")
+        assert (answer.status, answer.code) == (504, "backend-silent")
+        question: dict[str, Any] = await stream.next()
+        assert question.keys() == GOLDEN["server"]["explain"].keys()
+        # Too late, and another's: neither disturbs the stream.
+        await stream.send(**GOLDEN["client"]["explained"])
+        await admin.create("a")
+        assert (await stream.next())["type"] == "agent_created"
+
+
+async def test_a_backend_of_another_replica_is_asked_too(
+    replicas: list[InLoopServer], apis: list[Api]
+) -> None:
+    """Whichever server the operator asks, the one that holds the stream passes the question on."""
+    async with sdk(replicas[1].url, replicas[0].backend_token, "there") as client:
+        await eventually(lambda: applied(apis[0], client.revision, "there"))
+        answer = await apis[0].get("/api/explain?agent_id=default&backend=there")
+        assert answer.status == 200, answer.body
+        assert Explanation.model_validate(answer.json) == await client.explain("default")
