@@ -35,6 +35,7 @@ RULES: Final[dict[tuple[str, str], str | None]] = {
     ("GET", "/api/changes"): "config:read",
     ("GET", "/api/changes/{revision}/receipt"): "config:read",
     ("GET", "/api/fleet"): "config:read",
+    ("GET", "/api/explain"): "config:read",
     ("GET", "/api/snapshot"): "key:read",
     ("POST", "/api/admin/backup"): "admin",
     ("GET", "/api/admin/tokens"): "admin",
@@ -63,6 +64,7 @@ LIMITED: Final[dict[tuple[str, str], int]] = {
     ("PUT", "/api/agents/{agent_id}"): 403,
     ("DELETE", "/api/agents/{agent_id}"): 403,
     ("POST", "/api/agents/{agent_id}/rollback"): 403,
+    ("GET", "/api/explain"): 403,
 }
 """What a token of all scopes, limited to other agents, is answered where an agent is named."""
 
@@ -103,6 +105,9 @@ def routes_of(server: InLoopServer) -> set[tuple[str, str]]:
     return found
 
 
+QUERIES: Final = {("GET", "/api/explain"): f"?agent_id={HIDDEN}&backend=nobody"}
+"""What a route cannot do without."""
+
 WRITES_IN_ORDER: Final = [
     ("PUT", "/api/agents/{agent_id}"),
     ("POST", "/api/agents/{agent_id}/rollback"),
@@ -130,7 +135,7 @@ class Doors:
     async def knock(self, rule: tuple[str, str], caller: Caller) -> Answer | int:
         """Use a route as this caller."""
         method, path = rule
-        path = path.format(agent_id=HIDDEN, token_id=9999, revision=1)
+        path = path.format(agent_id=HIDDEN, token_id=9999, revision=1) + QUERIES.get(rule, "")
         if method != "WEBSOCKET":
             return await caller(method, path, BODIES.get(rule))
         try:
