@@ -44,7 +44,7 @@ def _targets(results: targets.Results) -> str:
 
 
 def _document(kept: Kept, results: targets.Results, table: str) -> str:
-    parts = [notes.INTRODUCTION, "## Targets", table]
+    parts = [notes.INTRODUCTION, *_caveats(kept), "## Targets", table]
     missed = [row for row in targets.rows(results) if row.met is False]
     if missed:
         parts.append("### What is missed, and why")
@@ -54,8 +54,23 @@ def _document(kept: Kept, results: targets.Results, table: str) -> str:
     for name, section in _SECTIONS.items():
         if name in results:
             parts.append(section(results[name]))
+            if name == "fanout" and kept[name]["commit"].rstrip("+") in notes.STAMP_COMMITS:
+                parts.append(notes.STAMP)
     parts += ["## Where and when", _where(kept)]
     return "\n\n".join(parts) + "\n"
+
+
+def _caveats(kept: Kept) -> list[str]:
+    """Say what the figures cannot be trusted for: a busy machine, benches that did not finish."""
+    found = []
+    loads = [one["machine"]["load_before"] for one in kept.values()]
+    cores = min((one["machine"]["cores"] for one in kept.values()), default=1)
+    # One bench's own work is a load of about the number of cores.
+    if loads and max(loads) > 2 * cores:
+        found.append(notes.LOADED.format(lowest=min(loads), highest=max(loads), cores=cores))
+    if unfinished := [name for name in _SECTIONS if name not in kept]:
+        found.append(notes.UNFINISHED.format(names=", ".join(unfinished)))
+    return found
 
 
 def _table(head: list[str], lines: list[list[str]]) -> str:

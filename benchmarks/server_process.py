@@ -32,20 +32,29 @@ class SideDoor:
     def __init__(self, server: SLMServer) -> None:
         self._server = server
         self._commits: dict[int, int] = {}
-        self._last_write = 0
+        self._last_write = self._stamp = 0
         database: Any = server.services.database
         self._transaction = database._transaction
         database._transaction = self._timed
+        self._look = database.after_commit
+        database.after_commit = self._committed
         registry: Any = server.services.registry
         self._update = registry.update
         registry.update = self._noted
 
     def _timed(self, fn: Callable[..., Any], read_only: bool, *rest: Any) -> Any:
-        """In the database's thread: note when the commit of a write returned."""
+        """In the database's thread: note when the commit of a write returned at the latest."""
+        self._stamp = 0
         result = self._transaction(fn, read_only, *rest)
         if not read_only:
-            self._last_write = time.monotonic_ns()
+            self._last_write = self._stamp or time.monotonic_ns()
         return result
+
+    def _committed(self, connection: Any) -> None:
+        """The same, right after the commit, before the feed's look."""
+        self._stamp = time.monotonic_ns()
+        if self._look is not None:
+            self._look(connection)
 
     async def _noted(self, *args: Any, **kwargs: Any) -> Any:
         written = await self._update(*args, **kwargs)
