@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -15,6 +16,10 @@ from tests.servers import InLoopServer, running_server
 # What the shell of whoever runs the tests has set must not reach a server under test.
 for _name in [name for name in os.environ if name.startswith("SLM_") and "_TEST_" not in name]:
     del os.environ[_name]
+
+# A shell makes its background jobs deaf to Ctrl-C, and children inherit that; some tests press it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

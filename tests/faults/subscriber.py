@@ -272,11 +272,12 @@ async def heard(
     token: str,
     since: int | None = None,
     epoch: str | None = None,
-    until: Callable[[Frame], bool] = lambda frame: frame["type"] == "heartbeat",
+    *,
+    upto: int,
 ) -> Connection:
-    """Subscribe once and return the connection with all frames up to one that `until` takes.
+    """Subscribe once and return the connection with all frames up to a heartbeat at `upto`.
 
-    A heartbeat comes after whatever is replayed, so that is where it stops if nothing else is said.
+    Heartbeats come during a replay as well, and name how far it is.
     """
     connection = Connection(f"since {since}", since, epoch)
     ask: dict[str, Any] = {"subscribe": "agent_config"}
@@ -288,5 +289,5 @@ async def heard(
         while True:
             frame = json.loads(await ws.receive_str())
             connection.frames.append(frame)
-            if until(frame):
+            if frame["type"] == "heartbeat" and frame["revision"] >= upto:
                 return connection

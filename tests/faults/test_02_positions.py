@@ -28,7 +28,7 @@ async def test_every_position(site: Site, http: aiohttp.ClientSession) -> None:
         floor = head - 8
 
         for since in range(head + 4):
-            one = await heard(http, server.url, site.backend_token, since, epoch)
+            one = await heard(http, server.url, site.backend_token, since, epoch, upto=head)
             kinds = [frame["type"] for frame in one.frames]
             if since < floor:
                 assert one.frames[1]["reason"] == "compacted"
@@ -42,10 +42,10 @@ async def test_every_position(site: Site, http: aiohttp.ClientSession) -> None:
             assert violations([one], resyncs=expected, committed=committed) == []
             assert final_position([one]) == (epoch, head)
 
-        other = await heard(http, server.url, site.backend_token, head, "another-life")
+        other = await heard(http, server.url, site.backend_token, head, "another-life", upto=head)
         assert other.frames[1]["reason"] == "epoch"
         assert violations([other], resyncs=["epoch"]) == []
-        fresh = await heard(http, server.url, site.backend_token)
+        fresh = await heard(http, server.url, site.backend_token, upto=head)
         assert violations([fresh]) == []
         assert final_position([fresh]) == (epoch, head)
     finally:
@@ -66,7 +66,7 @@ async def test_compacted_under_a_slow_replay(site: Site, http: aiohttp.ClientSes
         for n in range(25):
             head = await operator.set("billing", llm_model=f"m{n}")
             since = max(0, head - 6)
-            found.append(await heard(http, server.url, site.backend_token, since, epoch))
+            found.append(await heard(http, server.url, site.backend_token, since, epoch, upto=head))
         for one in found:
             assert violations([one], resyncs=["compacted"]) == []
 
@@ -74,7 +74,7 @@ async def test_compacted_under_a_slow_replay(site: Site, http: aiohttp.ClientSes
             return await rows_of(server, "SELECT floor FROM state") == [(head - 3,)]
 
         await eventually(trimmed)
-        exact = await heard(http, server.url, site.backend_token, head - 3, epoch)
+        exact = await heard(http, server.url, site.backend_token, head - 3, epoch, upto=head)
         assert violations([exact]) == []
         assert final_position([exact]) == (epoch, head)
     finally:
