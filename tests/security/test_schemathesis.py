@@ -28,12 +28,13 @@ LEFT_OUT = "positive_data_acceptance,allow_header_conformance"
 
 async def _schemathesis(server: InLoopServer, token: str, folder: Path) -> tuple[int, str]:
     """Run it against this server and return its exit code and what it said."""
+    # One worker: with threads CPython 3.11 may fail in its own parser (AST recursion depth).
     command = [
         *(sys.executable, "-m", "schemathesis.cli", "run", f"{server.url}/openapi.json"),
         *("--header", f"Authorization: Bearer {token}"),
         *("--checks", "all", "--exclude-checks", LEFT_OUT),
         *("--phases", "coverage,fuzzing,stateful", "--mode", "all"),
-        *("--max-examples", "5", "--seed", "20261122", "--workers", "2"),
+        *("--max-examples", "5", "--seed", "20261122", "--workers", "1"),
         *("--continue-on-failure", "--no-color", "--no-shrink", "--warnings", "off"),
         *("--generation-database", "none", "--report", "har"),
         *("--report-har-path", str(folder / "har.json")),
