@@ -197,7 +197,11 @@ class _Stage:
             await self._server.start()
         body = {"llm_max_tokens": 40}
         step = await self._change("SLM back", "PUT", agent_path(AGENT), body)
-        self._line("note", "[dim]the backend found it again by itself, and resumed by revision[/]")
+        self._line(
+            "note",
+            "[dim]the backend found it again by itself, and resumed by revision "
+            "(here it tries every second; by default the wait grows to 30 s)[/]",
+        )
         return step
 
     async def _change(self, what: str, method: str, path: str, body: dict[str, Any]) -> Step:

@@ -13,8 +13,11 @@ import sys
 import time
 from typing import Any
 
-from slm import LLMInterface, ResolvedConfig, SLMClient
+from slm import LLMInterface, ResolvedConfig, SLMClient, Timings
 from slm.errors import SLMError
+
+TIMINGS = Timings(backoff_max_seconds=1.0)
+"""As by default, but a lost SLM is tried every second at least, so that nobody waits in a demo."""
 
 
 def report(event: str, **fields: Any) -> None:
@@ -53,7 +56,10 @@ async def answer(client: SLMClient, llm: LLMInterface, agent_id: str, prompt: st
 
 async def main(slm_url: str) -> None:
     """Be a backend until standard input closes."""
-    async with SLMClient(slm_url, name="demo-backend") as client, LLMInterface(client) as llm:
+    async with (
+        SLMClient(slm_url, name="demo-backend", timings=TIMINGS) as client,
+        LLMInterface(client) as llm,
+    ):
         client.on_change(in_force)
         report("ready", status=client.status.value)
         while line := await asyncio.to_thread(sys.stdin.readline):
