@@ -8,7 +8,8 @@ from typing import Any
 from sqlalchemy import text
 
 from slm.schemas import Agent, AgentCreate
-from slm.server.database import CHANGES, SELECT_AGENTS, Database, agent_of
+from slm.server.database import Database
+from slm.server.models import CHANGES, SELECT_AGENTS, agent_of
 from slm.server.prepare import prepare
 from slm.server.registry import AgentRegistry
 from slm.server.settings import Settings

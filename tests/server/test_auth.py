@@ -17,7 +17,7 @@ from sqlalchemy import insert, update
 from starlette.datastructures import Headers
 from starlette.requests import HTTPConnection
 
-from slm.server.database import STATE, TOKENS
+from slm.server.models import STATE, TOKENS
 from slm.server.peer import has_foreign_origin, is_private
 from slm.server.tokens import digest, mint
 from tests.server.raw import Api, raw_exchange

@@ -19,7 +19,7 @@ from slm.errors import (
     ProblemError,
 )
 from slm.schemas import Agent, AgentUpdate
-from slm.server.database import utc_now
+from slm.server.models import utc_now
 from slm.server.registry import Written
 from tests.server.store import Store, new_agent
 

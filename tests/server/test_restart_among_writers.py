@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy import select
 
 from slm.schemas import AgentUpdate
-from slm.server.database import CHANGES, STATE
+from slm.server.models import CHANGES, STATE
 from slm.server.prepare import prepare
 from slm.server.settings import Settings
 from tests.server.store import Store

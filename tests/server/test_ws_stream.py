@@ -14,8 +14,8 @@ from sqlalchemy import Connection, delete, select, update
 
 from slm.schemas import Agent
 from slm.server.catalog import CommittedChange
-from slm.server.database import CHANGES, STATE
 from slm.server.hub import encode_change
+from slm.server.models import CHANGES, STATE
 from tests.server.raw import Api
 from tests.servers import InLoopServer, eventually, running_server
 

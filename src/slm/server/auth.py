@@ -16,7 +16,7 @@ from sqlalchemy import Connection, select
 from starlette.datastructures import Headers
 
 from slm.errors import Forbidden, Unauthorized
-from slm.server.database import TOKENS
+from slm.server.models import TOKENS
 from slm.server.tokens import digest
 from slm.server.view import EVERYTHING, View
 

@@ -16,7 +16,8 @@ from pathlib import Path
 from sqlalchemy import URL, Connection, inspect, select, text, update
 
 from slm.errors import InvalidRequest, ProblemError, StartupError
-from slm.server.database import Database, DatabaseHeld
+from slm.server.database import Database
+from slm.server.database_errors import DatabaseHeld
 from slm.server.files import create_private, make_data_dir, sync_directory, sync_file
 from slm.server.models import AGENTS, ENCRYPTION_KEYS, STATE
 from slm.server.prepare import is_ours, keys_at_hand

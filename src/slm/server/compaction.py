@@ -15,7 +15,8 @@ from sqlalchemy import Connection, delete, select, update
 
 from slm.errors import ProblemError
 from slm.server import failpoints
-from slm.server.database import CHANGES, STATE, Database
+from slm.server.database import Database
+from slm.server.models import CHANGES, STATE
 
 logger = logging.getLogger(__name__)
 

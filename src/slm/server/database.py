@@ -1,6 +1,7 @@
-"""The database: opens it, runs one plain function as one transaction, and names what went wrong.
+"""The database: opens it, and runs one plain function as one transaction.
 
-Knows the manners of SQLite and PostgreSQL, and no rule about agents. The tables are in `models`.
+Knows the manners of SQLite and PostgreSQL, and no rule about agents. The tables are in `models`,
+what an error of theirs means in `database_errors`.
 """
 
 from __future__ import annotations
@@ -23,56 +24,17 @@ from sqlalchemy.pool import StaticPool
 
 from slm.errors import (
     DatabaseUnavailable,
-    InsufficientStorage,
     OutcomeUnknown,
-    ProblemError,
     StartupError,
 )
 from slm.server import failpoints
 from slm.server.attempt import Attempt
-from slm.server.models import (
-    AGENTS,
-    CHANGES,
-    ENCRYPTION_KEYS,
-    SELECT_AGENTS,
-    STATE,
-    TOKENS,
-    Agent,
-    Base,
-    Change,
-    EncryptionKey,
-    State,
-    Token,
-    agent_of,
-    utc_now,
-)
-
-__all__ = [
-    "AGENTS",
-    "CHANGES",
-    "ENCRYPTION_KEYS",
-    "SELECT_AGENTS",
-    "STATE",
-    "TOKENS",
-    "Agent",
-    "Base",
-    "Change",
-    "Database",
-    "EncryptionKey",
-    "State",
-    "Token",
-    "agent_of",
-    "utc_now",
-]
+from slm.server.database_errors import problem_of, why_not_opened
 
 T = TypeVar("T")
 
 MIN_SQLITE: Final = (3, 35, 0)
 """The first SQLite that has RETURNING."""
-
-
-class DatabaseHeld(StartupError):
-    """Another process has the SQLite file."""
 
 
 class Database:
@@ -208,7 +170,7 @@ class Database:
         try:
             connection.cursor().execute(statement, parameters)
         except sqlite3.Error as error:
-            problem = _sqlite_problem(error, committing=False)
+            problem = problem_of(error, committing=False)
             if problem is None:
                 raise
             raise problem from error
@@ -253,7 +215,7 @@ class Database:
                 # costs nothing, where a ping before each transaction is a round trip.
                 return self._once(fn, read_only, attempt)
         except (DBAPIError, PoolTimeout) as error:
-            problem = _problem(error, attempt.committing)
+            problem = problem_of(error, committing=attempt.committing)
             if problem is None:
                 raise
             raise problem from error
@@ -370,29 +332,7 @@ class Database:
             with self._engine.begin() as connection:
                 connection.exec_driver_sql("SELECT 1")
         except (SQLAlchemyError, sqlite3.Error) as error:
-            held = _sqlite_code(getattr(error, "orig", error)) in _SQLITE_HELD
-            raise (DatabaseHeld if held else StartupError)(self._why_not(error)) from None
-
-    def _why_not(self, error: Exception) -> str:
-        """Say in one sentence why the database cannot be opened."""
-        cause = getattr(error, "orig", None) or error
-        if self.dialect == "postgresql":
-            # libpq's own words: they name host, user and reason, and no password.
-            words = str(cause).strip().splitlines() or [type(cause).__name__]
-            return f"The database {self.name} cannot be opened: {words[0]}"
-        match _sqlite_code(cause):
-            case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:
-                return (
-                    f"Another process holds {self.name}: a SQLite database has one server; stop"
-                    " the other, or use PostgreSQL."
-                )
-            case sqlite3.SQLITE_NOTADB | sqlite3.SQLITE_CORRUPT:
-                return f"{self.name} is not a SQLite database, or is damaged."
-            case sqlite3.SQLITE_READONLY | sqlite3.SQLITE_PERM | sqlite3.SQLITE_CANTOPEN:
-                return f"{self.name} cannot be opened for writing: check it and its folder."
-            case sqlite3.SQLITE_FULL:
-                return f"{self.name} cannot be opened: its disk is full."
-        return f"{self.name} cannot be opened: {cause}."
+            raise why_not_opened(error, self.name) from None
 
 
 def _make_private(path: Path) -> None:
@@ -411,68 +351,3 @@ def _make_private(path: Path) -> None:
 
 def _decoded(raw: bytes) -> str:
     return raw.decode("utf-8", "replace")
-
-
-def _sqlite_code(error: BaseException | None) -> int | None:
-    """Return SQLite's primary result code: the low byte of the extended one."""
-    code = getattr(error, "sqlite_errorcode", None)
-    return None if code is None else code & 0xFF
-
-
-_SQLITE_HELD: Final = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED})
-_SQLITE_AWAY: Final = frozenset(
-    {
-        sqlite3.SQLITE_BUSY,
-        sqlite3.SQLITE_LOCKED,
-        sqlite3.SQLITE_IOERR,
-        sqlite3.SQLITE_CANTOPEN,
-        sqlite3.SQLITE_READONLY,
-        sqlite3.SQLITE_PERM,
-        sqlite3.SQLITE_NOTADB,
-        sqlite3.SQLITE_CORRUPT,
-        sqlite3.SQLITE_NOMEM,
-        sqlite3.SQLITE_PROTOCOL,
-    }
-)
-
-
-def _problem(error: SQLAlchemyError, committing: bool) -> ProblemError | None:
-    """Return what a database error means to a caller, or None where it is a fault of ours."""
-    if isinstance(error, PoolTimeout):
-        return DatabaseUnavailable("Every connection to the database is in use.")
-    cause = getattr(error, "orig", None)
-    if isinstance(cause, sqlite3.Error):
-        return _sqlite_problem(cause, committing)
-    return _postgresql_problem(error, cause, committing)
-
-
-def _sqlite_problem(cause: sqlite3.Error, committing: bool) -> ProblemError | None:
-    code = _sqlite_code(cause)
-    if code == sqlite3.SQLITE_FULL:
-        return InsufficientStorage()
-    if code == sqlite3.SQLITE_IOERR and committing:
-        # The commit may be in the WAL and only its fsync have failed.
-        return OutcomeUnknown()
-    return DatabaseUnavailable() if code in _SQLITE_AWAY else None
-
-
-def _postgresql_problem(
-    error: SQLAlchemyError, cause: BaseException | None, committing: bool
-) -> ProblemError | None:
-    # https://www.postgresql.org/docs/current/errcodes-appendix.html
-    state = getattr(cause, "sqlstate", None) or ""
-    if state == "53100":
-        return InsufficientStorage()
-    if state == "55P03":
-        return DatabaseUnavailable("Another write holds the database. Try again.")
-    lost = not state or state[:2] == "08" or state[:3] == "57P"
-    if isinstance(error, DBAPIError) and error.connection_invalidated and committing and lost:
-        return OutcomeUnknown()
-    # 25P03 idle in transaction, 25006 read only (a standby), 40 try again, 53 out of resources.
-    if state in ("25P03", "25006") or state[:2] in ("40", "53", "57"):
-        return DatabaseUnavailable()
-    if isinstance(error, DBAPIError) and (error.connection_invalidated or state[:2] == "08"):
-        return DatabaseUnavailable()
-    if not state and type(cause).__name__ in ("OperationalError", "ConnectionTimeout"):
-        return DatabaseUnavailable()
-    return None

@@ -24,17 +24,10 @@ from slm.schemas import Agent
 from slm.server import failpoints
 from slm.server.auth import TokenTable, read_tokens
 from slm.server.catalog import Catalog, CommittedChange
-from slm.server.database import (
-    AGENTS,
-    CHANGES,
-    SELECT_AGENTS,
-    STATE,
-    Database,
-    agent_of,
-    utc_now,
-)
+from slm.server.database import Database
 from slm.server.hub import Hub
 from slm.server.metrics import Metrics
+from slm.server.models import AGENTS, CHANGES, SELECT_AGENTS, STATE, agent_of, utc_now
 from slm.server.pulse import Pulse
 from slm.server.settings import Settings
 

@@ -16,7 +16,8 @@ from sqlalchemy import Connection, Row, Select, select
 
 from slm.errors import InternalError, InvalidRequest, RevisionNotFound
 from slm.schemas import Agent, AgentCreate, AgentUpdate, Change, ChangeList
-from slm.server.database import CHANGES, STATE, Database
+from slm.server.database import Database
+from slm.server.models import CHANGES, STATE
 
 MAX_PAGE: Final = 1000
 """So many changes in one answer at most."""
