@@ -6,6 +6,7 @@ Pure rules about URLs and IP addresses; knows no HTTP client and resolves no nam
 from __future__ import annotations
 
 import ipaddress
+import re
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,6 +23,9 @@ DEFAULT_ENDPOINTS: Final[dict[str, str]] = {
 """The endpoint that a null `llm_endpoint` stands for (docs/protocol.md section 1)."""
 
 _DEFAULT_PORTS: Final = {"http": 80, "https": 443}
+# Anything else is read in one way here and in another there: some readers take `%2e` for a dot or
+# `\` for a slash, some drop what stands before or after the brackets. So it names no place.
+_HOST_AND_PORT: Final = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]*)?")
 _METADATA_NAMES: Final = frozenset({"metadata", "metadata.google.internal", "instance-data"})
 # AWS, Alibaba and Oracle answer on IPv6 or outside 169.254/16 as well.
 _METADATA_ADDRESSES: Final = frozenset(
@@ -54,11 +58,13 @@ def origin(provider: str, endpoint: str | None) -> str:
     except ValueError:
         return f"unreadable:{url}"
     scheme = parts.scheme.lower()
-    if not host or scheme not in _DEFAULT_PORTS:
+    if not host or scheme not in _DEFAULT_PORTS or not _is_plain(parts.netloc):
         return f"unreadable:{url}"
     host = host.rstrip(".").lower()
-    address = literal_address(host)
+    address = _literal(host)
     if address is not None:
+        # Not what a 6to4 or NAT64 address holds: whoever answers there need not be that host.
+        address = getattr(address, "ipv4_mapped", None) or address
         host = f"[{address}]" if address.version == 6 else str(address)
     return f"{scheme}://{host}:{port or _DEFAULT_PORTS[scheme]}"
 
@@ -68,14 +74,23 @@ def literal_address(host: str) -> IPAddress | None:
 
     `http://2852039166/` and `http://0xA9FEA9FE/` reach 169.254.169.254 just as well.
     """
+    address = _literal(host)
+    return None if address is None else _unwrapped(address)
+
+
+def _literal(host: str) -> IPAddress | None:
     try:
-        address: IPAddress = ipaddress.ip_address(host.strip("[]").partition("%")[0])
+        return ipaddress.ip_address(host.strip("[]"))
     except ValueError:
         try:
-            address = ipaddress.IPv4Address(socket.inet_aton(host))
+            return ipaddress.IPv4Address(socket.inet_aton(host))
         except (OSError, UnicodeEncodeError):
             return None
-    return _unwrapped(address)
+
+
+def _is_plain(netloc: str) -> bool:
+    """Say whether every reader of URLs takes the same host and port from it."""
+    return _HOST_AND_PORT.fullmatch(netloc) is not None
 
 
 def _unwrapped(address: IPAddress) -> IPAddress:
@@ -129,6 +144,8 @@ def refused_endpoint(url: str) -> str | None:
         return "holds a user name or password; use llm_api_key"
     if "#" in url:
         return "holds a fragment"
+    if not _is_plain(parts.netloc):
+        return "names a host with a character that no host may hold"
     if host in _METADATA_NAMES:
         return "is a cloud metadata address"
     address = literal_address(host)

@@ -236,3 +236,64 @@ async def test_an_edited_endpoint_takes_no_key_along(ask: Caller) -> None:
         assert again.body["has_api_key"] is False, "it does not come back with the endpoint"
         both = await ask("PUT", "/api/agents/a", back | {"llm_api_key": "sk-a"})
         assert both.body["has_api_key"] is True
+
+
+DISGUISED = {
+    "http://192.0.2.7/v1": (
+        "http://192.0.2.7%2e.evil.example/v1",
+        "http://192.0.2.7%25.evil.example/v1",
+        "http://192.0.2.7%.evil.example/v1",
+        "http://192.0.2.7.evil.example/v1",
+        "http://192.0.2.7,evil.example/v1",
+        "http://192.0.2.7;evil.example/v1",
+        "http://192.0.2.7@evil.example/v1",
+        "http://192.0.2.7:80@evil.example/v1",
+        "http://192.0.2.7:80:80/v1",
+        "http://192.0.2.7\\.evil.example/v1",
+        "http://192.0.2.7\t.evil.example/v1",
+        # Whoever has an IPv4 address need not be who answers at these.
+        "http://[2002:c000:0207::bad]/v1",
+        "http://[64:ff9b::c000:207]/v1",
+        "https://192.0.2.7/v1",
+        "http://192.0.2.7:8080/v1",
+    ),
+    "http://[2001:db8::7]/v1": (
+        "http://[2001:db8::7].evil.example/v1",
+        "http://[2001:db8::7]evil.example/v1",
+        "http://evil.example[2001:db8::7]/v1",
+        "http://[2001:db8::7%25.evil.example]/v1",
+        "http://[2001:db8::7%.evil.example]/v1",
+        "http://[2001:db8::7]@evil.example/v1",
+        "http://[2001:db8::77]/v1",
+    ),
+    "https://one.example/v1": (
+        "https://one%2eexample/v1",
+        "https://one.example%2f.evil.example/v1",
+        "https://one.example.evil.example/v1",
+        "https://one.example:443@evil.example/v1",
+        "https://evil.example?@one.example/v1",
+        "https://evil.example\\@one.example/v1",
+        "https://one\N{IDEOGRAPHIC FULL STOP}example/v1",
+        "https://one.exampl\N{CYRILLIC SMALL LETTER IE}/v1",
+        "//one.example/v1",
+    ),
+}
+
+
+async def test_no_spelling_of_another_host_passes_for_the_old_one(ask: Caller) -> None:
+    """Escapes, zones, brackets, user names, look-alikes: refused, or the key is cleared."""
+    for endpoint, others in DISGUISED.items():
+        for other in others:
+            key = {"llm_endpoint": endpoint, "llm_api_key": "sk-a"}
+            assert (await ask("POST", "/api/agents", agent("a", **key))).status == 201
+            moved = await ask("PUT", "/api/agents/a", {"llm_endpoint": other})
+            if moved.status != 422:
+                assert (moved.status, moved.body.get("api_key_cleared")) == (200, True), other
+            assert (await ask("DELETE", "/api/agents/a")).status == 204
+            assert origin("openai", other) != origin("openai", endpoint), other
+    same = {
+        "http://192.0.2.7:80/": "http://0xC0.0.519",
+        "http://[::ffff:c000:207]": "http://192.0.2.7",
+    }
+    for one, another in same.items():
+        assert origin("openai", one) == origin("openai", another)
