@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
 from pydantic import SecretStr
-from sqlalchemy import Connection, Text, bindparam, cast, delete, func, insert, update
-from sqlalchemy.types import UserDefinedType
+from sqlalchemy import Connection
 
 from slm import tracing
 from slm.endpoints import EndpointPolicy, origin
@@ -28,12 +27,22 @@ from slm.errors import (
 )
 from slm.schemas import Agent, AgentCreate, AgentUpdate, LLMConfigWithKey, Snapshot
 from slm.server import failpoints
+from slm.server.agent_rows import (
+    Author,
+    Head,
+    agent_row,
+    default_row,
+    delete_agent,
+    insert_agent,
+    next_head,
+    record_change,
+    update_agent,
+)
 from slm.server.audit import Event, Who, append
 from slm.server.database import Database
 from slm.server.keyed_reads import KeyedReads, binding_of
 from slm.server.keyring import Keyring
-from slm.server.listener import CHANNEL
-from slm.server.models import AGENTS, CHANGES, SELECT_AGENTS, STATE, agent_of, utc_now
+from slm.server.models import agent_of, utc_now
 from slm.server.vault import KeyBinding, Vault
 from slm.server.view import EVERYTHING, View
 
@@ -43,49 +52,6 @@ ITSELF: Final = Who("slm")
 CREATED: Final = "agent_created"
 CHANGED: Final = "agent_config_changed"
 DELETED: Final = "agent_deleted"
-
-
-class _AsItIs(UserDefinedType[Any]):
-    """A value that goes to the driver untouched, whatever the column's type would say of it."""
-
-    cache_ok = True
-
-
-# Built once: building a statement costs more than running it.
-_BUMP: Final = update(STATE).where(STATE.c.id == 1).values(revision=STATE.c.revision + 1)
-_NEXT_REVISION: Final = {
-    "sqlite": _BUMP.returning(STATE.c.revision, STATE.c.epoch, STATE.c.keyring_version),
-    # The wake-up for every replica: part of the transaction, so that it is sent on commit alone,
-    # and of the statement, so that it costs no round trip.
-    "postgresql": _BUMP.returning(
-        STATE.c.revision,
-        STATE.c.epoch,
-        STATE.c.keyring_version,
-        func.pg_notify(CHANNEL, cast(STATE.c.revision, Text)),
-    ),
-}
-_AGENT: Final = SELECT_AGENTS.where(AGENTS.c.agent_id == bindparam("agent_id"))
-_DEFAULT: Final = SELECT_AGENTS.where(AGENTS.c.is_default.is_(True))
-_WRITTEN: Final = tuple(c.name for c in AGENTS.c if c.name not in ("id", "agent_id", "created_at"))
-# As it is, but for the time: a field that was not sent goes back as it was, whatever it holds.
-_UPDATE: Final = (
-    update(AGENTS)
-    .where(AGENTS.c.id == bindparam("row_id"))
-    .values(
-        {
-            name: bindparam(name, type_=None if name == "updated_at" else _AsItIs())
-            for name in _WRITTEN
-        }
-    )
-)
-_DEMOTE: Final = (
-    update(AGENTS)
-    .where(AGENTS.c.id == bindparam("row_id"))
-    .values(is_default=False, revision=bindparam("new_revision"), updated_at=bindparam("now"))
-)
-_INSERT: Final = insert(AGENTS).returning(AGENTS.c.id)
-_DELETE: Final = delete(AGENTS).where(AGENTS.c.id == bindparam("row_id"))
-_RECORD: Final = insert(CHANGES)
 
 _PLAIN: Final = (
     "name",
@@ -125,18 +91,6 @@ class _Unchanged(Exception):
 
     def __init__(self, written: Written) -> None:
         self.written = written
-
-
-class _Author(NamedTuple):
-    actor: str
-    comment: str | None
-    address: str | None
-
-
-class _Head(NamedTuple):
-    revision: int
-    epoch: str
-    keyring_version: int
 
 
 class AgentRegistry:
@@ -182,7 +136,7 @@ class AgentRegistry:
             AgentIsDefault: it would be the default and inactive.
         """
         return await self._write(
-            functools.partial(self._create, agent=agent, author=_Author(actor, comment, address))
+            functools.partial(self._create, agent=agent, author=Author(actor, comment, address))
         )
 
     async def update(
@@ -217,7 +171,7 @@ class AgentRegistry:
                 self._update,
                 agent_id=agent_id,
                 sent={name: getattr(update, name) for name in update.model_fields_set},
-                author=_Author(actor, comment, address),
+                author=Author(actor, comment, address),
                 if_match=if_match,
             )
         )
@@ -241,7 +195,7 @@ class AgentRegistry:
             PreconditionFailed: its revision is another one.
             AgentIsDefault: it is the default.
         """
-        author = _Author(actor, comment, address)
+        author = Author(actor, comment, address)
         written = await self._write(
             functools.partial(self._delete, agent_id=agent_id, author=author, if_match=if_match)
         )
@@ -289,15 +243,15 @@ class AgentRegistry:
         await failpoints.reach_async("after_commit")
         return written
 
-    def _next(self, connection: Connection) -> _Head:
+    def _next(self, connection: Connection) -> Head:
         """Begin a write: the state row locked, the next revision taken, the active key at hand."""
-        head = _next(connection)
+        head = next_head(connection)
         self._keyring.follow(connection, head.keyring_version)
         return head
 
-    def _create(self, connection: Connection, *, agent: AgentCreate, author: _Author) -> Written:
+    def _create(self, connection: Connection, *, agent: AgentCreate, author: Author) -> Written:
         head = self._next(connection)
-        if _row(connection, agent.agent_id) is not None:
+        if agent_row(connection, agent.agent_id) is not None:
             raise AgentExists
         if agent.is_default and not agent.is_active:
             raise AgentIsDefault("The default agent must be active.")
@@ -320,9 +274,9 @@ class AgentRegistry:
             )
             values["llm_api_key_encrypted"] = self._vault.encrypt(agent.llm_api_key, binding)
             values["api_key_revision"] = head.revision
-        values["id"] = connection.execute(_INSERT, values).scalar_one()
+        values["id"] = insert_agent(connection, values)
         created = agent_of(values)
-        _record(connection, CREATED, created, head.revision, False, author)
+        record_change(connection, CREATED, created, head.revision, False, author)
         _audit(connection, "agent.create", agent.agent_id, head, author, agent.model_fields_set)
         return _written(connection, created, head, demotion, author)
 
@@ -332,7 +286,7 @@ class AgentRegistry:
         *,
         agent_id: str,
         sent: Mapping[str, Any],
-        author: _Author,
+        author: Author,
         if_match: int | None,
     ) -> Written:
         head = self._next(connection)
@@ -356,11 +310,9 @@ class AgentRegistry:
         values["updated_at"] = utc_now()
         promoted = after.is_default and not before.is_default
         demotion = _demote(connection, agent_after=head) if promoted else None
-        connection.execute(
-            _UPDATE, {name: values[name] for name in _WRITTEN} | {"row_id": values["id"]}
-        )
+        update_agent(connection, values)
         after = agent_of(values)
-        _record(connection, CHANGED, after, head.revision, before.is_default, author)
+        record_change(connection, CHANGED, after, head.revision, before.is_default, author)
         _audit(connection, "agent.update", agent_id, head, author, sent)
         return _written(connection, after, head, demotion, author, cleared)
 
@@ -399,15 +351,15 @@ class AgentRegistry:
         return held.get_secret_value() == key.get_secret_value()
 
     def _delete(
-        self, connection: Connection, *, agent_id: str, author: _Author, if_match: int | None
+        self, connection: Connection, *, agent_id: str, author: Author, if_match: int | None
     ) -> Written:
         head = self._next(connection)
         row = _found(connection, agent_id, if_match)
         agent = agent_of(row)
         if agent.is_default:
             raise AgentIsDefault("The default agent cannot be deleted; make another the default.")
-        connection.execute(_DELETE, {"row_id": agent.id})
-        _record(connection, DELETED, agent, head.revision, False, author)
+        delete_agent(connection, agent.id)
+        record_change(connection, DELETED, agent, head.revision, False, author)
         _audit(connection, "agent.delete", agent_id, head, author)
         return Written(None, head.revision, head.epoch)
 
@@ -423,21 +375,8 @@ class _Demotion(NamedTuple):
     revision: int
 
 
-def _next(connection: Connection) -> _Head:
-    """Lock the state row and take the next revision: always the first statement of a write."""
-    revision, epoch, version, *_ = connection.execute(_NEXT_REVISION[connection.dialect.name]).one()
-    return _Head(revision, epoch, version)
-
-
-def _row(connection: Connection, agent_id: str) -> Any:
-    """Return the row of an agent, or None; any text may be asked for."""
-    if "\x00" in agent_id or any("\ud800" <= c <= "\udfff" for c in agent_id):
-        return None  # no database can even be asked for it
-    return connection.execute(_AGENT, {"agent_id": agent_id}).one_or_none()
-
-
 def _found(connection: Connection, agent_id: str, if_match: int | None) -> Any:
-    row = _row(connection, agent_id)
+    row = agent_row(connection, agent_id)
     if row is None:
         raise AgentNotFound
     if if_match is not None and if_match != row.revision:
@@ -469,19 +408,19 @@ def _check_default(before: Agent, after: Agent) -> None:
         raise AgentIsDefault("The default agent must be active.")
 
 
-def _demote(connection: Connection, *, agent_after: _Head) -> _Demotion | None:
+def _demote(connection: Connection, *, agent_after: Head) -> _Demotion | None:
     """Take the flag from the default of now; before the promotion, or the unique index refuses.
 
     Its revision is the one after the promoted agent's, so that whoever reads the changes in order
     is never without a default.
     """
-    row = connection.execute(_DEFAULT).one_or_none()
+    row = default_row(connection)
     if row is None:
         return None
-    revision = _next(connection).revision
+    revision = next_head(connection).revision
     now = utc_now()
-    connection.execute(_DEMOTE, {"row_id": row.id, "new_revision": revision, "now": now})
     values = dict(row._mapping) | {"is_default": False, "revision": revision, "updated_at": now}
+    update_agent(connection, values)
     assert revision == agent_after.revision + 1  # noqa: S101 - nobody else writes meanwhile
     return _Demotion(agent_of(values), revision)
 
@@ -489,47 +428,24 @@ def _demote(connection: Connection, *, agent_after: _Head) -> _Demotion | None:
 def _written(
     connection: Connection,
     agent: Agent,
-    head: _Head,
+    head: Head,
     demotion: _Demotion | None,
-    author: _Author,
+    author: Author,
     api_key_cleared: bool = False,
 ) -> Written:
     last = head.revision
     if demotion is not None:
-        _record(connection, CHANGED, demotion.agent, demotion.revision, True, author)
+        record_change(connection, CHANGED, demotion.agent, demotion.revision, True, author)
         last = demotion.revision
     return Written(agent, last, head.epoch, api_key_cleared=api_key_cleared)
-
-
-def _record(
-    connection: Connection,
-    kind: str,
-    agent: Agent,
-    revision: int,
-    was_default: bool,
-    author: _Author,
-) -> None:
-    connection.execute(
-        _RECORD,
-        {
-            "revision": revision,
-            "type": kind,
-            "agent_id": agent.agent_id,
-            "agent": agent.model_dump_json(),
-            "was_default": was_default,
-            "actor": author.actor,
-            "comment": author.comment,
-            "created_at": utc_now(),
-        },
-    )
 
 
 def _audit(
     connection: Connection,
     action: str,
     agent_id: str,
-    head: _Head,
-    author: _Author,
+    head: Head,
+    author: Author,
     fields: Iterable[str] = (),
 ) -> None:
     """Record a write: which fields were sent, and never what they held."""

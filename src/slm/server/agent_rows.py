@@ -1,0 +1,135 @@
+"""The statements that write agents and their changes, each run inside the caller's transaction.
+
+Knows tables and columns. The rules of what may be written, and when, are the registry's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final, NamedTuple
+
+from sqlalchemy import Connection, Text, bindparam, cast, delete, func, insert, update
+from sqlalchemy.types import UserDefinedType
+
+from slm.schemas import Agent
+from slm.server.listener import CHANNEL
+from slm.server.models import AGENTS, CHANGES, SELECT_AGENTS, STATE, utc_now
+
+
+class Head(NamedTuple):
+    """The state row after a write took its revision.
+
+    Attributes:
+        revision: the one taken.
+        epoch: it belongs to.
+        keyring_version: of the encryption keys.
+    """
+
+    revision: int
+    epoch: str
+    keyring_version: int
+
+
+class Author(NamedTuple):
+    """Who writes, why, and from where."""
+
+    actor: str
+    comment: str | None
+    address: str | None
+
+
+class _AsItIs(UserDefinedType[Any]):
+    """A value that goes to the driver untouched, whatever the column's type would say of it."""
+
+    cache_ok = True
+
+
+# Built once: building a statement costs more than running it.
+_BUMP: Final = update(STATE).where(STATE.c.id == 1).values(revision=STATE.c.revision + 1)
+_NEXT_REVISION: Final = {
+    "sqlite": _BUMP.returning(STATE.c.revision, STATE.c.epoch, STATE.c.keyring_version),
+    # The wake-up for every replica: part of the transaction, so that it is sent on commit alone,
+    # and of the statement, so that it costs no round trip.
+    "postgresql": _BUMP.returning(
+        STATE.c.revision,
+        STATE.c.epoch,
+        STATE.c.keyring_version,
+        func.pg_notify(CHANNEL, cast(STATE.c.revision, Text)),
+    ),
+}
+_AGENT: Final = SELECT_AGENTS.where(AGENTS.c.agent_id == bindparam("agent_id"))
+_DEFAULT: Final = SELECT_AGENTS.where(AGENTS.c.is_default.is_(True))
+_WRITTEN: Final = tuple(c.name for c in AGENTS.c if c.name not in ("id", "agent_id", "created_at"))
+# As it is, but for the time: a field that was not sent goes back as it was, whatever it holds.
+_UPDATE: Final = (
+    update(AGENTS)
+    .where(AGENTS.c.id == bindparam("row_id"))
+    .values(
+        {
+            name: bindparam(name, type_=None if name == "updated_at" else _AsItIs())
+            for name in _WRITTEN
+        }
+    )
+)
+_INSERT: Final = insert(AGENTS).returning(AGENTS.c.id)
+_DELETE: Final = delete(AGENTS).where(AGENTS.c.id == bindparam("row_id"))
+_RECORD: Final = insert(CHANGES)
+
+
+def next_head(connection: Connection) -> Head:
+    """Lock the state row and take the next revision: always the first statement of a write."""
+    revision, epoch, version, *_ = connection.execute(_NEXT_REVISION[connection.dialect.name]).one()
+    return Head(revision, epoch, version)
+
+
+def agent_row(connection: Connection, agent_id: str) -> Any:
+    """Return the row of an agent, or None; any text may be asked for."""
+    if "\x00" in agent_id or any("\ud800" <= c <= "\udfff" for c in agent_id):
+        return None  # no database can even be asked for it
+    return connection.execute(_AGENT, {"agent_id": agent_id}).one_or_none()
+
+
+def default_row(connection: Connection) -> Any:
+    """Return the row of the default agent, or None."""
+    return connection.execute(_DEFAULT).one_or_none()
+
+
+def insert_agent(connection: Connection, values: Mapping[str, Any]) -> int:
+    """Add a row and return its id."""
+    return int(connection.execute(_INSERT, dict(values)).scalar_one())
+
+
+def update_agent(connection: Connection, values: Mapping[str, Any]) -> None:
+    """Write every column of the row with this `id` but those that never change."""
+    connection.execute(
+        _UPDATE, {name: values[name] for name in _WRITTEN} | {"row_id": values["id"]}
+    )
+
+
+def delete_agent(connection: Connection, row_id: int) -> None:
+    """Delete one row."""
+    connection.execute(_DELETE, {"row_id": row_id})
+
+
+def record_change(
+    connection: Connection,
+    kind: str,
+    agent: Agent,
+    revision: int,
+    was_default: bool,
+    author: Author,
+) -> None:
+    """Write the change that the feed will read, in the same transaction as what it tells of."""
+    connection.execute(
+        _RECORD,
+        {
+            "revision": revision,
+            "type": kind,
+            "agent_id": agent.agent_id,
+            "agent": agent.model_dump_json(),
+            "was_default": was_default,
+            "actor": author.actor,
+            "comment": author.comment,
+            "created_at": utc_now(),
+        },
+    )
