@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from datetime import datetime
 from typing import Annotated, Any, Final, Literal
 
@@ -30,6 +31,8 @@ AGENT_ID_PATTERN: Final = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 MAX_OPTIONS_BYTES: Final = 16 * 1024
 MAX_OPTIONS_DEPTH: Final = 32
 MAX_KEY_LENGTH: Final = 4096
+_CONTROLS: Final = frozenset({"Cc", "Cs", "Zl", "Zp"})
+_TURNS: Final = frozenset({"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"})
 _KEY: Final = re.compile(r"[\x21-\x7e]+")
 
 Provider = Literal["ollama", "openai", "anthropic"]
@@ -38,6 +41,17 @@ Provider = Literal["ollama", "openai", "anthropic"]
 def _printable(text: str) -> str:
     if not text.isprintable():
         raise ValueError("holds a control character or one that cannot be printed")
+    return text
+
+
+def _without_controls(text: str) -> str:
+    """Refuse what steers a terminal or breaks a line; other scripts need joiners and wide spaces.
+
+    Of the format characters only those that turn the direction of what follows count.
+    """
+    for char in text:
+        if unicodedata.category(char) in _CONTROLS or unicodedata.bidirectional(char) in _TURNS:
+            raise ValueError("holds a control character")
     return text
 
 
@@ -103,7 +117,7 @@ def _strict_secret(value: Any) -> Any:
 
 
 AgentId = Annotated[str, Field(pattern=AGENT_ID_PATTERN)]
-Name = Annotated[str, Field(min_length=1, max_length=128), AfterValidator(_printable)]
+Name = Annotated[str, Field(min_length=1, max_length=128), AfterValidator(_without_controls)]
 Description = Annotated[str, Field(max_length=16_384), AfterValidator(_storable)]
 Endpoint = Annotated[str, Field(max_length=256), AfterValidator(_allowed_endpoint)]
 Model = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(_printable)]

@@ -3,10 +3,12 @@
 import sqlite3
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import aiohttp
 import pytest
 from cryptography.fernet import Fernet
+from yarl import URL
 
 from slm import SLMClient
 from tests.servers import ServerProcess
@@ -183,3 +185,39 @@ async def test_a_second_start_changes_nothing(data_dir: Path) -> None:
         await server.start()
         assert await _agents(server) == first
         assert server.admin_token == token
+
+
+async def test_an_id_with_a_slash_is_that_agent_and_no_path(data_dir: Path) -> None:
+    """Whatever an adopted id looks like, its path means that agent: `a%2Fllm` is not a's key."""
+    key = Fernet.generate_key()
+    agent_ids = ["a", "a/llm", "a/b", "a%2Fb", "a/", "..", "A b?c#d", "default/llm", "é/%"]
+    with sqlite3.connect(data_dir / "slm.db") as database:
+        database.executescript(MISSION_TABLE)
+        for agent_id in agent_ids:
+            database.execute(
+                "INSERT INTO agents (agent_id, name, llm_provider, llm_model,"
+                " llm_api_key_encrypted) VALUES (?, 'n', 'openai', 'm', ?)",
+                (agent_id, Fernet(key).encrypt(f"sk-{agent_id}".encode()).decode()),
+            )
+    database.close()
+    async with ServerProcess(data_dir, env={"SLM_ENCRYPTION_KEYS": key.decode()}) as server:
+        headers = {"Authorization": f"Bearer {server.admin_token}"}
+        async with aiohttp.ClientSession(headers=headers) as http:
+
+            async def call(method: str, agent_id: str, rest: str = "", **options: Any) -> Any:
+                path = f"{server.url}/api/agents/{quote(agent_id, safe='')}{rest}"
+                async with http.request(method, URL(path, encoded=True), **options) as answer:
+                    assert answer.status < 300, (method, agent_id, rest, await answer.text())
+                    return await answer.json() if answer.status != 204 else None
+
+            for agent_id in agent_ids:
+                assert (await call("GET", agent_id))["agent_id"] == agent_id
+                assert (await call("GET", agent_id, "?min_revision=1"))["agent_id"] == agent_id
+                keyed = await call("GET", agent_id, "/llm")
+                assert (keyed["agent_id"], keyed["llm_api_key"]) == (agent_id, f"sk-{agent_id}")
+                changed = await call("PUT", agent_id, json={"llm_model": f"m-{agent_id}"})
+                assert (changed["agent_id"], changed["llm_model"]) == (agent_id, f"m-{agent_id}")
+                assert len((await call("GET", agent_id, "/history"))["changes"]) == 2
+            for agent_id in agent_ids:
+                await call("DELETE", agent_id)
+            assert list(await _agents(server)) == ["default"]

@@ -34,6 +34,25 @@ async def test_fields_not_sent_stay_and_null_clears(admin: Api) -> None:
     assert (await admin.put("a", agent_id="a")).status == 200
 
 
+@pytest.mark.parametrize(
+    "name", ["Équipe 👩\u200d💻", "コード\u3000補助", "می\u200cخواهم", "a\u00a0b", "x" * 128]
+)
+async def test_a_name_may_be_in_any_script(admin: Api, name: str) -> None:
+    """Joiners, wide and unbreakable spaces are no control characters: such names are kept."""
+    answer = await admin.create("a", name=name)
+    assert (answer.status, answer.json["name"]) == (201, name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", "x" * 129, "a\nb", "a\tb", "\x7f", "\x1b[31m", "\x85", "\u2028", "\u202e", "\u2066"],
+)
+async def test_a_name_holds_no_control_character(admin: Api, name: str) -> None:
+    """What breaks a line, steers a terminal or turns the text around is 422."""
+    answer = await admin.create("a", name=name)
+    assert (answer.status, answer.json["errors"][0]["loc"]) == (422, ["body", "name"])
+
+
 async def test_a_write_that_alters_nothing_has_no_revision(admin: Api) -> None:
     """The same values again, the same key included, answer the current revision."""
     first = await admin.create("a", llm_provider="openai", llm_api_key="sk-canary-same")

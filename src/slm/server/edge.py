@@ -6,11 +6,13 @@ Pure ASGI, since it is in the way of every request. Knows no route but by the na
 from __future__ import annotations
 
 import logging
+import re
 import traceback
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Final
+from urllib.parse import unquote
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocket
@@ -24,6 +26,11 @@ logger = logging.getLogger(__name__)
 
 STAMP: Final = "slm.stamp"
 """The key of the scope that holds the request's `Stamp`."""
+
+ENCODED_SLASH: Final = "\udc2f"
+"""What stands in the scope's path for a %2F, so that it divides nothing; no path has it itself."""
+
+_ENCODED_SLASH: Final = re.compile("%2f", re.IGNORECASE)
 
 _ALWAYS: Final = (
     (b"x-content-type-options", b"nosniff"),
@@ -87,6 +94,11 @@ class Edge:
         scope = {**scope, STAMP: Stamp(catalog.revision, catalog.epoch)}
         if scope["method"] == "HEAD":
             scope["method"] = "GET"
+        raw_path = scope.get("raw_path") or b""
+        if b"%2" in raw_path:
+            # An adopted agent_id may hold a slash; decoded, /agents/a%2Fllm would be a's key.
+            parts = _ENCODED_SLASH.split(raw_path.decode("ascii", "replace"))
+            scope["path"] = ENCODED_SLASH.join(map(unquote, parts))
         started, status, begun = False, 500, perf_counter()
 
         async def stamped_send(message: Message) -> None:

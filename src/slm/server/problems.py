@@ -113,7 +113,7 @@ async def on_http_exception(request: Request, error: Exception) -> JSONResponse:
     headers = dict(error.headers or {})
     if error.status_code == MethodNotAllowed.status:
         # The router names the methods of the first route of this path alone.
-        allowed = request.app.allowed_methods(request.url.path)
+        allowed = request.app.allowed_methods(request.scope["path"])
         headers["Allow"] = ", ".join(sorted(allowed)) or headers.get("Allow", "")
     return problem_response(_of_status(error.status_code), headers)
 

@@ -72,11 +72,6 @@ _WRITE_PROBLEMS: Final = (
 BODY_PROBLEMS: Final = (*_WRITE_PROBLEMS, ContentTooLarge, UnsupportedMediaType)
 
 
-_GZIP: Final = re.compile(
-    r"(^|,)\s*(gzip|\*)\s*(?!\s*;\s*q=0(\.0*)?\s*(,|$))(;|,|$)", re.IGNORECASE
-)
-
-
 _NO_WEIGHT: Final = re.compile(r"\s*q\s*=\s*0(\.0*)?\s*")
 
 

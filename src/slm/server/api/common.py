@@ -40,7 +40,7 @@ from slm.errors import (
 from slm.server.audit import Who
 from slm.server.auth import Caller
 from slm.server.catalog import Catalog
-from slm.server.edge import STAMP
+from slm.server.edge import ENCODED_SLASH, STAMP
 from slm.server.limits import network_of
 from slm.server.peer import client_address
 from slm.server.problems import documented
@@ -169,6 +169,11 @@ class SLMRoute(APIRoute):
         async def through_the_doors(request: Request) -> Response:
             if requirement is not None:
                 request.scope[_CALLER] = requirement.check(request)
+            if ENCODED_SLASH in request.scope["path"]:
+                request.scope["path_params"] = {
+                    name: value.replace(ENCODED_SLASH, "/")
+                    for name, value in request.path_params.items()
+                }
             if request.scope["query_string"]:
                 _refuse_unknown(request, parameters)
             elif at_once is not None:
