@@ -8,7 +8,7 @@ import os
 import pty
 import sys
 from asyncio.subprocess import DEVNULL, PIPE
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,7 +98,7 @@ def checked(done: Done) -> Done:
 def slm_at_a_terminal(
     *arguments: str,
     data: Path,
-    answers: Mapping[str, str],
+    answers: Mapping[str, str | Callable[[], object]],
     columns: int = 100,
     env: Mapping[str, str] | None = None,
 ) -> Done:
@@ -107,7 +107,7 @@ def slm_at_a_terminal(
     Args:
         *arguments: what follows `slm`.
         data: the data directory of the server it speaks to.
-        answers: what to type when a text is shown.
+        answers: what to type when a text is shown, or what to call then.
         columns: how wide the terminal is.
         env: further environment variables.
     """
@@ -127,8 +127,11 @@ def slm_at_a_terminal(
         shown += piece.decode(errors="replace")
         for text, answer in list(waiting.items()):
             if text in shown:
-                os.write(terminal, f"{answer}\n".encode())
                 del waiting[text]
+                if callable(answer):
+                    answer()
+                else:
+                    os.write(terminal, f"{answer}\n".encode())
     os.close(terminal)
     _, status = os.waitpid(child, 0)
     return checked(Done(os.waitstatus_to_exitcode(status), shown, ""))

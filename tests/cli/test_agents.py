@@ -4,22 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
 from tests.cli.command import CANARY, slm, slm_at_a_terminal
-from tests.servers import InLoopServer, running_server
+from tests.servers import InLoopServer
 
 CREATE = ("agents", "create", "code-assistant", "--provider", "openai", "--model", "gpt-4o")
-
-
-@pytest.fixture
-async def server(tmp_path: Path) -> AsyncIterator[InLoopServer]:
-    async with running_server(tmp_path / "data") as running:
-        (running.data_dir / "server.url").write_text(f"{running.url}\n")
-        yield running
 
 
 @pytest.fixture

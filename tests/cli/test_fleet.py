@@ -5,31 +5,22 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
-import aiohttp
 import pytest
 
 from slm import ResolvedConfig, SLMClient
-from tests.cli.command import CANARY, Done, slm
+from tests.cli.command import CANARY, Done, slm, slm_at_a_terminal
 from tests.fleet.sdk import applied, sdk
 from tests.server.raw import Api
-from tests.servers import InLoopServer, eventually, running_server
+from tests.servers import InLoopServer, eventually
 
 REASON = "the anthropic extra is not installed"
 CREATE = ("agents", "create", "a", "--provider", "openai", "--model", "gpt-4o")
 
 
 @pytest.fixture
-async def server(tmp_path: Path) -> AsyncIterator[InLoopServer]:
-    async with running_server(tmp_path / "data") as running:
-        (running.data_dir / "server.url").write_text(f"{running.url}\n")
-        yield running
-
-
-@pytest.fixture
-async def backends(server: InLoopServer, api: Api) -> AsyncIterator[list[SLMClient]]:
+async def backends(server: InLoopServer, admin: Api) -> AsyncIterator[list[SLMClient]]:
     """Two backends; the second one refuses anthropic."""
 
     def refuse(config: ResolvedConfig) -> str | None:
@@ -38,15 +29,8 @@ async def backends(server: InLoopServer, api: Api) -> AsyncIterator[list[SLMClie
     token = server.backend_token
     async with sdk(server.url, token, "billing") as one, sdk(server.url, token, "search") as two:
         two.register_validator(refuse)
-        await eventually(lambda: applied(api, one.revision, "billing", "search"))
+        await eventually(lambda: applied(admin, one.revision, "billing", "search"))
         yield [one, two]
-
-
-@pytest.fixture
-async def api(server: InLoopServer) -> AsyncIterator[Api]:
-    """The same server over HTTP, for what a test is not about."""
-    async with aiohttp.ClientSession() as session:
-        yield Api(server, session, server.admin_token)
 
 
 async def run(server: InLoopServer, *arguments: str, **options: Any) -> Done:
@@ -82,6 +66,43 @@ async def test_wait_exits_0_only_if_all_applied(
     assert "is as it was at revision 2" in back.out
 
 
+async def test_wait_is_shown_live_at_a_terminal(
+    server: InLoopServer, backends: list[SLMClient], admin: Api, backend: Api
+) -> None:
+    """A bar counts who has applied the change, while it waits; then the receipt takes its place.
+
+    The third backend acks only once the bar has shown that it is missing.
+    """
+    loop, missing_one = asyncio.get_running_loop(), asyncio.Event()
+    await admin.create("a")
+    change = ("agents", "set", "a", "--model", "gpt-5", "--wait-limit", "60s")
+    async with backend.stream(client={"name": "slow", "instance": "1"}) as slow:
+        await slow.send(ack=(await slow.frame())["revision"])
+        await eventually(lambda: applied(admin, backends[0].revision, "billing", "search", "slow"))
+        shown = asyncio.create_task(
+            asyncio.to_thread(
+                slm_at_a_terminal,
+                *change,
+                data=server.data_dir,
+                answers={"2/3": lambda: loop.call_soon_threadsafe(missing_one.set)},
+            )
+        )
+        changed = await slow.next()
+        await eventually(missing_one.is_set, 30)
+        assert not shown.done()
+        await slow.send(ack=changed["revision"])
+        done = await shown
+        assert done.code == 0, done
+        after = done.out.partition("2/3")[2]
+        assert "applied by 3 of 3 backends" in after, after
+        left_out = await run(
+            server, "agents", "set", "a", "--model", "gpt-6", "--wait-limit", "300ms"
+        )
+        assert left_out.code == 1
+        assert "  applied by 2 of 3 backends in " in left_out.out
+        assert left_out.out.splitlines()[-1] == "  no answer  slow/1"
+
+
 async def test_wait_for_a_script(server: InLoopServer, backends: list[SLMClient]) -> None:
     """With --json the receipt is in the answer of a delete too."""
     for arguments in ((*CREATE, "--wait"), ("agents", "delete", "a", "--yes", "--wait")):
@@ -90,11 +111,11 @@ async def test_wait_for_a_script(server: InLoopServer, backends: list[SLMClient]
         assert len(done.json["receipt"]["applied"]) == 2, arguments
 
 
-async def test_history_says_who_what_and_why(server: InLoopServer, api: Api) -> None:
+async def test_history_says_who_what_and_why(server: InLoopServer, admin: Api) -> None:
     """The history names each change, the fields it was of, who made it and the comment."""
-    await api.create("a", llm_provider="openai", llm_model="gpt-4o")
+    await admin.create("a", llm_provider="openai", llm_model="gpt-4o")
     await run(server, "agents", "set", "a", "--model", "gpt-5", "--comment", "better")
-    await api.put("a", llm_api_key=CANARY)
+    await admin.put("a", llm_api_key=CANARY)
     shown = await run(server, "agents", "history", "a")
     header, key, model, created = shown.out.splitlines()
     assert header.split() == ["REV", "WHEN", "WHO", "WHAT", "WHY"]
@@ -113,11 +134,11 @@ async def test_history_says_who_what_and_why(server: InLoopServer, api: Api) -> 
     assert mine.json["changes"] == []
 
 
-async def test_what_it_ran_at_a_time(server: InLoopServer, api: Api) -> None:
+async def test_what_it_ran_at_a_time(server: InLoopServer, admin: Api) -> None:
     """One command says what an agent was at a moment of the past."""
-    await api.create("a", llm_model="gpt-4o")
+    await admin.create("a", llm_model="gpt-4o")
     then = datetime.now(UTC).isoformat()
-    await api.put("a", llm_model="gpt-5")
+    await admin.put("a", llm_model="gpt-5")
     shown = await run(server, "agents", "history", "a", "--at", then)
     assert "gpt-4o" in shown.out
     assert "gpt-5" not in shown.out
@@ -128,14 +149,14 @@ async def test_what_it_ran_at_a_time(server: InLoopServer, api: Api) -> None:
     assert wrong.code == 2
 
 
-async def test_key_status(server: InLoopServer, api: Api, backends: list[SLMClient]) -> None:
+async def test_key_status(server: InLoopServer, admin: Api, backends: list[SLMClient]) -> None:
     """Safe to revoke only when no connected backend holds an older key; else who does."""
-    made = await api.create("a", llm_provider="openai", llm_api_key=CANARY)
-    await eventually(lambda: applied(api, made.revision, "billing", "search"))
+    made = await admin.create("a", llm_provider="openai", llm_api_key=CANARY)
+    await eventually(lambda: applied(admin, made.revision, "billing", "search"))
     old = await backends[0].resolve("a")
     with backends[0].in_use(old):
-        second = await api.put("a", llm_api_key="sk-second")
-        await eventually(lambda: applied(api, second.revision, "billing", "search"))
+        second = await admin.put("a", llm_api_key="sk-second")
+        await eventually(lambda: applied(admin, second.revision, "billing", "search"))
         waiting = await run(server, "agents", "key-status", "a")
         assert waiting.code == 1
         assert "not yet" in waiting.out

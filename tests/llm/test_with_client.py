@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
 
-from slm import AgentKeyUnavailable, LLMInterface, SLMClient, Step
+from slm import AgentKeyUnavailable, LLMError, LLMInterface, SLMClient, Step
+from slm.llm.retry import RetrySettings
 from tests.llm.conftest import ASK
-from tests.llm.providers import Dialect, RecordingServer, answering
+from tests.llm.providers import Dialect, RecordingServer, answering, failing
 from tests.servers import InLoopServer, eventually, running_server
 
 
@@ -57,6 +59,61 @@ async def test_a_result_names_the_step_that_answered(dialect: Dialect, tmp_path:
         assert second.revision == gone
         keys = [request.headers["authorization"] for request in provider.received]
         assert keys == ["Bearer sk-own", "Bearer sk-default"]
+
+
+async def test_every_log_line_names_agent_step_and_revision(
+    dialect: Dialect, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An answer, a stream, a failure and a second try: each line says which config was at work."""
+    caplog.set_level(logging.DEBUG, "slm.llm")
+    patient = RetrySettings(backoff_seconds=0.01)
+    async with (
+        RecordingServer(answering(dialect)).running() as provider,
+        running_server(tmp_path) as server,
+        SLMClient(server.url, token=server.backend_token) as client,
+        LLMInterface(client, retry=patient) as llm,
+    ):
+        agent = {
+            "agent_id": "code-assistant",
+            "name": "Code assistant",
+            "llm_provider": dialect.provider,
+            "llm_endpoint": dialect.endpoint(provider.url),
+            "llm_model": "model-1",
+            "llm_api_key": "sk-canary-log",
+        }
+        own = await write(server, "POST", "", agent)
+        await eventually(lambda: client.revision >= own)
+        where = f"agent code-assistant, step agent, revision {own}"
+
+        def lines() -> list[str]:
+            said = [r.getMessage() for r in caplog.records if r.name.startswith("slm.llm")]
+            caplog.clear()
+            assert not [line for line in said if "sk-canary-log" in line]
+            return said
+
+        await llm.chat("code-assistant", ASK)
+        async for _ in llm.stream("code-assistant", ASK):
+            pass
+        answered = lines()
+        assert len(answered) == 2
+        assert all(where in line and "answered" in line for line in answered), answered
+
+        provider.handler = failing(dialect, 500, "overloaded")
+        with pytest.raises(LLMError):
+            await llm.chat("code-assistant", ASK)
+        failed = lines()
+        assert len(failed) == 1 + patient.max_retries
+        assert all(where in line for line in failed), failed
+        assert "trying again" in failed[0]
+
+        provider.handler = answering(dialect)
+        default = {name: value for name, value in agent.items() if name.startswith("llm_")}
+        await write(server, "PUT", "/default", default)
+        gone = await write(server, "DELETE", "/code-assistant", {})
+        await eventually(lambda: client.revision >= gone)
+        await llm.chat("code-assistant", ASK)
+        (line,) = lines()
+        assert f"agent code-assistant, step default, revision {gone - 1}" in line
 
 
 async def test_with_no_slm_the_environment_answers(

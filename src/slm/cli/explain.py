@@ -54,11 +54,14 @@ def explain(
     console.print(
         f"[dim]the client is {escape(told.status)}, at revision {told.revision}[/]", soft_wrap=True
     )
-    output.table(
-        ["", "STEP", "SAYS", "CONFIG", "REV", "AGE", "KEY"],
-        [_row(step) for step in told.steps],
-        right=["REV", "AGE"],
-    )
+    width = max((len(step.step) for step in told.steps), default=0)
+    for step in told.steps:
+        mark = "[green]→[/]" if step.answers else " "
+        console.print(
+            f"{mark} [bold]{escape(step.step):<{width}}[/]  {escape(step.said)}", soft_wrap=True
+        )
+        if step.llm_provider is not None:
+            console.print(f"  {'':<{width}}  [dim]{escape(_config(step))}[/]", soft_wrap=True)
 
 
 async def _ask(target: Target, agent: str, on: str) -> Answer:
@@ -66,21 +69,17 @@ async def _ask(target: Target, agent: str, on: str) -> Answer:
         return await api.call("GET", "/api/explain", params={"agent_id": agent, "backend": on})
 
 
-def _row(step: ExplainedStep) -> list[str]:
-    config = "–"
-    if step.llm_provider is not None:
-        config = f"{step.llm_provider}/{step.llm_model}"
-        if step.agent_id is not None:
-            config += f" of {step.agent_id}"
-    age = "–"
-    if step.age_seconds is not None:
-        age = f"{step.age_seconds:.0f} s" + (" stale" if step.stale else "")
-    return [
-        "[green]→[/]" if step.answers else " ",
-        f"[bold]{escape(step.step)}[/]",
-        escape(step.said),
-        escape(config),
-        output.shown(step.revision),
-        age,
-        escape(step.key or "–"),
-    ]
+def _config(step: ExplainedStep) -> str:
+    """Return what the step has: the model, where it is, whose it is, how old, and its key."""
+    told = f"{step.llm_provider}/{step.llm_model}"
+    if step.llm_endpoint is not None:
+        told += f" at {step.llm_endpoint}"
+    if step.agent_id is not None:
+        told += f" of agent {step.agent_id}"
+    if step.revision is not None:
+        told += f", revision {step.revision}, {step.age_seconds or 0:.0f} s old"
+    if step.stale:
+        told += ", stale"
+    if step.key is not None:
+        told += f", key {step.key}" if step.key.startswith("set ") else f", {step.key}"
+    return told

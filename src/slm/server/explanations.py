@@ -60,9 +60,10 @@ class Explanations:
             if len(found) == 1:
                 return found[0]
             if found:
-                some = ", ".join(each.name for each in found[:_MAX_NAMED])
-                raise InvalidRequest(f"{len(found)} backends are called so, such as {some}.")
-        raise BackendNotFound
+                raise InvalidRequest(f"{len(found)} backends are called so: {_named(found)}.")
+        if not backends:
+            raise BackendNotFound("No backend is connected.")
+        raise BackendNotFound(f"No connected backend is called so; there is {_named(backends)}.")
 
     async def ask(self, backend: Backend, agent_id: str) -> Explanation:
         """Return what the backend says about an agent.
@@ -137,3 +138,10 @@ class Explanations:
             raise InvalidRequest("The explanation is too long to be passed on between replicas.")
         statement = select(func.pg_notify(CHANNEL, payload))
         await self._database.run(lambda connection: connection.execute(statement) and None)
+
+
+def _named(backends: list[Backend]) -> str:
+    names = [each.name for each in backends[:_MAX_NAMED]]
+    if len(backends) > _MAX_NAMED:
+        names.append(f"and {len(backends) - _MAX_NAMED} more")
+    return ", ".join(names)
