@@ -10,7 +10,6 @@ import sys
 from typing import Annotated, Any, Final
 
 import typer
-from rich.markup import escape
 
 from slm.cli import fleet, history, output, receipts
 from slm.cli.agent_options import (
@@ -40,6 +39,7 @@ from slm.cli.agent_options import (
 )
 from slm.cli.connection import DEFAULT_DATA_DIR, CaFile, DataDir, Target, TokenFile, Url, find
 from slm.cli.http import Answer, Api, agent_path, parsed
+from slm.cli.output import escape
 from slm.cli.receipts import Wait, WaitLimit
 from slm.endpoints import effective_endpoint
 from slm.errors import PreconditionFailed

@@ -99,7 +99,7 @@ async def _ask(
         stream = llm.stream(agent_id, messages, **overrides)
         async for chunk in stream:
             if not as_json:
-                sys.stdout.write(_printable(chunk.text))
+                sys.stdout.write(output.printable(chunk.text))
                 sys.stdout.flush()
         elapsed = time.monotonic() - started
     result = stream.result
@@ -145,8 +145,3 @@ def _why(config: ResolvedConfig) -> str:
         f"{config.agent_id}: {config.llm_provider}/{config.llm_model} "
         f"({reason}; step {config.step.value}{at}{stale})"
     )
-
-
-def _printable(text: str) -> str:
-    """Return the text without control characters: a model must not steer the terminal."""
-    return "".join(c for c in text if c in "\n\t" or c.isprintable() or ord(c) > 0x9F)

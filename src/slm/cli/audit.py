@@ -10,11 +10,11 @@ import json
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 
 from slm.cli import output
 from slm.cli.connection import DEFAULT_DATA_DIR, CaFile, DataDir, Target, TokenFile, Url, find
 from slm.cli.http import Api
+from slm.cli.output import escape
 
 app = typer.Typer(help="The audit: list, verify.", no_args_is_help=True, rich_markup_mode="rich")
 

@@ -22,7 +22,6 @@ from typing import Annotated, Any, Final
 import typer
 from pydantic import SecretStr
 from rich.console import Console
-from rich.markup import escape
 from rich.panel import Panel
 from rich.rule import Rule
 from rich.table import Table
@@ -33,6 +32,7 @@ from slm.cli.demo_model import RealModel, is_at_hand, real_model
 from slm.cli.demo_parts import Backend, Server
 from slm.cli.http import Api, agent_path
 from slm.cli.local_model import missing
+from slm.cli.output import escape
 from slm.errors import StartupError
 
 AGENT: Final = "demo-assistant"

@@ -9,12 +9,12 @@ import asyncio
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from slm.cli import output
 from slm.cli.agent_options import AgentId, Json
 from slm.cli.connection import DEFAULT_DATA_DIR, CaFile, DataDir, Target, TokenFile, Url, find
 from slm.cli.http import Answer, Api, parsed
+from slm.cli.output import escape
 from slm.protocol import ExplainedStep, Explanation
 
 

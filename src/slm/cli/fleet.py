@@ -11,12 +11,12 @@ from fnmatch import fnmatchcase
 from typing import Annotated, Any, Final
 
 import typer
-from rich.markup import escape
 
 from slm.cli import output
 from slm.cli.agent_options import AgentId, Json
 from slm.cli.connection import DEFAULT_DATA_DIR, CaFile, DataDir, Target, TokenFile, Url, find
 from slm.cli.http import Api
+from slm.cli.output import escape
 from slm.schemas import Agent
 
 _STATES: Final = {

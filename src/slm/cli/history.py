@@ -10,12 +10,12 @@ from datetime import UTC, datetime
 from typing import Annotated, Any, Final
 
 import typer
-from rich.markup import escape
 
 from slm.cli import output, receipts
 from slm.cli.agent_options import AgentId, Comment, IfMatch, Json
 from slm.cli.connection import DEFAULT_DATA_DIR, CaFile, DataDir, Target, TokenFile, Url, find
 from slm.cli.http import Answer, Api, agent_path, parsed
+from slm.cli.output import escape
 from slm.cli.receipts import Wait, WaitLimit
 from slm.errors import RevisionNotFound
 from slm.schemas import Agent, Change, ChangeList

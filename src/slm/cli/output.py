@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 from rich.console import Console
-from rich.markup import escape
+from rich.markup import escape as _escape_markup
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -25,6 +26,11 @@ from rich.table import Table
 from typer.exceptions import TyperException
 
 _PIPE_WIDTH = 10_000
+
+# What a terminal obeys rather than shows: control characters, and those that turn the direction.
+_OBEYED: Final = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 
 
 class UsageError(TyperException):
@@ -50,6 +56,20 @@ def err() -> Console:
     return _console(stderr=True)
 
 
+def printable(text: str) -> str:
+    """Return the text with the number of each character that would steer the terminal in its place.
+
+    Names, comments and reasons are written by others: they must not clear a screen, hide a line or
+    write into the clipboard of whoever reads them.
+    """
+    return _OBEYED.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def escape(text: str) -> str:
+    """Return what others wrote for rich to print as it is, printable and without line breaks."""
+    return _escape_markup(printable(" ".join(text.splitlines())))
+
+
 def one_line(text: str) -> str:
     """Return the text with every run of white space, line breaks included, as one space."""
     return " ".join(text.split())
@@ -67,7 +87,7 @@ def warning(text: str) -> None:
 
 def say(text: str) -> None:
     """Print one plain line on stdout, at once, for whoever waits for it."""
-    print(text, flush=True)
+    print(printable(text), flush=True)
 
 
 def note(text: str) -> None:
@@ -78,7 +98,8 @@ def note(text: str) -> None:
 def print_json(value: Any, *, lines: bool = False) -> None:
     """Print a value as JSON on stdout: indented, or as one line of a stream of lines."""
     text = json.dumps(value, ensure_ascii=False, indent=None if lines else 2)
-    print(text, flush=lines)
+    # The same text to whoever parses it.
+    print(printable(text), flush=lines)
 
 
 def table(

@@ -11,12 +11,12 @@ import time
 from typing import Annotated, Any, Final
 
 import typer
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from slm.cli import output
 from slm.cli.connection import Target
 from slm.cli.http import Api
+from slm.cli.output import escape
 
 _ASK_SECONDS: Final = 0.25
 _DURATION: Final = re.compile(r"(\d+(?:\.\d+)?)(ms|s|)")

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Annotated, Any, Final, TextIO
 
 import typer
-from rich.markup import escape
 
 from slm.cli import output
 from slm.cli.connection import DEFAULT_DATA_DIR, CaFile, DataDir, Target, TokenFile, Url, find
 from slm.cli.http import Api
+from slm.cli.output import escape
 from slm.errors import ConfigurationError, TokenNotFound
 
 app = typer.Typer(

@@ -17,11 +17,11 @@ from typing import Annotated, Any, Final
 
 import aiohttp
 import typer
-from rich.markup import escape
 
 from slm.cli import output
 from slm.cli.connection import DEFAULT_DATA_DIR, CaFile, DataDir, Target, TokenFile, Url, find
 from slm.cli.http import Api, parsed, unreachable
+from slm.cli.output import escape
 from slm.errors import ProtocolError, SLMUnavailable
 from slm.protocol import (
     Ack,
