@@ -211,3 +211,25 @@ def test_an_unexpected_error_is_one_line_too(tmp_path: Path) -> None:
     assert process.returncode == 1
     assert process.stderr.startswith("error: unexpected ValueError; SLM_TRACEBACK=1")
     assert "canary" not in process.stderr
+
+
+def test_an_interrupt_while_the_command_still_loads(tmp_path: Path) -> None:
+    """Ctrl-C in the first moment ends with 130 and says nothing, as it does later."""
+    hidden = tmp_path / "hidden"
+    hidden.mkdir()
+    (hidden / "sitecustomize.py").write_text(
+        "import os, signal, sys\n"
+        "class Interrupt:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'slm.cli.agents':\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupt())\n"
+    )
+    process = subprocess.run(
+        [sys.executable, "-m", "slm", "agents", "list"],
+        capture_output=True,
+        text=True,
+        env=environment(PYTHONPATH=str(hidden)),
+        timeout=60,
+    )
+    assert (process.returncode, process.stdout, process.stderr) == (130, "", "")

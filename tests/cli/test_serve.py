@@ -6,6 +6,7 @@ import asyncio
 import signal
 import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trustme
@@ -88,6 +89,45 @@ async def test_a_setting_that_makes_no_sense(tmp_path: Path, variable: str, valu
     done = await slm("serve", "--port", "0", data=tmp_path / "data", env={variable: value})
     assert done.code == 1
     assert done.error  # and `slm` has looked for the canary
+
+
+async def test_options_go_before_variables(tmp_path: Path) -> None:
+    """Host, port, data, database and TLS by options win over variables that say otherwise."""
+    authority = trustme.CA()
+    certificate = authority.issue_cert("localhost")
+    cert, key, ca = tmp_path / "cert.pem", tmp_path / "key.pem", tmp_path / "ca.pem"
+    certificate.cert_chain_pems[0].write_to_path(cert)
+    certificate.private_key_pem.write_to_path(key)
+    authority.cert_pem.write_to_path(ca)
+    database = tmp_path / "elsewhere.db"
+
+    class WithOptions(ServerProcess):
+        def _spawn(self, arguments: list[str], environment: dict[str, str]) -> Any:
+            options = {
+                "--host": "localhost",
+                "--database-url": f"sqlite:///{database}",
+                "--tls-cert": cert,
+                "--tls-key": key,
+            }
+            words = [str(word) for option in options.items() for word in option]
+            return super()._spawn([*arguments, *words], environment)
+
+    wrong = {
+        "SLM_HOST": "192.0.2.1",
+        "SLM_PORT": "1",
+        "SLM_DATA_DIR": str(tmp_path / "wrong"),
+        "SLM_DATABASE_URL": "sqlite:///wrong.db",
+        "SLM_TLS_CERT": "wrong",
+        "SLM_TLS_KEY": "x",
+    }
+    data = tmp_path / "data"
+    async with WithOptions(data, env=wrong) as server:
+        assert server.url.startswith("https://localhost:")
+        assert database.exists()
+        assert not (data / "slm.db").exists()
+        assert not (tmp_path / "wrong").exists()
+        listed = await slm("agents", "list", "--ca-file", str(ca), data=data)
+        assert listed.code == 0, listed.err
 
 
 async def test_commands_over_tls(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from cryptography.fernet import Fernet
 
 from slm import AgentKeyUnavailable, ClientStatus, ConfigurationError, SLMClient, Step, Timings
 from slm.client.config import ResolvedConfig
+from slm.client.retry import Backoff
 from tests.end_to_end.gateway import Gateway, gateway
 from tests.faults.backends import TENTH
 from tests.faults.scripted import Peer, changed, config, scripted_slm
@@ -402,6 +403,62 @@ async def test_behind_is_not_live(server: InLoopServer) -> None:
         go_on.set()
         await eventually(lambda: client.status is ClientStatus.LIVE)
         assert client.peek("default") is not None
+
+
+async def test_two_heartbeats_of_silence_are_not_live() -> None:
+    """A server that answers pings but says nothing any more is left, and the stream resumed."""
+    silent = asyncio.Event()
+
+    async def silence(peer: Peer) -> None:
+        await peer.subscribed(5)
+        await peer.say({"type": "heartbeat", "revision": 5, "behind": False})
+        silent.set()
+        async for _ in peer.ws:
+            pass  # hears acks and answers pings until the client has gone
+
+    async def again(peer: Peer) -> None:
+        await peer.subscribed(5)
+        await peer.live(5)
+
+    agents = {"default": (1, config("d", is_default=True))}
+    timings = Timings(**(TENTH | {"ping_interval_seconds": 3600.0}))
+    async with scripted_slm(revision=5, agents=agents, scripts=[silence, again]) as slm:
+        async with SLMClient(slm.url, token="t", timings=timings) as client:
+            await silent.wait()
+            await eventually(lambda: len(slm.subscriptions) == 2)
+            await eventually(lambda: client.status is ClientStatus.LIVE)
+        # Its heartbeat is 0.5 s.
+        assert slm.handshakes[1] - slm.handshakes[0] >= 1.0
+        assert slm.subscriptions[1]["since"] == 5
+
+
+@pytest.mark.parametrize(("healthy", "resets"), [(0.001, True), (3600.0, False)])
+async def test_backoff_starts_anew_after_a_healthy_connection(
+    healthy: float, resets: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A connection that held for long enough is followed by the first wait, not the next one."""
+    waits: list[float] = []
+    delay_after = Backoff.delay_after
+
+    def longest(self: Backoff, error: BaseException) -> float:
+        self._uniform = lambda low, high: high
+        waits.append(delay_after(self, error))
+        return waits[-1]
+
+    monkeypatch.setattr(Backoff, "delay_after", longest)
+
+    async def short(peer: Peer) -> None:
+        await peer.subscribed(5)
+        await eventually(lambda: client.status is ClientStatus.LIVE)
+
+    agents = {"default": (1, config("d", is_default=True))}
+    timings = Timings(**(TENTH | {"backoff_initial_seconds": 0.01, "healthy_seconds": healthy}))
+    async with (
+        scripted_slm(revision=5, agents=agents, scripts=[short]) as slm,
+        SLMClient(slm.url, token="t", timings=timings) as client,
+    ):
+        await eventually(lambda: len(waits) >= 4)
+    assert waits[:4] == pytest.approx([0.01] * 4 if resets else [0.01, 0.02, 0.04, 0.08])
 
 
 async def test_a_hole_in_the_stream_is_mended_by_a_snapshot() -> None:

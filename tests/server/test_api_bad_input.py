@@ -51,8 +51,9 @@ def anonymous(apis: dict[str, Api]) -> Api:
 
 
 def with_field(name: str, value: str) -> bytes:
-    """The good body with one more field, whose value is raw JSON."""
-    return f"{json.dumps(GOOD)[:-1]}, {json.dumps(name)}: {value}}}".encode()
+    """The good body with one more field, or with this value for one of its own, in raw JSON."""
+    others = {k: v for k, v in GOOD.items() if k != name}
+    return f"{json.dumps(others)[:-1]}, {json.dumps(name)}: {value}}}".encode()
 
 
 BAD: dict[str, bytes] = {
@@ -79,7 +80,7 @@ BAD: dict[str, bytes] = {
     "NUL": with_field("description", r'"a\u0000b"'),
     "NUL in options": with_field("llm_options", r'{"x": {"y": "\u0000"}}'),
     "a raw NUL": with_field("description", '"a\x00b"'),
-    "a duplicate key": with_field("name", json.dumps(CANARY)),
+    "a duplicate key": json.dumps(GOOD)[:-1].encode() + f', "name": "{CANARY}"}}'.encode(),
     "a duplicate key in options": with_field("llm_options", f'{{"x": 1, "x": "{CANARY}"}}'),
     "a byte order mark": b"\xef\xbb\xbf" + json.dumps(GOOD).encode(),
     "UTF-16": json.dumps(GOOD).encode("utf-16"),
@@ -106,7 +107,19 @@ BAD: dict[str, bytes] = {
     "an endpoint with a password": with_field("llm_endpoint", f'"https://u:{CANARY}@h/"'),
     "an endpoint that is a file": with_field("llm_endpoint", f'"file:///{CANARY}"'),
     "an endpoint of the cloud": with_field("llm_endpoint", '"http://169.254.169.254/"'),
-    "a name of 200": with_field("description", json.dumps("x" * 20_000)),
+    "an endpoint with a fragment": with_field("llm_endpoint", f'"https://h/v1#{CANARY}"'),
+    "an endpoint of 300": with_field("llm_endpoint", json.dumps("https://h/" + "x" * 300)),
+    "another provider": with_field("llm_provider", json.dumps(CANARY)),
+    "a model with a line break": with_field("llm_model", json.dumps(f"{CANARY}\r\n")),
+    "a model of nothing": with_field("llm_model", '""'),
+    "a model of 257": with_field("llm_model", json.dumps("x" * 257)),
+    "a name of 129": with_field("name", json.dumps("x" * 129)),
+    "a description of 20,000": with_field("description", json.dumps("x" * 20_000)),
+    "options of 17 KiB": with_field("llm_options", json.dumps({"x": "y" * 17 * 1024})),
+    "a timeout of 3601": with_field("llm_timeout", "3601"),
+    "a temperature below 0": with_field("llm_temperature", "-0.1"),
+    "no tokens at all": with_field("llm_max_tokens", "0"),
+    "an empty key": with_field("llm_api_key", '""'),
 }
 
 
@@ -123,6 +136,38 @@ async def test_a_bad_body_is_refused_without_an_echo(admin: Api, name: str) -> N
         assert CANARY not in answer.body.decode()
         assert CANARY not in str(answer.headers)
     assert (await admin.get("/api/agents")).revision == before
+
+
+async def test_the_limits_themselves_are_in(admin: Api) -> None:
+    """The largest and the smallest of each field are taken; only what is beyond is refused."""
+    options = {"x": "y" * (16 * 1024 - len('{"x": ""}'))}
+    largest = {
+        "name": "x" * 128,
+        "description": "x" * 16_384,
+        "llm_model": "x" * 256,
+        "llm_endpoint": "https://h/" + "x" * 246,
+        "llm_api_key": "~" * 4096,
+        "llm_timeout": 3600,
+        "llm_temperature": 2,
+        "llm_options": options,
+    }
+    smallest = {
+        "name": "x",
+        "description": "",
+        "llm_model": "x",
+        "llm_endpoint": "http://h",
+        "llm_api_key": "!",
+        "llm_timeout": 1,
+        "llm_temperature": 0,
+        "llm_max_tokens": 1,
+    }
+    for agent_id, fields in (("a" * 64, largest), ("0", smallest)):
+        answer = await admin.create(agent_id, **fields)
+        assert answer.status == 201, answer.body
+        del fields["llm_api_key"]
+        assert {name: answer.json[name] for name in fields} == fields
+    for agent_id in ("a" * 65, "A", "-a", "a/b", "a b", "é", ""):
+        assert (await admin.create(agent_id)).code == "invalid-request", agent_id
 
 
 async def test_an_unknown_field_is_told_without_its_name(admin: Api) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 
 import pytest
 
@@ -15,6 +16,8 @@ async def test_a_created_agent_is_there_at_once(admin: Api, backend: Api) -> Non
     assert answer.status == 201
     assert answer.headers["Location"] == "/api/agents/a"
     assert answer.json["revision"] == answer.revision == 2
+    for time in (answer.json["created_at"], answer.json["updated_at"]):
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z", time)
     assert (await backend.get(answer.headers["Location"])).json == answer.json
     assert (await admin.create("a")).code == "agent-exists"
 

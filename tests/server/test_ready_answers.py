@@ -51,6 +51,17 @@ async def test_a_compressed_list_is_never_an_older_one(admin: Api, server: InLoo
         assert str(listed["revision"]) == headers["SLM-Revision"]
 
 
+async def test_what_holds_a_key_is_never_compressed(admin: Api, server: InLoopServer) -> None:
+    """Keyed answers come plain and not to be kept, whatever the client takes."""
+    await admin.create("alpha", llm_provider="openai", llm_api_key="sk-canary-plain")
+    for path in ("/api/agents/alpha/llm", "/api/snapshot"):
+        status, body, headers = await _raw(server, path, **{"Accept-Encoding": "gzip"})
+        assert (status, headers["Cache-Control"]) == (200, "no-store")
+        assert "Content-Encoding" not in headers
+        assert "ETag" not in headers
+        assert b"sk-canary-plain" in body
+
+
 async def test_gzip_refused_by_weight_is_not_sent(server: InLoopServer) -> None:
     """A weight of 0 means "not that"."""
     for header in ("gzip;q=0", "gzip; q=0.0, identity", "deflate", ""):

@@ -22,4 +22,7 @@ def main() -> None:
             file=sys.stderr,
         )
         sys.exit(1)
+    except KeyboardInterrupt:
+        # Loading takes a second on a busy machine; nobody who gives up wants a traceback of it.
+        sys.exit(130)
     sys.exit(run())

@@ -26,7 +26,10 @@ def list_entries(
     agent: Annotated[str | None, typer.Option("--agent", help="About this agent alone.")] = None,
     actor: Annotated[str | None, typer.Option("--actor", help="By this token alone.")] = None,
     action: Annotated[
-        str | None, typer.Option("--action", help="This alone: key.read, agent., token.revoke, …")
+        str | None,
+        typer.Option(
+            "--action", help="This alone: token.revoke, key.read; agent. for all of them."
+        ),
     ] = None,
     limit: Annotated[int, typer.Option("--limit", "-n", help="How many.", min=1, max=1000)] = 50,
     before: Annotated[
