@@ -28,6 +28,7 @@ from pydantic import (
 from slm.endpoints import refused_endpoint
 
 AGENT_ID_PATTERN: Final = r"^[a-z0-9][a-z0-9._-]{0,63}$"
+WITHOUT_NUL: Final = r"^[^\x00]*$"
 MAX_OPTIONS_BYTES: Final = 16 * 1024
 MAX_OPTIONS_DEPTH: Final = 32
 MAX_KEY_LENGTH: Final = 4096
@@ -126,7 +127,11 @@ TimeoutSeconds = Annotated[StrictInt, Field(ge=1, le=3600)]
 Temperature = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False, strict=True)]
 MaxTokens = Annotated[StrictInt, Field(ge=1, le=2**31 - 1)]
 Options = Annotated[dict[str, Any], AfterValidator(_bounded_options)]
-Comment = Annotated[str, Field(min_length=1, max_length=1024), AfterValidator(_storable)]
+Comment = Annotated[
+    str,
+    Field(min_length=1, max_length=1024, json_schema_extra={"pattern": WITHOUT_NUL}),
+    AfterValidator(_storable),
+]
 
 
 class _Written(BaseModel):

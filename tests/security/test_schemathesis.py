@@ -3,9 +3,7 @@
 No answer is a 500, none has a status or a shape that the document does not know, no bad input is
 accepted, no route forgets to ask for the token; in chains of requests, too.
 
-Two checks are left out. A request that fits the document may be refused (`llm_endpoint` has rules
-that no JSON schema can say). `Allow` of /api/agents/default names PUT and DELETE as well: they are
-for the agent whose id is `default`.
+Every check is on, for every route; `SETTINGS` says where one is not, and why.
 """
 
 from __future__ import annotations
@@ -23,27 +21,51 @@ from slm.errors import problem_classes
 from tests.security.http import Caller, admin, agent, make_token
 from tests.servers import InLoopServer, running_server
 
-LEFT_OUT = "positive_data_acceptance,allow_header_conformance"
+# Without the garbage collector: in CPython before 3.11.8 two threads of which one is collecting in
+# mid-parse spoil each other's `ast.parse` (python/cpython#106905), and hypothesis parses a lot.
+RUN = "import gc; gc.disable(); from schemathesis.cli import schemathesis; schemathesis()"
+
+SETTINGS = """
+[checks.not_a_server_error]
+# 503 is an answer of the contract: `min_revision` asks for what is not there yet.
+expected-statuses = ["2xx", "3xx", "4xx", 503]
+
+[checks.positive_data_acceptance]
+expected-statuses = ["2xx", "304", "401", "403", "404", "409", "412", "503"]
+"""
+# Whose bodies have rules that the document does not say: which places an endpoint may name, that a
+# null is for some fields alone, that no limited token is an administrator's, 2^63 - 1 to the digit.
+for operation in (
+    "POST /api/agents",
+    "PUT /api/agents/{agent_id}",
+    "POST /api/agents/{agent_id}/rollback",
+    "POST /api/admin/tokens",
+):
+    SETTINGS += f"""
+[[operations]]
+include-name = "{operation}"
+checks.positive_data_acceptance.enabled = false
+"""
+# PUT and DELETE of this path are for the agent whose id is `default`; `Allow` names them, rightly.
+SETTINGS += """
+[[operations]]
+include-path = "/api/agents/default"
+checks.allow_header_conformance.enabled = false
+"""
 
 
 async def _schemathesis(server: InLoopServer, token: str, folder: Path) -> tuple[int, str]:
     """Run it against this server and return its exit code and what it said."""
-    # One worker: with threads CPython 3.11 may fail in its own parser (AST recursion depth).
     command = [
-        *(sys.executable, "-m", "schemathesis.cli", "run", f"{server.url}/openapi.json"),
+        *(sys.executable, "-c", RUN, "run", f"{server.url}/openapi.json"),
         *("--header", f"Authorization: Bearer {token}"),
-        *("--checks", "all", "--exclude-checks", LEFT_OUT),
         *("--phases", "coverage,fuzzing,stateful", "--mode", "all"),
-        *("--max-examples", "5", "--seed", "20261122", "--workers", "1"),
+        *("--max-examples", "10", "--seed", "20261122", "--workers", "1"),
         *("--continue-on-failure", "--no-color", "--no-shrink", "--warnings", "off"),
         *("--generation-database", "none", "--report", "har"),
         *("--report-har-path", str(folder / "har.json")),
-        *("--exclude-path", "/api/admin/backup"),
     ]
-    (folder / "schemathesis.toml").write_text(
-        # 503 is an answer of the contract: `min_revision` asks for what is not there yet.
-        "[checks.not_a_server_error]\nexpected-statuses = ['2xx', '3xx', '4xx', 503]\n"
-    )
+    (folder / "schemathesis.toml").write_text(SETTINGS)
     process = await asyncio.create_subprocess_exec(
         *command, stdin=DEVNULL, stdout=PIPE, stderr=PIPE, cwd=folder
     )

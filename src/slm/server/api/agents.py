@@ -27,7 +27,7 @@ from slm.errors import (
     TlsRequired,
     UnsupportedMediaType,
 )
-from slm.schemas import Agent, AgentCreate, AgentList, AgentUpdate, LLMConfigWithKey
+from slm.schemas import WITHOUT_NUL, Agent, AgentCreate, AgentList, AgentUpdate, LLMConfigWithKey
 from slm.server.api.common import (
     KEYED_PROBLEMS,
     READ_PROBLEMS,
@@ -81,7 +81,11 @@ def _searchable(text: str) -> str:
     return text
 
 
-FilterText = Annotated[str, Query(max_length=256), AfterValidator(_searchable)]
+FilterText = Annotated[
+    str,
+    Query(max_length=256, json_schema_extra={"pattern": WITHOUT_NUL}),
+    AfterValidator(_searchable),
+]
 
 
 async def _whole_list(request: Request, services: Services, caller: Caller) -> Response:

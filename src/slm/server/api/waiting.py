@@ -15,6 +15,12 @@ MAX_WAIT_SECONDS: Final = 60.0
 
 _DURATION: Final = re.compile(r"([0-9]{1,6}(?:\.[0-9]{1,6})?)(ms|s|)")
 
+# The same with the limit in it, for the API's document.
+_DOCUMENTED: Final = (
+    r"^(([0-5]?[0-9](\.[0-9]{1,6})?|60(\.0{1,6})?)s?"
+    r"|([0-5]?[0-9]{1,4}(\.[0-9]{1,6})?|60000(\.0{1,6})?)ms)$"
+)
+
 
 def _seconds(text: Any) -> float:
     found = _DURATION.fullmatch(str(text))
@@ -29,7 +35,8 @@ Wait = Annotated[
     BeforeValidator(_seconds, json_schema_input_type=str),
     Query(
         description="Wait until every backend has answered for the change, such as 5s or 500ms,"
-        f" at most {MAX_WAIT_SECONDS:g}s; the answer then has a `receipt`."
+        f" at most {MAX_WAIT_SECONDS:g}s; the answer then has a `receipt`.",
+        json_schema_extra={"pattern": _DOCUMENTED},
     ),
 ]
 
