@@ -145,7 +145,7 @@ async def test_a_new_key_goes_with_its_new_endpoint_only(tmp_path: Path) -> None
                 await eventually(lambda revision=revision: client.revision >= revision)  # type: ignore[misc]
                 result = await llm.chat("billing", HELLO)
                 assert result.revision == revision
-                assert f"{key}-{n}" in place.keys()
+                assert f"{key}-{n}" in {seen.key for seen in place.seen}
             stop.set()
         assert all(str(seen.key).startswith("sk-red") for seen in red.seen)
         assert all(str(seen.key).startswith("sk-blue") for seen in blue.seen)
