@@ -68,6 +68,19 @@ LIMITED: Final[dict[tuple[str, str], int]] = {
 }
 """What a token of all scopes, limited to other agents, is answered where an agent is named."""
 
+UNNAMED: Final = {
+    "/api/agents": 200,
+    "/api/agents/default": 200,
+    "/api/changes": 200,
+    "/api/changes/{revision}/receipt": 404,
+    "/api/snapshot": 200,
+    "/healthz": 200,
+    "/metrics": 200,
+    "/openapi.json": 200,
+    "/readyz": 200,
+}
+"""What it is answered where no agent is named, without a word of the others; elsewhere 403."""
+
 BODIES: Final[dict[tuple[str, str], Any]] = {
     ("POST", "/api/agents"): agent(HIDDEN),
     ("PUT", "/api/agents/{agent_id}"): {"llm_model": "n"},
@@ -223,9 +236,18 @@ async def test_every_route_that_names_an_agent_knows_limited_tokens(
             continue
         assert rule in LIMITED, f"{rule} names an agent: say in LIMITED what is not visible there"
         assert _status(await doors.knock(rule, doors.limited)) == LIMITED[rule], rule
-    for path in ("/api/agents", "/api/snapshot", "/api/changes"):
-        answer = await doors.limited("GET", path)
-        assert (answer.status, HIDDEN in str(answer.body)) == (200, False), path
+    hidden_at = (await doors.ask("GET", f"/api/agents/{HIDDEN}")).body["revision"]
+    for rule in sorted(routes_of(server)):
+        method, path = rule
+        if method != "GET" or "{agent_id}" in path:
+            continue
+        asked = path.format(revision=hidden_at) + QUERIES.get(rule, "")
+        answer = await doors.limited("GET", asked)
+        assert answer.status == UNNAMED.get(path, 403), path
+        assert HIDDEN not in str(answer.body), path
+    receipt = await doors.limited("GET", f"/api/changes/{hidden_at}/receipt")
+    unknown = await doors.limited("GET", "/api/changes/999/receipt")
+    assert (receipt.status, receipt.body) == (404, unknown.body), "as if it were not there"
     assert (await doors.ask("GET", f"/api/agents/{HIDDEN}")).body["llm_model"] == "m"
 
 

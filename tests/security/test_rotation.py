@@ -375,3 +375,37 @@ async def test_a_server_killed_in_mid_rotation_harms_nobody(
         aiohttp.ClientSession() as session,
     ):
         assert await _held(Caller(alone.url, token, session)) == load.keys
+
+
+async def _rotation(ask: Caller) -> None:
+    """Add a key, go on to it, re-encrypt in small steps, drop the old one."""
+    assert (await ask("POST", "/api/admin/keys")).status == 201
+    assert (await ask("POST", "/api/admin/keys/rotate", {})).status == 200
+    await _reencrypt(ask, limit=2)
+    assert (await ask("POST", "/api/admin/keys/prune")).status == 200
+
+
+async def test_killed_before_any_transaction_of_a_rotation_no_key_is_lost(tmp_path: Path) -> None:
+    """Keys in the data directory, the only server killed at every stage: the next run ends it."""
+    victim = ServerProcess(tmp_path / "data", testing=True)
+    async with victim, aiohttp.ClientSession() as session:
+        keys = await _fill(Caller(victim.url, victim.admin_token, session), 6)
+        killed = 0
+        # The start has 6 transactions, the rotation 14.
+        for passing in range(6, 20, 2):
+            victim.kill()
+            with contextlib.suppress(AssertionError):  # killed before it was ready
+                await victim.start(failpoint=f"database:kill@{passing}")
+            ask = Caller(victim.url, victim.admin_token, session)
+            try:
+                await _rotation(ask)
+            except aiohttp.ClientError:
+                killed += 1
+            victim.kill()
+            await victim.start(failpoint=None)
+            assert await _held(ask) == keys, passing
+            await _rotation(ask)
+            assert await _held(ask) == keys, passing
+            rows = [k["rows"] for k in (await _keys(ask)).values() if k["retired_at"] is None]
+            assert rows == [6]
+        assert killed >= 5
