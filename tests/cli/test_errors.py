@@ -199,7 +199,7 @@ def test_an_unexpected_error_is_one_line_too(tmp_path: Path) -> None:
     (hidden / "sitecustomize.py").write_text(
         "import slm.cli.connection as connection\n"
         "def broken(*_): raise ValueError('holds sk-canary')\n"
-        "connection.find = broken\n"
+        "connection._find_url = broken\n"
     )
     process = subprocess.run(
         [sys.executable, "-m", "slm", "agents", "list"],

@@ -33,7 +33,6 @@ class Clearable(enum.StrEnum):
 AgentId = Annotated[
     str, typer.Argument(metavar="AGENT", help="The agent's id.", show_default=False)
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for a script.")]
 Name = Annotated[str | None, typer.Option("--name", help="A name for people.", show_default=False)]
 Description = Annotated[
     str | None, typer.Option("--description", help="What it is for.", show_default=False)

@@ -15,11 +15,13 @@ import typer
 
 from slm import LLMInterface, SLMClient
 from slm.cli import output
-from slm.cli.connection import DEFAULT_DATA_DIR, CaFile, DataDir, Target, TokenFile, Url, find
+from slm.cli.connection import Target, at_a_server
 from slm.client.config import ResolvedConfig, Step
 
 
+@at_a_server
 def ask(
+    target: Target,
     agent: Annotated[
         str, typer.Argument(metavar="AGENT", help="Whose config.", show_default=False)
     ],
@@ -41,10 +43,6 @@ def ask(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object at the end.")
     ] = False,
-    url: Url = None,
-    token_file: TokenFile = None,
-    ca_file: CaFile = None,
-    data: DataDir = DEFAULT_DATA_DIR,
 ) -> None:
     """Ask an agent's model something, with the agent's config of this moment.
 
@@ -54,7 +52,6 @@ def ask(
     [bold]Example[/]
       slm ask code-assistant "What does functools.partial do?"
     """
-    target = find(url, token_file, ca_file, data)
     if prompt in (None, "-"):
         if sys.stdin.isatty():
             output.note("reading the prompt from the terminal; end it with Ctrl-D")

@@ -5,24 +5,26 @@ Knows the REST API by `http`; the chain itself is checked by the server.
 
 from __future__ import annotations
 
-import asyncio
 import json
-from typing import Annotated, Any
+from typing import Annotated, Final
 
 import typer
 
 from slm.cli import output
-from slm.cli.connection import DEFAULT_DATA_DIR, CaFile, DataDir, Target, TokenFile, Url, find
-from slm.cli.http import Api
-from slm.cli.output import escape
+from slm.cli.connection import Target, at_a_server
+from slm.cli.http import call
+from slm.cli.output import Json, escape
 
 app = typer.Typer(help="The audit: list, verify.", no_args_is_help=True, rich_markup_mode="rich")
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for a script.")]
+_TIMEOUT_SECONDS: Final = 600.0
+"""A long audit takes its time to be checked."""
 
 
 @app.command("list")
+@at_a_server
 def list_entries(
+    target: Target,
     agent: Annotated[str | None, typer.Option("--agent", help="About this agent alone.")] = None,
     actor: Annotated[str | None, typer.Option("--actor", help="By this token alone.")] = None,
     action: Annotated[
@@ -36,10 +38,6 @@ def list_entries(
         int | None, typer.Option("--before", metavar="SEQ", help="Older than this entry.")
     ] = None,
     as_json: Json = False,
-    url: Url = None,
-    token_file: TokenFile = None,
-    ca_file: CaFile = None,
-    data: DataDir = DEFAULT_DATA_DIR,
 ) -> None:
     """List what was done, the newest first.
 
@@ -49,8 +47,7 @@ def list_entries(
     """
     given = {"agent": agent, "actor": actor, "action": action, "before": before, "limit": limit}
     params = {name: value for name, value in given.items() if value is not None}
-    target = find(url, token_file, ca_file, data)
-    entries = asyncio.run(_get(target, "/api/admin/audit", params))["entries"]
+    entries = call(target, "GET", "/api/admin/audit", params=params).data["entries"]
     if as_json:
         output.print_json(entries)
         return
@@ -73,26 +70,24 @@ def list_entries(
 
 
 @app.command()
+@at_a_server
 def verify(
+    target: Target,
     expect: Annotated[
         str | None,
         typer.Option("--expect", metavar="HEAD", help="The head that an earlier verify printed."),
     ] = None,
     as_json: Json = False,
-    url: Url = None,
-    token_file: TokenFile = None,
-    ca_file: CaFile = None,
-    data: DataDir = DEFAULT_DATA_DIR,
 ) -> None:
     """Check the whole chain; exit 1 if anything in it was altered.
 
     Note the head it prints somewhere else, and give it with --expect the next time: whoever can
     write to the database could compute a new chain, but not one with that head in it.
     """
-    target = find(url, token_file, ca_file, data)
     with output.progress("checking"):
         params: dict[str, str | int] = {} if expect is None else {"expect": expect}
-        verdict = asyncio.run(_get(target, "/api/admin/audit/verify", params))
+        path = "/api/admin/audit/verify"
+        verdict = call(target, "GET", path, params=params, timeout_seconds=_TIMEOUT_SECONDS).data
     if as_json:
         output.print_json(verdict)
     elif verdict["whole"]:
@@ -101,8 +96,3 @@ def verify(
         output.error(f"the audit was altered at entry {verdict['broken_at']}: {verdict['reason']}")
     if not verdict["whole"]:
         raise typer.Exit(1)
-
-
-async def _get(target: Target, path: str, params: dict[str, Any]) -> dict[str, Any]:
-    async with Api(target, timeout_seconds=600) as api:
-        return (await api.call("GET", path, params=params)).data

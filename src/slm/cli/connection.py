@@ -5,11 +5,14 @@ Knows where to look and nothing of what is asked there.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import ipaddress
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 from urllib.parse import urlsplit
 
 import typer
@@ -94,7 +97,12 @@ class Target:
         return self.url.startswith("https://") or is_loopback(self.url)
 
 
-def find(url: str | None, token_file: Path | None, ca_file: Path | None, data_dir: Path) -> Target:
+def find(
+    url: Url = None,
+    token_file: TokenFile = None,
+    ca_file: CaFile = None,
+    data: DataDir = DEFAULT_DATA_DIR,
+) -> Target:
     """Return the server that the options, the environment or the data directory name.
 
     The data directory's own token goes to a server on this machine alone, never to an address
@@ -103,10 +111,31 @@ def find(url: str | None, token_file: Path | None, ca_file: Path | None, data_di
     Raises:
         ConfigurationError: the address is not one, or there is no token.
     """
-    address, url_source = _find_url(url, data_dir)
-    token, token_source = _find_token(token_file, data_dir, address)
+    address, url_source = _find_url(url, data)
+    token, token_source = _find_token(token_file, data, address)
     found = f"{url_source}; token: {token_source}"
     return Target(address, SecretStr(token), ca_file, found, _client_cert())
+
+
+def at_a_server(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options that name a server, in place of its argument `target`.
+
+    Args:
+        command: what is to be called with the `Target` that `find` returns for those options.
+    """
+    options = inspect.signature(find, eval_str=True).parameters
+    own = inspect.signature(command, eval_str=True).parameters
+    shown = [*(each for each in own.values() if each.name != "target"), *options.values()]
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        target = find(**{name: given.pop(name) for name in options})
+        command(target=target, **given)
+
+    # typer reads both.
+    run.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
+    run.__annotations__ = {each.name: each.annotation for each in shown}
+    return run
 
 
 def _client_cert() -> ClientCert | None:

@@ -16,7 +16,7 @@ from typing import Annotated, BinaryIO
 import typer
 
 from slm.cli import output
-from slm.cli.connection import DEFAULT_DATA_DIR, CaFile, DataDir, Target, TokenFile, Url, find
+from slm.cli.connection import DEFAULT_DATA_DIR, DataDir, Target, at_a_server
 from slm.cli.http import Api, OnBytes
 from slm.errors import ConfigurationError
 
@@ -57,15 +57,13 @@ def upgrade(data: DataDir = DEFAULT_DATA_DIR, database_url: DatabaseUrl = None) 
 
 
 @app.command()
+@at_a_server
 def backup(
+    target: Target,
     file: Annotated[
         Path, typer.Argument(metavar="FILE", help="Where to; a file that is there is kept.")
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for a script.")] = False,
-    url: Url = None,
-    token_file: TokenFile = None,
-    ca_file: CaFile = None,
-    data: DataDir = DEFAULT_DATA_DIR,
 ) -> None:
     """Write a consistent copy of a SQLite database while its server runs.
 
@@ -75,7 +73,6 @@ def backup(
     [bold]Example[/]
       slm db backup slm-$(date +%F).db
     """
-    target = find(url, token_file, ca_file, data)
     _refuse_existing(file)
     unfinished = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
     try:

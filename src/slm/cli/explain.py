@@ -5,20 +5,21 @@ Asks the server, which asks the backend; shows every step of the chain and never
 
 from __future__ import annotations
 
-import asyncio
 from typing import Annotated
 
 import typer
 
 from slm.cli import output
-from slm.cli.agent_options import AgentId, Json
-from slm.cli.connection import DEFAULT_DATA_DIR, CaFile, DataDir, Target, TokenFile, Url, find
-from slm.cli.http import Answer, Api, parsed
-from slm.cli.output import escape
+from slm.cli.agent_options import AgentId
+from slm.cli.connection import Target, at_a_server
+from slm.cli.http import call, parsed
+from slm.cli.output import Json, escape
 from slm.protocol import ExplainedStep, Explanation
 
 
+@at_a_server
 def explain(
+    target: Target,
     agent: AgentId,
     on: Annotated[
         str,
@@ -30,18 +31,13 @@ def explain(
         ),
     ],
     as_json: Json = False,
-    url: Url = None,
-    token_file: TokenFile = None,
-    ca_file: CaFile = None,
-    data: DataDir = DEFAULT_DATA_DIR,
 ) -> None:
     """Ask a backend how it resolves an agent now: each step, what it said, why it was passed over.
 
     [bold]Example[/]
       slm explain code-assistant --on billing
     """
-    target = find(url, token_file, ca_file, data)
-    answer = asyncio.run(_ask(target, agent, on))
+    answer = call(target, "GET", "/api/explain", params={"agent_id": agent, "backend": on})
     if as_json:
         output.print_json(answer.data)
         return
@@ -62,11 +58,6 @@ def explain(
         )
         if step.llm_provider is not None:
             console.print(f"  {'':<{width}}  [dim]{escape(_config(step))}[/]", soft_wrap=True)
-
-
-async def _ask(target: Target, agent: str, on: str) -> Answer:
-    async with Api(target) as api:
-        return await api.call("GET", "/api/explain", params={"agent_id": agent, "backend": on})
 
 
 def _config(step: ExplainedStep) -> str:

@@ -13,10 +13,10 @@ from typing import Annotated, Any, Final
 import typer
 
 from slm.cli import output
-from slm.cli.agent_options import AgentId, Json
-from slm.cli.connection import DEFAULT_DATA_DIR, CaFile, DataDir, Target, TokenFile, Url, find
-from slm.cli.http import Api
-from slm.cli.output import escape
+from slm.cli.agent_options import AgentId
+from slm.cli.connection import Target, at_a_server
+from slm.cli.http import Api, call
+from slm.cli.output import Json, escape
 from slm.schemas import Agent
 
 _STATES: Final = {
@@ -27,16 +27,14 @@ _STATES: Final = {
 }
 
 
+@at_a_server
 def fleet(
+    target: Target,
     only: Annotated[
         str | None,
         typer.Argument(metavar="NAME", help="Only these; * for any text.", show_default=False),
     ] = None,
     as_json: Json = False,
-    url: Url = None,
-    token_file: TokenFile = None,
-    ca_file: CaFile = None,
-    data: DataDir = DEFAULT_DATA_DIR,
 ) -> None:
     """Show every connected backend, and those that went away within the last hour.
 
@@ -46,8 +44,7 @@ def fleet(
     [bold]Example[/]
       slm fleet --json | jq -r '.backends[] | select(.lag > 0) | .backend'
     """
-    target = find(url, token_file, ca_file, data)
-    told = asyncio.run(_fleet(target))
+    told = call(target, "GET", "/api/fleet").data
     backends = [
         each for each in told["backends"] if only is None or fnmatchcase(each["backend"], only)
     ]
@@ -66,13 +63,11 @@ def fleet(
     output.note(f"{told_counts or 'no backend'}; revision {told['revision']}, {target.url}")
 
 
+@at_a_server
 def key_status(
+    target: Target,
     agent: AgentId,
     as_json: Json = False,
-    url: Url = None,
-    token_file: TokenFile = None,
-    ca_file: CaFile = None,
-    data: DataDir = DEFAULT_DATA_DIR,
 ) -> None:
     """Say whether an agent's former API key may be revoked at the provider.
 
@@ -82,7 +77,6 @@ def key_status(
     [bold]Example[/]
       until slm agents key-status code-assistant; do sleep 1; done
     """
-    target = find(url, token_file, ca_file, data)
     now, told = asyncio.run(_agent_and_fleet(target, agent))
     held = holders(told["backends"], now)
     here = [each for each in held if each["state"] != "gone"]
@@ -149,11 +143,6 @@ def _held(backend: dict[str, Any], agent: Agent) -> dict[str, Any] | None:
 def _covers(pattern: str, agent_id: str) -> bool:
     # As the server: `*` is any text, and nothing else has a meaning.
     return fnmatchcase(agent_id, pattern.replace("[", "[[]").replace("?", "[?]"))
-
-
-async def _fleet(target: Target) -> dict[str, Any]:
-    async with Api(target) as api:
-        return (await api.call("GET", "/api/fleet")).data
 
 
 async def _agent_and_fleet(target: Target, agent_id: str) -> tuple[Agent, dict[str, Any]]:

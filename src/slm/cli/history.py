@@ -1,4 +1,4 @@
-"""`slm agents history|diff|rollback` and `slm changes`: what was, who did it, and getting it back.
+"""`slm agents history|diff` and `slm changes`: what was, and who did it.
 
 Knows the routes of the history and how a change is shown.
 """
@@ -11,12 +11,11 @@ from typing import Annotated, Any, Final
 
 import typer
 
-from slm.cli import output, receipts
-from slm.cli.agent_options import AgentId, Comment, IfMatch, Json
-from slm.cli.connection import DEFAULT_DATA_DIR, CaFile, DataDir, Target, TokenFile, Url, find
-from slm.cli.http import Answer, Api, agent_path, parsed
-from slm.cli.output import escape
-from slm.cli.receipts import Wait, WaitLimit
+from slm.cli import output
+from slm.cli.agent_options import AgentId
+from slm.cli.connection import Target, at_a_server
+from slm.cli.http import Answer, Api, agent_path, call, parsed
+from slm.cli.output import Json, escape
 from slm.errors import RevisionNotFound
 from slm.schemas import Agent, Change, ChangeList
 
@@ -40,7 +39,9 @@ Limit = Annotated[
 ]
 
 
+@at_a_server
 def history(
+    target: Target,
     agent: AgentId,
     at: Annotated[
         str | None,
@@ -53,24 +54,19 @@ def history(
     ] = None,
     limit: Limit = 20,
     as_json: Json = False,
-    url: Url = None,
-    token_file: TokenFile = None,
-    ca_file: CaFile = None,
-    data: DataDir = DEFAULT_DATA_DIR,
 ) -> None:
     """Show what became of an agent, the newest first; with --at, what it was at a time.
 
     [bold]Example[/]
       slm agents history code-assistant --at "2026-11-17 14:03"
     """
-    target = find(url, token_file, ca_file, data)
     path = f"{agent_path(agent)}/history"
     if at is not None:
-        answer = asyncio.run(_get(target, path, {"at": _utc(at), "limit": 1}))
+        answer = call(target, "GET", path, params={"at": _utc(at), "limit": 1})
         _show_then(agent, at, answer, as_json)
         return
     # One more, to tell what the oldest of them changed.
-    answer = asyncio.run(_get(target, path, {"limit": min(limit + 1, 1000)}))
+    answer = call(target, "GET", path, params={"limit": min(limit + 1, 1000)})
     found = parsed(ChangeList, answer)
     if not found.changes:
         raise RevisionNotFound(f"the history holds nothing of {agent}")
@@ -83,7 +79,9 @@ def history(
         output.note(f"changes up to revision {found.floor} are not kept any more")
 
 
+@at_a_server
 def diff(
+    target: Target,
     agent: AgentId,
     old: Annotated[
         int | None,
@@ -93,13 +91,8 @@ def diff(
         int | None, typer.Argument(metavar="REV", help="To here; else now.", show_default=False)
     ] = None,
     as_json: Json = False,
-    url: Url = None,
-    token_file: TokenFile = None,
-    ca_file: CaFile = None,
-    data: DataDir = DEFAULT_DATA_DIR,
 ) -> None:
     """Show what differs between two revisions of an agent; without any, its last change."""
-    target = find(url, token_file, ca_file, data)
     before, after = asyncio.run(_two(target, agent, old, new))
     differing = differences(before.agent, after.agent)
     if as_json:
@@ -109,63 +102,12 @@ def diff(
     output.out().print(f"[bold]{escape(agent)}[/] {before.revision} → {after.revision}")
     if not differing:
         output.out().print("  the same")
-    output.pairs({f"  {_label(field)}": _arrow(field, both) for field, both in differing.items()})
+    output.pairs({f"  {label(field)}": _arrow(field, both) for field, both in differing.items()})
 
 
-def rollback(
-    agent: AgentId,
-    to: Annotated[
-        int | None,
-        typer.Option(
-            "--to",
-            metavar="REVISION",
-            help="As it was then; without it, before its last change.",
-            show_default=False,
-        ),
-    ] = None,
-    comment: Comment = None,
-    if_match: IfMatch = None,
-    wait: Wait = False,
-    wait_limit: WaitLimit = None,
-    as_json: Json = False,
-    url: Url = None,
-    token_file: TokenFile = None,
-    ca_file: CaFile = None,
-    data: DataDir = DEFAULT_DATA_DIR,
-) -> None:
-    """Give an agent back what it was, as a new change. An API key is never restored.
-
-    [bold]Example[/]
-      slm agents rollback code-assistant --to 41 --wait
-    """
-    seconds = receipts.limit_of(wait, wait_limit)
-    target = find(url, token_file, ca_file, data)
-    body: dict[str, Any] = {"to": to, "comment": comment}
-    body = {name: value for name, value in body.items() if value is not None}
-    answer = asyncio.run(_roll_back(target, agent, body, if_match))
-    restored = parsed(Agent, answer)
-    told = answer.data
-    receipt = None if seconds is None else receipts.receipt_of(target, restored.revision, seconds)
-    cleared = bool(told.get("api_key_cleared"))
-    if as_json:
-        output.print_json(told | ({} if receipt is None else {"receipt": receipt}))
-    else:
-        output.out().print(
-            f"[bold]{escape(agent)}[/] is as it was at revision {told['restored_revision']},"
-            f" by revision [bold]{restored.revision}[/]"
-        )
-        if receipt is not None:
-            receipts.show(receipt)
-    if cleared:
-        output.warning(
-            "the API key was cleared, since it belongs to another provider or address; give the"
-            f" right one: slm agents set {agent} --api-key"
-        )
-    if receipt is not None and not receipts.is_whole(receipt):
-        raise typer.Exit(1)
-
-
+@at_a_server
 def changes(
+    target: Target,
     agent: Annotated[
         str | None, typer.Option("--agent", metavar="AGENT", help="Of this agent alone.")
     ] = None,
@@ -180,22 +122,17 @@ def changes(
     ] = None,
     limit: Limit = 20,
     as_json: Json = False,
-    url: Url = None,
-    token_file: TokenFile = None,
-    ca_file: CaFile = None,
-    data: DataDir = DEFAULT_DATA_DIR,
 ) -> None:
     """Show who changed what in the whole fleet, the newest first.
 
     [bold]Example[/]
       slm changes --actor deploy --limit 5
     """
-    target = find(url, token_file, ca_file, data)
     params: dict[str, str | int] = {"limit": limit, "since": since or 0}
     params |= {k: v for k, v in (("agent", agent), ("actor", actor)) if v is not None}
     if since is None:
         params["newest_first"] = "true"
-    answer = asyncio.run(_get(target, "/api/changes", params))
+    answer = call(target, "GET", "/api/changes", params=params)
     if as_json:
         output.print_json(answer.data)
         return
@@ -218,7 +155,8 @@ def arrow(old: Any, new: Any) -> str:
     return f"{output.shown(old)} → [bold]{output.shown(new)}[/]"
 
 
-def _label(field: str) -> str:
+def label(field: str) -> str:
+    """Return how a person calls a field that a change can be of."""
     return FIELDS.get(field, "api key")
 
 
@@ -251,7 +189,7 @@ def _what(change: Change, before: Change | None) -> str:
     if before is None or before.type == "agent_deleted":
         return f"changed, {runs}"
     differing = differences(before.agent, agent)
-    told = [f"{_label(field)} {_arrow(field, both)}" for field, both in differing.items()]
+    told = [f"{label(field)} {_arrow(field, both)}" for field, both in differing.items()]
     return ", ".join(told) or "–"
 
 
@@ -281,18 +219,6 @@ def _utc(text: str) -> str:
     except ValueError:
         raise output.UsageError("--at is a time such as '2026-11-17 14:03'") from None
     return time.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
-
-
-async def _get(target: Target, path: str, params: dict[str, Any]) -> Answer:
-    async with Api(target) as api:
-        return await api.call("GET", path, params=params)
-
-
-async def _roll_back(
-    target: Target, agent: str, body: dict[str, Any], if_match: int | None
-) -> Answer:
-    async with Api(target) as api:
-        return await api.call("POST", f"{agent_path(agent)}/rollback", body=body, if_match=if_match)
 
 
 async def _two(

@@ -170,6 +170,18 @@ class Api:
         return found[0]
 
 
+def call(
+    target: Target, method: str, path: str, *, timeout_seconds: float = 30.0, **how: Any
+) -> Answer:
+    """Make one request, for a command that needs no other; arguments and errors: `Api.call`."""
+
+    async def once() -> Answer:
+        async with Api(target, timeout_seconds=timeout_seconds) as api:
+            return await api.call(method, path, **how)
+
+    return asyncio.run(once())
+
+
 def agent_path(agent_id: str) -> str:
     """Return the path of an agent; an adopted id may hold anything, a slash included."""
     return f"/api/agents/{quote(agent_id, safe='')}"

@@ -15,8 +15,9 @@ import typer
 from cryptography.fernet import Fernet
 
 from slm.cli import output
-from slm.cli.connection import DEFAULT_DATA_DIR, CaFile, DataDir, Target, TokenFile, Url, find
-from slm.cli.http import Api
+from slm.cli.connection import Target, at_a_server
+from slm.cli.http import Api, call
+from slm.cli.output import Json
 from slm.errors import KeysNotReady
 
 app = typer.Typer(
@@ -25,9 +26,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for a script.")]
-
 _PAGE = 200
+_TIMEOUT_SECONDS = 120.0
 _ADD_TO = {
     "environment": "append it to SLM_ENCRYPTION_KEYS of every server (after a comma), and restart"
     " them one by one",
@@ -37,15 +37,13 @@ _ADD_TO = {
 
 
 @app.command("list")
+@at_a_server
 def list_keys(
+    target: Target,
     as_json: Json = False,
-    url: Url = None,
-    token_file: TokenFile = None,
-    ca_file: CaFile = None,
-    data: DataDir = DEFAULT_DATA_DIR,
 ) -> None:
     """Show the keys by their fingerprints, how many rows need each, and which server has which."""
-    status = asyncio.run(_status(find(url, token_file, ca_file, data)))
+    status = _call(target, "GET", "/api/admin/keys")
     if as_json:
         output.print_json(status)
         return
@@ -53,22 +51,19 @@ def list_keys(
 
 
 @app.command()
+@at_a_server
 def add(
+    target: Target,
     as_json: Json = False,
-    url: Url = None,
-    token_file: TokenFile = None,
-    ca_file: CaFile = None,
-    data: DataDir = DEFAULT_DATA_DIR,
 ) -> None:
     """Add a key that the servers can decrypt with, and that encrypts nothing yet.
 
     With the keys in the data directory the server makes it there. With SLM_ENCRYPTION_KEYS or a
     command it is made here and printed, for you to put where they are. Then: slm keys rotate.
     """
-    target = find(url, token_file, ca_file, data)
-    source = asyncio.run(_status(target))["source"]
+    source = _call(target, "GET", "/api/admin/keys")["source"]
     if source == "file":
-        made = asyncio.run(_call(target, "POST", "/api/admin/keys"))
+        made = _call(target, "POST", "/api/admin/keys")
         if as_json:
             output.print_json(made | {"source": source})
             return
@@ -84,7 +79,9 @@ def add(
 
 
 @app.command()
+@at_a_server
 def rotate(
+    target: Target,
     fingerprint: Annotated[
         str | None,
         typer.Argument(help="The key to go on to; without it the newest.", show_default=False),
@@ -93,17 +90,12 @@ def rotate(
         float, typer.Option(help="How many seconds the servers have to get the key.", min=0)
     ] = 20,
     as_json: Json = False,
-    url: Url = None,
-    token_file: TokenFile = None,
-    ca_file: CaFile = None,
-    data: DataDir = DEFAULT_DATA_DIR,
 ) -> None:
     """Go on to another key: it encrypts from now on, and every stored API key is re-encrypted.
 
     Refused while a live server does not have the key. The servers go on serving; no revision
     changes. Interrupted anywhere, it can be run again.
     """
-    target = find(url, token_file, ca_file, data)
     with output.steps("re-encrypting") as on_step:
         done = asyncio.run(_rotate(target, fingerprint, wait, on_step))
     if as_json:
@@ -118,20 +110,17 @@ def rotate(
 
 
 @app.command()
+@at_a_server
 def prune(
+    target: Target,
     as_json: Json = False,
-    url: Url = None,
-    token_file: TokenFile = None,
-    ca_file: CaFile = None,
-    data: DataDir = DEFAULT_DATA_DIR,
 ) -> None:
     """Drop every key but the active one; refused while a row needs one of them.
 
     A backup from before the rotation still needs the old key: keep it as long as you keep those.
     """
-    target = find(url, token_file, ca_file, data)
-    pruned = asyncio.run(_call(target, "POST", "/api/admin/keys/prune"))["fingerprints"]
-    source = asyncio.run(_status(target))["source"]
+    pruned = _call(target, "POST", "/api/admin/keys/prune")["fingerprints"]
+    source = _call(target, "GET", "/api/admin/keys")["source"]
     if as_json:
         output.print_json({"fingerprints": pruned, "source": source})
         return
@@ -143,14 +132,10 @@ def prune(
         output.note("Take it out of where the keys are kept, on every server.")
 
 
-async def _status(target: Target) -> dict[str, Any]:
-    return await _call(target, "GET", "/api/admin/keys")
-
-
 async def _rotate(
     target: Target, fingerprint: str | None, wait: float, on_step: Callable[[int, int], None]
 ) -> dict[str, Any]:
-    async with Api(target, timeout_seconds=120) as api:
+    async with Api(target, timeout_seconds=_TIMEOUT_SECONDS) as api:
         body = {} if fingerprint is None else {"fingerprint": fingerprint}
         name = await _activate(api, body, wait)
         before = (await api.call("GET", "/api/admin/keys")).data
@@ -186,9 +171,8 @@ async def _activate(api: Api, body: dict[str, str], wait: float) -> str:
             return name
 
 
-async def _call(target: Target, method: str, path: str) -> dict[str, Any]:
-    async with Api(target, timeout_seconds=120) as api:
-        return (await api.call(method, path)).data
+def _call(target: Target, method: str, path: str) -> dict[str, Any]:
+    return call(target, method, path, timeout_seconds=_TIMEOUT_SECONDS).data
 
 
 def _show(status: dict[str, Any]) -> None:

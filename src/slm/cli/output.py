@@ -10,8 +10,9 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
+import typer
 from rich.console import Console
 from rich.markup import escape as _escape_markup
 from rich.progress import (
@@ -26,6 +27,8 @@ from rich.table import Table
 from typer.exceptions import TyperException
 
 _PIPE_WIDTH = 10_000
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for a script.")]
 
 # What a terminal obeys rather than shows: control characters, and those that turn the direction.
 _OBEYED: Final = re.compile(

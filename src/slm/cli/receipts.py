@@ -18,9 +18,18 @@ from slm.cli.connection import Target
 from slm.cli.http import Api
 from slm.cli.output import escape
 
+_WAIT_SECONDS: Final = 5.0
 _ASK_SECONDS: Final = 0.25
 _DURATION: Final = re.compile(r"(\d+(?:\.\d+)?)(ms|s|)")
 _MAX_SHOWN: Final = 20
+
+
+def _seconds(text: str) -> float:
+    found = _DURATION.fullmatch(text)
+    if not found:
+        raise output.UsageError("--wait-limit is a time such as 20s or 500ms")
+    return float(found[1]) / (1000 if found[2] == "ms" else 1)
+
 
 Wait = Annotated[
     bool,
@@ -31,9 +40,10 @@ Wait = Annotated[
     ),
 ]
 WaitLimit = Annotated[
-    str | None,
+    float | None,
     typer.Option(
         "--wait-limit",
+        parser=_seconds,
         metavar="TIME",
         help="How long --wait waits at most, such as 20s or 500ms; 5s when not given.",
         rich_help_panel="Receipt",
@@ -42,24 +52,36 @@ WaitLimit = Annotated[
 ]
 
 
-def limit_of(wait: bool, limit: str | None) -> float | None:
-    """Return the seconds to wait, or None for not at all; a limit alone says `--wait` too."""
-    if limit is None:
-        return 5.0 if wait else None
-    found = _DURATION.fullmatch(limit)
-    if not found:
-        raise output.UsageError("--wait-limit is a time such as 20s or 500ms")
-    return float(found[1]) / (1000 if found[2] == "ms" else 1)
+def finish(
+    target: Target, revision: int, wait: bool, limit: float | None, told: dict[str, Any] | None
+) -> None:
+    """End a command that wrote `revision`: with its receipt, where one was asked for.
 
-
-def receipt_of(target: Target, revision: int, seconds: float) -> dict[str, Any]:
-    """Return the receipt of a change once all have answered, or after `seconds`; a bar meanwhile.
+    Args:
+        target: the server.
+        revision: that of the change.
+        wait: whether `--wait` was said.
+        limit: the seconds of `--wait-limit`, which says `--wait` too.
+        told: what `--json` prints, the receipt apart; None for people, who have read it already.
 
     Raises:
-        ProblemError: the server refused.
-        SLMUnavailable: nobody answers there.
+        Exit: with 1, since somebody refused the change or has not answered.
+        SLMError: the receipt cannot be had; the change stands.
     """
-    return asyncio.run(_follow(target, revision, seconds))
+    receipt = None
+    try:
+        if wait or limit is not None:
+            seconds = _WAIT_SECONDS if limit is None else limit
+            receipt = asyncio.run(_follow(target, revision, seconds))
+    finally:
+        if told is not None:
+            output.print_json(told if receipt is None else told | {"receipt": receipt})
+    if receipt is None:
+        return
+    if told is None:
+        _show(receipt)
+    if receipt["refused"] or receipt["pending"]:
+        raise typer.Exit(1)
 
 
 async def _follow(target: Target, revision: int, seconds: float) -> dict[str, Any]:
@@ -92,7 +114,7 @@ def _counts(receipt: dict[str, Any]) -> tuple[int, int]:
     return applied, applied + len(receipt["refused"]) + len(receipt["pending"])
 
 
-def show(receipt: dict[str, Any]) -> None:
+def _show(receipt: dict[str, Any]) -> None:
     """Print a receipt; what keeps it from being whole in full."""
     applied, total = _counts(receipt)
     backends = "backend" if total == 1 else "backends"
@@ -117,8 +139,3 @@ def show(receipt: dict[str, Any]) -> None:
         console.print(f"  [dim]and {len(lines) - _MAX_SHOWN} more; --json has all[/]")
     if unknown := receipt["unknown"]:
         output.note(f"{len(unknown)} connected without ever acking: {', '.join(unknown[:5])}")
-
-
-def is_whole(receipt: dict[str, Any]) -> bool:
-    """Whether every backend that answers at all has applied the change."""
-    return not receipt["refused"] and not receipt["pending"]

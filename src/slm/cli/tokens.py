@@ -15,9 +15,9 @@ from typing import Annotated, Any, Final, TextIO
 import typer
 
 from slm.cli import output
-from slm.cli.connection import DEFAULT_DATA_DIR, CaFile, DataDir, Target, TokenFile, Url, find
-from slm.cli.http import Api
-from slm.cli.output import escape
+from slm.cli.connection import Target, at_a_server
+from slm.cli.http import Api, call
+from slm.cli.output import Json, escape
 from slm.errors import ConfigurationError, TokenNotFound
 
 app = typer.Typer(
@@ -26,11 +26,11 @@ app = typer.Typer(
 
 _SECONDS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800, "y": 31_536_000}
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for a script.")]
-
 
 @app.command()
+@at_a_server
 def create(
+    target: Target,
     name: Annotated[
         str, typer.Option("--name", help="What it is called; the actor of whatever it does.")
     ],
@@ -62,10 +62,6 @@ def create(
         ),
     ] = None,
     as_json: Json = False,
-    url: Url = None,
-    token_file: TokenFile = None,
-    ca_file: CaFile = None,
-    data: DataDir = DEFAULT_DATA_DIR,
 ) -> None:
     """Make a token; it is shown this once, and only its digest is kept.
 
@@ -79,14 +75,13 @@ def create(
         body["agents"] = _listed(agents)
     if expires is not None:
         body["expires_in_seconds"] = _seconds(expires)
-    target = find(url, token_file, ca_file, data)
     if not target.is_private:
         raise ConfigurationError(
             f"a token may not travel to {target.url} in plain text; use https there"
         )
     file = None if token_to is None else _create_private(token_to)
     try:
-        made = asyncio.run(_call(target, "POST", "/api/admin/tokens", body))
+        made = call(target, "POST", "/api/admin/tokens", body=body).data
     except BaseException:
         if token_to is not None:
             token_to.unlink(missing_ok=True)
@@ -108,19 +103,16 @@ def create(
 
 
 @app.command("list")
+@at_a_server
 def list_tokens(
+    target: Target,
     everything: Annotated[
         bool, typer.Option("--all", help="Revoked and expired ones, too.")
     ] = False,
     as_json: Json = False,
-    url: Url = None,
-    token_file: TokenFile = None,
-    ca_file: CaFile = None,
-    data: DataDir = DEFAULT_DATA_DIR,
 ) -> None:
     """List the tokens: what each may do, until when, and when it was last used."""
-    target = find(url, token_file, ca_file, data)
-    tokens = asyncio.run(_call(target, "GET", "/api/admin/tokens"))["tokens"]
+    tokens = call(target, "GET", "/api/admin/tokens").data["tokens"]
     shown = [token for token in tokens if everything or _state(token) == "counts"]
     if as_json:
         output.print_json(shown)
@@ -144,16 +136,13 @@ def list_tokens(
 
 
 @app.command()
+@at_a_server
 def revoke(
+    target: Target,
     token: Annotated[str, typer.Argument(metavar="ID|NAME", help="Its number, or its name.")],
     as_json: Json = False,
-    url: Url = None,
-    token_file: TokenFile = None,
-    ca_file: CaFile = None,
-    data: DataDir = DEFAULT_DATA_DIR,
 ) -> None:
     """Refuse a token from now on; its open streams are closed on every server."""
-    target = find(url, token_file, ca_file, data)
     revoked = asyncio.run(_revoke(target, token))
     if as_json:
         output.print_json(revoked)
@@ -172,13 +161,6 @@ async def _revoke(target: Target, wanted: str) -> dict[str, Any]:
                 raise TokenNotFound("no token of that name counts; see slm tokens list")
             number = str(found[0]["id"])
         return (await api.call("DELETE", f"/api/admin/tokens/{number}")).data
-
-
-async def _call(
-    target: Target, method: str, path: str, body: dict[str, Any] | None = None
-) -> dict[str, Any]:
-    async with Api(target) as api:
-        return (await api.call(method, path, body=body)).data
 
 
 def _listed(text: str) -> list[str]:

@@ -19,7 +19,7 @@ import aiohttp
 import typer
 
 from slm.cli import output
-from slm.cli.connection import DEFAULT_DATA_DIR, CaFile, DataDir, Target, TokenFile, Url, find
+from slm.cli.connection import Target, at_a_server
 from slm.cli.http import Api, parsed, unreachable
 from slm.cli.output import escape
 from slm.errors import ProtocolError, SLMUnavailable
@@ -47,7 +47,9 @@ _KINDS: Final = {
 }
 
 
+@at_a_server
 def watch(
+    target: Target,
     agent: Annotated[
         list[str] | None,
         typer.Argument(metavar="AGENT...", help="Only these agents.", show_default=False),
@@ -61,10 +63,6 @@ def watch(
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON object a line, for a script.")
     ] = False,
-    url: Url = None,
-    token_file: TokenFile = None,
-    ca_file: CaFile = None,
-    data: DataDir = DEFAULT_DATA_DIR,
 ) -> None:
     """Show changes as they happen, what was and what is, until Ctrl-C.
 
@@ -73,7 +71,6 @@ def watch(
     [bold]Example[/]
       slm watch --json | jq -r 'select(.type == "agent_deleted") | .agent_id'
     """
-    target = find(url, token_file, ca_file, data)
     with contextlib.suppress(_Enough):
         asyncio.run(_Watcher(target, set(agent or ()), count, as_json=as_json).run())
 
