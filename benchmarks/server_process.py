@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import machine, native
-from slm.server.hub import encode_change
+from slm.server.frames import encode_change
 from slm.server.run import SLMServer
 from slm.server.settings import Settings
 from slm.server.transport import text_frames
@@ -85,9 +85,7 @@ class SideDoor:
     async def do_floor(self) -> dict[str, int]:
         """Send the last change's frame to every subscriber's socket from a loop in C."""
         frame = text_frames([await self._last_change()])
-        descriptors = [
-            sink._protocol.transport.get_extra_info("socket").fileno() for sink in self._sinks()
-        ]
+        descriptors = [sink.transport.get_extra_info("socket").fileno() for sink in self._sinks()]
         sockets = (ctypes.c_int * len(descriptors))(*descriptors)
         send_to_all = native.floor_library().send_to_all
         begin = time.monotonic_ns()

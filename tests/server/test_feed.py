@@ -12,7 +12,7 @@ from sqlalchemy import Connection, delete, update
 
 from slm.schemas import AgentCreate, AgentUpdate
 from slm.server import feed as feed_module
-from slm.server.hub import Frames
+from slm.server.frames import Frames
 from slm.server.models import CHANGES, STATE
 from slm.server.prepare import prepare
 from slm.server.services import Services, make_services

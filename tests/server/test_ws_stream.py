@@ -14,7 +14,7 @@ from sqlalchemy import Connection, delete, select, update
 
 from slm.schemas import Agent
 from slm.server.catalog import CommittedChange
-from slm.server.hub import encode_change
+from slm.server.frames import encode_change
 from slm.server.models import CHANGES, STATE
 from tests.server.raw import Api
 from tests.servers import InLoopServer, eventually, running_server

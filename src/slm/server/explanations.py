@@ -22,7 +22,8 @@ from slm.protocol import Explain, Explained, Explanation
 from slm.server.backends import Backend
 from slm.server.database import Database
 from slm.server.fleet import Fleet
-from slm.server.hub import Frames, Hub, Subscriber
+from slm.server.frames import Frames
+from slm.server.hub import Hub, Subscriber
 
 logger = logging.getLogger(__name__)
 

@@ -9,46 +9,27 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Final, Literal, Protocol
 
 from slm import protocol, tracing
-from slm.protocol import Ack, AgentChanged, AgentDeleted, ClientInfo, Heartbeat, Resync, Subscribed
+from slm.protocol import Ack, ClientInfo, Heartbeat, Resync, Subscribed
 from slm.server.catalog import CommittedChange
+from slm.server.frames import MAX_WRITE_BYTES, Frames, encode_change
 from slm.server.pulse import Pulse
 from slm.server.settings import Settings
-from slm.server.transport import text_frames
 from slm.server.view import EVERYTHING, View
 
 logger = logging.getLogger(__name__)
 
 ResyncReason = Literal["compacted", "epoch", "ahead"]
 
-YIELD_EVERY: Final = 500
-"""After so many writes everyone else in the loop has a turn."""
+YIELD_EVERY: Final = 200
+"""After so many writes everyone else in the loop has a turn.
 
-MAX_WRITE_BYTES: Final = 64 * 1024
-"""Frames of a burst are joined into one write up to this, so that a burst evicts nobody."""
-
-
-@dataclass(frozen=True)
-class Frames:
-    """Messages in order, encoded once for everyone.
-
-    Attributes:
-        texts: one message each.
-        head: the revision that a subscriber has reached with the last one.
-    """
-
-    texts: tuple[str, ...]
-    head: int
-
-    @cached_property
-    def encoded(self) -> bytes:
-        """The WebSocket frames, one after the other."""
-        return text_frames(self.texts)
+An answer to a GET needs two or three of them, and a write takes some 15 microseconds.
+"""
 
 
 class Sink(Protocol):
@@ -97,6 +78,9 @@ class Subscriber:
         last_ack: the last thing it said about what it received and what is in force.
     """
 
+    # A broadcast visits thousands; each line of memory less is seen in its time.
+    __slots__ = ("client", "epoch", "last_ack", "live", "position", "sink", "token_id", "view")
+
     def __init__(self, sink: Sink, view: View = EVERYTHING, token_id: int | None = None) -> None:
         self.sink = sink
         self.view = view
@@ -128,48 +112,6 @@ class HubCounts:
     replays: int = 0
 
 
-def encode_change(change: CommittedChange, view: View = EVERYTHING) -> str:
-    """Return the frame's text for a change: the llm_* fields and flags, never a key.
-
-    A change outside the view is a heartbeat that names its revision, and an agent that leaves the
-    view by it is deleted (docs/protocol.md section 4, point 8).
-    """
-    agent = change.agent
-    message: AgentChanged | AgentDeleted | Heartbeat
-    seen_before = view.sees(agent.agent_id, change.was_default)
-    seen_after = not change.deletes and view.sees(agent.agent_id, agent.is_default)
-    if not (seen_before or seen_after):
-        message = Heartbeat(revision=change.revision)
-    elif not seen_after:
-        message = AgentDeleted(
-            agent_id=agent.agent_id, revision=change.revision, traceparent=change.traceparent
-        )
-    else:
-        message = AgentChanged(
-            type="agent_created" if change.type == "agent_created" else "agent_config_changed",
-            agent_id=agent.agent_id,
-            revision=change.revision,
-            config=agent,
-            traceparent=change.traceparent,
-        )
-    return protocol.encode(message)
-
-
-def in_writes(encoded: Iterable[tuple[int, str]]) -> Iterator[Frames]:
-    """Join (revision, text) pairs into writes of at most `MAX_WRITE_BYTES`, in order."""
-    texts: list[str] = []
-    size = head = 0
-    for revision, text in encoded:
-        if texts and size + len(text) > MAX_WRITE_BYTES:
-            yield Frames(tuple(texts), head)
-            texts, size = [], 0
-        texts.append(text)
-        size += len(text)
-        head = revision
-    if texts:
-        yield Frames(tuple(texts), head)
-
-
 class Hub:
     """All connections, and the one task that writes the committed changes to the live ones.
 
@@ -197,7 +139,8 @@ class Hub:
         self._buffer_bytes = settings.buffer_bytes
         self._buffer_total_bytes = settings.buffer_total_bytes
         self._connections: set[Subscriber] = set()
-        self._live: set[Subscriber] = set()
+        # In the order of joining, which is nearly that of memory.
+        self._live: dict[Subscriber, None] = {}
         self._waiting: dict[Subscriber, int] = {}
         self._queue: deque[tuple[CommittedChange, str] | _Restart] = deque()
         self._queued = asyncio.Event()
@@ -299,7 +242,7 @@ class Hub:
             return False
         if subscriber in self._connections and not self._closing:
             subscriber.live = True
-            self._live.add(subscriber)
+            self._live[subscriber] = None
         return True
 
     def resync(self, subscriber: Subscriber, reason: ResyncReason) -> None:
@@ -334,7 +277,8 @@ class Hub:
         subscriber.position = frames.head
         self.counts.frames += len(frames.texts)
         if not waiting:
-            self._waiting.pop(subscriber, None)
+            if self._waiting:
+                self._waiting.pop(subscriber, None)
             return True
         self._waiting[subscriber] = waiting
         if waiting > self._buffer_bytes:
@@ -413,19 +357,17 @@ class Hub:
         # One encoding for each view that there is.
         limited: dict[View, Frames] = {}
         pushing = tracing.begin_joined("slm.push", changes[-1].traceparent)
-        for count, subscriber in enumerate(list(self._live), 1):
-            if subscriber.live:
-                view, seen = subscriber.view, frames
-                if view is not EVERYTHING:
-                    if view not in limited:
-                        texts = tuple(encode_change(change, view) for change in changes)
-                        limited[view] = Frames(texts, frames.head)
-                    seen = limited[view]
-                self.send(subscriber, seen)
-            if count % YIELD_EVERY == 0:
-                self._keep_to_total()
-                await asyncio.sleep(0)
-        self._keep_to_total()
+        async for some in _in_turns(self._live):
+            for subscriber in some:
+                if subscriber.live:
+                    view, seen = subscriber.view, frames
+                    if view is not EVERYTHING:
+                        if view not in limited:
+                            texts = tuple(encode_change(change, view) for change in changes)
+                            limited[view] = Frames(texts, frames.head)
+                        seen = limited[view]
+                    self.send(subscriber, seen)
+            self._keep_to_total()
         tracing.end(pushing, {"slm.revision": frames.head, "slm.subscribers": len(self._live)})
         self._tell_pushed(changes)
 
@@ -439,12 +381,11 @@ class Hub:
     async def _broadcast_restart(self, restart: _Restart) -> None:
         self._observer.moved(restart.revision, restarted=restart.epoch != self.epoch)
         self.head, self.epoch = restart.revision, restart.epoch
-        for count, subscriber in enumerate(list(self._live), 1):
-            if subscriber.live:
-                subscriber.position, subscriber.epoch = self.head, self.epoch
-                self._send_resync(subscriber, restart.reason)
-            if count % YIELD_EVERY == 0:
-                await asyncio.sleep(0)
+        async for some in _in_turns(self._live):
+            for subscriber in some:
+                if subscriber.live:
+                    subscriber.position, subscriber.epoch = self.head, self.epoch
+                    self._send_resync(subscriber, restart.reason)
 
     def _send_resync(self, subscriber: Subscriber, reason: ResyncReason) -> None:
         self.counts.resyncs += 1
@@ -462,13 +403,12 @@ class Hub:
             behind = self.is_behind()
             # Nearly all are at one position; each position is encoded once.
             encoded: dict[int, Frames] = {}
-            for count, subscriber in enumerate(list(self._connections), 1):
-                # During a replay too: the position is what this connection was sent.
-                if subscriber.epoch:
-                    self.send(subscriber, self._heartbeat(subscriber.position, behind, encoded))
-                if count % YIELD_EVERY == 0:
-                    await asyncio.sleep(0)
-            self._keep_to_total()
+            async for some in _in_turns(self._connections):
+                for subscriber in some:
+                    # During a replay too: the position is what this connection was sent.
+                    if subscriber.epoch:
+                        self.send(subscriber, self._heartbeat(subscriber.position, behind, encoded))
+                self._keep_to_total()
 
     @staticmethod
     def _heartbeat(position: int, behind: bool, encoded: dict[int, Frames]) -> Frames:
@@ -487,7 +427,7 @@ class Hub:
 
     def _leave(self, subscriber: Subscriber) -> None:
         subscriber.live = False
-        self._live.discard(subscriber)
+        self._live.pop(subscriber, None)
 
     def _keep_to_total(self) -> None:
         """Cut the largest buffers while all together hold more than the total."""
@@ -503,3 +443,12 @@ class Hub:
             self.counts.evicted += 1
             self._leave(subscriber)
             subscriber.sink.abort()
+
+
+async def _in_turns(subscribers: Collection[Subscriber]) -> AsyncIterator[list[Subscriber]]:
+    """Yield those who are there now, `YIELD_EVERY` at a time, and between them to the loop."""
+    everyone = list(subscribers)
+    for start in range(0, len(everyone), YIELD_EVERY):
+        if start:
+            await asyncio.sleep(0)
+        yield everyone[start : start + YIELD_EVERY]

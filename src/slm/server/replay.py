@@ -11,7 +11,8 @@ import logging
 from slm.errors import ProblemError
 from slm.protocol import Subscribe
 from slm.server.feed import ChangeFeed
-from slm.server.hub import Hub, ResyncReason, Subscriber, encode_change, in_writes
+from slm.server.frames import encode_change, in_writes
+from slm.server.hub import Hub, ResyncReason, Subscriber
 from slm.server.settings import Settings
 
 logger = logging.getLogger(__name__)

@@ -11,29 +11,15 @@ from collections import deque
 
 from starlette.websockets import WebSocket
 
-from slm.server.hub import Frames, Sink
-from slm.server.transport import PUSH_EXTENSION, PushProtocol
+from slm.server.frames import Frames
+from slm.server.hub import Sink
+from slm.server.transport import PUSH_EXTENSION, Outlet
 
 
 def sink_for(websocket: WebSocket) -> Sink:
     """Return the best way to this connection's peer."""
-    push = websocket.scope.get("extensions", {}).get(PUSH_EXTENSION)
-    return TransportSink(push) if isinstance(push, PushProtocol) else ASGISink(websocket)
-
-
-class TransportSink:
-    """Writes frames that are encoded once for everyone to the connection's own transport."""
-
-    def __init__(self, protocol: PushProtocol) -> None:
-        self._protocol = protocol
-        self.waiting_bytes = protocol.waiting_bytes
-        self.drained = protocol.drained
-        self.end = protocol.end
-        self.abort = protocol.abort
-
-    def push(self, frames: Frames) -> int:
-        """Write without waiting."""
-        return self._protocol.push(frames.encoded)
+    outlet = websocket.scope.get("extensions", {}).get(PUSH_EXTENSION)
+    return outlet if isinstance(outlet, Outlet) else ASGISink(websocket)
 
 
 class ASGISink:

@@ -11,7 +11,7 @@ import json
 import logging
 from asyncio import TimerHandle
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
@@ -21,7 +21,7 @@ from websockets.protocol import OPEN
 from websockets.server import ServerProtocol
 
 PUSH_EXTENSION: Final = "slm.push"
-"""The key of `scope["extensions"]` under which an application finds its `PushProtocol`."""
+"""The key of `scope["extensions"]` under which an application finds its `Outlet`."""
 
 MAX_HEADERS: Final = 100
 """How many header fields a request may have; past 128 the WebSocket parser would answer nothing."""
@@ -201,28 +201,38 @@ class _Conversation(ServerProtocol):
         super().recv_frame(frame)
 
 
-class PushProtocol(WebSocketsSansIOProtocol):
-    """A WebSocket whose transport is written to directly by whoever finds it in the ASGI scope.
+class Encoded(Protocol):
+    """What is pushed: WebSocket frames, ready for any connection."""
 
-    The application reads through ASGI as usual. Frames come through `push` already encoded, so that
-    one encoding serves every connection; the order of writes is the order on the wire.
+    @property
+    def encoded(self) -> bytes:
+        """The frames, one after the other."""
+
+
+class Outlet:
+    """The way straight to one connection's transport; the order of `push` is that on the wire.
+
+    Kept apart from the connection and as small as can be: a broadcast to thousands touches this
+    alone, while their protocol objects would push each other out of the processor's cache.
+
+    Attributes:
+        transport: where the frames go.
+        closed: whether a close frame has gone out, after which nothing may.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        # uvicorn names the class itself; the subclass has no state of its own.
-        self.conn.__class__ = _Conversation
-        # Its log has every header, the token among them, and every frame.
-        self.conn.debug = False
+    __slots__ = ("_protocol", "closed", "transport")
 
-    # --- what the hub uses ---
+    def __init__(self, protocol: PushProtocol) -> None:
+        self._protocol = protocol
+        self.transport = protocol.transport
+        self.closed = False
 
-    def push(self, frames: bytes) -> int:
-        """Write encoded frames; return how many bytes wait for the peer, -1 when it is closed."""
+    def push(self, frames: Encoded) -> int:
+        """Write without waiting; return how many bytes wait for the peer, -1 once it is closed."""
         transport = self.transport
-        if self.close_sent or transport.is_closing():
+        if self.closed or transport.is_closing():
             return -1
-        transport.write(frames)
+        transport.write(frames.encoded)
         return transport.get_write_buffer_size()
 
     def waiting_bytes(self) -> int:
@@ -231,7 +241,45 @@ class PushProtocol(WebSocketsSansIOProtocol):
 
     async def drained(self) -> None:
         """Wait until the peer has read most of what was written, or is gone."""
-        await self.writable.wait()
+        await self._protocol.writable.wait()
+
+    def end(self, code: int, reason: str = "") -> None:
+        """Send a close frame; cut the connection when the peer does not answer it in time."""
+        self._protocol.end(code, reason)
+
+    def abort(self) -> None:
+        """Cut the connection, throwing away what waits."""
+        self._protocol.abort()
+
+
+class PushProtocol(WebSocketsSansIOProtocol):
+    """A WebSocket whose frames come in ready, from whoever finds its `Outlet` in the scope.
+
+    The application reads through ASGI as usual.
+    """
+
+    outlet: Outlet | None = None
+    _close_sent = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # uvicorn names the class itself; the subclass has no state of its own.
+        self.conn.__class__ = _Conversation
+        # Its log has every header, the token among them, and every frame.
+        self.conn.debug = False
+
+    @property
+    def close_sent(self) -> bool:
+        """Whether a close frame has gone out; uvicorn sets it, and the outlet must know."""
+        return self._close_sent
+
+    @close_sent.setter
+    def close_sent(self, sent: bool) -> None:
+        self._close_sent = sent
+        if self.outlet is not None:
+            self.outlet.closed = sent
+
+    # --- what the outlet uses ---
 
     def end(self, code: int, reason: str = "") -> None:
         """Send a close frame; cut the connection when the peer does not answer it in time."""
@@ -257,7 +305,8 @@ class PushProtocol(WebSocketsSansIOProtocol):
         """Offer this connection to the application before its task starts."""
         super().handle_connect(event)
         if not self.close_sent:
-            self.scope["extensions"][PUSH_EXTENSION] = self  # type: ignore[assignment]
+            self.outlet = Outlet(self)
+            self.scope["extensions"][PUSH_EXTENSION] = self.outlet  # type: ignore[assignment]
 
     def data_received(self, data: bytes) -> None:
         """Parse; a handshake that the parser itself refused is answered and closed."""

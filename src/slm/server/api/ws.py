@@ -20,7 +20,8 @@ from slm.errors import (
 from slm.protocol import MAX_FRAME_BYTES, Ack, ClientMessage, Explained, Subscribe
 from slm.server.api.common import Requires, services_of
 from slm.server.auth import Caller
-from slm.server.hub import Frames, Subscriber
+from slm.server.frames import Frames
+from slm.server.hub import Subscriber
 from slm.server.peer import has_foreign_origin
 from slm.server.problems import problem_response
 from slm.server.replay import open_stream
