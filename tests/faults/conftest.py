@@ -1,17 +1,36 @@
-"""What every fault test starts from: a site on either engine, and no failpoint left armed."""
+"""Round every fault test: a site on either engine, no failpoint left, and all streams judged."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Generator, Iterator
 from pathlib import Path
 
 import aiohttp
 import pytest
 
 from slm.server import failpoints
+from tests.faults.recording import recorded
 from tests.faults.site import Site
 from tests.postgres import postgres as postgres
 from tests.postgres import postgres_url as postgres_url
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, object]:
+    """Record every stream of a test, and fail the test for what the history checker finds.
+
+    A test that records no stream fails as well. What is in order in a test beyond the contract,
+    its marker `history` says (`recording.Recording.verdict`).
+    """
+    marker = pyfuncitem.get_closest_marker("history")
+    expected = dict(marker.kwargs) if marker is not None else {}
+    if not expected.pop("streams", True):
+        return (yield)
+    with recorded() as recording:
+        result = yield
+        wrong = recording.verdict(**expected)
+        assert not wrong, "\n".join(["the history of frames is not in order:", *wrong[:20]])
+    return result
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

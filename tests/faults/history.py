@@ -6,7 +6,6 @@ test passes only when this finds nothing, whatever the final state looks like.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -14,6 +13,17 @@ from typing import Any, Final
 CHANGES: Final = frozenset({"agent_config_changed", "agent_created", "agent_deleted"})
 
 Frame = dict[str, Any]
+
+_SHAPES: Final[Mapping[str, Mapping[str, type | tuple[type, ...]]]] = {
+    "subscribed": {"revision": int, "epoch": str, "heartbeat": (int, float)},
+    "agent_config_changed": {"agent_id": str, "revision": int, "config": dict},
+    "agent_created": {"agent_id": str, "revision": int, "config": dict},
+    "agent_deleted": {"agent_id": str, "revision": int},
+    "resync": {"revision": int, "epoch": str, "reason": str},
+    "heartbeat": {"revision": int, "behind": bool},
+    "error": {"code": str},
+}
+"""By type, what a frame must have; more is allowed, and so is a type that is not here."""
 
 
 @dataclass
@@ -45,9 +55,10 @@ def violations(
 ) -> list[str]:
     """Return what breaks the contract in the history of one subscriber; empty when nothing does.
 
-    Ordered and unique (each change is the one after the last), no gaps between resyncs, resumable
-    (`since` is answered from there or by a resync that was to be expected), a heartbeat never
-    ahead, no revision that falls within an epoch, and nothing that was not committed.
+    Each frame is of its type's shape and without a key; ordered and unique (each change is the one
+    after the last), no gaps between resyncs, resumable (`since` is answered from there or by a
+    resync that was to be expected), a heartbeat never ahead, no revision that falls within an
+    epoch, and nothing that was not committed.
 
     Args:
         connections: every connection of the subscriber, oldest first.
@@ -71,16 +82,15 @@ def disagreements(histories: Iterable[Sequence[Connection]]) -> list[str]:
     Only connections that see everything are compared: a limited one may see a deletion where the
     others see a change.
     """
-    seen: dict[tuple[str, int], str] = {}
+    seen: dict[tuple[str, int], Frame] = {}
     found = []
     for connections in histories:
         for connection in connections:
             if connection.limited:
                 continue
             for epoch, frame in _changes(connection):
-                text = json.dumps(frame, sort_keys=True)
                 key = epoch, frame["revision"]
-                if seen.setdefault(key, text) != text:
+                if seen.setdefault(key, frame) != frame:
                     found.append(f"{connection.name}: revision {key[1]} is not what others saw")
     return found
 
@@ -123,13 +133,15 @@ class _Checker:
         frames = self.connection.frames
         if not frames:
             return []
-        if frames[0].get("type") != "subscribed":
+        if frames[0].get("type") != "subscribed" or not _is_of_its_type(frames[0]):
             self.wrong(0, f"the first frame is {frames[0].get('type')!r}, not subscribed")
             return self.found
         self.subscribed(frames)
         for number, frame in enumerate(frames[1:], start=1):
             kind = frame.get("type")
-            if kind in CHANGES:
+            if not _is_of_its_type(frame):
+                self.wrong(number, "this is no frame of the contract")
+            elif kind in CHANGES:
                 self.change(number, frame)
             elif kind == "heartbeat":
                 self.beat(number, frame)
@@ -143,9 +155,10 @@ class _Checker:
         first = frames[0]
         here = self.position = _Position(first["epoch"], first["revision"])
         asked = self.connection.since
-        resync = len(frames) > 1 and frames[1].get("type") == "resync"
+        second = frames[1] if len(frames) > 1 else {}
+        resync = second.get("type") == "resync" and _is_of_its_type(second)
         if resync:
-            if frames[1]["revision"] != here.revision or frames[1]["epoch"] != here.epoch:
+            if (second["revision"], second["epoch"]) != (here.revision, here.epoch):
                 self.wrong(1, "subscribed and the resync after it name different positions")
         elif asked is not None and self.connection.epoch != here.epoch:
             self.wrong(0, "the epoch changed without a resync")
@@ -204,9 +217,21 @@ class _Checker:
         self.found.append(f"{self.connection.name} frame {number}: {what}")
 
 
+def _is_of_its_type(frame: Frame) -> bool:
+    kind = frame.get("type")
+    if not isinstance(kind, str):
+        return False
+    shape = _SHAPES.get(kind, {})
+    return all(isinstance(frame.get(name), kinds) for name, kinds in shape.items()) and not (
+        "config" in shape and "llm_api_key" in frame["config"]
+    )
+
+
 def _changes(connection: Connection) -> Iterable[tuple[str, Frame]]:
     epoch = ""
     for frame in connection.frames:
+        if not _is_of_its_type(frame):
+            continue
         if frame.get("type") in ("subscribed", "resync"):
             epoch = frame["epoch"]
         elif frame.get("type") in CHANGES:

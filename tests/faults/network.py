@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import random
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -16,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 from urllib.parse import urlsplit
 
+from tests.faults import recording
 from tests.faults.history import Connection
 
 TEXT: Final = 1
@@ -254,20 +254,12 @@ class Proxy:
 
     @staticmethod
     def _note(passage: Passage, payload: bytes, direction: str) -> None:
-        try:
-            message = json.loads(payload)
-        except ValueError:
-            return
-        if direction == UP and "subscribe" in message:
+        if direction == DOWN:
+            if passage.connection is not None:
+                passage.connection.frames.append(recording.now.frame(payload))
+        elif "subscribe" in (message := recording.parsed(payload)):
             passage.client = message.get("client", {})
-            passage.connection = Connection(
-                f"{passage.client.get('instance', 'client')} at {passage.accepted_at:.3f}",
-                message.get("since"),
-                message.get("epoch"),
-                snapshots=True,
-            )
-        elif direction == DOWN and passage.connection is not None:
-            passage.connection.frames.append(message)
+            passage.connection = recording.begun(recording.now.passed, message)
 
 
 @contextlib.asynccontextmanager

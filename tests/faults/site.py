@@ -15,9 +15,10 @@ from sqlalchemy import text
 from sqlalchemy.engine import make_url
 
 from slm.schemas import Agent
+from tests.faults import recording
 from tests.faults.forked import ForkedServer
 from tests.faults.history import Frame
-from tests.faults.subscriber import CONFIG_FIELDS, Subscriber
+from tests.faults.subscriber import CONFIG_FIELDS
 from tests.servers import InLoopServer
 
 KEY: Final = "MDEyMzQ1Njc4OTAxMjM0NTY3ODkwMTIzNDU2Nzg5MDE="
@@ -38,18 +39,23 @@ class Site:
         engine: `sqlite` or `postgresql`.
         root: a folder of the test's own.
         database_url: of the empty PostgreSQL database.
+        through_url: the way of the servers to it, where that is another one.
     """
 
-    def __init__(self, engine: str, root: Path, database_url: str | None) -> None:
+    def __init__(
+        self, engine: str, root: Path, database_url: str | None, through_url: str | None = None
+    ) -> None:
         self.engine = engine
         self.root = root
         self.database_url = database_url
+        self.through_url = through_url or database_url
 
     def settings(self, **more: Any) -> dict[str, Any]:
         """Return what every server of this site is set to."""
+        recording.now.databases[id(self)] = self.committed
         shared = QUICK | {"encryption_keys": KEY}
-        if self.database_url is not None:
-            shared["database_url"] = self.database_url
+        if self.through_url is not None:
+            shared["database_url"] = self.through_url
         return shared | more
 
     def in_loop(self, number: int = 0, **more: Any) -> InLoopServer:
@@ -167,13 +173,3 @@ class Operator:
         status, _, said = await self.ask("GET", "/api/agents")
         assert status == 200, (status, said)
         return {a["agent_id"]: {n: a[n] for n in CONFIG_FIELDS} for a in said["agents"]}
-
-
-def no_violations(subscribers: list[Subscriber], **expected: Any) -> bool:
-    """Assert that no history breaks the contract, and that all saw the same things."""
-    from tests.faults.history import disagreements
-
-    for subscriber in subscribers:
-        assert subscriber.violations(**expected) == []
-    assert disagreements([subscriber.connections for subscriber in subscribers]) == []
-    return True

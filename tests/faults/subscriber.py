@@ -17,6 +17,7 @@ from typing import Any
 
 import aiohttp
 
+from tests.faults import recording
 from tests.faults.history import CHANGES, Connection, Frame, violations
 
 _numbers = itertools.count(1)
@@ -33,7 +34,6 @@ class Subscriber:
         heartbeat_seconds: the server's heartbeat; after two without a frame it reconnects.
         backoff_seconds: up to how long it waits before it reconnects (full jitter).
         believes: whether it fetches snapshots and keeps `agents`.
-        limited: whether its token sees some agents only.
 
     Attributes:
         connections: every connection it had, with every frame.
@@ -54,7 +54,6 @@ class Subscriber:
         heartbeat_seconds: float = 2.0,
         backoff_seconds: float = 0.1,
         believes: bool = True,
-        limited: bool = False,
     ) -> None:
         self.name = name or f"subscriber-{next(_numbers)}"
         self.connections: list[Connection] = []
@@ -71,7 +70,6 @@ class Subscriber:
         self._heartbeat_seconds = heartbeat_seconds
         self._backoff_seconds = backoff_seconds
         self._believes = believes
-        self._limited = limited
         self._known: dict[str, int] = {}
         self._snapshot_needed = believes
         self._ws: aiohttp.ClientWebSocketResponse | None = None
@@ -123,9 +121,7 @@ class Subscriber:
 
     async def _run(self) -> None:
         while True:
-            connection = Connection(
-                f"{self.name} connection {len(self.connections)}", limited=self._limited
-            )
+            connection = Connection(f"{self.name} connection {len(self.connections)}")
             if self.epoch is not None:
                 connection.since, connection.epoch = self.revision, self.epoch
             try:
@@ -155,7 +151,7 @@ class Subscriber:
                 message = await ws.receive(timeout=2.5 * self._heartbeat_seconds)
                 if message.type is not aiohttp.WSMsgType.TEXT:
                     break
-                self._take(connection, json.loads(message.data), url)
+                self._take(connection, recording.now.frame(message.data), url)
         finally:
             self.closes.append(ws.close_code)
             self._ws = None
@@ -179,8 +175,6 @@ class Subscriber:
                 self._tasks.append(asyncio.create_task(self._snapshot(url, connection)))
         elif kind == "heartbeat":
             self.behind = frame["behind"]
-            if self._limited:
-                self.revision = max(self.revision, frame["revision"])
         elif kind in CHANGES:
             self.revision = frame["revision"]
             self.arrivals.setdefault(self.revision, time.monotonic())
@@ -287,7 +281,7 @@ async def heard(
     async with asyncio.timeout(15), http.ws_connect(f"{url}/ws", headers=headers) as ws:
         await ws.send_str(json.dumps(ask))
         while True:
-            frame = json.loads(await ws.receive_str())
+            frame = recording.now.frame(await ws.receive_str())
             connection.frames.append(frame)
             if frame["type"] == "heartbeat" and frame["revision"] >= upto:
                 return connection

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import aiohttp
+import pytest
 
 from slm.server.compaction import compact
 from tests.faults.history import final_position, violations
@@ -11,6 +12,7 @@ from tests.faults.subscriber import heard
 from tests.servers import eventually
 
 
+@pytest.mark.history(resyncs=["compacted", "ahead", "epoch"], committed=False)
 async def test_every_position(site: Site, http: aiohttp.ClientSession) -> None:
     """From every `since` there is: the whole rest at or above the floor, a resync elsewhere."""
     # A page of three, so that a replay is several.
@@ -52,6 +54,7 @@ async def test_every_position(site: Site, http: aiohttp.ClientSession) -> None:
         await server.stop()
 
 
+@pytest.mark.history(resyncs=["compacted"], committed=False)
 async def test_compacted_under_a_slow_replay(site: Site, http: aiohttp.ClientSession) -> None:
     """What is compacted away while it is being replayed becomes a resync, not a hole."""
     server = site.in_loop(

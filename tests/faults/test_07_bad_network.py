@@ -11,9 +11,8 @@ import aiohttp
 import pytest
 
 from tests.faults.backends import backends, believes, is_live
-from tests.faults.history import violations
 from tests.faults.network import proxied
-from tests.faults.site import Operator, Site, no_violations
+from tests.faults.site import Operator, Site
 from tests.faults.subscriber import subscribers
 from tests.servers import eventually
 
@@ -63,9 +62,6 @@ async def through_a_bad_network(
                 for client in clients:
                     assert await believes(client, truth)
             assert any(len(s.connections) > 1 for s in subs)
-            no_violations(subs)
-            for history in proxy.histories:
-                assert violations(history) == []
     finally:
         await server.stop()
 

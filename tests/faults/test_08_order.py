@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import aiohttp
+import pytest
 
 from tests.faults.backends import backend, backends, believes, is_live
 from tests.faults.network import proxied
@@ -13,6 +14,7 @@ from tests.faults.site import Operator, Site
 from tests.servers import eventually
 
 
+@pytest.mark.history(faults="comes after|is not what others saw")
 async def test_only_what_is_newer_applies() -> None:
     """A lower or equal revision changes nothing; a delete is remembered; what is newer applies."""
     said = asyncio.Event()
@@ -54,6 +56,7 @@ async def test_only_what_is_newer_applies() -> None:
         assert not {"lower", "equal", "late", "the same again", "much lower"} & {m for _, m in seen}
 
 
+@pytest.mark.history(faults="revision 5 comes after 6")
 async def test_a_deletion_is_remembered_across_a_reconnect() -> None:
     """A late update of a deleted agent, after a reconnect, does not bring it back."""
 
@@ -77,6 +80,7 @@ async def test_a_deletion_is_remembered_across_a_reconnect() -> None:
         assert (await client.resolve("other")).llm_model == "m"
 
 
+@pytest.mark.history(faults=r"revision (\d+) comes after \1|a second time")
 async def test_every_frame_doubled(sqlite_site: Site, http: aiohttp.ClientSession) -> None:
     """A network that sends each frame twice: each change is told once and the cache is right."""
     server = sqlite_site.in_loop()

@@ -13,6 +13,7 @@ from tests.servers import eventually
 AGENTS = {"default": (1, config("d", is_default=True)), "billing": (5, config("b"))}
 
 
+@pytest.mark.history(faults="this is no frame of the contract")
 @pytest.mark.parametrize(
     "garbage",
     [

@@ -15,9 +15,8 @@ from typing import Any
 import aiohttp
 
 from tests.faults.backends import backend, believes, is_live
-from tests.faults.history import violations
 from tests.faults.network import proxied
-from tests.faults.site import QUICK, Operator, Site, no_violations
+from tests.faults.site import QUICK, Operator, Site
 from tests.faults.subscriber import subscribers
 from tests.faults.test_17_locked_revision import HOLDS_A_REVISION
 from tests.servers import eventually
@@ -52,10 +51,6 @@ async def test_a_stopped_server(site: Site, http: aiohttp.ClientSession) -> None
             await eventually(lambda: all(s.reached(after) for s in subs), 20)
             await eventually(lambda: is_live(client) and client.revision >= after, 20)
             assert await believes(client, await operator.agents())
-            for history in proxy.histories:
-                assert violations(history) == []
-        await server.terminate()
-        no_violations(subs, committed=site.committed())
 
 
 def started(url: str) -> subprocess.Popen[str]:
@@ -104,8 +99,6 @@ async def test_a_stopped_client(site: Site, http: aiohttp.ClientSession) -> None
             finally:
                 process.kill()
                 process.wait()
-            for history in proxy.histories:
-                assert violations(history) == []
     finally:
         await server.stop()
 
@@ -162,5 +155,4 @@ async def test_a_replica_stopped_in_a_transaction(
             assert not any(
                 f.get("config", {}).get("llm_model") == "stale" for s in subs for f in s.frames
             )
-        no_violations(subs, committed=site.committed())
     assert QUICK["idle_in_transaction_seconds"] < 1

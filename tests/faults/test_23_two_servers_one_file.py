@@ -5,7 +5,7 @@ from __future__ import annotations
 import aiohttp
 import pytest
 
-from tests.faults.site import Operator, Site, no_violations
+from tests.faults.site import Operator, Site
 from tests.faults.subscriber import subscribers
 from tests.servers import eventually
 
@@ -28,5 +28,3 @@ async def test_the_second_refuses(sqlite_site: Site, http: aiohttp.ClientSession
             assert after == before + 1
             await eventually(lambda: all(s.reached(after) for s in subs))
             assert all(len(s.connections) == 1 for s in subs)
-        await first.terminate()
-        no_violations(subs, committed=sqlite_site.committed())

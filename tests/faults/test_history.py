@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from tests.faults.history import Connection, Frame, disagreements, final_position, violations
 
+pytestmark = pytest.mark.history(streams=False)
+
 EPOCH = "e1"
 
 
@@ -93,6 +95,13 @@ def test_a_limited_token_is_told_by_heartbeats() -> None:
         ([subscribed(9), changed(10), resync(8)], None, "goes back to 8"),
         ([changed(5)], None, "not subscribed"),
         ([subscribed(4), subscribed(4)], None, "a second time"),
+        ([subscribed(4), {"type": None}], None, "no frame of the contract"),
+        ([subscribed(4), heartbeat(4) | {"revision": "4"}], None, "no frame of the contract"),
+        (
+            [subscribed(4), changed(5) | {"config": {"llm_api_key": None}}],
+            None,
+            "no frame of the contract",
+        ),
     ],
 )
 def test_each_kind_of_wrong_is_found(frames: list[Frame], since: int | None, says: str) -> None:
