@@ -51,7 +51,8 @@ async def test_the_clock_jumps_while_all_is_well(
     site: Site, http: aiohttp.ClientSession, wall: WallClock, shift: float
 ) -> None:
     """Nobody reconnects, nothing is fetched anew, and changes come as before."""
-    server = site.in_loop(heartbeat_seconds=0.1)
+    # A client lives for two of these without a frame: no less than a busy machine may pause us.
+    server = site.in_loop(heartbeat_seconds=1.0)
     await server.start()
     try:
         operator = Operator(http, server.url, site.admin_token)
@@ -70,7 +71,7 @@ async def test_the_clock_jumps_while_all_is_well(
             await eventually(lambda: all(c.revision >= after for c in clients))
             beats = [len(s.frames) for s in subs]
             await eventually(
-                lambda: all(len(s.frames) > n + 5 for s, n in zip(subs, beats, strict=True))
+                lambda: all(len(s.frames) > n + 1 for s, n in zip(subs, beats, strict=True))
             )
             assert all(map(is_live, clients))
             assert all(len(s.connections) == 1 for s in subs)
