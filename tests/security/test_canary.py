@@ -32,6 +32,7 @@ from slm.llm import LLMInterface, RetrySettings
 from slm.schemas import AgentCreate, AgentUpdate
 from tests.end_to_end.recorder import recording_provider
 from tests.security.http import Caller, agent
+from tests.security.test_doors import routes_of
 from tests.servers import InLoopServer, eventually
 
 CANARY = "sk-canary-3f9Zq+/7w=="
@@ -45,6 +46,7 @@ FORMS = {
     CANARY[3:],
 }
 MESSAGES = [{"role": "user", "content": "hello"}]
+KEYED = {("GET", "/api/agents/{agent_id}/llm"), ("GET", "/api/snapshot")}
 DIALECTS = ("openai", "anthropic", "ollama")
 
 
@@ -90,6 +92,9 @@ def _told(error: BaseException, seen: set[int]) -> Iterator[str]:
         return
     seen.add(id(error))
     yield "".join(traceback.TracebackException.from_exception(error).format())
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if "/slm/" in frame.f_code.co_filename:  # of ours; the test's own hold the canary
+            yield from map(repr, frame.f_locals.values())
     yield repr(error)
     yield from _inside(vars(error), 6, seen)
     yield from _inside(error.args, 6, seen)
@@ -232,6 +237,13 @@ async def test_what_the_server_says_and_keeps(
             "/openapi.json",
         ):
             assert (await ask("GET", path)).status == 200, path
+        # And each route that there is, those that come later too, with it wherever one can put it.
+        for method, path in sorted(routes_of(server) - {("WEBSOCKET", "/ws")} - KEYED):
+            for value in (coded, "anthropic", "9999"):
+                where = path.format(agent_id=value, token_id=value, revision=value)
+                for query in ("", f"?{coded}={coded}", f"?agent_id={coded}&backend={coded}"):
+                    for body in (None, CANARY, {"llm_api_key": CANARY, CANARY: CANARY}):
+                        await ask(method, where + query, body)
         backup = await ask.session.post(
             f"{ask.url}/api/admin/backup", headers={"Authorization": f"Bearer {ask.token}"}
         )
@@ -328,6 +340,7 @@ async def hostile_provider() -> AsyncIterator[tuple[Hostile, str]]:
         await runner.cleanup()
 
 
+NOWHERE = ("http://127.0.0.1:9", "https://127.0.0.1:{port}", "http://no-such-host.invalid")
 WAYS = (
     *("400", "401", "403", "404", "408", "409", "413", "422", "429", "500", "503", "529"),
     *("text", "redirect", "nonsense", "shape", "cut", "stall"),
@@ -352,6 +365,11 @@ async def test_what_clients_and_adapters_say_and_keep(
                 }
                 body = agent(f"{name}-{dialect}", **fields)
                 assert (await ask("POST", "/api/agents", body)).status == 201
+            for number, where in enumerate(NOWHERE):
+                where = where.format(port=bad.rpartition(":")[2])
+                fields = {"llm_provider": dialect, "llm_endpoint": where, "llm_api_key": CANARY}
+                body = agent(f"nowhere-{number}-{dialect}", **fields)
+                assert (await ask("POST", "/api/agents", body)).status == 201
         async with (
             SLMClient(server.url, token=server.backend_token, cache_file=plain) as client,
             SLMClient(
@@ -366,11 +384,17 @@ async def test_what_clients_and_adapters_say_and_keep(
             await asyncio.gather(
                 *(_fail_in_every_way(llm, f"bad-{dialect}", evidence) for dialect in DIALECTS)
             )
+            for number, _ in enumerate(NOWHERE):
+                for dialect in DIALECTS:
+                    await _fail(llm, f"nowhere-{number}-{dialect}", "m", evidence)
             assert good.keys() == {CANARY}, "it was used"
             assert hostile.received >= 2 * len(DIALECTS) * len(WAYS) - 6
             resolved = await client.resolve("good-openai")
             config = await client.get_agent_config("good-openai")
             assert config["llm_api_key"] == CANARY
+            for backend in (await ask("GET", "/api/fleet")).body["backends"]:
+                query = f"agent_id=good-openai&backend={backend['backend']}"
+                assert (await ask("GET", f"/api/explain?{query}")).status == 200
             gone = SLMClient("http://127.0.0.1:9", token=CANARY, start_timeout=0.1)
             await gone.connect()
             evidence.add(
@@ -390,19 +414,77 @@ async def test_what_clients_and_adapters_say_and_keep(
 
 async def _fail_in_every_way(llm: LLMInterface, agent_id: str, evidence: Evidence) -> None:
     for way in WAYS:
-        try:
-            await llm.chat(agent_id, MESSAGES, model=way)
-        except SLMError as error:
-            evidence.add_error("exceptions of chat", error)
-        else:
-            raise AssertionError(f"{agent_id}: {way} did not fail")
-        try:
-            async for chunk in llm.stream(agent_id, MESSAGES, model=way):
-                evidence.add("chunks", repr(chunk))
-        except SLMError as error:
-            evidence.add_error("exceptions of stream", error)
-        else:
-            raise AssertionError(f"{agent_id}: {way} did not fail as a stream")
+        await _fail(llm, agent_id, way, evidence)
+
+
+async def _fail(llm: LLMInterface, agent_id: str, model: str, evidence: Evidence) -> None:
+    try:
+        await llm.chat(agent_id, MESSAGES, model=model)
+    except SLMError as error:
+        evidence.add_error("exceptions of chat", error)
+    else:
+        raise AssertionError(f"{agent_id}: {model} did not fail")
+    try:
+        async for chunk in llm.stream(agent_id, MESSAGES, model=model):
+            evidence.add("chunks", repr(chunk))
+    except SLMError as error:
+        evidence.add_error("exceptions of stream", error)
+    else:
+        raise AssertionError(f"{agent_id}: {model} did not fail as a stream")
+
+
+ROW = {"agent_id": "a", "llm_provider": "openai", "llm_model": "m", "llm_api_key": CANARY}
+BROKEN_ANSWERS: list[tuple[int, str]] = [
+    (200, json.dumps(ROW)),
+    (200, json.dumps({"revision": 1, "epoch": "e", "agents": [ROW], CANARY: CANARY})),
+    (200, json.dumps(ROW | {"agent_id": "b", "revision": 1})),
+    (200, f'{{"llm_api_key": "{CANARY}'),
+    (200, f"<pre>{CANARY}</pre>"),
+    (302, CANARY),
+    (409, f'{{"llm_api_key": "{CANARY}'),
+    (500, json.dumps(ROW)),
+    (503, CANARY),
+]
+
+
+@pytest.mark.parametrize(("status", "body"), BROKEN_ANSWERS, ids=range(len(BROKEN_ANSWERS)))
+async def test_a_broken_answer_of_the_slm_is_not_told(
+    status: int, body: str, evidence: Evidence
+) -> None:
+    """What a client makes of an answer that has a key in it and cannot be used: no word of it."""
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        if request.path != "/ws":
+            headers = {"Location": f"/{quote(CANARY, safe='')}"} if status == 302 else {}
+            return web.Response(status=status, text=body, headers=headers)
+        socket = web.WebSocketResponse()
+        await socket.prepare(request)
+        await socket.send_json({"type": "subscribed", "revision": 1, "heartbeat": CANARY} | ROW)
+        await socket.receive()
+        return socket
+
+    app = web.Application()
+    app.router.add_get("/{path:.*}", answer)
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        async with SLMClient(url, token="slm_x", start_timeout=0.2) as client:
+            assert client._sync is not None
+            connection = client._sync._connection
+            for ask in (
+                connection.get_llm("a", min_revision=0, epoch=None),
+                connection.get_default(epoch=None),
+                connection.get_snapshot(min_revision=0),
+            ):
+                with pytest.raises(SLMError) as failed:
+                    await ask
+                evidence.add_error("errors of the client", failed.value)
+            told = await client.explain("a")
+            evidence.add("reprs", repr(client), str(client.last_error), repr(told))
+    finally:
+        await runner.cleanup()
 
 
 def test_the_search_itself_finds_what_is_hidden_in_an_exception() -> None:

@@ -234,12 +234,17 @@ class Connection:
         told = headers.get("SLM-Epoch")
         if epoch is not None and told is not None and told != epoch:
             raise EpochChanged("the SLM's database has another epoch")
-        if status != 200:
-            raise _problem(status, headers, body)
-        with contextlib.suppress(ValidationError):
-            return model.model_validate_json(body)
-        # Outside the handler: the validation error knows the body, and the body holds keys.
-        raise ProtocolError(f"the SLM's answer to {path} is not of the contract's shape")
+        failure: SLMError
+        if status == 200:
+            with contextlib.suppress(ValidationError):
+                return model.model_validate_json(body)
+            failure = ProtocolError(f"the SLM's answer to {path} is not of the contract's shape")
+        else:
+            failure = _problem(status, headers, body)
+        # The body may hold keys. The validation error knows it, so this is outside the handler; and
+        # a crash reporter sends the variables of each frame along.
+        del body
+        raise failure
 
     async def _read(self, url: URL) -> tuple[int, Mapping[str, str], bytes]:
         async with self._session.get(url, headers=self._token.headers()) as answer:
