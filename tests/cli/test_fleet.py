@@ -103,6 +103,31 @@ async def test_wait_is_shown_live_at_a_terminal(
         assert left_out.out.splitlines()[-1] == "  no answer  slow/1"
 
 
+async def test_a_change_is_told_even_where_its_receipt_cannot_be_had(
+    server: InLoopServer, admin: Api, backend: Api
+) -> None:
+    """A server that stops while the command waits: what was changed has been said, and exit 1."""
+    loop, waits = asyncio.get_running_loop(), asyncio.Event()
+    await admin.create("a")
+    async with backend.stream(client={"name": "slow", "instance": "1"}) as slow:
+        await slow.send(ack=(await slow.frame())["revision"])
+        await eventually(lambda: applied(admin, 2, "slow"))
+        shown = asyncio.create_task(
+            asyncio.to_thread(
+                slm_at_a_terminal,
+                *("agents", "set", "a", "--model", "gpt-5", "--wait-limit", "60s"),
+                data=server.data_dir,
+                answers={"0/1": lambda: loop.call_soon_threadsafe(waits.set)},
+            )
+        )
+        await eventually(waits.is_set, 30)
+        await server.stop()
+        done = await shown
+    assert done.code == 1
+    assert "is at revision" in done.out.partition("0/1")[0]
+    assert "no SLM at " in done.out.partition("0/1")[2]
+
+
 async def test_wait_for_a_script(server: InLoopServer, backends: list[SLMClient]) -> None:
     """With --json the receipt is in the answer of a delete too."""
     for arguments in ((*CREATE, "--wait"), ("agents", "delete", "a", "--yes", "--wait")):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -143,3 +145,22 @@ async def test_a_backend_of_another_replica_is_asked_too(
         answer = await apis[0].get("/api/explain?agent_id=default&backend=there")
         assert answer.status == 200, answer.body
         assert Explanation.model_validate(answer.json) == await client.explain("default")
+
+
+async def test_a_long_explanation_crosses_replicas(
+    replicas: list[InLoopServer], apis: list[Api]
+) -> None:
+    """A report of several times what one notification takes arrives whole, letter by letter."""
+    report = copy.deepcopy(GOLDEN["client"]["explained"]["report"])
+    for step in report["steps"][:2]:
+        step["said"] = "ü" * 4096
+    token = replicas[0].backend_token
+    async with Api(replicas[1], apis[1].session, token).stream(client={"name": "there"}) as stream:
+        await stream.send(ack=(await stream.frame())["revision"])
+        await eventually(lambda: applied(apis[0], 1, "there"))
+        for _ in range(2):
+            asking = asyncio.create_task(apis[0].get("/api/explain?agent_id=a&backend=there"))
+            await stream.send(explained=(await stream.next())["id"], report=report)
+            answer = await asking
+            assert answer.status == 200, answer.body
+            assert answer.json == report

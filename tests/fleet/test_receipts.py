@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.server.raw import Api, Socket
-from tests.servers import eventually
+from tests.servers import InLoopServer, eventually
 
 REASON = "the anthropic extra is not installed"
 
@@ -187,6 +187,28 @@ async def test_a_receipt_of_no_change_is_not_found(admin: Api) -> None:
     """A revision that never was, or is long past, has no receipt."""
     answer = await admin.get("/api/changes/9999/receipt")
     assert (answer.status, answer.code) == (404, "revision-not-found")
+
+
+async def test_after_a_restart_nobody_is_said_to_have_been_there(
+    server: InLoopServer, admin: Api, backend: Api
+) -> None:
+    """A server on SQLite that has started since says that it does not know who took a change."""
+    async with backend.stream(client=client("one")) as socket:
+        await joined(socket)
+        await eventually(lambda: _acked(admin, 1))
+        revision = (await admin.create("a")).revision
+        await socket.until(revision)
+        await socket.send(ack=revision)
+        await eventually(lambda: _acked(admin, 1, revision))
+        known = await admin.get(f"/api/changes/{revision}/receipt")
+        assert known.json["applied"] == ["one/1"]
+    await server.stop()
+    await server.start()
+    answer = await admin.get(f"/api/changes/{revision}/receipt?wait=30s")
+    assert (answer.status, answer.code) == (404, "revision-not-found")
+    assert f"started after revision {revision} and does not know" in answer.json["detail"]
+    later = await admin.put("a", llm_model="n")
+    assert (await admin.get(f"/api/changes/{later.revision}/receipt")).status == 200
 
 
 async def test_a_write_that_alters_nothing_asks_who_has_it(admin: Api, backend: Api) -> None:

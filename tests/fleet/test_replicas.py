@@ -11,8 +11,10 @@ from datetime import datetime
 from typing import Any
 
 import aiohttp
+from sqlalchemy import select
 
 from slm import ResolvedConfig
+from slm.server.models import BACKENDS
 from tests.fleet.sdk import applied, fleet_of, sdk
 from tests.server.raw import Api
 from tests.servers import InLoopServer, eventually
@@ -191,3 +193,106 @@ async def test_a_lease_that_ran_out_takes_its_backends_along(
             return bool((await fleet_of(apis[0]))["orphan"]["state"] == "gone")
 
         await eventually(gone, 20, every=0.1)
+
+
+async def test_a_time_that_is_not_known_is_not_made_up(
+    replicas: list[InLoopServer], apis: list[Api]
+) -> None:
+    """A server that was told of the last of many acks alone says who applied, not how fast.
+
+    The backend was at this server before, so that what it knows of it has a gap in the middle.
+    """
+    who, token = {"name": "mover", "instance": "1"}, replicas[0].backend_token
+    async with Api(replicas[0], apis[0].session, token).stream(client=who) as stream:
+        first = await stream.frame()
+        await stream.send(ack=first["revision"])
+        await eventually(lambda: applied(apis[0], first["revision"], "mover"))
+    revisions = []
+    async with Api(replicas[1], apis[1].session, token).stream(client=who) as stream:
+        first = await stream.frame()
+        await stream.send(ack=first["revision"])
+        await eventually(lambda: applied(apis[1], first["revision"], "mover"))
+        for n in range(100):
+            revisions.append((await apis[1].put("default", llm_model=f"m{n}")).revision)
+            await stream.until(revisions[-1])
+            await stream.send(ack=revisions[-1])
+        await eventually(lambda: applied(apis[1], revisions[-1], "mover"))
+        path = f"/api/changes/{revisions[1]}/receipt"
+        exact = (await apis[1].get(path)).json
+        assert exact["applied"] == ["mover/1"]
+        await eventually(lambda: applied(apis[0], revisions[-1], "mover"))
+        told = (await apis[0].get(path)).json
+        assert told["applied"] == ["mover/1"]
+        assert (told["elapsed_ms"], told["p50_ms"], told["p99_ms"]) == (None, None, None)
+        last = (await apis[0].get(f"/api/changes/{revisions[-1]}/receipt")).json
+        assert last["elapsed_ms"] is not None
+        assert exact["elapsed_ms"] < 10_000
+
+
+async def test_a_word_that_comes_too_late_takes_nothing_back(
+    replicas: list[InLoopServer], apis: list[Api]
+) -> None:
+    """What a server still hears over a connection that was given up for another is no news."""
+    who, token = {"name": "mover", "instance": "1"}, replicas[0].backend_token
+    async with (
+        Api(replicas[0], apis[0].session, token).stream(client=who) as former,
+        Api(replicas[1], apis[1].session, token).stream(client=who) as present,
+    ):
+        before = (await former.frame())["revision"]
+        await former.send(ack=before)
+        await present.send(ack=(await present.frame())["revision"])
+        revision = (await apis[1].put("default", llm_model="n")).revision
+        await present.until(revision)
+        await present.send(ack=revision)
+        await eventually(lambda: applied(apis[1], revision, "mover"))
+        await former.send(ack=before)
+        heard = replicas[0].running.services.fleet
+        await eventually(lambda: any(len(b.acks) == 2 for b in heard._own.values()))
+        for api in apis:
+            await eventually(lambda api=api: applied(api, revision, "mover"))
+            receipt = (await api.get(f"/api/changes/{revision}/receipt")).json
+            assert (receipt["applied"], receipt["pending"]) == (["mover/1"], [])
+
+
+async def test_a_backends_row_is_written_once_an_interval(
+    replicas: list[InLoopServer], apis: list[Api]
+) -> None:
+    """However often a backend acks, its server writes of it once an interval, in one row."""
+    await replicas[1].stop()
+    await replicas[1].start(fleet_interval_seconds=0.5)
+    services, loop = replicas[1].running.services, asyncio.get_running_loop()
+
+    async def rows() -> list[int]:
+        mine = select(BACKENDS.c.seq).where(
+            BACKENDS.c.replica == services.fleet.replica, BACKENDS.c.id != ""
+        )
+        return list(
+            await services.database.read(lambda connection: connection.execute(mine).scalars())
+        )
+
+    async with Api(replicas[1], apis[1].session, replicas[0].backend_token).stream() as stream:
+        await stream.frame()
+        await stream.send(ack=1)
+        (first,) = await eventually(rows)
+        began = loop.time()
+        sent = 0
+        while loop.time() < began + 1.5:
+            await stream.send(ack=1, keys={"a": sent})
+            sent += 1
+            (last,) = await rows()
+        took = loop.time() - began
+        assert sent > 20
+        assert first < last <= first + took / 0.5 + 1
+
+
+async def test_a_receipt_outlives_a_server(replicas: list[InLoopServer], apis: list[Api]) -> None:
+    """Who took a change is known after its server has stopped, since it told the others."""
+    async with sdk(replicas[1].url, replicas[0].backend_token, "one") as client:
+        await eventually(lambda: applied(apis[0], client.revision, "one"))
+        answer = await apis[1].call("PUT", "/api/agents/default?wait=30s", json={"llm_model": "n"})
+        (name,) = answer.json["receipt"]["applied"]
+    await replicas[1].stop()
+    await replicas[1].start()
+    for api in apis:
+        receipt = (await api.get(f"/api/changes/{answer.json['revision']}/receipt")).json
+        assert (receipt["applied"], receipt["pending"]) == ([name], [])

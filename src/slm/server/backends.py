@@ -5,6 +5,7 @@ Values and rules only; knows no connection, no database and no clock (docs/proto
 
 from __future__ import annotations
 
+import math
 from array import array
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping
@@ -25,37 +26,43 @@ _NOTHING: Final[Mapping[str, NotInForce]] = {}
 
 
 class Acked(NamedTuple):
-    """One ack: up to where, when (seconds since 1970), what is not in force."""
+    """One ack.
+
+    Attributes:
+        revision: up to where everything was received.
+        at: when it came, seconds since 1970.
+        not_in_force: what of it is not in use.
+        after_gap: whether acks right before it are not known here: then what it says may have been
+            so for longer.
+    """
 
     revision: int
     at: float
     not_in_force: Mapping[str, NotInForce]
+    after_gap: bool = False
 
 
 class AckLog:
-    """The last acks of a backend, by revision; sixteen bytes each, since there are many."""
+    """The last acks of a backend, by revision; seventeen bytes each, since there are many."""
 
     def __init__(self) -> None:
-        self.cut = False
-        """Whether earlier acks are not here any more."""
         self.count = 0
         """How many there ever were."""
         self._revisions = array("q")
         self._times = array("d")
+        self._gaps = array("b")
         self._refusals: list[Mapping[str, NotInForce]] = []
 
     def __len__(self) -> int:
         return len(self._revisions)
 
     def __iter__(self) -> Iterator[Acked]:
-        return map(Acked, self._revisions, self._times, self._refusals)
+        return map(self._at, range(len(self)))
 
     @property
     def last(self) -> Acked | None:
         """The newest ack."""
-        if not self._revisions:
-            return None
-        return Acked(self._revisions[-1], self._times[-1], self._refusals[-1])
+        return self._at(-1) if self._revisions else None
 
     def add(self, ack: Acked) -> None:
         """Take in an ack that is newer in time than all before it."""
@@ -68,26 +75,29 @@ class AckLog:
             refusals = self._refusals[-1]
         self._revisions.append(ack.revision)
         self._times.append(ack.at)
+        self._gaps.append(ack.after_gap)
         self._refusals.append(refusals)
         if len(self._revisions) > RECEIPT_REVISIONS + RECEIPT_REVISIONS // 4:
             # A quarter at a time, so that not every ack moves them all.
             gone = len(self._revisions) - RECEIPT_REVISIONS
-            del self._revisions[:gone], self._times[:gone], self._refusals[:gone]
-            self.cut = True
+            del self._revisions[:gone], self._times[:gone], self._refusals[:gone], self._gaps[:gone]
+            self._gaps[0] = True
 
     def clear(self) -> None:
         """Forget what was acked; the count goes on."""
-        del self._revisions[:], self._times[:], self._refusals[:]
-        self.cut = False
+        del self._revisions[:], self._times[:], self._refusals[:], self._gaps[:]
 
     def since(self, revision: int) -> Iterator[Acked]:
         """Yield the acks of `revision` and later ones, the oldest first."""
-        for index in range(bisect_left(self._revisions, revision), len(self._revisions)):
-            yield Acked(self._revisions[index], self._times[index], self._refusals[index])
+        return map(self._at, range(bisect_left(self._revisions, revision), len(self)))
 
-    def reaches_back_to(self, revision: int) -> bool:
-        """Whether the first ack of `revision` is here, or there was none."""
-        return not self.cut or bool(self._revisions and self._revisions[0] < revision)
+    def _at(self, index: int) -> Acked:
+        return Acked(
+            self._revisions[index],
+            self._times[index],
+            self._refusals[index],
+            bool(self._gaps[index]),
+        )
 
 
 @dataclass
@@ -188,9 +198,11 @@ class Backend:
         )
         older = other if newer is self else self
         whole.stretches = [*older.stretches, *newer.stretches]
-        for ack in sorted([*self.acks, *other.acks], key=lambda each: each.at):
+        # What a replica hears from a connection that has been given up for another is no news.
+        until = newer.since if newer.connected else math.inf
+        acks = [*newer.acks, *(each for each in older.acks if each.at < until)]
+        for ack in sorted(acks, key=lambda each: each.at):
             whole.acks.add(ack)
-        whole.acks.cut = whole.acks.cut or self.acks.cut or other.acks.cut
         return whole
 
     def to_json(self, offset_seconds: float) -> dict[str, Any]:
@@ -238,12 +250,13 @@ class Backend:
             for revision, at, *refused in data["acks"]
         ]
         missed = data["acked"] - self.acks.count
-        if not 0 <= missed <= len(acks):
-            # What lies between was never seen here, or its server started its log anew.
+        if missed < 0:
+            # Its server started its log anew.
             self.acks.clear()
-            self.acks.cut = data["acked"] > len(acks)
-            missed = len(acks)
-        for ack in acks[len(acks) - missed :]:
+            missed = data["acked"]
+        if missed > len(acks):
+            acks[:1] = [ack._replace(after_gap=True) for ack in acks[:1]]
+        for ack in acks[max(0, len(acks) - missed) :]:
             self.acks.add(ack)
         self.acks.count = data["acked"]
 
@@ -291,7 +304,6 @@ def outcome_of(backend: Backend, subject: Subject) -> Outcome:
     for ack in backend.acks.since(subject.revision):
         held_up = ack.not_in_force.get(subject.agent_id)
         if held_up is None or held_up.revision < subject.revision:
-            known = refused is not None or backend.acks.reaches_back_to(subject.revision)
-            return Outcome(True, ack.at if known else None)
+            return Outcome(True, None if ack.after_gap else ack.at)
         refused = Outcome(True, ack.at, held_up.reason)
     return refused or Outcome(False)

@@ -14,7 +14,7 @@ import secrets
 from typing import Any, Final
 
 from pydantic import ValidationError
-from sqlalchemy import func, select
+from sqlalchemy import Connection, func, select
 
 from slm import protocol
 from slm.errors import BackendNotFound, BackendSilent, InvalidRequest, ProblemError
@@ -29,8 +29,8 @@ logger = logging.getLogger(__name__)
 
 CHANNEL: Final = "slm_explain"
 ANSWER_SECONDS: Final = 5.0
-_MAX_PAYLOAD: Final = 7900
-"""What PostgreSQL takes in a NOTIFY, in bytes."""
+_PIECE: Final = 7900
+"""What PostgreSQL takes in a NOTIFY, in bytes, less a few for a piece's number."""
 
 _MAX_NAMED: Final = 5
 
@@ -44,6 +44,7 @@ class Explanations:
         self._hub = hub
         self._asked: dict[str, tuple[Subscriber | None, asyncio.Future[Explanation]]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._pieces: list[str] = []
 
     def find(self, name: str) -> Backend:
         """Return the connected backend of this name: whole, its first part, or how it begins.
@@ -106,9 +107,17 @@ class Explanations:
             asked[1].set_result(said.report)
 
     def hear(self, payload: str) -> None:
-        """Take what another replica asks or answers."""
+        """Take a piece of what another replica asks or answers; the last one makes it whole.
+
+        One message's pieces are of one transaction, so nothing comes between them.
+        """
+        place, _, piece = payload.partition(" ")
+        number, _, count = place.partition("/")
+        self._pieces = [*(self._pieces if number != "1" else []), piece]
+        if number != count:
+            return
         try:
-            told = json.loads(payload)
+            told = json.loads("".join(self._pieces))
             if told.get("replica") == self._fleet.replica:
                 task = asyncio.create_task(self._answer_for(told), name="slm-explain")
                 self._tasks.add(task)
@@ -134,11 +143,15 @@ class Explanations:
         self._hub.send(subscriber, Frames((text,), subscriber.position))
 
     async def _notify(self, message: dict[str, Any]) -> None:
-        payload = json.dumps(message, ensure_ascii=False)
-        if len(payload.encode()) > _MAX_PAYLOAD:
-            raise InvalidRequest("The explanation is too long to be passed on between replicas.")
-        statement = select(func.pg_notify(CHANNEL, payload))
-        await self._database.run(lambda connection: connection.execute(statement) and None)
+        text = json.dumps(message)  # ASCII alone: a character is a byte
+        starts = range(0, len(text), _PIECE)
+
+        def notify(connection: Connection) -> None:
+            for number, start in enumerate(starts, 1):
+                payload = f"{number}/{len(starts)} {text[start : start + _PIECE]}"
+                connection.execute(select(func.pg_notify(CHANNEL, payload)))
+
+        await self._database.run(notify)
 
 
 def _named(backends: list[Backend]) -> str:

@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from typing import Any, Final
 
 from slm.protocol import Ack, ClientInfo
-from slm.server.backends import RECEIPT_REVISIONS, Acked, Backend, Outcome, Subject, outcome_of
+from slm.server.backends import RECEIPT_REVISIONS, Acked, Backend, Subject, outcome_of
 from slm.server.hub import Subscriber
 
 KEEP_GONE_SECONDS: Final = 3600.0
@@ -105,6 +105,7 @@ class Fleet:
         self._heads: deque[tuple[int, float]] = deque(maxlen=RECEIPT_REVISIONS)
         self._numbers = itertools.count(1)
         self._forgot_at = 0.0
+        self._is_anew = False
         self._closed = False
 
     # --- what connections say ---
@@ -112,6 +113,7 @@ class Fleet:
     def moved(self, head: int, *, restarted: bool = False) -> None:
         """Note that the stream has reached `head`; `restarted`: positions began anew there."""
         if restarted or not self._heads:
+            self._is_anew = bool(self._heads)
             self._heads.clear()
             self.started_at_revision = head
             for backend in self._own.values():
@@ -219,6 +221,17 @@ class Fleet:
         """Return the connection of a backend that listens here."""
         return self._current.get(key)
 
+    def remembers(self, subject: Subject, *, alone: bool) -> bool:
+        """Whether it can be known here who took a change.
+
+        What was said to another server, or to the one before this, other servers tell for an hour;
+        `alone` there is none. Of another epoch nobody tells.
+        """
+        if subject.revision > self.started_at_revision:
+            return True
+        told_until = subject.committed_at + KEEP_GONE_SECONDS
+        return not alone and not self._is_anew and self._clock() < told_until
+
     def expected(self, subject: Subject) -> list[Backend]:
         """Return who listened when the change was committed and was entitled to see it."""
         return [
@@ -274,11 +287,14 @@ class Fleet:
             elif outcome.answered:
                 applied.append(backend.name)
                 if outcome.at is not None:
-                    times.append(_milliseconds(outcome, subject))
+                    times.append(_milliseconds(outcome.at, subject))
             elif backend.acks:
                 pending.append(backend.name)
             else:
                 unknown.append(backend.name)
+        if len(times) < len(applied):
+            # One that is not known any more may be that of the slowest.
+            times = []
         times.sort()
         return {
             "revision": subject.revision,
@@ -286,7 +302,7 @@ class Fleet:
             "refused": refused,
             "pending": pending,
             "unknown": unknown,
-            "elapsed_ms": times[-1] if times else None,
+            "elapsed_ms": _percentile(times, 1.0),
             "p50_ms": _percentile(times, 0.50),
             "p99_ms": _percentile(times, 0.99),
         }
@@ -352,8 +368,8 @@ class Fleet:
         return [*self._own, *(self._others.keys() - self._own.keys())]
 
 
-def _milliseconds(outcome: Outcome, subject: Subject) -> float:
-    return round(max(0.0, (outcome.at or 0.0) - subject.committed_at) * 1000, 3)
+def _milliseconds(at: float, subject: Subject) -> float:
+    return round(max(0.0, at - subject.committed_at) * 1000, 3)
 
 
 def _percentile(times: list[float], share: float) -> float | None:

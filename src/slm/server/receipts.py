@@ -39,12 +39,18 @@ class Receipts:
         if revision <= fleet.head - RECEIPT_REVISIONS:
             raise RevisionNotFound(f"Receipts are kept of the last {RECEIPT_REVISIONS} revisions.")
         change = await self._history.change(revision)
-        return Subject(
+        subject = Subject(
             agent_id=change.agent_id,
             is_default=change.was_default or change.agent.is_default,
             revision=revision,
             committed_at=change.created_at.timestamp(),
         )
+        if not fleet.remembers(subject, alone=self._alone):
+            raise RevisionNotFound(
+                f"This server started after revision {revision} and does not know who took it;"
+                " who runs what now is in the fleet view."
+            )
+        return subject
 
     async def subject_of(self, written: Written) -> Subject | None:
         """Return what the receipt of a write is about; the write stands, whatever fails here."""
