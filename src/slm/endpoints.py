@@ -5,6 +5,7 @@ Pure rules about URLs and IP addresses; knows no HTTP client and resolves no nam
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 import re
 import socket
@@ -39,6 +40,8 @@ def effective_endpoint(provider: str, endpoint: str | None) -> str | None:
     return endpoint or DEFAULT_ENDPOINTS.get(provider)
 
 
+# A snapshot asks for thousands of agents, whose endpoints are few.
+@functools.lru_cache(maxsize=1024)
 def origin(provider: str, endpoint: str | None) -> str:
     """Return the origin a key would be sent to, as `scheme://host:port` in lower case.
 

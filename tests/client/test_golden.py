@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from slm import ClientStatus, SLMClient, Timings
+from slm.client.received import ReceivedSnapshot
 from slm.schemas import LLMConfigWithKey
 from tests.faults.backends import TENTH
 from tests.faults.scripted import Peer, ScriptedSLM, config, scripted_slm
@@ -140,3 +142,14 @@ def test_the_golden_llm_answer_is_read() -> None:
     assert agent.llm_api_key is not None
     assert agent.llm_api_key.get_secret_value() == "sk-an-example"
     assert "sk-an-example" not in repr(agent)
+
+
+def test_a_snapshot_row_reads_as_the_llm_answer() -> None:
+    """An agent is the same from a snapshot as from its own answer, with absent fields too."""
+    golden = GOLDEN["http"]["llm_config"]
+    least = {"agent_id": "a", "revision": 1, "llm_provider": "p", "llm_model": "m"}
+    for one in (golden, least, least | {"of_a_later_version": 1, "key_error": "undecryptable"}):
+        text = json.dumps({"revision": 1, "epoch": "e", "agents": [one]})
+        [received] = ReceivedSnapshot.model_validate_json(text).agents
+        assert dataclasses.asdict(received) == dict(LLMConfigWithKey.model_validate(one))
+        assert "sk-an-example" not in repr(received)

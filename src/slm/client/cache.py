@@ -14,6 +14,7 @@ from pydantic import SecretStr
 
 from slm.client.config import ResolvedConfig
 from slm.client.known import Freshness, KnownAgent, same, value_of
+from slm.client.received import ReceivedAgent, ReceivedSnapshot
 from slm.client.timings import check_seconds
 from slm.protocol import AgentChanged, AgentDeleted
 from slm.schemas import AgentConfig, LLMConfig, LLMConfigWithKey, Snapshot
@@ -185,7 +186,7 @@ class AgentConfigCache:
         if self.synced:
             self.revision = self._streamed
 
-    def apply_snapshot(self, snapshot: Snapshot) -> list[str]:
+    def apply_snapshot(self, snapshot: Snapshot | ReceivedSnapshot) -> list[str]:
         """Take over a snapshot, where it is newer; return the agents whose config was swapped."""
         if snapshot.epoch != self.epoch:
             self.begin(snapshot.epoch, snapshot.revision)
@@ -224,7 +225,9 @@ class AgentConfigCache:
             return False
         return self._put(agent.agent_id, agent.revision, agent)
 
-    def apply_fetched(self, agent: LLMConfigWithKey, key_from: str = "fetch") -> bool:
+    def apply_fetched(
+        self, agent: LLMConfigWithKey | ReceivedAgent, key_from: str = "fetch"
+    ) -> bool:
         """Apply a config that came with its key, unless older; return whether it was swapped in."""
         known = self.known_revision(agent.agent_id)
         deleted = agent.agent_id not in self._agents and agent.revision == known
@@ -271,7 +274,7 @@ class AgentConfigCache:
 
     def load(
         self,
-        agents: Iterable[LLMConfigWithKey],
+        agents: Iterable[LLMConfigWithKey | ReceivedAgent],
         *,
         epoch: str,
         revision: int,
@@ -311,7 +314,7 @@ class AgentConfigCache:
         self,
         agent_id: str,
         revision: int,
-        config: AgentConfig,
+        config: AgentConfig | ReceivedAgent,
         *,
         key: SecretStr | None = None,
         key_error: str | None = None,
@@ -388,7 +391,7 @@ class AgentConfigCache:
         return swapped
 
     def _held_key(
-        self, old: KnownAgent | None, config: AgentConfig
+        self, old: KnownAgent | None, config: AgentConfig | ReceivedAgent
     ) -> tuple[SecretStr | None, bool]:
         """Return the key for a config that came without it, and whether it is the right one."""
         if config.api_key_revision is None:

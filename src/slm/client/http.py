@@ -19,6 +19,7 @@ import aiohttp
 from pydantic import BaseModel, SecretStr, ValidationError
 from yarl import URL
 
+from slm.client.received import ReceivedSnapshot
 from slm.client.timings import Timings
 from slm.client.tls import TlsFiles
 from slm.endpoints import literal_address
@@ -39,7 +40,7 @@ from slm.errors import (
     Unavailable,
     problem_classes,
 )
-from slm.schemas import Agent, LLMConfigWithKey, Snapshot
+from slm.schemas import Agent, LLMConfigWithKey
 
 _T = TypeVar("_T")
 _M = TypeVar("_M", bound=BaseModel)
@@ -195,11 +196,11 @@ class Connection:
         """Return the default agent, without its key."""
         return await self._get("/api/agents/default", Agent, epoch)
 
-    async def get_snapshot(self, *, min_revision: int) -> Snapshot:
+    async def get_snapshot(self, *, min_revision: int) -> ReceivedSnapshot:
         """Return every agent's config with its key, at `min_revision` or later."""
         return await self._get(
             "/api/snapshot",
-            Snapshot,
+            ReceivedSnapshot,
             None,
             min_revision,
             timeout=self._timings.snapshot_timeout_seconds,

@@ -15,6 +15,7 @@ from typing import Any, Final, Protocol
 from pydantic import SecretStr
 
 from slm.client.config import ResolvedConfig, Step
+from slm.client.received import ReceivedAgent
 from slm.schemas import AgentConfig
 
 _NO_OPTIONS: Final[Mapping[str, Any]] = MappingProxyType({})
@@ -105,7 +106,7 @@ class KnownAgent:
 def value_of(
     agent_id: str,
     revision: int,
-    config: AgentConfig,
+    config: AgentConfig | ReceivedAgent,
     key: SecretStr | None,
     freshness: Freshness,
 ) -> ResolvedConfig:

@@ -24,8 +24,8 @@ from typing import Any, Final
 from pydantic import BaseModel, SecretStr, ValidationError
 
 from slm.client.config import ResolvedConfig
+from slm.client.received import ReceivedAgent
 from slm.errors import ConfigurationError
-from slm.schemas import LLMConfigWithKey
 
 _log = logging.getLogger("slm.client")
 
@@ -59,7 +59,7 @@ class Loaded(BaseModel):
     revision: int
     complete: bool
     saved_at: float
-    agents: list[LLMConfigWithKey]
+    agents: list[ReceivedAgent]
 
     @property
     def age_seconds(self) -> float:

@@ -160,6 +160,7 @@ class KeyedReads:
 
 
 def _config(agent: Agent, key: SecretStr | None, error: str | None) -> LLMConfigWithKey:
-    fields = {name: getattr(agent, name) for name in LLMConfig.model_fields}
+    values = agent.__dict__
+    fields = {name: values[name] for name in LLMConfig.model_fields}
     # Built from a row that was read already: not validated again, thousands at a time.
     return LLMConfigWithKey.model_construct(**fields, llm_api_key=key, key_error=error)

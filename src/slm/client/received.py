@@ -1,0 +1,45 @@
+"""A snapshot as the SDK takes it in: the same fields as the schemas have, in a third of the memory.
+
+A pydantic model carries two dicts' worth of bookkeeping; ten thousand of them at once leave a
+backend's heap larger for good. Values only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, SecretStr
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReceivedAgent:
+    """One row of GET /api/snapshot; see `LLMConfigWithKey`."""
+
+    agent_id: str
+    revision: int
+    llm_provider: str
+    llm_endpoint: str | None = None
+    llm_model: str
+    llm_timeout: int = 30
+    llm_temperature: float = 0.7
+    llm_max_tokens: int | None = None
+    llm_options: dict[str, Any] = field(default_factory=dict)
+    is_default: bool = False
+    is_active: bool = True
+    has_api_key: bool = False
+    api_key_revision: int | None = None
+    llm_api_key: SecretStr | None = None
+    key_error: str | None = None
+
+
+class ReceivedSnapshot(BaseModel):
+    """The answer of GET /api/snapshot; see `Snapshot`."""
+
+    model_config = ConfigDict(
+        extra="ignore", hide_input_in_errors=True, frozen=True, defer_build=True
+    )
+
+    revision: int
+    epoch: str
+    agents: list[ReceivedAgent]
