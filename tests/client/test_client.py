@@ -228,7 +228,8 @@ async def test_a_key_that_cannot_be_decrypted_raises(
         gate.refuse = lambda path: 409 if path.endswith("/llm") else None
         await admin.put("billing", llm_api_key="sk-2")
         await eventually(lambda: told == [None])
-        with pytest.raises(AgentKeyUnavailable, match="billing"):
+        # What the SLM said of it, and not merely that it is late.
+        with pytest.raises(AgentKeyUnavailable, match="'billing' cannot be had: HTTP 409"):
             await client.resolve("billing")
         with pytest.raises(AgentKeyUnavailable):
             await client.get_agent_config("billing")
@@ -276,6 +277,36 @@ async def test_a_cleared_key_is_dropped_without_a_request(
         await eventually(lambda: client.revision >= answer.revision)
         assert key_of(await client.resolve("billing")) is None
     assert gate.passed == ["/api/snapshot"]
+
+
+async def test_a_keyed_read_asks_for_nothing_older_than_is_known() -> None:
+    """Snapshot, changed key and an unknown agent: each says how new its answer must be."""
+    agents = {"default": (1, config("d", is_default=True)), "a": (4, config("m"))}
+
+    async def script(peer: Peer) -> None:
+        await peer.subscribed(5)
+        await eventually(lambda: client.status is ClientStatus.LIVE)
+        keyed = config("m", has_api_key=True, api_key_revision=6)
+        slm.agents["a"] = (6, keyed | {"llm_api_key": "k"})
+        await peer.say(
+            changed("a", 6, "m", has_api_key=True, api_key_revision=6), changed("b", 7, "m")
+        )
+        await eventually(lambda: len(slm.asked) >= 2)
+
+    async with scripted_slm(revision=5, agents=agents, scripts=[script]) as slm:
+        timings = Timings(
+            **(TENTH | {"backoff_initial_seconds": 3600, "backoff_max_seconds": 3600})
+        )
+        client = SLMClient(slm.url, token="t", timings=timings)
+        async with client:
+            await eventually(lambda: client.status is ClientStatus.DISCONNECTED)
+            await client.resolve("unknown")
+    assert slm.asked == [
+        "/api/snapshot?min_revision=5",
+        "/api/agents/a/llm?min_revision=6",
+        # It was not in the snapshot of 5, and has not been heard of since.
+        "/api/agents/unknown/llm?min_revision=5",
+    ]
 
 
 async def test_an_agent_that_goes_while_its_key_is_fetched_is_gone(
@@ -405,7 +436,7 @@ async def test_behind_is_not_live(server: InLoopServer) -> None:
         assert client.peek("default") is not None
 
 
-async def test_two_heartbeats_of_silence_are_not_live() -> None:
+async def test_two_heartbeats_of_silence_are_not_live(caplog: pytest.LogCaptureFixture) -> None:
     """A server that answers pings but says nothing any more is left, and the stream resumed."""
     silent = asyncio.Event()
 
@@ -422,14 +453,17 @@ async def test_two_heartbeats_of_silence_are_not_live() -> None:
 
     agents = {"default": (1, config("d", is_default=True))}
     timings = Timings(**(TENTH | {"ping_interval_seconds": 3600.0}))
-    async with scripted_slm(revision=5, agents=agents, scripts=[silence, again]) as slm:
-        async with SLMClient(slm.url, token="t", timings=timings) as client:
-            await silent.wait()
-            await eventually(lambda: len(slm.subscriptions) == 2)
-            await eventually(lambda: client.status is ClientStatus.LIVE)
-        # Its heartbeat is 0.5 s.
-        assert slm.handshakes[1] - slm.handshakes[0] >= 1.0
-        assert slm.subscriptions[1]["since"] == 5
+    async with (
+        scripted_slm(revision=5, agents=agents, scripts=[silence, again]) as slm,
+        SLMClient(slm.url, token="t", timings=timings) as client,
+    ):
+        await silent.wait()
+        await eventually(lambda: len(slm.subscriptions) == 2)
+        await eventually(lambda: client.status is ClientStatus.LIVE)
+    # Its heartbeat is 0.5 s.
+    assert "no frame from the SLM within 1 s" in caplog.text
+    assert slm.handshakes[1] - slm.handshakes[0] >= 1.0
+    assert slm.subscriptions[1]["since"] == 5
 
 
 @pytest.mark.parametrize(("healthy", "resets"), [(0.001, True), (3600.0, False)])

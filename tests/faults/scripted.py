@@ -95,6 +95,7 @@ class ScriptedSLM:
         handshakes: the monotonic time of each handshake.
         subscriptions: what each stream asked for.
         snapshots: how many snapshots were fetched.
+        asked: the path and query of each GET.
     """
 
     url: str = ""
@@ -106,6 +107,7 @@ class ScriptedSLM:
     handshakes: list[float] = field(default_factory=list)
     subscriptions: list[dict[str, Any]] = field(default_factory=list)
     snapshots: int = 0
+    asked: list[str] = field(default_factory=list)
 
     def _with_key(self, agent_id: str) -> dict[str, Any]:
         revision, fields = self.agents[agent_id]
@@ -114,13 +116,15 @@ class ScriptedSLM:
     def _headers(self) -> dict[str, str]:
         return {"SLM-Revision": str(self.revision), "SLM-Epoch": self.epoch}
 
-    async def snapshot(self, _: web.Request) -> web.Response:
+    async def snapshot(self, request: web.Request) -> web.Response:
         self.snapshots += 1
+        self.asked.append(request.path_qs)
         said = {"revision": self.revision, "epoch": self.epoch}
         agents = [self._with_key(agent_id) for agent_id in self.agents]
         return web.json_response(said | {"agents": agents}, headers=self._headers())
 
     async def llm(self, request: web.Request) -> web.Response:
+        self.asked.append(request.path_qs)
         agent_id = request.match_info["agent_id"]
         if agent_id not in self.agents:
             problem = {"code": "agent-not-found", "status": 404}

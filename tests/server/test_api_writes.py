@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import re
+from pathlib import Path
 
+import aiohttp
 import pytest
 
+from slm.server import failpoints
 from tests.server.raw import Api
+from tests.servers import running_server
 
 
 async def test_a_created_agent_is_there_at_once(admin: Api, backend: Api) -> None:
@@ -139,6 +143,28 @@ async def test_whoever_wrote_reads_what_it_wrote(admin: Api) -> None:
 
     await asyncio.gather(*(writer(number) for number in range(10)))
     assert (await admin.get("/api/agents")).revision == 1 + 10 * 6
+
+
+async def test_nothing_older_follows_an_answer(
+    tmp_path: Path, session: aiohttp.ClientSession
+) -> None:
+    """With a feed that is slow, whoever wrote or read a key then reads nothing older than that."""
+    async with running_server(tmp_path) as server:
+        admin = Api(server, session, server.admin_token)
+        failpoints.arm("before_push:hold:0.3", testing=True)
+        try:
+            written = await admin.put("default", llm_model="new")
+            read = await admin.get("/api/agents/default")
+            assert (read.json["llm_model"], read.revision) == ("new", written.revision)
+            for path in ("/api/agents/default/llm", "/api/snapshot"):
+                before = (await admin.get("/api/agents/default")).revision
+                writing = asyncio.create_task(admin.put("default", llm_model=path))
+                while (keyed := await admin.get(path)).revision == before:
+                    pass
+                assert (await admin.get("/api/agents/default")).revision >= keyed.revision
+                await writing
+        finally:
+            failpoints.arm(None, testing=True)
 
 
 async def test_moving_a_key_elsewhere_clears_it(admin: Api) -> None:

@@ -238,15 +238,22 @@ def test_whose_origin_is_foreign(origin: str | None, host: str, scheme: str, for
 async def test_keyed_routes_refuse_a_forwarded_request(admin: Api) -> None:
     """Through an unknown proxy keys are neither handed out nor taken in; the rest is served."""
     await admin.create("a", llm_provider="openai", llm_api_key="sk-canary-old")
-    proxied = Api(admin.server, admin.session, admin.token, {"X-Forwarded-For": "192.0.2.1"})
-    for answer in (
-        await proxied.get("/api/agents/a/llm"),
-        await proxied.get("/api/snapshot"),
-        await proxied.create("b", llm_api_key="sk-canary-new"),
-        await proxied.put("a", llm_api_key="sk-canary-new"),
-        await proxied.call("POST", "/api/admin/backup"),
+    for headers in (
+        {"X-Forwarded-For": "192.0.2.1"},
+        # uvicorn itself would believe these from this machine, and call it https.
+        {"X-Forwarded-Proto": "https"},
+        {"X-Forwarded-For": "127.0.0.1", "X-Forwarded-Proto": "https"},
+        {"Forwarded": "for=127.0.0.1;proto=https"},
     ):
-        assert (answer.status, answer.code) == (403, "tls-required")
+        proxied = Api(admin.server, admin.session, admin.token, headers)
+        for answer in (
+            await proxied.get("/api/agents/a/llm"),
+            await proxied.get("/api/snapshot"),
+            await proxied.create("b", llm_api_key="sk-canary-new"),
+            await proxied.put("a", llm_api_key="sk-canary-new"),
+            await proxied.call("POST", "/api/admin/backup"),
+        ):
+            assert (answer.status, answer.code) == (403, "tls-required"), headers
     assert (await proxied.get("/api/agents/a")).status == 200
     assert (await proxied.put("a", llm_model="other")).status == 200
     assert (await admin.get("/api/agents/a/llm")).json["llm_api_key"] == "sk-canary-old"
