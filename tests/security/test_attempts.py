@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import re
 import tracemalloc
 from pathlib import Path
 
@@ -223,3 +224,49 @@ async def test_no_header_of_an_answer_can_be_split(ask: Caller) -> None:
         assert "X-Evil" not in answer.headers
     made = await ask("POST", "/api/agents", agent("a\r\nX-Evil: 1"))
     assert made.status == 422
+
+
+@pytest.mark.parametrize("known", [True, False])
+async def test_a_body_that_does_not_come_holds_no_connection(known: bool, tmp_path: Path) -> None:
+    """Promised and not sent, sent byte by byte, or a trailer without end: the connection is cut."""
+    async with running_server(tmp_path / "data", header_timeout_seconds=0.5) as server:
+        token = server.admin_token if known else "slm_x"
+        head = (
+            f"Authorization: Bearer {token}".encode(),
+            b"Content-Type: application/json",
+        )
+        post = b"POST /api/agents HTTP/1.1"
+        whole = request(*head, b"Content-Length: 9", line=post).replace(b"close", b"keep-alive")
+        chunked = whole.replace(b"Content-Length: 9", b"Transfer-Encoding: chunked")
+        for raw in (
+            whole,
+            whole + b"{",
+            chunked,
+            chunked + b"1\r\n{",
+            chunked + b"0\r\nX: a",
+            chunked + b"0\r\nX: " + b"a" * 1_000_000,
+            chunked + b"1;" + b"a" * 1_000_000,
+        ):
+            answer = await say(server, raw)
+            assert not answer or status_of(answer) in (401, 408, 431), raw[:300]
+        # A dripping peer is cut as well: what it sends does not start the clock again.
+        reader, writer = await asyncio.open_connection(*_address(server))
+        writer.write(whole.replace(b"Length: 9", b"Length: 100000"))
+        async with asyncio.timeout(10):
+            with contextlib.suppress(ConnectionError):
+                while not reader.at_eof():
+                    writer.write(b" ")
+                    await writer.drain()
+                    with contextlib.suppress(TimeoutError):
+                        await asyncio.wait_for(reader.read(1000), 0.05)
+        writer.close()
+        # An honest one, whose body comes a little after its head, is served.
+        reader, writer = await asyncio.open_connection(*_address(server))
+        writer.write(whole)
+        await writer.drain()
+        if not known:
+            await reader.readuntil(b"\r\n\r\n")
+        writer.write(b'{"a": 12}' + request(head[0]))
+        statuses = re.findall(rb"HTTP/1.1 ([0-9]+)", await reader.read())
+        assert statuses[-1:] == ([b"200"] if known else [b"401"])
+        writer.close()

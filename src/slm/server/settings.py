@@ -75,7 +75,7 @@ class Settings(BaseSettings):
         buffer_total_bytes: how much may wait for all of them.
         max_body_bytes: the largest request body.
         max_header_bytes: the largest request head.
-        header_timeout_seconds: how long a request's head may take.
+        header_timeout_seconds: how long a request's head may take, and then its body.
         shutdown_seconds: over how long a stopping server spreads the closing of its streams.
         replay_page: how many changes one page of a replay holds.
         testing: allows what only a test may do.

@@ -47,10 +47,12 @@ def text_frames(messages: Sequence[str]) -> bytes:
 
 
 class HttpProtocol(HttpToolsProtocol):
-    """HTTP/1.1 with a limit on the request's head and on the time that it may take.
+    """HTTP/1.1 with a limit on the request's head and on the time that head and body may take.
 
     Without the first an upgrade with large headers hangs for ever, since the WebSocket parser never
-    answers it; without the second a peer that sends half a header keeps its connection for ever.
+    answers it; without the second a peer that sends half a header or half a body keeps its
+    connection for ever. What stands around the chunks of a body is limited as a head is: the parser
+    would keep a trailer of any size.
     """
 
     max_header_bytes = 8192
@@ -58,6 +60,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     _header_timer: TimerHandle | None = None
     _in_head = True
+    _in_body = False
     _head_bytes = 0
     _field_bytes = 0
     _refused = False
@@ -77,7 +80,7 @@ class HttpProtocol(HttpToolsProtocol):
         if self._refused or self.parser is None:
             return
         self._unset_keepalive_if_required()
-        if self._in_head:
+        if self._in_head or self._in_body:
             self._head_bytes += len(data)
         try:
             self.parser.feed_data(data)
@@ -89,8 +92,12 @@ class HttpProtocol(HttpToolsProtocol):
         except httptools.HttpParserError:
             self._refuse(431 if self._field_bytes > self.max_header_bytes else 400)
         else:
-            if self._in_head and self._head_bytes > self.max_header_bytes:
+            if (self._in_head or self._in_body) and self._head_bytes > self.max_header_bytes:
                 self._refuse(431)
+            elif self._in_body and self._header_timer is None:
+                self._header_timer = self.loop.call_later(
+                    self.header_timeout_seconds, self._body_is_late
+                )
             elif self._in_head and self._head_bytes and self._header_timer is None:
                 self._expect_head()
 
@@ -114,14 +121,21 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """Stop the clock: what follows is the body."""
-        self._in_head = False
+        self._in_head, self._in_body = False, True
         self._head_bytes = 0
         self._stop_header_timer()
         super().on_headers_complete()
 
+    def on_body(self, body: bytes) -> None:
+        """Take a piece of the body; its size is the application's to limit."""
+        self._head_bytes = 0
+        super().on_body(body)
+
     def on_message_complete(self) -> None:
         """Wait for the next request, if the connection is kept."""
-        self._in_head = True
+        self._in_head, self._in_body = True, False
+        self._head_bytes = 0
+        self._stop_header_timer()
         super().on_message_complete()
 
     def shutdown(self) -> None:
@@ -144,6 +158,11 @@ class HttpProtocol(HttpToolsProtocol):
             self._refuse(408)
         else:
             self.transport.close()
+
+    def _body_is_late(self) -> None:
+        """Cut the connection: the request is answered already, or waits for its body in vain."""
+        self._header_timer = None
+        self.transport.abort()
 
     def _stop_header_timer(self) -> None:
         if self._header_timer is not None:
