@@ -67,6 +67,16 @@ async def test_a_status_has_its_error_and_its_number_of_tries(
     assert len(bench.server.received) == tries
 
 
+async def test_what_a_provider_says_is_one_line(bench: Bench) -> None:
+    """Line breaks and control characters in an error text reach no log of ours."""
+    said = "no\r\n2026-11-22 CRITICAL slm: all is lost\x1b[2J\u2028\x9b\x00end"
+    bench.server.handler = failing(bench.dialect, 400, said)
+    with pytest.raises(LLMBadRequest) as caught:
+        await bench.llm.chat("a", ASK)
+    assert str(caught.value).isprintable()
+    assert "no 2026-11-22 CRITICAL slm: all is lost [2J end" in str(caught.value)
+
+
 async def test_a_redirect_is_not_followed(bench: Bench) -> None:
     """A provider's redirect is an error; where it points gets nothing."""
     bench.server.handler = failing(bench.dialect, 307, "", location=f"{bench.server.url}/elsewhere")

@@ -106,12 +106,13 @@ class Call:
         )
 
     def _scrubbed(self, text: str) -> str:
-        """Return the provider's words without the key, which some of them echo."""
+        """Return the provider's words on one line, without the key, which some of them echo."""
         key = self.config.llm_api_key
         if key is not None and key.get_secret_value():
             for form in _forms(key.get_secret_value()):
                 text = text.replace(form, "***")
-        return text
+        # Errors are logged: nobody else's words are a further line there, or steer a terminal.
+        return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
     def _request(self, messages: Sequence[Message], overrides: Overrides) -> ChatRequest:
         config = self.config
