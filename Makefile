@@ -40,7 +40,7 @@ bench-peers: ## what the bench compares with that pip cannot install (Debian, as
 	apt-get install -y --no-install-recommends gcc libc6-dev libssl-dev openssl redis-server etcd-server
 	cd benchmarks/unleash && npm install --no-package-lock --no-audit --no-fund
 
-soak: .venv/installed .venv/model ## the long form of the fault tests
+soak: .venv/installed ## the long form of the fault tests
 	$(BIN)/python -m pytest -m soak tests/faults
 
 lock: ## resolve the requirements again (needs uv); read the diff before you commit it

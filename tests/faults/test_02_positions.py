@@ -8,7 +8,7 @@ import pytest
 from slm.server.compaction import compact
 from tests.faults.history import final_position, violations
 from tests.faults.site import Operator, Site, rows_of, wire_frame
-from tests.faults.subscriber import heard
+from tests.faults.subscriber import heard, subscribers
 from tests.servers import eventually
 
 
@@ -82,3 +82,31 @@ async def test_compacted_under_a_slow_replay(site: Site, http: aiohttp.ClientSes
         assert final_position([exact]) == (epoch, head)
     finally:
         await server.stop()
+
+
+@pytest.mark.parametrize(
+    ("held_seconds", "waits_seconds"), [(0.5, 10.0), (2.0, 0.1)], ids=["waits", "sent-away"]
+)
+async def test_ahead_of_a_replica_that_is_behind(
+    postgres_site: Site, http: aiohttp.ClientSession, held_seconds: float, waits_seconds: float
+) -> None:
+    """Told more elsewhere, a client waits until this replica has it, or is sent away (1013)."""
+    site = postgres_site
+    quick, slow = site.process(0), site.process(1, min_revision_wait_seconds=waits_seconds)
+    async with quick, slow:
+        operator = Operator(http, quick.url, site.admin_token)
+        await operator.create("billing")
+        await slow.terminate()
+        # From now on that one's feed is late with whatever it reads.
+        await slow.start(failpoint=f"before_push:hold:{held_seconds}")
+        told = await operator.set("billing", llm_model="new")
+        _, headers, _ = await Operator(http, slow.url, site.admin_token).ask("GET", "/api/agents")
+        assert int(headers["SLM-Revision"]) < told
+        async with subscribers(1, slow.url, site.backend_token, believes=False) as subs:
+            subs[0].epoch, subs[0].revision = headers["SLM-Epoch"], told
+            await eventually(lambda: subs[0].connected)
+            after = await operator.set("billing", llm_model="newer")
+            await eventually(lambda: subs[0].reached(after))
+        # Nothing that it had already, and what it was sent away with is the only difference.
+        assert [frame["revision"] for frame in subs[0].changes] == [after]
+        assert (1013 in subs[0].closes) == (waits_seconds < held_seconds)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 from urllib.parse import urlsplit
@@ -96,7 +97,9 @@ async def sluggard(url: str, token: str) -> AsyncIterator[Sluggard]:
 
 
 async def test_a_slow_reader_costs_only_itself(
-    sqlite_site: Site, http: aiohttp.ClientSession
+    sqlite_site: Site,
+    http: aiohttp.ClientSession,
+    record_property: Callable[[str, object], None],
 ) -> None:
     """500 others get every change as it comes; the slow one is closed, and resumes."""
     server = sqlite_site.in_loop(buffer_bytes=BUFFER_BYTES, **UNHURRIED)
@@ -117,15 +120,21 @@ async def test_a_slow_reader_costs_only_itself(
         ):
             await eventually(lambda: all(s.connected for s in subs), 30)
             most = sent = 0
+            slowest = 0.0
             text = "x" * 12_000
             while hub.counts.evicted == 0:
                 fields: dict[str, Any] = {"llm_options": {"n": sent, "text": text}}
+                began = time.monotonic()
                 revision = await operator.set("billing", **fields)
                 # The slow one holds nobody up: each change is with all others before the next.
                 await eventually(lambda: all(s.revision >= revision for s in subs), 30)  # noqa: B023
+                slowest = max(slowest, max(s.arrivals[revision] for s in subs) - began)
                 most = max(most, hub.buffered_bytes())
                 sent += 1
                 assert sent < 100, "the slow reader was never dropped"
+            record_property("slowest_change_seconds", round(slowest, 2))
+            record_property("changes", sent)
+            assert slowest < 5
             # One change may come on top of a buffer that was just not full.
             assert most <= BUFFER_BYTES + 2 * len(text)
             revision = await operator.set("billing", llm_model="after it was dropped")

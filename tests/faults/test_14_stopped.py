@@ -21,6 +21,8 @@ from tests.faults.subscriber import subscribers
 from tests.faults.test_17_locked_revision import HOLDS_A_REVISION
 from tests.servers import eventually
 
+PAUSE_SECONDS = 2.0
+"""By how much a busy machine may be late."""
 PING: dict[str, Any] = {
     "ping_interval_seconds": 0.4,
     "ping_timeout_seconds": 0.4,
@@ -136,7 +138,9 @@ async def test_a_replica_stopped_in_a_transaction(
                 return status == 200
 
             await eventually(written, 20)
-            record_property("others_waited_seconds", round(time.monotonic() - began, 2))
+            waited = time.monotonic() - began
+            record_property("others_waited_seconds", round(waited, 2))
+            assert waited < QUICK["idle_in_transaction_seconds"] + PAUSE_SECONDS
             assert site.rows("SELECT llm_model FROM agents WHERE agent_id = 'billing'") == [
                 ("current",)
             ]
@@ -155,4 +159,3 @@ async def test_a_replica_stopped_in_a_transaction(
             assert not any(
                 f.get("config", {}).get("llm_model") == "stale" for s in subs for f in s.frames
             )
-    assert QUICK["idle_in_transaction_seconds"] < 1
