@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from slm import LLMInterface, ResolvedConfig
+from slm import LLMInterface, ResolvedConfig, Timings
 from slm.client.acks import KEY_DID_NOT_COME
+from slm.endpoints import EndpointPolicy
+from slm.llm.transport import TransportSettings
 from tests.end_to_end.gateway import gateway
 from tests.fleet.sdk import FAST, applied, fleet_of, sdk
 from tests.server.raw import Api
@@ -145,6 +149,26 @@ async def test_a_missing_extra_is_told_before_any_call(
         validator._installed.cache_clear()
 
 
+async def test_an_endpoint_that_is_refused_here_is_told_before_any_call(
+    server: InLoopServer, admin: Api
+) -> None:
+    """A backend that may call public addresses alone says so of an endpoint that the SLM took."""
+    await admin.create("a", llm_endpoint="https://one.example.com")
+    strict = TransportSettings(endpoints=EndpointPolicy(strict=True))
+    async with (
+        sdk(server.url, server.backend_token, "one") as client,
+        LLMInterface(client, transport=strict),
+    ):
+        await eventually(lambda: applied(admin, client.revision, "one"))
+        change = {"llm_endpoint": "http://10.0.0.1:11434"}
+        answer = await admin.call("PUT", "/api/agents/a?wait=30s", json=change)
+        (refusal,) = answer.json["receipt"]["refused"]
+        assert refusal["reason"] == (
+            "the endpoint is not a public address, which SLM_ENDPOINTS=strict refuses"
+        )
+        assert (await client.resolve("a")).llm_endpoint == "https://one.example.com"
+
+
 async def test_a_call_in_flight_holds_its_key(server: InLoopServer, admin: Api) -> None:
     """While a call runs on the old key the fleet names it; when it ends nobody holds it."""
     await admin.create("a", **KEYED)
@@ -167,13 +191,27 @@ async def test_many_changes_are_few_acks(server: InLoopServer, admin: Api) -> No
         client = sdk(gate.url, server.backend_token, "one", timings=timings)
         async with client:
             await eventually(lambda: applied(admin, client.revision, "one"))
-            last = 0
+            (backend,) = server.running.services.fleet.backends()
+            loop, last, before = asyncio.get_running_loop(), 0, backend.acks.count
+            began = loop.time()
             for number in range(50):
                 last = (await admin.put("default", llm_model=f"m{number}")).revision
             await eventually(lambda: applied(admin, last, "one"))
-            fleet = server.running.services.fleet
-            (backend,) = fleet.backends()
-            assert len(backend.acks) < 25
+            assert backend.acks.count - before <= (loop.time() - began) / 0.5 + 2
+    assert Timings().ack_interval_seconds == 0.1
+
+
+async def test_an_idle_client_acks_at_once(server: InLoopServer, admin: Api) -> None:
+    """The interval lies between two acks: who has been quiet for as long waits for nothing."""
+    interval = 3.0
+    timings = replace(FAST, ack_interval_seconds=interval)
+    async with sdk(server.url, server.backend_token, "one", timings=timings) as client:
+        await eventually(lambda: applied(admin, client.revision, "one"))
+        loop = asyncio.get_running_loop()
+        idle_at = loop.time() + interval
+        await eventually(lambda: loop.time() > idle_at)
+        answer = await admin.call("PUT", "/api/agents/default?wait=30s", json={"name": "x"})
+        assert answer.json["receipt"]["elapsed_ms"] < interval * 1000
 
 
 async def test_two_backends_of_one_name_are_told_apart(server: InLoopServer, admin: Api) -> None:

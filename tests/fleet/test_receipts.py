@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Any
 
 import pytest
 
+from slm.server.fleet import KEEP_GONE_SECONDS
 from tests.server.raw import Api, Socket
 from tests.servers import InLoopServer, eventually
 
@@ -65,6 +67,8 @@ async def test_a_receipt_names_who_applied_refused_and_hangs(admin: Api, backend
         assert receipt["refused"] == [{"backend": "bad/1", "reason": REASON}]
         assert receipt["pending"] == ["stuck/1"]
         assert receipt["unknown"] == ["mute/1"]
+        assert (await mute.until(receipt["revision"]))[-1]["config"]["llm_model"] == "n"
+        assert (await told(admin))["mute/1"]["state"] == "unknown"
         assert 0 < receipt["elapsed_ms"] == receipt["p50_ms"] == receipt["p99_ms"] < 10_000
         await stuck.send(ack=receipt["revision"])
         await eventually(lambda: _acked(admin, 3, receipt["revision"]))
@@ -159,6 +163,21 @@ async def test_the_fleet_says_who_runs_what(admin: Api, backend: Api) -> None:
         assert behind["applied"] == one["applied"]
         await eventually(lambda: _state(admin, "one/1", "stale"))
     await eventually(lambda: _state(admin, "one/1", "gone"))
+
+
+async def test_who_went_away_is_told_of_for_an_hour(
+    server: InLoopServer, admin: Api, backend: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A backend that left is in the fleet view for an hour, and then in it no more."""
+    async with backend.stream(client=client("one")) as socket:
+        await joined(socket)
+        await eventually(lambda: _acked(admin, 1))
+    await eventually(lambda: _state(admin, "one/1", "gone"))
+    for passed, there in ((KEEP_GONE_SECONDS - 60, ["one/1"]), (KEEP_GONE_SECONDS + 60, [])):
+        later = time.time() + passed
+        monkeypatch.setattr(server.running.services.fleet, "_clock", lambda later=later: later)
+        assert list(await told(admin)) == there
+    assert KEEP_GONE_SECONDS == 3600
 
 
 async def test_a_backend_that_comes_back_is_the_same(admin: Api, backend: Api) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -249,7 +250,7 @@ async def test_a_word_that_comes_too_late_takes_nothing_back(
         heard = replicas[0].running.services.fleet
         await eventually(lambda: any(len(b.acks) == 2 for b in heard._own.values()))
         for api in apis:
-            await eventually(lambda api=api: applied(api, revision, "mover"))
+            await eventually(functools.partial(applied, api, revision, "mover"))
             receipt = (await api.get(f"/api/changes/{revision}/receipt")).json
             assert (receipt["applied"], receipt["pending"]) == (["mover/1"], [])
 
@@ -283,6 +284,22 @@ async def test_a_backends_row_is_written_once_an_interval(
         took = loop.time() - began
         assert sent > 20
         assert first < last <= first + took / 0.5 + 1
+
+
+async def test_what_a_receipt_waits_for_is_told_at_once(
+    replicas: list[InLoopServer], apis: list[Api]
+) -> None:
+    """A server that tells of its backends once an hour tells at once while a receipt waits."""
+    await replicas[1].stop()
+    await replicas[1].start(fleet_interval_seconds=3600)
+    async with sdk(replicas[1].url, replicas[0].backend_token, "there") as client:
+        await eventually(lambda: applied(apis[1], client.revision, "there"))
+        for model in ("a", "b", "c"):
+            change = {"llm_model": model}
+            answer = await apis[0].call("PUT", "/api/agents/default?wait=30s", json=change)
+            receipt = answer.json["receipt"]
+            assert [name.partition("/")[0] for name in receipt["applied"]] == ["there"]
+            assert receipt["elapsed_ms"] is not None
 
 
 async def test_a_receipt_outlives_a_server(replicas: list[InLoopServer], apis: list[Api]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import importlib
 import logging
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -56,7 +57,8 @@ class LLMInterface:
     ) -> None:
         self._client = client
         self._retry = retry or RetrySettings()
-        self._connections = Connections(transport or TransportSettings())
+        transport = transport or TransportSettings()
+        self._connections = Connections(transport)
         self._providers: dict[str, Provider] = {}
         # An SLMClient has both; whatever else resolves need not.
         self._in_use: Callable[[ResolvedConfig], AbstractContextManager[None]] = getattr(
@@ -64,7 +66,7 @@ class LLMInterface:
         )
         register = getattr(client, "register_validator", None)
         if register is not None:
-            register(reason_against)
+            register(functools.partial(reason_against, policy=transport.endpoints))
 
     async def chat(
         self, agent_id: str, messages: Sequence[Message], **overrides: Unpack[Overrides]

@@ -11,7 +11,7 @@ import importlib.util
 from typing import Final
 
 from slm.client.config import ResolvedConfig
-from slm.endpoints import effective_endpoint, refused_endpoint
+from slm.endpoints import EndpointPolicy, effective_endpoint, refused_endpoint
 
 PROVIDERS: Final = {
     "ollama": ("slm.llm.providers.ollama", "OllamaProvider", "ollama"),
@@ -23,14 +23,20 @@ PROVIDERS: Final = {
 refused_address = functools.lru_cache(maxsize=1024)(refused_endpoint)
 
 
-def reason_against(config: ResolvedConfig) -> str | None:
-    """Return why no call can be made with this config, or None."""
+def reason_against(config: ResolvedConfig, policy: EndpointPolicy) -> str | None:
+    """Return why no call can be made with this config, or None.
+
+    Args:
+        config: what would come into force.
+        policy: what this backend allows; the SLM may allow more.
+    """
     name = config.llm_provider
     if name not in PROVIDERS:
         return unknown_provider()
     if not _installed(PROVIDERS[name][2]):
         return f"the {name} extra is not installed"
-    refused = refused_address(effective_endpoint(name, config.llm_endpoint) or "")
+    endpoint = effective_endpoint(name, config.llm_endpoint) or ""
+    refused = refused_address(endpoint) or policy.refused(name, config.llm_endpoint)
     return None if refused is None else f"the endpoint {refused}"
 
 
