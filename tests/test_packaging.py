@@ -112,6 +112,18 @@ def test_every_module_is_in_the_wheel(wheel: Path) -> None:
     assert wanted <= set(zipfile.ZipFile(wheel).namelist())
 
 
+def test_the_base_install_needs_three_packages(wheel: Path) -> None:
+    """Without an extra: aiohttp, cryptography and pydantic, and what those need themselves."""
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (n for n in archive.namelist() if n.endswith("dist-info/METADATA"))
+        metadata = archive.read(name).decode()
+    requires = re.findall(r"^Requires-Dist: (.+)$", metadata, re.MULTILINE)
+    base = [Requirement(text).name for text in requires if "extra ==" not in text]
+    assert sorted(base) == ["aiohttp", "cryptography", "pydantic"]
+    extras = set(re.findall(r"^Provides-Extra: (.+)$", metadata, re.MULTILINE))
+    assert extras >= {"server", "postgres", "openai", "anthropic", "ollama", "all", "dev"}
+
+
 def test_the_base_install_is_the_sdk_alone(wheel: Path, tmp_path: Path) -> None:
     """With aiohttp, pydantic and cryptography alone, `import slm` works and knows no server."""
     python = environment(tmp_path / "env", wheel)

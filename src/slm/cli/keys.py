@@ -102,7 +102,8 @@ def rotate(
         output.print_json(done)
         return
     output.say(
-        f"The active key is {done['fingerprint']}; {done['changed']} rows were re-encrypted."
+        f"The active key is {done['fingerprint']}; {done['changed']} "
+        f"{'row was' if done['changed'] == 1 else 'rows were'} re-encrypted."
     )
     _show(done["status"])
     if any(not k["is_active"] and k["retired_at"] is None for k in done["status"]["keys"]):
