@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from typing import Any
@@ -152,7 +153,18 @@ async def test_history_says_who_what_and_why(server: InLoopServer, admin: Api) -
     told = await run(server, "agents", "diff", "a", "2", "3", "--json")
     assert told.json["changed"] == {"llm_model": ["gpt-4o", "gpt-5"]}
     last = await run(server, "agents", "diff", "a")
-    assert "a 3 → 4" in last.out
+    assert "a revision 3 → 4" in last.out
+    never = await run(server, "agents", "diff", "a", "4", "5")
+    assert (never.code, never.error) == (1, "there is no revision 5 yet; the last is 4")
+    at_terminal = await asyncio.to_thread(
+        slm_at_a_terminal,
+        *("agents", "history", "a"),
+        data=server.data_dir,
+        answers={},
+        columns=80,
+    )
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", at_terminal.out).splitlines()
+    assert [line.split()[-1] for line in lines[1:]] == ["4", "gpt-5", "“better”", "openai/gpt-4o"]
     changes = await run(server, "changes", "--agent", "a", "--limit", "2")
     assert [line.split()[0] for line in changes.out.splitlines()] == ["REV", "4", "3"]
     mine = await run(server, "changes", "--actor", "nobody", "--json")

@@ -141,6 +141,7 @@ async def test_a_rollback_to_what_never_was(http: aiohttp.ClientSession) -> None
     for agent_id, body in (
         ("billing", {}),
         ("billing", {"to": created["revision"] - 1}),
+        ("billing", {"to": created["revision"] + 1}),
         ("nobody", {}),
     ):
         problem = await send(http, "POST", f"/api/agents/{agent_id}/rollback", body, 404)

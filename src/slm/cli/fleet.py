@@ -52,9 +52,16 @@ def fleet(
         output.print_json(told | {"backends": backends})
         return
     output.table(
-        ["BACKEND", "HOST", "SDK", "STATE", "SINCE", "REV", "LAG", "NOT IN FORCE"],
+        ["BACKEND", "HOST:PID", "SDK", "STATE", "FOR", "REV", "LAG"],
         [_row(each) for each in backends],
         right=["REV", "LAG"],
+    )
+    output.some(
+        f"{escape(each['backend'])} does [red]not use[/] {escape(agent_id)} of revision"
+        f" {held['revision']}: {escape(held['reason'])}"
+        for each in backends
+        if each["state"] != "gone"
+        for agent_id, held in each["not_in_force"].items()
     )
     counts = dict.fromkeys(_STATES, 0)
     for each in backends:
@@ -159,10 +166,6 @@ def _row(backend: dict[str, Any]) -> list[str]:
         lag = f"{backend['lag']}"
         if backend["lag"]:
             lag += f" ({backend['lag_ms'] / 1000:.1f} s)"
-    held_up = [
-        f"{agent_id} {held['revision']}: {held['reason']}"
-        for agent_id, held in backend["not_in_force"].items()
-    ]
     return [
         f"[bold]{escape(backend['backend'])}[/]",
         escape(f"{backend['host'] or '–'}:{backend['pid'] or '–'}"),
@@ -171,7 +174,6 @@ def _row(backend: dict[str, Any]) -> list[str]:
         _ago(since),
         "–" if backend["applied"] is None else str(backend["applied"]),
         lag,
-        escape("; ".join(held_up)) or "–",
     ]
 
 

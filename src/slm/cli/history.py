@@ -99,7 +99,7 @@ def diff(
         revisions = {"from": before.revision, "to": after.revision}
         output.print_json({"agent_id": agent} | revisions | {"changed": differing})
         return
-    output.out().print(f"[bold]{escape(agent)}[/] {before.revision} → {after.revision}")
+    output.out().print(f"[bold]{escape(agent)}[/] revision {before.revision} → {after.revision}")
     if not differing:
         output.out().print("  the same")
     output.pairs({f"  {label(field)}": _arrow(field, both) for field, both in differing.items()})
@@ -168,29 +168,35 @@ def _arrow(field: str, both: list[Any]) -> str:
 
 
 def _print_changes(changes: list[tuple[Change, Change | None]], *, with_agent: bool) -> None:
-    columns = ["REV", "WHEN", "WHO", *(["AGENT"] if with_agent else []), "WHAT", "WHY"]
+    # In a pipe a change is a line; a terminal is too narrow for that.
+    at_terminal = output.out().is_terminal
+    columns = ["REV", "WHEN", "WHO", *(["AGENT"] if with_agent else []), "WHAT"]
     rows = []
     for change, before in changes:
         what = _what(change, before)
         named = [f"[bold]{escape(change.agent_id)}[/]"] if with_agent else []
         when = change.created_at.astimezone().strftime("%Y-%m-%d %H:%M:%S")
-        why = escape(output.one_line(change.comment or "")) or "–"
-        rows.append([str(change.revision), when, escape(change.actor), *named, what, why])
-    output.table(columns, rows, right=["REV"])
+        why = escape(output.one_line(change.comment or ""))
+        if at_terminal:
+            told = ["\n".join([*what, *([f"[italic]“{why}”[/]"] if why else [])])]
+        else:
+            told = [", ".join(what) or "–", why or "–"]
+        rows.append([str(change.revision), when, escape(change.actor), *named, *told])
+    output.table(columns if at_terminal else [*columns, "WHY"], rows, right=["REV"])
 
 
-def _what(change: Change, before: Change | None) -> str:
+def _what(change: Change, before: Change | None) -> list[str]:
+    """Return what a change did, as rich markup: a field each, where it is known what was before."""
     if change.type == "agent_deleted":
-        return "[red]deleted[/]"
+        return ["[red]deleted[/]"]
     agent = change.agent
     runs = f"{escape(agent.llm_provider)}/{escape(agent.llm_model)}"
     if change.type == "agent_created":
-        return f"[green]created[/] {runs}"
+        return [f"[green]created[/] {runs}"]
     if before is None or before.type == "agent_deleted":
-        return f"changed, {runs}"
+        return [f"changed, {runs}"]
     differing = differences(before.agent, agent)
-    told = [f"{label(field)} {_arrow(field, both)}" for field, both in differing.items()]
-    return ", ".join(told) or "–"
+    return [f"{label(field)} {_arrow(field, both)}" for field, both in differing.items()]
 
 
 def _show_then(agent: str, at: str, answer: Answer, as_json: bool) -> None:
@@ -208,6 +214,7 @@ def _show_then(agent: str, at: str, answer: Answer, as_json: bool) -> None:
         f" {escape(change.actor)})[/]",
     }
     values |= {label: output.shown(getattr(change.agent, f)) for f, label in FIELDS.items()}
+    values["timeout"] += " s"
     key = change.agent.api_key_revision
     values["api key"] = "–" if key is None else f"the one set at revision {key}"
     output.pairs(values)
@@ -234,7 +241,10 @@ async def _two(
 
 async def _at(api: Api, path: str, upto: int | None) -> Change:
     params: dict[str, Any] = {"limit": 1} | ({} if upto is None else {"upto": upto})
-    found = parsed(ChangeList, await api.call("GET", path, params=params)).changes
+    told = parsed(ChangeList, await api.call("GET", path, params=params))
+    found = told.changes
+    if upto is not None and upto > told.revision:
+        raise RevisionNotFound(f"there is no revision {upto} yet; the last is {told.revision}")
     if not found:
         raise RevisionNotFound(
             "the history holds nothing of it" + ("" if upto is None else f" up to revision {upto}")

@@ -27,6 +27,7 @@ from rich.table import Table
 from typer.exceptions import TyperException
 
 _PIPE_WIDTH = 10_000
+_MAX_LINES = 20
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for a script.")]
 
@@ -128,6 +129,15 @@ def table(
     for row in rows:
         grid.add_row(*row)
     console.print(grid)
+
+
+def some(lines: Iterable[str]) -> None:
+    """Print lines that may hold markup, at most 20 of them, and say how many more there are."""
+    console, everything = out(), list(lines)
+    for line in everything[:_MAX_LINES]:
+        console.print(f"  {line}", soft_wrap=True)
+    if len(everything) > _MAX_LINES:
+        console.print(f"  [dim]and {len(everything) - _MAX_LINES} more; --json has all[/]")
 
 
 def pairs(values: Mapping[str, str]) -> None:

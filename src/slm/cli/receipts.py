@@ -21,7 +21,6 @@ from slm.cli.output import escape
 _WAIT_SECONDS: Final = 5.0
 _ASK_SECONDS: Final = 0.25
 _DURATION: Final = re.compile(r"(\d+(?:\.\d+)?)(ms|s|)")
-_MAX_SHOWN: Final = 20
 
 
 def _seconds(text: str) -> float:
@@ -128,14 +127,10 @@ def _show(receipt: dict[str, Any]) -> None:
                 f" in {receipt['elapsed_ms']:.0f} ms"
                 f" [dim](p50 {receipt['p50_ms']:.0f} ms, p99 {receipt['p99_ms']:.0f} ms)[/]"
             )
-    console = output.out()
-    console.print(f"  {text}", soft_wrap=True)
+    output.out().print(f"  {text}", soft_wrap=True)
     lines = [f"[red]refused[/]    {escape(r['backend'])}: {escape(r['reason'])}"
              for r in receipt["refused"]]  # fmt: skip
     lines += [f"[yellow]no answer[/]  {escape(name)}" for name in receipt["pending"]]
-    for line in lines[:_MAX_SHOWN]:
-        console.print(f"  {line}", soft_wrap=True)
-    if len(lines) > _MAX_SHOWN:
-        console.print(f"  [dim]and {len(lines) - _MAX_SHOWN} more; --json has all[/]")
+    output.some(lines)
     if unknown := receipt["unknown"]:
         output.note(f"{len(unknown)} connected without ever acking: {', '.join(unknown[:5])}")

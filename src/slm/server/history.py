@@ -115,6 +115,10 @@ class History:
             ChangeFilter(agent_id=agent_id, upto=to, newest_first=True), 2 if to is None else 1
         )
         found = last_two.changes
+        if to is not None and to > last_two.revision:
+            raise RevisionNotFound(
+                f"There is no revision {to} yet; the last is {last_two.revision}."
+            )
         if to is None and found and found[0].type != "agent_deleted":
             # What a deleted agent was stands in the delete itself.
             found = found[1:]
