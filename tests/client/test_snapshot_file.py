@@ -99,6 +99,22 @@ def test_a_file_that_others_may_touch_is_ignored(
     assert "0600" in caplog.text
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="FIFOs are a matter of POSIX")
+@pytest.mark.parametrize("what", ["fifo", "folder", "device"])
+def test_what_is_no_file_holds_nobody_up(
+    path: Path, what: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A FIFO, a folder or a device where the file should be is ignored at once."""
+    if what == "fifo":
+        os.mkfifo(path, 0o600)
+    elif what == "folder":
+        path.mkdir(0o700)
+    else:
+        path.symlink_to("/dev/zero")
+    assert SnapshotFile(path).load() is None
+    assert "is ignored" in caplog.text
+
+
 def test_a_file_of_another_version_is_ignored(path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """What a newer package wrote is left alone."""
     path.write_text(json.dumps({"format": 2, "whatever": []}))

@@ -124,7 +124,9 @@ class SnapshotFile:
             _log.warning("the snapshot file %s was not written: %s", self.path, error.strerror)
 
     def _load(self) -> Loaded:
-        with self.path.open("rb") as file:
+        # Without waiting: a FIFO that somebody put there would hold up the start for ever.
+        flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+        with open(self.path, "rb", opener=lambda path, _: os.open(path, flags)) as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise Refused("it is not a regular file")
