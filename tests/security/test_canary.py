@@ -29,7 +29,7 @@ from cryptography.fernet import Fernet
 from slm import SLMClient
 from slm.errors import SLMError
 from slm.llm import LLMInterface, RetrySettings
-from slm.schemas import AgentCreate, AgentUpdate
+from slm.server.bodies import AgentCreate, AgentUpdate
 from tests.end_to_end.recorder import recording_provider
 from tests.security.http import Caller, agent
 from tests.security.test_doors import routes_of

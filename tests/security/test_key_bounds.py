@@ -20,7 +20,7 @@ from pydantic import SecretStr
 
 from slm.endpoints import origin
 from slm.errors import AgentInactive, AgentNotFound, KeyUndecryptable
-from slm.schemas import AgentUpdate
+from slm.server.bodies import AgentUpdate
 from slm.server.settings import Settings
 from tests.security.http import Caller, agent
 from tests.server.store import KEY, Store, new_agent

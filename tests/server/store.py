@@ -7,7 +7,8 @@ from typing import Any
 
 from sqlalchemy import text
 
-from slm.schemas import Agent, AgentCreate
+from slm.schemas import Agent
+from slm.server.bodies import AgentCreate
 from slm.server.database import Database
 from slm.server.models import CHANGES, SELECT_AGENTS, agent_of
 from slm.server.prepare import prepare

@@ -14,7 +14,7 @@ from cryptography.fernet import Fernet
 from pydantic import SecretStr
 
 from slm.errors import KeyUndecryptable, StartupError
-from slm.schemas import AgentUpdate
+from slm.server.bodies import AgentUpdate
 from slm.server.settings import Settings
 from tests.server.store import KEY, OTHER_KEY, Store, new_agent
 

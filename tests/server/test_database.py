@@ -22,7 +22,7 @@ from slm.errors import (
     OutcomeUnknown,
     StartupError,
 )
-from slm.schemas import AgentUpdate
+from slm.server.bodies import AgentUpdate
 from slm.server.database import Database
 from tests.postgres import connect
 from tests.server.store import Store, new_agent

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection, delete, update
 
-from slm.schemas import AgentCreate, AgentUpdate
 from slm.server import feed as feed_module
+from slm.server.bodies import AgentCreate, AgentUpdate
 from slm.server.frames import Frames
 from slm.server.models import CHANGES, STATE
 from slm.server.prepare import prepare

@@ -18,7 +18,8 @@ from slm.errors import (
     PreconditionFailed,
     ProblemError,
 )
-from slm.schemas import Agent, AgentUpdate
+from slm.schemas import Agent
+from slm.server.bodies import AgentUpdate
 from slm.server.models import utc_now
 from slm.server.registry import Written
 from tests.server.store import Store, new_agent

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pydantic import SecretStr
 
 from slm.errors import ProblemError
-from slm.schemas import AgentUpdate
+from slm.server.bodies import AgentUpdate
 from slm.server.registry import Written
 from slm.server.settings import Settings
 from tests.server.store import KEY, Store, new_agent

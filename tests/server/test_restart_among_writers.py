@@ -7,7 +7,7 @@ import asyncio
 import pytest
 from sqlalchemy import select
 
-from slm.schemas import AgentUpdate
+from slm.server.bodies import AgentUpdate
 from slm.server.models import CHANGES, STATE
 from slm.server.prepare import prepare
 from slm.server.settings import Settings

@@ -13,7 +13,6 @@ import socket
 import uuid
 import weakref
 from collections.abc import Callable, Coroutine, Mapping
-from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, TypeVar
@@ -323,6 +322,9 @@ class SLMClient:
         self._cache.distrust()
 
     def _info(self) -> ClientInfo:
+        # Imported here: it loads email, csv and zipfile, for which a backend's start would wait.
+        from importlib.metadata import version
+
         host = socket.gethostname()
         return ClientInfo(
             name=(self._name or host)[:128],

@@ -6,6 +6,7 @@ is not certain whom a value was set for, it is not used (docs/protocol.md sectio
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,14 +31,14 @@ _NAMES: Final = (
     "TEMPERATURE",
     "MAX_TOKENS",
 )
-_TYPES: Final[dict[str, TypeAdapter[Any]]] = {
-    "PROVIDER": TypeAdapter(Provider),
-    "ENDPOINT": TypeAdapter(Endpoint),
-    "MODEL": TypeAdapter(Model),
-    "API_KEY": TypeAdapter(ApiKey),
-    "TIMEOUT": TypeAdapter(TimeoutSeconds),
-    "TEMPERATURE": TypeAdapter(Temperature),
-    "MAX_TOKENS": TypeAdapter(MaxTokens),
+_TYPES: Final[dict[str, Any]] = {
+    "PROVIDER": Provider,
+    "ENDPOINT": Endpoint,
+    "MODEL": Model,
+    "API_KEY": ApiKey,
+    "TIMEOUT": TimeoutSeconds,
+    "TEMPERATURE": Temperature,
+    "MAX_TOKENS": MaxTokens,
 }
 _NUMBERS: Final = {"TIMEOUT": int, "TEMPERATURE": float, "MAX_TOKENS": int}
 # Without these the request would go to another place than the one that was meant.
@@ -76,7 +77,7 @@ def from_environment(agent_id: str, environ: Mapping[str, str] | None = None) ->
     values: dict[str, Any] = {}
     for name, text in texts.items():
         try:
-            values[name] = _TYPES[name].validate_python(_NUMBERS.get(name, str)(text))
+            values[name] = _adapter(name).validate_python(_NUMBERS.get(name, str)(text))
         except (ValidationError, ValueError):
             warnings.append(f"{PREFIX}{name} is passed over: it is not a valid value")
             if name in _WHERE:
@@ -97,6 +98,12 @@ def from_environment(agent_id: str, environ: Mapping[str, str] | None = None) ->
 def hardcoded(agent_id: str) -> ResolvedConfig:
     """Return the last step of all: ollama on this machine *(mission)*."""
     return _config(agent_id, Step.HARDCODED, HARDCODED_PROVIDER, {})
+
+
+@functools.cache
+def _adapter(name: str) -> TypeAdapter[Any]:
+    # Built when a variable is set: hardly any backend has one, and all would start slower.
+    return TypeAdapter(_TYPES[name])
 
 
 def _step_passed_over(warnings: list[str]) -> tuple[str, ...]:

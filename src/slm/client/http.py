@@ -16,7 +16,7 @@ from typing import TypeVar
 from urllib.parse import quote, urlsplit
 
 import aiohttp
-from pydantic import BaseModel, SecretStr, ValidationError
+from pydantic import BaseModel, ConfigDict, SecretStr, ValidationError
 from yarl import URL
 
 from slm.client.received import ReceivedSnapshot
@@ -312,6 +312,8 @@ def _problem(status: int, headers: Mapping[str, str], body: bytes) -> SLMError:
 
 
 class _Problem(BaseModel):
+    model_config = ConfigDict(defer_build=True)
+
     code: str = ""
     detail: str = ""
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from pydantic import BaseModel, SecretStr, ValidationError
+from pydantic import BaseModel, ConfigDict, SecretStr, ValidationError
 
 from slm.client.config import ResolvedConfig
 from slm.client.received import ReceivedAgent
@@ -54,6 +54,8 @@ class Contents:
 
 class Loaded(BaseModel):
     """What was in the file."""
+
+    model_config = ConfigDict(defer_build=True)
 
     epoch: str
     revision: int

@@ -15,7 +15,8 @@ from pydantic import ValidationError
 from sqlalchemy import Connection, Row, Select, select
 
 from slm.errors import InternalError, InvalidRequest, RevisionNotFound
-from slm.schemas import Agent, AgentCreate, AgentUpdate, Change, ChangeList
+from slm.schemas import Agent, Change, ChangeList
+from slm.server.bodies import AgentCreate, AgentUpdate
 from slm.server.database import Database
 from slm.server.models import CHANGES, STATE
 

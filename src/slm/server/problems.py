@@ -28,7 +28,7 @@ from slm.errors import (
     Unauthorized,
     problem_classes,
 )
-from slm.schemas import AgentCreate
+from slm.server.bodies import AgentCreate
 from slm.server.transport import REFUSALS
 
 MEDIA_TYPE: Final = "application/problem+json"

@@ -25,7 +25,7 @@ from slm.errors import (
     KeyUndecryptable,
     PreconditionFailed,
 )
-from slm.schemas import Agent, AgentCreate, AgentUpdate, LLMConfigWithKey, Snapshot
+from slm.schemas import Agent, LLMConfigWithKey, Snapshot
 from slm.server import failpoints
 from slm.server.agent_rows import (
     Author,
@@ -39,6 +39,7 @@ from slm.server.agent_rows import (
     update_agent,
 )
 from slm.server.audit import Event, Who, append
+from slm.server.bodies import AgentCreate, AgentUpdate
 from slm.server.database import Database
 from slm.server.keyed_reads import KeyedReads, binding_of
 from slm.server.keyring import Keyring

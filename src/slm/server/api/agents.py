@@ -27,7 +27,7 @@ from slm.errors import (
     TlsRequired,
     UnsupportedMediaType,
 )
-from slm.schemas import WITHOUT_NUL, Agent, AgentCreate, AgentList, AgentUpdate, LLMConfigWithKey
+from slm.schemas import WITHOUT_NUL, Agent, AgentList, LLMConfigWithKey
 from slm.server.api.common import (
     KEYED_PROBLEMS,
     READ_PROBLEMS,
@@ -51,6 +51,7 @@ from slm.server.api.common import (
 )
 from slm.server.api.waiting import Wait, receipt_of
 from slm.server.auth import Caller
+from slm.server.bodies import AgentCreate, AgentUpdate
 from slm.server.catalog import AgentFilter, Entry
 from slm.server.peer import require_private
 from slm.server.registry import Written

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Query, Request, Response
 from pydantic import BeforeValidator
 
 from slm.errors import AgentIsDefault, AgentNotFound, PreconditionFailed, RevisionNotFound
-from slm.schemas import Agent, ChangeList, Rollback
+from slm.schemas import Agent, ChangeList
 from slm.server.api.agents import BODY_PROBLEMS, FilterText, if_match, written_answer
 from slm.server.api.common import (
     KEYED_PROBLEMS,
@@ -27,6 +27,7 @@ from slm.server.api.common import (
 )
 from slm.server.api.waiting import Wait
 from slm.server.auth import Caller
+from slm.server.bodies import Rollback
 from slm.server.history import (
     MAX_PAGE,
     ChangeFilter,
