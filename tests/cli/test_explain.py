@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,16 +19,7 @@ from tests.fleet.sdk import applied, fleet_of
 from tests.server.raw import Api
 from tests.servers import InLoopServer, eventually, running_server
 
-BACKEND = """
-import asyncio, sys
-from slm import LLMInterface, SLMClient
-
-async def main():
-    async with SLMClient(sys.argv[1], name=sys.argv[2]) as client, LLMInterface(client):
-        await asyncio.Event().wait()
-
-asyncio.run(main())
-"""
+OPERATING = Path(__file__).parents[2] / "docs" / "operating.md"
 
 
 @pytest.fixture
@@ -41,9 +33,11 @@ async def server(tmp_path: Path) -> AsyncIterator[InLoopServer]:
 
 @contextlib.contextmanager
 def backend_process(server: InLoopServer, name: str) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a backend as a process for the block's length."""
+    """Run the backend of docs/operating.md as a process for the block's length."""
+    (code,) = re.findall(r"```python\n(.*?)```", OPERATING.read_text(), re.DOTALL)
+    assert "http://127.0.0.1:8760" in code
     process = subprocess.Popen(
-        [sys.executable, "-c", BACKEND, server.url, name],
+        [sys.executable, "-c", code.replace("http://127.0.0.1:8760", server.url), name],
         env=environment(SLM_TOKEN_FILE=str(server.data_dir / "backend.token")),
     )
     try:

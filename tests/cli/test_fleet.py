@@ -167,6 +167,8 @@ async def test_history_says_who_what_and_why(server: InLoopServer, admin: Api) -
     assert [line.split()[-1] for line in lines[1:]] == ["4", "gpt-5", "“better”", "openai/gpt-4o"]
     changes = await run(server, "changes", "--agent", "a", "--limit", "2")
     assert [line.split()[0] for line in changes.out.splitlines()] == ["REV", "4", "3"]
+    assert "api key – → set at 4" in changes.out, "what it changed, where the one before is known"
+    assert "changed, openai/gpt-5" in changes.out
     mine = await run(server, "changes", "--actor", "nobody", "--json")
     assert mine.json["changes"] == []
 

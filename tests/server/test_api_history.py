@@ -96,12 +96,14 @@ async def test_a_rollback_that_keeps_the_place_keeps_the_key(http: aiohttp.Clien
 
 
 async def test_a_deleted_agent_comes_back(http: aiohttp.ClientSession) -> None:
-    """Rolling back a deleted agent makes it again as it was, without its key."""
-    await send(http, "POST", "/api/agents", OLD, 201)
+    """Rolling back a deleted agent makes it again as it was, without its key, and says so."""
+    made = await send(http, "POST", "/api/agents", OLD, 201)
     await send(http, "DELETE", "/api/agents/billing?comment=by+mistake", status=204)
     back = await send(http, "POST", "/api/agents/billing/rollback", {})
     assert back["llm_options"] == {"top_p": 0.5}
     assert back["has_api_key"] is False
+    assert back["api_key_cleared"] is True
+    assert back["restored_revision"] == made["revision"]
     history = await send(http, "GET", "/api/agents/billing/history")
     assert [change["type"] for change in history["changes"]] == [
         "agent_created",

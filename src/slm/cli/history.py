@@ -137,7 +137,9 @@ def changes(
         output.print_json(answer.data)
         return
     found = parsed(ChangeList, answer)
-    _print_changes([(change, None) for change in found.changes], with_agent=True)
+    # What others changed in between is not in a list of one actor's changes.
+    befores = {} if actor is not None else _befores(found.changes)
+    _print_changes([(each, befores.get(each.revision)) for each in found.changes], with_agent=True)
     output.note(f"revision {found.revision}, {target.url}")
 
 
@@ -183,6 +185,17 @@ def _print_changes(changes: list[tuple[Change, Change | None]], *, with_agent: b
             told = [", ".join(what) or "–", why or "–"]
         rows.append([str(change.revision), when, escape(change.actor), *named, *told])
     output.table(columns if at_terminal else [*columns, "WHY"], rows, right=["REV"])
+
+
+def _befores(changes: list[Change]) -> dict[int, Change]:
+    """Return the change before each one of the same agent, by revision, where it is among them."""
+    befores: dict[int, Change] = {}
+    last: dict[str, Change] = {}
+    for change in sorted(changes, key=lambda each: each.revision):
+        if change.agent_id in last:
+            befores[change.revision] = last[change.agent_id]
+        last[change.agent_id] = change
+    return befores
 
 
 def _what(change: Change, before: Change | None) -> list[str]:

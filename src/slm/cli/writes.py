@@ -265,8 +265,8 @@ def _warned_of_cleared_key(answer: Answer) -> bool:
     cleared = bool(answer.data.get("api_key_cleared"))
     if cleared:
         output.warning(
-            "the stored API key was cleared: it belongs to another provider or address; give the"
-            f" right one: slm agents set {answer.data['agent_id']} --api-key"
+            "the stored API key was cleared: a key is bound to its provider and address, and never"
+            f" brought back; give one: slm agents set {answer.data['agent_id']} --api-key"
         )
     return cleared
 

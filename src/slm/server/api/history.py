@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Annotated
 
@@ -138,7 +139,7 @@ async def roll_back(
     """Give an agent back what it was at a revision, as a new change; a key is never restored."""
     caller.require_writable(agent_id)
     who = who_of(request, caller)
-    old = await History(services.database).agent_before(agent_id, rollback.to)
+    old = (await History(services.database).agent_before(agent_id, rollback.to)).agent
     comment = f"restores revision {old.revision}"
     if rollback.comment is not None:
         comment += f": {rollback.comment}"
@@ -147,7 +148,7 @@ async def roll_back(
     try:
         written = await registry.update(
             agent_id,
-            restoring_update(old.agent, comment),
+            restoring_update(old, comment),
             actor=who.actor,
             comment=comment,
             if_match=if_revision,
@@ -155,9 +156,11 @@ async def roll_back(
         )
     except AgentNotFound:
         written = await registry.create(
-            restoring_create(old.agent, comment),
+            restoring_create(old, comment),
             actor=who.actor,
             comment=comment,
             address=who.address,
         )
+    if old.has_api_key and written.agent is not None and not written.agent.has_api_key:
+        written = replace(written, api_key_cleared=True)
     return await written_answer(services, written, 200, wait, restored_revision=old.revision)
