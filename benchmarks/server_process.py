@@ -21,7 +21,7 @@ from typing import Any
 
 from benchmarks import machine, native
 from slm.server.frames import encode_change
-from slm.server.process import collect_rarely
+from slm.server.process import tune_interpreter
 from slm.server.run import SLMServer
 from slm.server.settings import Settings
 from slm.server.transport import text_frames
@@ -115,7 +115,7 @@ class SideDoor:
 async def main(data_dir: Path, side_door: Path, settings: dict[str, Any]) -> None:
     server = SLMServer(Settings(port=0, data_dir=data_dir, **settings))
     url = await server.start()
-    collect_rarely()
+    tune_interpreter()
     await SideDoor(server).serve(side_door)
     print(f"READY {url}", flush=True)
     await asyncio.get_running_loop().run_in_executor(None, sys.stdin.readline)

@@ -1,4 +1,4 @@
-"""What a server process does about its own memory: no dumps of it, and few walks through it."""
+"""What a server process sets for itself: no dumps of its memory, and an interpreter for a loop."""
 
 from __future__ import annotations
 
@@ -18,11 +18,20 @@ the time of accepting it. What closed streams leave behind for it is then some t
 """
 
 
-def collect_rarely() -> None:
-    """Have the cyclic collector look less often, and never at what the start has made.
+SWITCH_SECONDS: Final = 0.0005
+"""How long a thread that decrypts keys may keep the event loop waiting for the interpreter.
 
-    Of the whole process, so only for one that is a server and nothing else, once it is started.
+With Python's 5 ms the loop lost that at each of its writes while a snapshot was being made.
+"""
+
+
+def tune_interpreter() -> None:
+    """Have the cyclic collector look less often, and threads give way to the event loop sooner.
+
+    Of the whole process, so only for one that is a server and nothing else, once it is started:
+    what the start has made is never looked at again.
     """
+    sys.setswitchinterval(SWITCH_SECONDS)
     gc.collect()
     gc.freeze()
     gc.set_threshold(*COLLECT_AFTER)

@@ -21,7 +21,7 @@ from slm.protocol import MAX_ACK_BYTES
 from slm.server import failpoints
 from slm.server.app import create_app
 from slm.server.prepare import Prepared, prepare
-from slm.server.process import collect_rarely, forbid_core_dumps
+from slm.server.process import forbid_core_dumps, tune_interpreter
 from slm.server.services import Services
 from slm.server.settings import Settings
 from slm.server.tls import ServerTls
@@ -68,7 +68,7 @@ async def serve(
     loop.add_signal_handler(signal.SIGHUP, server.reload_tls)
     try:
         url = await server.start()
-        collect_rarely()
+        tune_interpreter()
         for note in server.notes:
             on_note(note)
         on_ready(url)
