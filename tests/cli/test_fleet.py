@@ -12,7 +12,7 @@ import pytest
 
 from slm import ResolvedConfig, SLMClient
 from tests.cli.command import CANARY, Done, slm, slm_at_a_terminal
-from tests.fleet.sdk import applied, sdk
+from tests.fleet.sdk import applied, fleet_of, sdk
 from tests.server.raw import Api
 from tests.servers import InLoopServer, eventually
 
@@ -204,6 +204,31 @@ async def test_key_status(server: InLoopServer, admin: Api, backends: list[SLMCl
     done = await run(server, "agents", "key-status", "a")
     assert done.code == 0
     assert "safe to revoke" in done.out
+
+
+async def test_key_status_of_who_cannot_be_asked(
+    server: InLoopServer, admin: Api, backend: Api
+) -> None:
+    """Who never acks may hold any key; who went away in between is no obstacle, but named."""
+    await admin.create("a", llm_provider="openai", llm_api_key=CANARY)
+    async with backend.stream(client={"name": "mute", "instance": "1"}) as mute:
+        await mute.frame()
+        async with backend.stream(client={"name": "away", "instance": "1"}) as away:
+            await away.send(ack=(await away.frame())["revision"])
+            await eventually(lambda: applied(admin, 2, "away"))
+        await eventually(lambda: _is(admin, "away", "gone"))
+        await admin.put("a", llm_api_key="sk-second")
+        unknown = await run(server, "agents", "key-status", "a")
+        assert unknown.code == 1
+        assert "mute/1: never says what it took (no acks)" in unknown.out
+    await eventually(lambda: _is(admin, "mute", "gone"))
+    safe = await run(server, "agents", "key-status", "a")
+    assert (safe.code, "safe to revoke" in safe.out) == (0, True)
+    assert "warning: away/1 went away before it took the change" in safe.err
+
+
+async def _is(admin: Api, name: str, state: str) -> bool:
+    return bool((await fleet_of(admin))[name]["state"] == state)
 
 
 async def test_a_watcher_is_no_backend_that_hangs(server: InLoopServer) -> None:

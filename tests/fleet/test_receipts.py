@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from slm.protocol import ClientInfo
+from slm.server.backends import RECEIPT_REVISIONS, Acked, Backend
 from slm.server.fleet import KEEP_GONE_SECONDS
 from tests.server.raw import Api, Socket
 from tests.servers import InLoopServer, eventually
@@ -165,6 +167,22 @@ async def test_the_fleet_says_who_runs_what(admin: Api, backend: Api) -> None:
     await eventually(lambda: _state(admin, "one/1", "gone"))
 
 
+async def test_a_backend_that_comes_and_goes_is_still_expected(admin: Api, backend: Api) -> None:
+    """However often it has connected since, a backend stays in the receipt of what it heard."""
+    async with backend.stream(client=client("flapping")) as socket:
+        await joined(socket)
+        await eventually(lambda: _acked(admin, 1))
+        revision = (await admin.create("a")).revision
+    for _ in range(25):
+        async with backend.stream(client=client("flapping")) as socket:
+            await socket.frame()
+    receipt = (await admin.get(f"/api/changes/{revision}/receipt")).json
+    assert (receipt["applied"], receipt["pending"]) == ([], ["flapping/1"])
+    later = (await admin.create("b")).revision
+    receipt = (await admin.get(f"/api/changes/{later}/receipt")).json
+    assert receipt["pending"] == []
+
+
 async def test_who_went_away_is_told_of_for_an_hour(
     server: InLoopServer, admin: Api, backend: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -240,6 +258,29 @@ async def test_a_write_that_alters_nothing_asks_who_has_it(admin: Api, backend: 
         assert answer.json["receipt"]["applied"] == ["one/1"]
 
 
+async def test_who_may_not_see_an_agent_is_in_no_receipt_of_it(admin: Api) -> None:
+    """A backend of a limited token is waited for where it sees the change, and there alone."""
+    answer = await admin.call(
+        "POST",
+        "/api/admin/tokens",
+        json={"name": "team", "scopes": ["config:read", "key:read"], "agents": ["team-*"]},
+    )
+    limited = Api(admin.server, admin.session, answer.json["token"])
+    await admin.create("other")
+    await admin.create("team-a")
+    async with limited.stream(client=client("team")) as socket, asyncio.TaskGroup() as group:
+        await joined(socket)
+        await eventually(lambda: _acked(admin, 1))
+        task = group.create_task(acks(socket))
+        for agent_id, expected in (("other", []), ("team-a", ["team/1"]), ("default", ["team/1"])):
+            change = {"llm_model": "n"}
+            path = f"/api/agents/{agent_id}?wait=30s"
+            receipt = (await admin.call("PUT", path, json=change)).json["receipt"]
+            assert receipt["applied"] == expected, agent_id
+            assert receipt["pending"] == []
+        task.cancel()
+
+
 async def test_the_fleet_is_closed_to_limited_tokens(admin: Api) -> None:
     """Who may see some agents alone does not learn who serves the others."""
     answer = await admin.call(
@@ -252,3 +293,20 @@ async def test_the_fleet_is_closed_to_limited_tokens(admin: Api) -> None:
     assert (await limited.get("/api/fleet")).code == "forbidden"
     revision = (await admin.create("other")).revision
     assert (await limited.get(f"/api/changes/{revision}/receipt")).code == "revision-not-found"
+
+
+def test_what_others_are_told_is_of_one_moment() -> None:
+    """Acks that come in while a backend is written for other servers are not in it."""
+    one = Backend("one", ClientInfo(), "backend", "r", "server")
+    one.begin(0, 1.0)
+    for revision in range(RECEIPT_REVISIONS):
+        one.acks.add(Acked(revision, float(revision), {}))
+    told = one.told()
+    before = told.to_json(0.0)
+    assert [ack[0] for ack in before["acks"]] == [*range(968, 1000)]
+    for revision in range(1000, 2000):
+        one.acks.add(Acked(revision, float(revision), {}))
+    one.begin(2000, 2.0)
+    assert told.to_json(0.0)["acks"] == before["acks"]
+    assert before["acked"] == 1000
+    assert len(told.to_json(0.0)["stretches"]) == 1

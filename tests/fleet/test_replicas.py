@@ -12,9 +12,10 @@ from datetime import datetime
 from typing import Any
 
 import aiohttp
-from sqlalchemy import select
+from sqlalchemy import select, update
 
 from slm import ResolvedConfig
+from slm.server.fleet import KEEP_GONE_SECONDS
 from slm.server.models import BACKENDS
 from tests.fleet.sdk import applied, fleet_of, sdk
 from tests.server.raw import Api
@@ -193,6 +194,16 @@ async def test_a_lease_that_ran_out_takes_its_backends_along(
         async def gone() -> bool:
             return bool((await fleet_of(apis[0]))["orphan"]["state"] == "gone")
 
+        # It had nothing new to tell for longer than that.
+        services = replicas[0].running.services
+        long_ago = update(BACKENDS).values(written_at=BACKENDS.c.written_at - 2 * KEEP_GONE_SECONDS)
+        await services.database.run(lambda connection: connection.execute(long_ago) and None)
+        await eventually(gone, 20, every=0.1)
+        services.fleet_sync._cleaned_at = 0.0
+        assert await gone()
+        # Nor has a server that starts only now forgotten them.
+        await replicas[0].stop()
+        await replicas[0].start()
         await eventually(gone, 20, every=0.1)
 
 

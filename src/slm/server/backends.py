@@ -9,7 +9,7 @@ import math
 from array import array
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, NamedTuple
 
 from slm.protocol import ClientInfo, NotInForce
@@ -87,6 +87,14 @@ class AckLog:
         """Forget what was acked; the count goes on."""
         del self._revisions[:], self._times[:], self._refusals[:], self._gaps[:]
 
+    def newest(self, count: int) -> AckLog:
+        """Return a log of the newest ones alone, which nobody changes."""
+        log = AckLog()
+        log.count = self.count
+        log._revisions, log._times = self._revisions[-count:], self._times[-count:]
+        log._gaps, log._refusals = self._gaps[-count:], self._refusals[-count:]
+        return log
+
     def since(self, revision: int) -> Iterator[Acked]:
         """Yield the acks of `revision` and later ones, the oldest first."""
         return map(self._at, range(bisect_left(self._revisions, revision), len(self)))
@@ -163,7 +171,11 @@ class Backend:
     def begin(self, head: int, now: float) -> None:
         """Note that it subscribed."""
         self.end(head, now)
-        self.stretches = [*self.stretches[1 - _MAX_STRETCHES :], Stretch(head)]
+        if len(self.stretches) == _MAX_STRETCHES:
+            # Who comes and goes is still expected where it was first.
+            first, second, *later = self.stretches
+            self.stretches = [Stretch(first.first, second.last, second.ended_at), *later]
+        self.stretches = [*self.stretches, Stretch(head)]
         self.since = now
 
     def end(self, head: int, now: float) -> None:
@@ -205,9 +217,12 @@ class Backend:
             whole.acks.add(ack)
         return whole
 
+    def told(self) -> Backend:
+        """Return a copy for other replicas, to be written while further acks come in."""
+        return replace(self, acks=self.acks.newest(SHARED_ACKS))
+
     def to_json(self, offset_seconds: float) -> dict[str, Any]:
-        """Return what other replicas are told; `offset_seconds` makes our times the database's."""
-        acks = list(self.acks)[-SHARED_ACKS:]
+        """Return it for other replicas; `offset_seconds` makes our times the database's."""
         return {
             "client": self.client.model_dump(exclude_none=True),
             "token": self.token,
@@ -222,7 +237,7 @@ class Backend:
                 [a.revision, a.at + offset_seconds]
                 + ([{k: [v.revision, v.reason] for k, v in a.not_in_force.items()}])
                 * bool(a.not_in_force)
-                for a in acks
+                for a in self.acks
             ],
             "acked": self.acks.count,
             "keys": dict(self.keys),

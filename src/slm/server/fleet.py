@@ -182,9 +182,9 @@ class Fleet:
     # --- what other replicas know ---
 
     def take_dirty(self) -> list[Backend]:
-        """Return this server's backends that changed since the last call."""
+        """Return copies of this server's backends that changed since the last call."""
         keys, self.dirty = self.dirty, set()
-        return [self._own[key] for key in keys if key in self._own]
+        return [self._own[key].told() for key in keys if key in self._own]
 
     def merge(self, replica: str, key: str, data: Mapping[str, Any], offset_seconds: float) -> None:
         """Take in what another replica tells of a backend."""

@@ -223,7 +223,9 @@ class FleetSync:
         if now - self._cleaned_at > _CLEAN_SECONDS:
             self._cleaned_at = now
             old = b.written_at < now - KEEP_GONE_SECONDS
-            gone = or_(b.connected != true(), b.replica.not_in([mine, *news.live]))
+            # Of a server that died the row stays as long as its lease can be seen: what it said
+            # last may be older than its end.
+            gone = or_(b.connected != true(), b.replica.not_in(select(REPLICAS.c.id)))
             connection.execute(delete(BACKENDS).where(old, gone))
         return news
 
