@@ -41,6 +41,9 @@ BENCHES = [
 SLOW = {"polling"}
 """Left out of the quick run: their peer cannot be hurried."""
 
+MOST_SECONDS = 900
+"""A bench that takes longer is given up, so that the others have their turn."""
+
 QUICK_REPEATS = 1
 FULL_REPEATS = 5
 
@@ -76,7 +79,9 @@ def _measure(options: argparse.Namespace, folder: Path) -> list[str]:
             continue
         begin = time.monotonic()
         try:
-            asyncio.run(run.run(bench, run.Options(repeats, options.quick), folder))
+            print(f"{bench.name}: begins", file=sys.stderr, flush=True)
+            work = run.run(bench, run.Options(repeats, options.quick), folder)
+            asyncio.run(asyncio.wait_for(work, MOST_SECONDS))
         except Missing as error:
             print(f"{bench.name}: missing: {error}", file=sys.stderr)
             failed.append(bench.name)

@@ -33,7 +33,7 @@ class Shape:
     gap_seconds: float
 
 
-FULL = (Shape(1, 200, 0.005), Shape(500, 40, 0.12))
+FULL = (Shape(1, 200, 0.005), Shape(500, 25, 0.12))
 QUICK = (Shape(1, 60, 0.005), Shape(100, 15, 0.05))
 
 
@@ -55,6 +55,15 @@ async def measure(options: Options) -> dict[str, Any]:
                     taken = await _one(name, cls, shape)
                 except Missing as error:
                     missing[name] = str(error)
+                    break
+                except Exception as error:
+                    if name == "slm":
+                        raise
+                    # A peer that fails once is told of and left out; the others go on.
+                    missing[name] = (
+                        f"failed at × {shape.watchers} in repeat {repeat + 1}: {error!r}"
+                    )
+                    rows.pop(name, None)
                     break
                 say(f"propagation {repeat + 1}: {name} × {shape.watchers}", taken)
                 per_shape = rows.setdefault(name, {})

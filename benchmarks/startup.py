@@ -61,7 +61,7 @@ async def measure(options: Options) -> dict[str, Any]:
     async with BenchServer(agents=agents, keys=True, core=machine.cores()[0]) as server:
         for repeat in range(options.repeats):
             rounds: dict[str, list[float]] = {}
-            for _ in range(3 if options.quick else 5):
+            for _ in range(3):
                 for name, statements in IMPORTS.items():
                     rounds.setdefault(name, []).append(await _import_seconds(statements))
             for name, seconds in rounds.items():

@@ -270,6 +270,16 @@ class AnyStream(RuleBasedStateMachine):
         if self.cache.live:
             assert self.cache.default_id is not None
 
+    @invariant()
+    def who_is_unsettled_is_known_without_a_search(self) -> None:
+        """An ack names just those active agents whose newest config is not in force, or not yet."""
+        known = {agent_id: self.cache.find(agent_id) for agent_id in [*AGENTS, "default"]}
+        assert dict(self.cache.unsettled()) == {
+            agent_id: each
+            for agent_id, each in known.items()
+            if each and each.is_active and (each.awaits_key or each.refused is not None)
+        }
+
     @rule()
     def heal(self) -> None:
         """Let everything arrive: the cache is equal to the database, to the last field."""

@@ -66,6 +66,8 @@ class AgentConfigCache:
         self.generation = 0
         self.refused: Callable[[ResolvedConfig], str | None] = lambda config: None
         self._agents: dict[str, KnownAgent] = {}
+        # Kept beside: an ack asks for them after each change, and there may be 100,000 agents.
+        self._unsettled: dict[str, KnownAgent] = {}
         self._tombstones: dict[str, int] = {}
         self._streamed = 0
         self._base = 0
@@ -121,13 +123,11 @@ class AgentConfigCache:
 
     def keys_awaited(self) -> list[str]:
         """Return the agents whose newest config lacks its key."""
-        return [agent_id for agent_id, known in self._agents.items() if known.awaits_key]
+        return [agent_id for agent_id, known in self._unsettled.items() if known.awaits_key]
 
     def unsettled(self) -> Iterator[tuple[str, KnownAgent]]:
         """Yield the active agents whose newest config is not in force, or not yet."""
-        for agent_id, known in self._agents.items():
-            if (known.awaits_key or known.refused is not None) and known.is_active:
-                yield agent_id, known
+        yield from self._unsettled.items()
 
     def key_revision(self, agent_id: str) -> int | None:
         """Return the revision of the agent's present key; None with no key or no agent."""
@@ -267,6 +267,7 @@ class AgentConfigCache:
             return False
         served = known.in_force is not None
         known.key_error = reason
+        self._note_unsettled(agent_id, known)
         self._supersede(known)
         known.config = None
         self.ready.pop(agent_id, None)
@@ -352,6 +353,7 @@ class AgentConfigCache:
         if old is not None and (new.config is not old.config or kept):
             self._supersede(old)
         self._agents[agent_id] = new
+        self._note_unsettled(agent_id, new)
         self._tombstones.pop(agent_id, None)
         if new.is_active and new.config is not None and new.pending is None:
             self.ready[agent_id] = new.config
@@ -388,6 +390,7 @@ class AgentConfigCache:
                 known.freshness = Freshness(self, self.clock(), from_file=False)
                 self.ready[agent_id] = known.config
                 swapped.append(agent_id)
+            self._note_unsettled(agent_id, known)
         return swapped
 
     def _held_key(
@@ -402,12 +405,19 @@ class AgentConfigCache:
                     return held.llm_api_key, held.llm_api_key is not None
         return None, False
 
+    def _note_unsettled(self, agent_id: str, known: KnownAgent) -> None:
+        if known.is_active and (known.awaits_key or known.refused is not None):
+            self._unsettled[agent_id] = known
+        else:
+            self._unsettled.pop(agent_id, None)
+
     def _supersede(self, known: KnownAgent) -> None:
         if known.freshness.superseded_at is None:
             known.freshness.superseded_at = self.clock()
 
     def _drop(self, agent_id: str) -> bool:
         known = self._agents.pop(agent_id, None)
+        self._unsettled.pop(agent_id, None)
         self.ready.pop(agent_id, None)
         if known is None:
             return False
