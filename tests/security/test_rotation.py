@@ -370,7 +370,7 @@ async def test_killed_before_any_transaction_of_a_rotation_no_key_is_lost(tmp_pa
 async def test_a_server_killed_in_mid_rotation_harms_nobody(
     tmp_path: Path, postgres_url: str
 ) -> None:
-    """Killed before any transaction of it: on the other replica no request fails, no key is lost."""
+    """Killed before any transaction: on the other replica no request fails, no key is lost."""
     ring = [Fernet.generate_key().decode() for _ in range(9)]
     env = {"SLM_DATABASE_URL": postgres_url, "SLM_ENCRYPTION_KEYS": ",".join(ring)}
     victim = ForkedServer(tmp_path / "victim", env=env, testing=True)
