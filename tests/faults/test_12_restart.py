@@ -102,9 +102,9 @@ async def test_a_thousand_clients_and_one_restart(
 async def test_a_fleet_that_lost_its_server_at_one_moment_does_not_come_back_at_one_moment(
     sqlite_site: Site, http: aiohttp.ClientSession, record_property: Callable[[str, object], None]
 ) -> None:
-    """After a kill -9 the first tries lie all over the first two seconds: no tenth has half."""
+    """After a kill -9 the first tries lie all over their seconds: no tenth of one has half."""
     count = 200
-    backoff = {"backoff_initial_seconds": 2.0, "request_timeout_seconds": 10.0}
+    backoff = {"backoff_initial_seconds": 3.0, "request_timeout_seconds": 10.0}
     async with sqlite_site.process() as server, AsyncExitStack() as stack:
         proxy = await stack.enter_async_context(proxied(server.url))
         clients = [
@@ -119,11 +119,12 @@ async def test_a_fleet_that_lost_its_server_at_one_moment_does_not_come_back_at_
 
         killed = time.monotonic()
         server.kill()
-        await eventually(lambda: len(tries()) >= count, 30, 0.02)
-        # Each waits between 0 and 2 s, so a tenth of a second has a twentieth of them; had all
-        # waited for the same time, it would have them all.
+        await eventually(lambda: len(tries()) >= 2 * count, 30, 0.02)
+        # Each waits between 0 and 3 s and then connects twice (aiohttp repeats a GET at once when
+        # the connection was cut), so a tenth of a second has 13 on average. Had all waited for the
+        # same time, it would have 400.
         record_property("peak_connections_in_100_ms", peak(tries(), 0.1))
-        assert peak(tries(), 0.1) <= count / 2
+        assert peak(tries(), 0.1) <= count
         await server.start()
         after = await Operator(http, server.url, sqlite_site.admin_token).create("billing")
         await eventually(

@@ -26,6 +26,7 @@ import pytest
 from aiohttp import web
 from cryptography.fernet import Fernet
 
+import slm
 from slm import SLMClient
 from slm.errors import SLMError
 from slm.llm import LLMInterface, RetrySettings
@@ -45,6 +46,7 @@ FORMS = {
     json.dumps(CANARY)[1:-1].replace("/", "\\/"),
     CANARY[3:],
 }
+OURS = Path(slm.__file__).parent
 MESSAGES = [{"role": "user", "content": "hello"}]
 KEYED = {("GET", "/api/agents/{agent_id}/llm"), ("GET", "/api/snapshot")}
 DIALECTS = ("openai", "anthropic", "ollama")
@@ -93,7 +95,7 @@ def _told(error: BaseException, seen: set[int]) -> Iterator[str]:
     seen.add(id(error))
     yield "".join(traceback.TracebackException.from_exception(error).format())
     for frame, _ in traceback.walk_tb(error.__traceback__):
-        if "/slm/" in frame.f_code.co_filename:  # of ours; the test's own hold the canary
+        if Path(frame.f_code.co_filename).is_relative_to(OURS):  # the test's own hold the canary
             yield from map(repr, frame.f_locals.values())
     yield repr(error)
     yield from _inside(vars(error), 6, seen)

@@ -14,7 +14,7 @@ import aiohttp
 import pytest
 
 from slm.errors import StartupError
-from slm.server.run import SLMServer, serve
+from slm.server.run import SLMServer
 from slm.server.settings import Settings
 from tests.server.raw import Api
 from tests.servers import TENTH, InLoopServer, ServerProcess, eventually, running_server
@@ -139,23 +139,6 @@ async def test_it_listens_where_it_is_told(
     async with running_server(tmp_path, host=host) as server:
         answer = await session.get(f"{server.url}/healthz")
         assert await answer.json() == {"status": "ok"}
-
-
-async def test_serve_tells_when_it_answers(tmp_path: Path) -> None:
-    """on_ready has the real port, on_note says where the tokens are and not what they hold."""
-    urls: list[str] = []
-    notes: list[str] = []
-    settings = Settings(data_dir=tmp_path, port=0, **TENTH)
-    running = asyncio.create_task(serve(settings, on_ready=urls.append, on_note=notes.append))
-    await eventually(lambda: urls)
-    async with aiohttp.ClientSession() as session:
-        assert (await session.get(f"{urls[0]}/readyz")).status == 200
-    running.cancel()
-    await asyncio.gather(running, return_exceptions=True)
-    text = "\n".join(notes)
-    for name in ("admin.token", "backend.token", "encryption.key"):
-        assert str(tmp_path / name) in text
-        assert (tmp_path / name).read_text().strip() not in text
 
 
 async def test_a_request_under_way_is_finished(

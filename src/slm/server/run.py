@@ -51,6 +51,8 @@ async def serve(
 ) -> None:
     """Run the server until SIGTERM or SIGINT; SIGHUP reloads its TLS certificate.
 
+    For a process that is a server and nothing else, whose signals and interpreter it takes over.
+
     Args:
         settings: what the operator set.
         on_ready: called with the URL, its real port included, when the server answers.
