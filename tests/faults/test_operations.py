@@ -10,7 +10,7 @@ import shutil
 import ssl
 import subprocess
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import aiohttp
@@ -19,6 +19,7 @@ import trustme
 from sqlalchemy.engine import make_url
 
 from tests.faults.backends import backend, backends, believes, is_live
+from tests.faults.network import proxied
 from tests.faults.site import Operator, Site
 from tests.faults.subscriber import heard, subscribers
 from tests.postgres import free_port, programs
@@ -255,3 +256,47 @@ async def test_a_rolling_restart(postgres_site: Site, http: aiohttp.ClientSessio
             assert all(len(s.connections) > n for s, n in zip(subs, connections, strict=True))
             truth = await operators[0].agents()
             assert all(s.agents == truth for s in subs)
+
+
+async def test_sigterm_ends_it_within_ten_seconds_whatever_hangs(
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    http: aiohttp.ClientSession,
+    record_property: Callable[[str, object], None],
+) -> None:
+    """A silent database, a body that never ends, one who reads nothing: it is gone in 10 s."""
+    url = make_url(request.getfixturevalue("postgres_url"))
+    direct = url.render_as_string(hide_password=False)
+    async with proxied(direct) as database:
+        through = url.set(port=database.port).render_as_string(hide_password=False)
+        site = Site("postgresql", tmp_path, direct, through)
+        # The defaults: what an operator has.
+        defaults = {"database_timeout_seconds": 10.0, "shutdown_seconds": 3.0}
+        async with (
+            site.process(**defaults, lock_timeout_seconds=None) as server,
+            subscribers(5, server.url, site.backend_token) as subs,
+            proxied(server.url) as clients,
+            subscribers(5, clients.url, site.backend_token) as silent,
+        ):
+            operator = Operator(http, server.url, site.admin_token)
+            revision = await operator.create("billing")
+            await eventually(lambda: all(s.reached(revision) for s in [*subs, *silent]))
+            port = int(server.url.rpartition(":")[2])
+            _, half = await asyncio.open_connection("127.0.0.1", port)
+            half.write(
+                b"PUT /api/agents/billing HTTP/1.1\r\nHost: slm\r\nContent-Length: 1000\r\n"
+                b"Authorization: Bearer " + site.admin_token.encode() + b"\r\n\r\n{"
+            )
+            clients.stall()
+            database.stall()
+            writing = asyncio.create_task(operator.ask("PUT", "/api/agents/billing", {"name": "x"}))
+            await eventually(lambda: all(s.behind for s in subs))
+            began = time.monotonic()
+            assert await server.terminate() == 0
+            record_property("seconds_to_exit", round(time.monotonic() - began, 1))
+            assert time.monotonic() - began < 10
+            assert all(1012 in s.closes for s in subs)
+            half.transport.abort()
+            with contextlib.suppress(aiohttp.ClientError):
+                assert (await writing)[0] in (500, 503)
+            database.resume()

@@ -30,6 +30,9 @@ from slm.server.problems import (
 from slm.server.services import Services, make_services
 from slm.server.settings import Settings
 
+LAST_WORDS_SECONDS = 0.5
+"""How long each of the last writes may take: what was used, and that this server is gone."""
+
 
 class _Application(FastAPI):
     """FastAPI, whose document also has what stands outside its routes' own models.
@@ -122,6 +125,8 @@ def create_app(settings: Settings, prepared: Prepared) -> FastAPI:
                     await worker.start()
                     stack.push_async_callback(worker.stop)
                 yield
+                # Leases end by themselves: a database that is away does not hold the end up.
+                services.database.answer_within(LAST_WORDS_SECONDS if services.feed.current else 0)
         finally:
             await services.feed.stop()
             await services.hub.stop()

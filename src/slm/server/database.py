@@ -182,11 +182,12 @@ class Database:
             raise DatabaseUnavailable("The database is closed.")
         loop = asyncio.get_running_loop()
         try:
-            future = loop.run_in_executor(self._threads, work)
+            running = self._threads.submit(work)
         except RuntimeError as error:
             if "after shutdown" not in str(error):
                 raise
             raise DatabaseUnavailable("The database is closed.") from None
+        future = asyncio.wrap_future(running)
         if attempt is None or self._answer_timeout_seconds is None:
             return await future
         self._attempts.add(attempt)
@@ -201,8 +202,17 @@ class Database:
                 raise OutcomeUnknown from None
             raise DatabaseUnavailable("The database did not answer in time.") from None
         finally:
-            timer.cancel()
-            self._attempts.discard(attempt)
+
+            def over() -> None:
+                timer.cancel()
+                self._attempts.discard(attempt)
+
+            if running.done():
+                over()
+            else:
+                # Whoever waited went, but on a silent network the thread hangs: it is still to be
+                # cut, by the timer or by `close`, or it never comes back.
+                running.add_done_callback(lambda _: _in_loop(loop, over))
 
     def _transaction(self, fn: Callable[[Connection], T], read_only: bool, attempt: Attempt) -> T:
         try:
@@ -351,3 +361,9 @@ def _make_private(path: Path) -> None:
 
 def _decoded(raw: bytes) -> str:
     return raw.decode("utf-8", "replace")
+
+
+def _in_loop(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
+    """Call it in the loop, unless that has ended."""
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(call)

@@ -199,6 +199,9 @@ class _Uvicorn(uvicorn.Server):
         await self.main_loop()
         for server in self.servers:
             server.close()
+        if not self._slm.services.feed.current:
+            # It does not answer: what would begin now, such as to connect, is refused at once.
+            self._slm.services.database.answer_within(0)
         self._slm.services.fleet.close()
         await self._slm.services.hub.close_streams(self._slm.settings.shutdown_seconds)
         await self.shutdown()
