@@ -12,6 +12,7 @@ import subprocess
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import pytest
@@ -271,9 +272,9 @@ async def test_sigterm_ends_it_within_ten_seconds_whatever_hangs(
         through = url.set(port=database.port).render_as_string(hide_password=False)
         site = Site("postgresql", tmp_path, direct, through)
         # The defaults: what an operator has.
-        defaults = {"database_timeout_seconds": 10.0, "shutdown_seconds": 3.0}
+        defaults: dict[str, Any] = {"database_timeout_seconds": 10.0, "shutdown_seconds": 3.0}
         async with (
-            site.process(**defaults, lock_timeout_seconds=None) as server,
+            site.process(**defaults) as server,
             subscribers(5, server.url, site.backend_token) as subs,
             proxied(server.url) as clients,
             subscribers(5, clients.url, site.backend_token) as silent,
