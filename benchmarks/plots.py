@@ -15,6 +15,7 @@ mpl.rcParams["svg.fonttype"] = "none"
 mpl.rcParams["font.size"] = 9
 
 from matplotlib import pyplot as plt  # noqa: E402 - after the backend is chosen
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter  # noqa: E402
 
 COLOURS = {
     "slm": "#0b6e4f",
@@ -43,6 +44,13 @@ def draw(results: dict[str, dict[str, Any]], folder: Path) -> list[str]:
     return drawn
 
 
+def _plain_log(axis: Any, *steps: float) -> None:
+    """Label a logarithmic axis at these steps of each decade, as people write numbers."""
+    axis.set_major_locator(LogLocator(subs=steps))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
 def _fanout(data: dict[str, Any]) -> Any:
     sizes = [int(size) for size in data["per_size"]]
     plotted, axes = plt.subplots(figsize=(6.4, 3.6))
@@ -58,6 +66,8 @@ def _fanout(data: dict[str, Any]) -> Any:
         )
     axes.set_xscale("log")
     axes.set_yscale("log")
+    _plain_log(axes.xaxis, 1)
+    _plain_log(axes.yaxis, 1, 3)
     axes.set_xlabel("subscribers")
     axes.set_ylabel("ms until the last one has the change")
     axes.grid(visible=True, which="major", alpha=0.3)
@@ -85,11 +95,20 @@ def _propagation(data: dict[str, Any]) -> Any:
                 label=data["labels"][peer],
             )
         axes.set_xscale("log")
+        _plain_log(axes.xaxis, 1, 2, 5)
         axes.set_xlabel("ms from the write's start to the callback")
         axes.set_title(f"{shape} watcher{'s' if shape != '1' else ''}")
         axes.grid(visible=True, which="both", alpha=0.25)
     all_axes[0].set_ylabel("% of callbacks")
-    all_axes[-1].legend(frameon=False, loc="lower right")
+    handles, labels = all_axes[0].get_legend_handles_labels()
+    plotted.legend(
+        handles,
+        labels,
+        frameon=False,
+        ncols=len(labels),
+        loc="upper center",
+        bbox_to_anchor=(0.5, 0),
+    )
     return plotted
 
 
@@ -109,6 +128,7 @@ def _growth(data: dict[str, Any]) -> Any:
             alpha=0.15,
         )
         axes.set_xscale("log")
+        _plain_log(axes.xaxis, 1)
         axes.set_ylim(bottom=0)
         axes.set_xlabel("agents")
         axes.set_ylabel(label)

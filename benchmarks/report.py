@@ -54,8 +54,6 @@ def _document(kept: Kept, results: targets.Results, table: str) -> str:
     for name, section in _SECTIONS.items():
         if name in results:
             parts.append(section(results[name]))
-            if name == "fanout" and kept[name]["commit"].rstrip("+") in notes.STAMP_COMMITS:
-                parts.append(notes.STAMP)
     parts += ["## Where and when", _where(kept)]
     return "\n\n".join(parts) + "\n"
 

@@ -83,6 +83,11 @@ def _memory(results: Results) -> tuple[str, bool | None]:
     )
 
 
+def _slim_memory(results: Results) -> tuple[str, bool | None]:
+    text, _ = _memory(results)
+    return f"no such protocol is built; {text} as above", False
+
+
 def _accepted(results: Results) -> tuple[str, bool | None]:
     plain = figure(results["accept"]["plain"])
     tls = results["accept"].get("tls")
@@ -199,6 +204,7 @@ _TARGETS: list[tuple[str, str, str, Judge]] = [
     ),
     ("fanout-1000", "the same at 1,000", "at most 1.5 times", _fan_ratio("1000", 1.5)),
     ("memory", "memory a subscriber", "at most 32 KiB", _memory),
+    ("memory-slim", "the same with a slim protocol", "at most 6 KiB", _slim_memory),
     ("accept", "connections accepted a second", "at least 1,500; TLS: as measured", _accepted),
     (
         "commit-1",
