@@ -372,6 +372,21 @@ async def test_a_connection_lost_in_a_write_leaves_nothing_half_done(postgres_ur
         assert await database.run(execute("SELECT * FROM t")) == expected
 
 
+async def test_a_read_whose_connection_is_lost_is_made_again(postgres_url: str) -> None:
+    """PostgreSQL ends a session that stood still in a transaction; who reads never hears of it."""
+    async with opened(postgres_url) as database:
+        sessions: list[int] = []
+
+        def reading(connection: Connection) -> int:
+            sessions.append(connection.execute(text("SELECT pg_backend_pid()")).scalar_one())
+            if len(sessions) == 1:
+                connection.execute(text("SELECT pg_terminate_backend(pg_backend_pid())"))
+            return int(connection.execute(text("SELECT 7")).scalar_one())
+
+        assert await database.read(reading) == 7
+        assert len(set(sessions)) == 2
+
+
 async def test_a_connection_lost_in_its_commit_is_an_unknown_outcome(postgres_url: str) -> None:
     """Nobody can say whether a commit went through whose answer never came."""
     async with opened(postgres_url) as database:

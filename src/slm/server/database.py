@@ -143,6 +143,8 @@ class Database:
     async def read(self, fn: Callable[[Connection], T]) -> T:
         """Run `fn`, which only reads, on one consistent view of the whole database.
 
+        It may be run twice: again where the connection was lost under it.
+
         Raises:
             DatabaseUnavailable: the database is away.
         """
@@ -219,10 +221,12 @@ class Database:
             try:
                 return self._once(fn, read_only, attempt)
             except DBAPIError as error:
-                if attempt.begun or not error.connection_invalidated:
+                if not error.connection_invalidated or (attempt.begun and not read_only):
                     raise
-                # It died in the pool: not one statement was run. Once more, on a new one; that
-                # costs nothing, where a ping before each transaction is a round trip.
+                # It died in the pool: not one statement was run; that costs nothing, where a ping
+                # before each transaction is a round trip. Or under a read, which changed nothing,
+                # such as when this process stood still and PostgreSQL ended the transaction. Once
+                # more, on a new one.
                 return self._once(fn, read_only, attempt)
         except (DBAPIError, PoolTimeout) as error:
             problem = problem_of(error, committing=attempt.committing)
