@@ -60,7 +60,9 @@ class Site:
 
     def in_loop(self, number: int = 0, **more: Any) -> InLoopServer:
         """Return a server that will run in the test's own loop."""
-        return InLoopServer(self.root / f"replica-{number}", **self.settings(**more))
+        # It stands still whenever the test does; its transactions shall not end for that.
+        patient = {"idle_in_transaction_seconds": 5.0, "lock_timeout_seconds": 2.0} | more
+        return InLoopServer(self.root / f"replica-{number}", **self.settings(**patient))
 
     def process(self, number: int = 0, **more: Any) -> ForkedServer:
         """Return a server that will be a process of its own."""

@@ -30,7 +30,6 @@ def settings(database_url: str, tmp_path: Path) -> Settings:
         data_dir=tmp_path / "data",
         database_url=SecretStr(database_url),
         encryption_keys=SecretStr(KEY),
-        lock_timeout_seconds=0.2,
     )
 
 
