@@ -59,9 +59,11 @@ async def test_only_what_is_newer_applies() -> None:
 @pytest.mark.history(faults="revision 5 comes after 6")
 async def test_a_deletion_is_remembered_across_a_reconnect() -> None:
     """A late update of a deleted agent, after a reconnect, does not bring it back."""
+    holds_snapshot = asyncio.Event()
 
     async def first(peer: Peer) -> None:
         await peer.subscribed(5)
+        await holds_snapshot.wait()
         await peer.say(deleted("billing", 6))
 
     async def second(peer: Peer) -> None:
@@ -74,6 +76,8 @@ async def test_a_deletion_is_remembered_across_a_reconnect() -> None:
         scripted_slm(revision=5, agents=agents, scripts=[first, second]) as slm,
         backend(slm.url, "t") as client,
     ):
+        await eventually(lambda: is_live(client))
+        holds_snapshot.set()
         await eventually(lambda: client.revision == 7)
         assert [s.get("since") for s in slm.subscriptions] == [None, 6]
         assert (await client.resolve("billing")).step == "default"

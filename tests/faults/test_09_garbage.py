@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
@@ -33,9 +34,11 @@ AGENTS = {"default": (1, config("d", is_default=True)), "billing": (5, config("b
 )
 async def test_garbage_costs_the_connection_only(garbage: str | bytes) -> None:
     """What cannot be understood ends the connection; the next one resumes and misses nothing."""
+    holds_snapshot = asyncio.Event()
 
     async def broken(peer: Peer) -> None:
         await peer.subscribed(5)
+        await holds_snapshot.wait()
         await peer.say(changed("billing", 6, "before"), garbage)
         await peer.live(6)
 
@@ -48,6 +51,8 @@ async def test_garbage_costs_the_connection_only(garbage: str | bytes) -> None:
         scripted_slm(revision=5, agents=AGENTS, scripts=[broken, whole]) as slm,
         backend(slm.url, "t") as client,
     ):
+        await eventually(lambda: is_live(client))
+        holds_snapshot.set()
         await eventually(lambda: client.revision == 7 and is_live(client))
         assert [s.get("since") for s in slm.subscriptions] == [None, 6]
         assert slm.snapshots == 1
