@@ -32,9 +32,9 @@ async def measure(options: Options) -> dict[str, Any]:
 
 
 async def _one(sizes: tuple[int, ...], rounds: int) -> dict[int, dict[str, Any]]:
-    """One server, its subscribers growing in number."""
+    """One server for what a subscriber costs, and one for the rounds; their number grows."""
     server_core, farm_core = machine.cores()
-    found = {}
+    found: dict[int, dict[str, Any]] = {}
     async with BenchServer(core=server_core) as server:
         empty = (await server.ask("memory"))["rss_bytes"]
         async with Farm(server.port, server.backend_token, max(sizes), farm_core) as farm:
@@ -43,12 +43,19 @@ async def _one(sizes: tuple[int, ...], rounds: int) -> dict[int, dict[str, Any]]
                 seconds = await farm.grow(size)
                 await server.live(size)
                 memory = (await server.ask("memory"))["rss_bytes"] - empty
-                figures = await _rounds(server, farm, size, rounds)
-                found[size] = figures | {
+                found[size] = {
                     "bytes_a_subscriber": memory / size,
                     "accepted_a_second": (size - connected) / seconds,
                 }
                 connected = size
+    async with (
+        BenchServer(core=server_core) as server,
+        Farm(server.port, server.backend_token, max(sizes), farm_core) as farm,
+    ):
+        for size in sizes:
+            await farm.grow(size)
+            await server.live(size)
+            found[size] |= await _rounds(server, farm, size, rounds)
     return found
 
 

@@ -82,10 +82,6 @@ of a core at 10,000. To go lower: one ping timer for all of them, and writes in 
 the same as for 10,000, and what comes before the first write counts for ten times as much: the
 feed's look after the commit, its way to the loop and the encoding take 0.4 to 0.9 ms, a twentieth
 of the whole.""",
-    "memory-slim": """\
-a live stream keeps what its handshake needed: HTTP and WebSocket parsers, the task, the scope. To
-get to 6 KiB, a subscribed connection would be handed to a protocol of our own that knows pings,
-close and acks alone.""",
     "accept": """\
 430 microseconds of CPU a connection, spread thinly: the handshake in Python through HTTP and
 WebSocket parsers, FastAPI's way to the route, a task, the subscription. The cyclic collector took

@@ -78,14 +78,9 @@ def _memory(results: Results) -> tuple[str, bool | None]:
     largest = str(max(map(int, results["fanout"]["per_size"])))
     return _at_most(
         figure([r["bytes_a_subscriber"] / 1024 for r in results["fanout"]["per_size"][largest]]),
-        results["fanout"].get("memory_target_kib", 32),
+        6,
         " KiB",
     )
-
-
-def _slim_memory(results: Results) -> tuple[str, bool | None]:
-    text, _ = _memory(results)
-    return f"no such protocol is built; {text} as above", False
 
 
 def _accepted(results: Results) -> tuple[str, bool | None]:
@@ -203,8 +198,7 @@ _TARGETS: list[tuple[str, str, str, Judge]] = [
         _fan_ratio("10000", 1.3),
     ),
     ("fanout-1000", "the same at 1,000", "at most 1.5 times", _fan_ratio("1000", 1.5)),
-    ("memory", "memory a subscriber", "at most 32 KiB", _memory),
-    ("memory-slim", "the same with a slim protocol", "at most 6 KiB", _slim_memory),
+    ("memory", "memory a subscriber, handed to a slim protocol", "at most 6 KiB", _memory),
     ("accept", "connections accepted a second", "at least 1,500; TLS: as measured", _accepted),
     (
         "commit-1",

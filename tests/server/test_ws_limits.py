@@ -20,7 +20,7 @@ from slm.server.app import create_app
 from slm.server.prepare import prepare
 from slm.server.settings import Settings
 from slm.server.sinks import ASGISink
-from slm.server.transport import Outlet
+from slm.server.websocket import WebSocketConnection
 from tests.server.raw import Api, raw_exchange
 from tests.servers import TENTH, InLoopServer, eventually, read_token, running_server
 
@@ -237,7 +237,7 @@ async def test_an_ack_may_be_a_megabyte(admin: Api) -> None:
 def hold_little(api: Api) -> None:
     """Let the kernel hold little for each subscriber, so that what waits, waits with us."""
     for subscriber in api.server.running.services.hub.subscribers():
-        assert isinstance(subscriber.sink, Outlet)
+        assert isinstance(subscriber.sink, WebSocketConnection)
         theirs = subscriber.sink.transport.get_extra_info("socket")
         theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
 

@@ -13,8 +13,8 @@ from typing import Final
 from slm import protocol
 from slm.protocol import AgentChanged, AgentDeleted, Heartbeat
 from slm.server.catalog import CommittedChange
-from slm.server.transport import text_frames
 from slm.server.view import EVERYTHING, View
+from slm.server.websocket import text_frames
 
 MAX_WRITE_BYTES: Final = 64 * 1024
 """Frames of a burst are joined into one write up to this, so that a burst evicts nobody."""

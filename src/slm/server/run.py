@@ -25,7 +25,8 @@ from slm.server.process import forbid_core_dumps, tune_interpreter
 from slm.server.services import Services
 from slm.server.settings import Settings
 from slm.server.tls import ServerTls
-from slm.server.transport import PushProtocol, http_protocol
+from slm.server.transport import http_protocol
+from slm.server.websocket import handshake_protocol
 
 logger = logging.getLogger(__name__)
 
@@ -148,11 +149,10 @@ class SLMServer:
         config = uvicorn.Config(
             app,
             http=http_protocol(settings.max_header_bytes, settings.header_timeout_seconds),
-            ws=PushProtocol,
+            ws=handshake_protocol(settings.ping_interval_seconds, settings.ping_timeout_seconds),
             # The largest message is an ack; the application holds others to 64 KiB.
             ws_max_size=MAX_ACK_BYTES,
-            ws_ping_interval=settings.ping_interval_seconds,
-            ws_ping_timeout=settings.ping_timeout_seconds,
+            ws_ping_interval=None,
             ws_per_message_deflate=False,
             lifespan="on",
             interface="asgi3",

@@ -1,4 +1,4 @@
-"""The two ways to a subscriber's socket: straight to the transport, or through ASGI.
+"""The way to a subscriber's socket through ASGI, where its transport is out of reach.
 
 Knows no revision and no agent; the hub decides what is sent (docs/protocol.md section 4, point 6).
 """
@@ -12,14 +12,6 @@ from collections import deque
 from starlette.websockets import WebSocket
 
 from slm.server.frames import Frames
-from slm.server.hub import Sink
-from slm.server.transport import PUSH_EXTENSION, Outlet
-
-
-def sink_for(websocket: WebSocket) -> Sink:
-    """Return the best way to this connection's peer."""
-    outlet = websocket.scope.get("extensions", {}).get(PUSH_EXTENSION)
-    return outlet if isinstance(outlet, Outlet) else ASGISink(websocket)
 
 
 class ASGISink:

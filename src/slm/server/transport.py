@@ -1,27 +1,18 @@
-"""uvicorn's two protocol classes, mended: limits on what a peer may send, and frames pushed raw.
+"""uvicorn's protocol class for HTTP, with limits on what a peer may send.
 
-`uvicorn.Config(http=…, ws=…)` takes classes; these subclass the pinned version's. Knows no agent,
-no token and no message, only bytes, limits and timers.
+`uvicorn.Config(http=…)` takes a class; this subclasses the pinned version's. Knows no agent and no
+token, only bytes, limits and timers. The other class, for WebSockets, is in `websocket`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-import logging
 from asyncio import TimerHandle
-from collections.abc import Sequence
-from typing import Any, Final, Protocol
+from typing import Final
 
 import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
-from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
-from websockets.frames import Frame, Opcode
-from websockets.protocol import OPEN
-from websockets.server import ServerProtocol
-
-PUSH_EXTENSION: Final = "slm.push"
-"""The key of `scope["extensions"]` under which an application finds its `Outlet`."""
 
 MAX_HEADERS: Final = 100
 """How many header fields a request may have; past 128 the WebSocket parser would answer nothing."""
@@ -31,19 +22,6 @@ LINGER_SECONDS: Final = 2.0
 
 Closing with unread bytes sends a reset, which can overtake the answer that says why.
 """
-
-logger = logging.getLogger(__name__)
-
-
-def text_frames(messages: Sequence[str]) -> bytes:
-    """Return the WebSocket text frames of these messages, one after the other, ready to be sent.
-
-    A server's frames carry no mask (RFC 6455 section 5.1), so one encoding fits every connection.
-    """
-    return b"".join(
-        Frame(Opcode.TEXT, message.encode()).serialize(mask=False, extensions=[])
-        for message in messages
-    )
 
 
 class HttpProtocol(HttpToolsProtocol):
@@ -89,6 +67,8 @@ class HttpProtocol(HttpToolsProtocol):
             # Any other upgrade, such as curl's h2c, is ignored (RFC 9110 section 7.8).
             if self._should_upgrade():
                 self.handle_websocket_upgrade()
+                # The parser holds this object and is held by it: cut, both are freed at once.
+                self.parser = None  # type: ignore[assignment]
         except httptools.HttpParserError:
             self._refuse(431 if self._field_bytes > self.max_header_bytes else 400)
         else:
@@ -205,213 +185,6 @@ REFUSALS: Final = {
     431: ("header-fields-too-large", "The request's head is too large"),
 }
 """What the parser itself refuses, by status: the problem's code and title."""
-
-
-class _Conversation(ServerProtocol):
-    """The library's protocol, which answers a close frame between two fragments as it must.
-
-    The library calls it a protocol error (1002), so plain uvicorn fails Autobahn's case 7.1.5; a
-    control frame may stand there (RFC 6455 section 5.4), and each close is answered (5.5.1).
-    """
-
-    def recv_frame(self, frame: Frame) -> None:
-        if frame.opcode is Opcode.CLOSE:
-            self.current_size = None
-        super().recv_frame(frame)
-
-
-class Encoded(Protocol):
-    """What is pushed: WebSocket frames, ready for any connection."""
-
-    @property
-    def encoded(self) -> bytes:
-        """The frames, one after the other."""
-
-
-class Outlet:
-    """The way straight to one connection's transport; the order of `push` is that on the wire.
-
-    Kept apart from the connection and as small as can be: a broadcast to thousands touches this
-    alone, while their protocol objects would push each other out of the processor's cache.
-
-    Attributes:
-        transport: where the frames go.
-        closed: whether a close frame has gone out, after which nothing may.
-    """
-
-    __slots__ = ("_protocol", "closed", "transport")
-
-    def __init__(self, protocol: PushProtocol) -> None:
-        self._protocol = protocol
-        self.transport = protocol.transport
-        self.closed = False
-
-    def push(self, frames: Encoded) -> int:
-        """Write without waiting; return how many bytes wait for the peer, -1 once it is closed."""
-        transport = self.transport
-        if self.closed or transport.is_closing():
-            return -1
-        transport.write(frames.encoded)
-        return transport.get_write_buffer_size()
-
-    def waiting_bytes(self) -> int:
-        """Return how many bytes wait for the peer to read."""
-        return self.transport.get_write_buffer_size()
-
-    async def drained(self) -> None:
-        """Wait until the peer has read most of what was written, or is gone."""
-        await self._protocol.writable.wait()
-
-    def end(self, code: int, reason: str = "") -> None:
-        """Send a close frame; cut the connection when the peer does not answer it in time."""
-        self._protocol.end(code, reason)
-
-    def abort(self) -> None:
-        """Cut the connection, throwing away what waits."""
-        self._protocol.abort()
-
-
-class PushProtocol(WebSocketsSansIOProtocol):
-    """A WebSocket whose frames come in ready, from whoever finds its `Outlet` in the scope.
-
-    The application reads through ASGI as usual.
-    """
-
-    outlet: Outlet | None = None
-    _close_sent = False
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        # uvicorn names the class itself; the subclass has no state of its own.
-        self.conn.__class__ = _Conversation
-        # Its log has every header, the token among them, and every frame.
-        self.conn.debug = False
-
-    @property
-    def close_sent(self) -> bool:
-        """Whether a close frame has gone out; uvicorn sets it, and the outlet must know."""
-        return self._close_sent
-
-    @close_sent.setter
-    def close_sent(self, sent: bool) -> None:
-        self._close_sent = sent
-        if self.outlet is not None:
-            self.outlet.closed = sent
-
-    # --- what the outlet uses ---
-
-    def end(self, code: int, reason: str = "") -> None:
-        """Send a close frame; cut the connection when the peer does not answer it in time."""
-        if self.close_sent or self.transport.is_closing():
-            return
-        if self.handshake_complete and self.conn.state is OPEN:
-            self.stop_keepalive()
-            self.conn.send_close(code, reason)
-            self.transport.write(b"".join(self.conn.data_to_send()))
-            self.close_sent = True
-            self.queue.put_nowait({"type": "websocket.disconnect", "code": code, "reason": reason})
-            self._resume_reading()
-        self._abort_later()
-
-    def abort(self) -> None:
-        """Cut the connection, throwing away what waits."""
-        self.stop_keepalive()
-        self.transport.abort()
-
-    # --- what uvicorn calls ---
-
-    def handle_connect(self, event: Any) -> None:
-        """Offer this connection to the application before its task starts."""
-        super().handle_connect(event)
-        if not self.close_sent:
-            self.outlet = Outlet(self)
-            self.scope["extensions"][PUSH_EXTENSION] = self.outlet  # type: ignore[assignment]
-
-    def data_received(self, data: bytes) -> None:
-        """Parse; a handshake that the parser itself refused is answered and closed."""
-        if self.conn.parser_exc is not None:
-            # Refused already: what such a peer still sends is thrown away.
-            return
-        super().data_received(data)
-        if not self.handshake_initiated and self.conn.handshake_exc is not None:
-            # uvicorn would leave the parser's own answer unsent and the peer waiting.
-            self.transport.write(b"".join(self.conn.data_to_send()) or _BAD_HANDSHAKE)
-            self.close_sent = True
-            self._abort_later()
-
-    def send_receive_event_to_app(self) -> None:
-        """Hand a whole message on; text that is not UTF-8 ends the connection, unlogged."""
-        if self.curr_msg_data_type == "text" and not self.close_sent:
-            try:
-                b"".join(self.frames).decode()
-            except UnicodeDecodeError:
-                self.frames = []
-                self.end(1007, "not UTF-8")
-                return
-        super().send_receive_event_to_app()
-
-    def handle_parser_exception(self) -> None:
-        """Tell why (1002, 1007, 1009) and end, reading on for a moment so that it arrives."""
-        close = self.conn.close_sent
-        code, reason = (close.code, close.reason) if close is not None else (1006, "")
-        self.queue.put_nowait({"type": "websocket.disconnect", "code": code, "reason": reason})
-        self.stop_keepalive()
-        self.transport.write(b"".join(self.conn.data_to_send()))
-        self.close_sent = True
-        self._resume_reading()
-        if self.transport.can_write_eof():
-            self.transport.write_eof()
-        self._abort_later(LINGER_SECONDS)
-
-    def handle_close(self, event: Any) -> None:
-        """Answer the peer's close; a peer that reads nothing is cut."""
-        super().handle_close(event)
-        if self.close_sent:
-            self.transport.close()
-        self._abort_later()
-
-    def keepalive_timeout(self) -> None:
-        """Cut a peer that answered no ping: a close frame would wait in its buffer for ever."""
-        self.abort()
-
-    async def send(self, message: Any) -> None:
-        """Pass on what the application sends; its close is ours, which has a time limit."""
-        if message["type"] == "websocket.close" and self.handshake_complete:
-            self.end(message.get("code", 1000), message.get("reason") or "")
-            return
-        await super().send(message)
-        if message["type"] == "websocket.http.response.body" and self.close_sent:
-            # A refused handshake is complete too; uvicorn would log an error for each.
-            self.handshake_complete = True
-
-    async def run_asgi(self) -> None:
-        """Run the application; when it returns, the connection ends even if the peer is stuck."""
-        await super().run_asgi()
-        self._abort_later()
-
-    def shutdown(self) -> None:
-        """Close as a restarting server does (1012)."""
-        if self.handshake_complete:
-            self.end(1012, "restarting")
-        else:
-            super().shutdown()
-
-    def _resume_reading(self) -> None:
-        # The peer's close frame must be seen though the application reads no more.
-        if self.read_paused:
-            self.read_paused = False
-            self.transport.resume_reading()
-
-    def _abort_later(self, seconds: float | None = None) -> None:
-        # uvicorn's own timer closes, which waits for ever when the peer does not read.
-        if self.close_timer is None and not self.disconnected:
-            seconds = seconds or min(self.close_timeout, self.ping_timeout or self.close_timeout)
-            self.close_timer = self.loop.call_later(seconds, self.transport.abort)
-
-
-_BAD_HANDSHAKE: Final = (
-    b"HTTP/1.1 400 Bad Request\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
-)
 
 
 def http_protocol(max_header_bytes: int, header_timeout_seconds: float) -> type[HttpProtocol]:

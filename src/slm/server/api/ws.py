@@ -21,12 +21,14 @@ from slm.protocol import MAX_FRAME_BYTES, Ack, ClientMessage, Explained, Subscri
 from slm.server.api.common import Requires, services_of
 from slm.server.auth import Caller
 from slm.server.frames import Frames
-from slm.server.hub import Subscriber
+from slm.server.hub import Sink, Subscriber
 from slm.server.peer import has_foreign_origin
 from slm.server.problems import problem_response
 from slm.server.replay import open_stream
 from slm.server.services import Services
-from slm.server.sinks import sink_for
+from slm.server.sinks import ASGISink
+from slm.server.view import View
+from slm.server.websocket import TAKE_OVER, WebSocketConnection
 
 logger = logging.getLogger(__name__)
 
@@ -50,27 +52,25 @@ async def stream(websocket: WebSocket) -> None:
     except ProblemError as problem:
         await _refuse(websocket, problem)
         return
-    try:
-        await _serve(websocket, services, caller)
-    finally:
-        services.streams.release(caller.token_id)
-
-
-async def _serve(websocket: WebSocket, services: Services, caller: Caller) -> None:
-    opening = _Opening(services)
+    conversation = _Conversation(services, caller)
     try:
         await websocket.accept()
     except BaseException:
-        opening.end()
+        conversation.gone()
         raise
-    sink = sink_for(websocket)
-    subscriber = services.hub.attach(sink, caller.view, caller.token_id)
-    conversation = _Conversation(services, subscriber, opening)
+    take_over = websocket.scope.get("extensions", {}).get(TAKE_OVER)
+    if take_over is not None:
+        connection: WebSocketConnection = take_over()
+        conversation.begin(connection, caller.view)
+        connection.listen(conversation)
+        return
+    conversation.begin(ASGISink(websocket), caller.view)
     try:
-        await conversation.listen(websocket)
+        while (message := await websocket.receive())["type"] != "websocket.disconnect":
+            text = message.get("text")
+            conversation.heard(message["bytes"] if text is None else text)
     finally:
-        conversation.close()
-        services.hub.detach(subscriber)
+        conversation.gone()
 
 
 async def _refuse(websocket: WebSocket, problem: ProblemError) -> None:
@@ -102,31 +102,50 @@ class _Opening:
 
 
 class _Conversation:
-    """What one peer says, and what it is answered."""
+    """What one peer says, and what it is answered; it holds a place among its token's streams."""
 
-    def __init__(self, services: Services, subscriber: Subscriber, opening: _Opening) -> None:
-        self.subscriber = subscriber
-        self._place = opening
+    __slots__ = (
+        "_opening",
+        "_place",
+        "_services",
+        "_subscribed",
+        "_token_id",
+        "subscriber",
+    )
+
+    def __init__(self, services: Services, caller: Caller) -> None:
         self._services = services
+        self._token_id = caller.token_id
+        self._place: _Opening | None = _Opening(services)
+        self._subscribed = False
         self._opening: asyncio.Task[None] | None = None
+        self.subscriber: Subscriber
 
-    async def listen(self, websocket: WebSocket) -> None:
-        """Take messages until the connection closes."""
-        while True:
-            message = await websocket.receive()
-            if message["type"] == "websocket.disconnect":
-                return
-            text = message.get("text")
-            if text is None:
-                self.subscriber.sink.end(1003, "text frames only")
-            else:
-                self._take(text)
+    def begin(self, sink: Sink, view: View) -> None:
+        """Take the connection in, now that it is accepted."""
+        self.subscriber = self._services.hub.attach(sink, view, self._token_id)
 
-    def close(self) -> None:
-        """Stop what is under way for this peer."""
-        self._place.end()
+    def heard(self, message: str | bytes) -> None:
+        """Take one message."""
+        if isinstance(message, bytes):
+            self.subscriber.sink.end(1003, "text frames only")
+        else:
+            self._take(message)
+
+    def gone(self) -> None:
+        """Stop what is under way for this peer and forget it."""
+        self._opened()
         if self._opening is not None:
             self._opening.cancel()
+        if hasattr(self, "subscriber"):
+            self._services.hub.detach(self.subscriber)
+        self._services.streams.release(self._token_id)
+
+    def _opened(self, *_: object) -> None:
+        """Give the place among those that are being opened back, once."""
+        place, self._place = self._place, None
+        if place is not None:
+            place.end()
 
     def _take(self, text: str) -> None:
         said: ClientMessage | None = None
@@ -151,9 +170,10 @@ class _Conversation:
             self._subscribe(said)
 
     def _subscribe(self, wanted: Subscribe) -> None:
-        if self._opening is not None:
+        if self._subscribed:
             self._complain("this connection is subscribed already")
             return
+        self._subscribed = True
         services = self._services
         self._opening = asyncio.create_task(
             open_stream(
@@ -165,7 +185,11 @@ class _Conversation:
             ),
             name="slm-open-stream",
         )
-        self._opening.add_done_callback(self._place.end)
+        self._opening.add_done_callback(self._stream_is_open)
+
+    def _stream_is_open(self, _: object) -> None:
+        self._opening = None
+        self._opened()
 
     def _complain(self, detail: str) -> None:
         text = protocol.encode(protocol.Error(code="bad-message", detail=detail))

@@ -1,0 +1,521 @@
+"""WebSockets as the server holds thousands of them: the handshake, and a small object for the rest.
+
+uvicorn and the application answer the handshake; then the connection is taken over, and all that
+the handshake needed is freed. Knows no agent, no token and no message, only bytes and timers
+(RFC 6455; docs/decisions/0009-frames-go-to-the-transport.md).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any, Final, Protocol
+
+from uvicorn.protocols.utils import ClientDisconnected
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+from websockets import protocol as sans_io
+from websockets.frames import Frame, Opcode
+
+from slm.server.transport import LINGER_SECONDS
+
+try:
+    from websockets.speedups import apply_mask
+except ImportError:  # pragma: no cover - where it has no wheel
+    from websockets.utils import apply_mask
+
+TAKE_OVER: Final = "slm.take_over"
+"""The key of `scope["extensions"]` under which an application finds `Handshake.take_over`."""
+
+SHORT_BYTES: Final = 4096
+"""A longer message, or one in pieces, is worth a parser of its own."""
+
+CLOSE_SECONDS: Final = 10.0
+"""How long a peer may take to answer a close frame, at most."""
+
+_TEXT, _PING, _PONG = 0x81, 0x89, 0x8A
+"""The first byte of a whole message in one frame, a ping and a pong (RFC 6455 section 5.2)."""
+
+logger = logging.getLogger(__name__)
+
+
+def text_frames(messages: Sequence[str]) -> bytes:
+    """Return the WebSocket text frames of these messages, one after the other, ready to be sent.
+
+    A server's frames carry no mask (RFC 6455 section 5.1), so one encoding fits every connection.
+    """
+    return b"".join(_frame(Opcode.TEXT, message.encode()) for message in messages)
+
+
+class Encoded(Protocol):
+    """What is pushed: WebSocket frames, ready for any connection."""
+
+    @property
+    def encoded(self) -> bytes:
+        """The frames, one after the other."""
+
+
+class Listener(Protocol):
+    """Who hears what a peer says."""
+
+    def heard(self, message: str | bytes) -> None:
+        """Take one message, text or binary."""
+
+    def gone(self) -> None:
+        """Hear, once, that no more will come: the connection ended, or is ending."""
+
+
+class WebSocketConnection(asyncio.Protocol):
+    """One WebSocket after its handshake; the order of `push` is the order on the wire.
+
+    What nearly all peers send, a short message in one frame or a pong, is read here; for anything
+    else the library's parser is made, and kept until the connection ends.
+
+    Args:
+        transport: of the open connection; not read from before `listen`.
+        keepalive: who pings the peer.
+        connections: all that the server has; this one is in it as long as it is open.
+        max_message_bytes: a longer message ends the connection (1009).
+
+    Attributes:
+        transport: where the frames go.
+        closed: whether a close frame has gone out, after which nothing may.
+    """
+
+    # There are thousands, and a broadcast visits each.
+    __slots__ = (
+        "_connections",
+        "_keepalive",
+        "_listener",
+        "_max_message_bytes",
+        "_parser",
+        "_timer",
+        "_unread",
+        "_writable",
+        "closed",
+        "transport",
+    )
+
+    def __init__(
+        self,
+        transport: asyncio.Transport,
+        keepalive: Keepalive,
+        connections: set[Any],
+        max_message_bytes: int,
+    ) -> None:
+        self.transport = transport
+        self.closed = False
+        self._connections = connections
+        self._keepalive = keepalive
+        self._max_message_bytes = max_message_bytes
+        self._listener: Listener | None = None
+        self._unread = b""
+        self._parser: _Parser | None = None
+        self._writable: asyncio.Event | None = None
+        self._timer: asyncio.TimerHandle | None = None
+
+    def listen(self, listener: Listener) -> None:
+        """Begin to hear the peer, and to ping it; once, before anything is read."""
+        self._listener = listener
+        self._connections.add(self)
+        if not self.closed:
+            self._keepalive.watch(self)
+        self.transport.resume_reading()
+
+    # --- sending ---
+
+    def push(self, frames: Encoded) -> int:
+        """Write without waiting; return how many bytes wait for the peer, -1 once it is closed."""
+        transport = self.transport
+        if self.closed or transport.is_closing():
+            return -1
+        transport.write(frames.encoded)
+        return transport.get_write_buffer_size()
+
+    def waiting_bytes(self) -> int:
+        """Return how many bytes wait for the peer to read."""
+        return self.transport.get_write_buffer_size()
+
+    async def drained(self) -> None:
+        """Wait until the peer has read most of what was written, or is gone."""
+        if self._writable is not None:
+            await self._writable.wait()
+
+    def end(self, code: int, reason: str = "") -> None:
+        """Send a close frame; cut the connection when the peer does not answer it in time."""
+        if self.closed or self.transport.is_closing():
+            return
+        parser = self._parser_from_now_on()
+        parser.send_close(code, reason)
+        self._write(parser)
+        self._close()
+
+    def abort(self) -> None:
+        """Cut the connection, throwing away what waits."""
+        self._keepalive.forget(self)
+        self.transport.abort()
+
+    def ping(self, frame: bytes) -> None:
+        """Write a ping, unless this is closing."""
+        if not self.closed and not self.transport.is_closing():
+            self.transport.write(frame)
+
+    def shutdown(self) -> None:
+        """Close as a restarting server does (1012); uvicorn calls it."""
+        self.end(1012, "restarting")
+
+    # --- reading; the transport calls these ---
+
+    def data_received(self, data: bytes) -> None:
+        """Take what the peer sent."""
+        if self._parser is None:
+            data = self._read_short(self._unread + data if self._unread else data)
+        if data:
+            self._read(data)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Let go of everything."""
+        self.closed = True
+        self._keepalive.forget(self)
+        self._connections.discard(self)
+        if self._timer is not None:
+            self._timer.cancel()
+        self.resume_writing()
+        self._say_gone()
+
+    def pause_writing(self) -> None:
+        """Note that much waits for the peer."""
+        self._writable = asyncio.Event()
+
+    def resume_writing(self) -> None:
+        """Note that most of it was read."""
+        if self._writable is not None:
+            self._writable.set()
+            self._writable = None
+
+    # --- the short way ---
+
+    def _read_short(self, data: bytes) -> bytes:
+        """Take whole short messages, pings and pongs; return the rest if it is anything else."""
+        self._unread = b""
+        start, size = 0, len(data)
+        while self._parser is None and size - start >= 2:
+            first, length = data[start], data[start + 1] & 0x7F
+            mask = start + 2
+            if length == 126 and first == _TEXT:
+                if size - start < 4:
+                    break
+                length = int.from_bytes(data[mask : mask + 2], "big")
+                mask += 2
+                if not 126 <= length <= SHORT_BYTES:
+                    return data[start:]
+            elif length > 125:
+                return data[start:]
+            if first not in (_TEXT, _PING, _PONG) or not data[start + 1] & 0x80:
+                return data[start:]
+            payload = mask + 4
+            if payload + length > size:
+                break
+            start = payload + length
+            self._take(first, apply_mask(data[payload:start], data[mask:payload]))
+        if self._parser is not None:
+            return data[start:]
+        self._unread = data[start:]
+        return b""
+
+    def _take(self, first: int, payload: bytes) -> None:
+        if first == _TEXT:
+            self._hear_text(payload)
+        elif first == _PONG:
+            self._keepalive.answered(self, payload)
+        elif self._writable is None:
+            # One that reads nothing gets no answers that would wait for it (section 5.5.3).
+            self.transport.write(_frame(Opcode.PONG, payload))
+
+    def _hear_text(self, payload: bytes) -> None:
+        try:
+            message = payload.decode()
+        except UnicodeDecodeError:
+            self.end(1007, "not UTF-8")
+        else:
+            self._hear(message)
+
+    def _hear(self, message: str | bytes) -> None:
+        if self._listener is not None and not self.closed:
+            self._listener.heard(message)
+
+    # --- the library's way ---
+
+    def _parser_from_now_on(self) -> _Parser:
+        if self._parser is None:
+            self._parser = _Parser(self._max_message_bytes)
+            unread, self._unread = self._unread, b""
+            if unread:
+                self._parser.receive_data(unread)
+        return self._parser
+
+    def _read(self, data: bytes) -> None:
+        parser = self._parser_from_now_on()
+        if parser.parser_exc is not None:
+            return  # It was told so already, and what it still sends is thrown away.
+        parser.receive_data(data)
+        if parser.parser_exc is not None:
+            self._fail(parser)
+            return
+        for frame in parser.frames_received():
+            if frame.opcode is Opcode.CLOSE:
+                self._answer_close(parser)
+                return
+            if frame.opcode is Opcode.PING:
+                self._write(parser)
+            elif frame.opcode is Opcode.PONG:
+                self._keepalive.answered(self, bytes(frame.data))
+            else:
+                self._assemble(parser, frame)
+
+    def _assemble(self, parser: _Parser, frame: Frame) -> None:
+        if frame.opcode is not Opcode.CONT:
+            parser.opcode = frame.opcode
+        parser.parts.append(bytes(frame.data))
+        if not frame.fin:
+            return
+        whole, parser.parts = b"".join(parser.parts), []
+        if parser.opcode is Opcode.TEXT:
+            self._hear_text(whole)
+        else:
+            self._hear(whole)
+
+    def _answer_close(self, parser: _Parser) -> None:
+        """Answer the peer's close, or take its answer to ours; one that reads nothing is cut."""
+        self._write(parser)
+        self.transport.close()
+        if not self.closed:
+            self._close()
+
+    def _fail(self, parser: _Parser) -> None:
+        """Tell why (1002, 1007, 1009) and end, reading on for a moment so that it arrives."""
+        self._write(parser)
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        if not self.closed:
+            self._close(LINGER_SECONDS)
+
+    def _write(self, parser: _Parser) -> None:
+        data = b"".join(parser.data_to_send())
+        if data and not self.transport.is_closing():
+            self.transport.write(data)
+
+    # --- the end ---
+
+    def _close(self, seconds: float = CLOSE_SECONDS) -> None:
+        self.closed = True
+        self._keepalive.forget(self)
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_later(
+            min(seconds, self._keepalive.timeout_seconds), self.transport.abort
+        )
+        # Later: whoever closed it may be walking over all connections.
+        loop.call_soon(self._say_gone)
+
+    def _say_gone(self) -> None:
+        listener, self._listener = self._listener, None
+        if listener is not None:
+            listener.gone()
+
+
+class Keepalive:
+    """Pings the connections of one server and cuts those that do not answer; one timer for all.
+
+    Args:
+        interval_seconds: how long after its handshake, or its last pong, a peer is pinged.
+        timeout_seconds: how long it may take to answer.
+    """
+
+    def __init__(self, interval_seconds: float, timeout_seconds: float) -> None:
+        self.timeout_seconds = timeout_seconds
+        self._interval_seconds = interval_seconds
+        # Both in the order of time, for what is added last is due last.
+        self._due: dict[WebSocketConnection, float] = {}
+        self._asked: dict[WebSocketConnection, tuple[float, bytes]] = {}
+        self._timer: asyncio.TimerHandle | None = None
+
+    def watch(self, connection: WebSocketConnection) -> None:
+        """Ping this peer from now on."""
+        at = asyncio.get_running_loop().time() + self._interval_seconds
+        self._due[connection] = at
+        self._look_at(at)
+
+    def forget(self, connection: WebSocketConnection) -> None:
+        """Ping it no more."""
+        self._due.pop(connection, None)
+        self._asked.pop(connection, None)
+
+    def answered(self, connection: WebSocketConnection, payload: bytes) -> None:
+        """Take a pong; one that answers no ping of ours means nothing (RFC 6455 section 5.5.3)."""
+        asked = self._asked.get(connection)
+        if asked is not None and asked[1] == payload:
+            del self._asked[connection]
+            self.watch(connection)
+
+    def _look(self) -> None:
+        self._timer = None
+        now = asyncio.get_running_loop().time()
+        for connection in _until(now, ((c, at) for c, (at, _) in self._asked.items())):
+            # A close frame would wait in its buffer for ever.
+            connection.abort()
+        # Some a little early, so that thousands of connections are not thousands of timers.
+        payload = os.urandom(4)
+        ping = _frame(Opcode.PING, payload)
+        for connection in _until(now + self._interval_seconds / 50, self._due.items()):
+            del self._due[connection]
+            self._asked[connection] = (now + self.timeout_seconds, payload)
+            connection.ping(ping)
+        for at in self._due.values():
+            self._look_at(at)
+            break
+        for at, _ in self._asked.values():
+            self._look_at(at)
+            break
+
+    def _look_at(self, at: float) -> None:
+        """Look again at that time, unless a look before it is arranged."""
+        if self._timer is None or at < self._timer.when():
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer = asyncio.get_running_loop().call_at(at, self._look)
+
+
+class _Parser(sans_io.Protocol):
+    """The library's protocol, which answers a close frame between two fragments as it must.
+
+    The library calls it a protocol error (1002), so plain uvicorn fails Autobahn's case 7.1.5; a
+    control frame may stand there (RFC 6455 section 5.4), and each close is answered (5.5.1).
+
+    Attributes:
+        opcode: of the message under way.
+        parts: what came of it.
+    """
+
+    def __init__(self, max_message_bytes: int) -> None:
+        super().__init__(sans_io.Side.SERVER, max_size=max_message_bytes, logger=logger)
+        # Its log has every frame.
+        self.debug = False
+        self.opcode = Opcode.TEXT
+        self.parts: list[bytes] = []
+
+    def frames_received(self) -> list[Frame]:
+        """Return what came since the last call; after the handshake all events are frames."""
+        return [event for event in self.events_received() if isinstance(event, Frame)]
+
+    def recv_frame(self, frame: Frame) -> None:
+        if frame.opcode is Opcode.CLOSE:
+            self.current_size = None
+        super().recv_frame(frame)
+
+
+class Handshake(WebSocketsSansIOProtocol):
+    """uvicorn's WebSocket until it is open: then the application must call `take_over`.
+
+    What a peer sends before it is answered is not read yet.
+
+    Attributes:
+        keepalive: of the server that this is a part of.
+    """
+
+    keepalive: Keepalive
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._taken_over = False
+        # Its log has every header, the token among them.
+        self.conn.debug = False
+
+    def take_over(self) -> WebSocketConnection:
+        """Return the connection, right after it was accepted; nothing else may use it then."""
+        connection = WebSocketConnection(
+            self.transport, self.keepalive, self.connections, self.config.ws_max_size
+        )
+        self._taken_over = True
+        self.connections.discard(self)
+        self.transport.set_protocol(connection)
+        # The parser holds itself; cut, all of this is freed without the garbage collector.
+        self.conn.parser.close()
+        del self.scope
+        return connection
+
+    # --- what uvicorn calls ---
+
+    def handle_connect(self, event: Any) -> None:
+        """Offer this connection to the application before its task starts."""
+        super().handle_connect(event)
+        if not self.close_sent:
+            self.transport.pause_reading()
+            self.scope["extensions"][TAKE_OVER] = self.take_over  # type: ignore[assignment]
+
+    def data_received(self, data: bytes) -> None:
+        """Parse the handshake; one that the parser itself refused is answered and closed."""
+        if self.handshake_initiated or self.close_sent:
+            # Refused: what such a peer still sends is thrown away.
+            return
+        super().data_received(data)
+        if not self.handshake_initiated and self.conn.handshake_exc is not None:
+            # uvicorn would leave the parser's own answer unsent and the peer waiting.
+            self.transport.write(b"".join(self.conn.data_to_send()) or _BAD_HANDSHAKE)
+            self.close_sent = True
+            self._abort_later()
+
+    async def send(self, message: Any) -> None:
+        """Pass on what the application answers."""
+        await super().send(message)
+        if message["type"] == "websocket.http.response.body" and self.close_sent:
+            # A refused handshake is complete too; uvicorn would log an error for each.
+            self.handshake_complete = True
+
+    async def run_asgi(self) -> None:
+        """Run the application; unless it took over, the connection ends with it."""
+        try:
+            await self.app(self.scope, self.receive, self.send)
+        except ClientDisconnected:
+            pass
+        except BaseException:
+            logger.exception("the application failed in a WebSocket")
+            self.send_500_response()
+        if not self._taken_over:
+            self.transport.close()
+            self._abort_later()
+
+    def _abort_later(self) -> None:
+        # A transport that closes waits for ever when the peer does not read.
+        if self.close_timer is None and not self.disconnected:
+            self.close_timer = self.loop.call_later(CLOSE_SECONDS, self.transport.abort)
+
+
+_BAD_HANDSHAKE: Final = (
+    b"HTTP/1.1 400 Bad Request\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
+)
+
+
+def handshake_protocol(
+    ping_interval_seconds: float, ping_timeout_seconds: float
+) -> type[Handshake]:
+    """Return the class with pings of its own, for `uvicorn.Config(ws=…)`, whose pings must be off.
+
+    Args:
+        ping_interval_seconds: how long after its handshake, or its last pong, a peer is pinged.
+        ping_timeout_seconds: how long it may take to answer.
+    """
+    keepalive = Keepalive(ping_interval_seconds, ping_timeout_seconds)
+    return type("PingingHandshake", (Handshake,), {"keepalive": keepalive})
+
+
+def _frame(opcode: Opcode, payload: bytes) -> bytes:
+    return Frame(opcode, payload).serialize(mask=False, extensions=[])
+
+
+def _until(
+    end: float, times: Iterable[tuple[WebSocketConnection, float]]
+) -> list[WebSocketConnection]:
+    """Return those up to the first whose time is after `end`."""
+    return [each for each, _ in itertools.takewhile(lambda item: item[1] <= end, times)]
