@@ -66,6 +66,19 @@ async def test_the_local_token_goes_to_this_machine_alone(tmp_path: Path) -> Non
     assert (done.code, "no token for https://slm.example" in done.error) == (1, True)
 
 
+@pytest.mark.parametrize("open_to_all", [".", "server.url"])
+async def test_an_address_that_others_can_write_is_not_used(
+    tmp_path: Path, open_to_all: str
+) -> None:
+    """Who may write into the data directory could have the token sent to a port of their own."""
+    (tmp_path / "server.url").write_text(f"{NOBODY}\n")
+    (tmp_path / open_to_all).chmod(0o777)
+    done = await slm("agents", "list", data=tmp_path, SLM_TOKEN="slm_x")
+    assert done.code == 1
+    assert done.error.startswith(f"{tmp_path / open_to_all} can be written by another user")
+    assert "--url" in done.error
+
+
 async def test_a_key_is_not_sent_in_the_clear(tmp_path: Path) -> None:
     """An API key for a server that is neither TLS nor this machine is refused before it is sent."""
     (tmp_path / "key").write_text(CANARY)

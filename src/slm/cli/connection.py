@@ -9,6 +9,7 @@ import functools
 import inspect
 import ipaddress
 import os
+import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,9 +162,24 @@ def _find_url(given: str | None, data_dir: Path) -> tuple[str, str]:
     file = data_dir / URL_FILE
     try:
         text = file.read_text().strip()
+        _check_nobody_else_writes(file)
     except OSError:
         return DEFAULT_URL, "the default"
     return _checked_url(text, str(file)), str(file)
+
+
+def _check_nobody_else_writes(file: Path) -> None:
+    """Refuse an address that another user may have put there: a token is sent to it."""
+    if os.name != "posix":
+        return
+    us = os.geteuid()
+    for path in (file.parent, file):
+        status = path.stat()
+        if status.st_mode & stat.S_IWOTH or (us != 0 and status.st_uid not in (us, 0)):
+            raise ConfigurationError(
+                f"{path} can be written by another user, so the address in {file} is not used: "
+                "name the server with --url or SLM_URL, or mend the owner or the mode"
+            )
 
 
 def _checked_url(text: str, source: str) -> str:
