@@ -72,7 +72,8 @@ class Database:
         self._workers = 1 if self.dialect == "sqlite" else pool_size
         self.traces: dict[int, str] = {}
         self.after_commit: Callable[[Connection], None] | None = None
-        self._attempts: set[Attempt] = set()
+        self._attempts: dict[Attempt, asyncio.Future[Any]] = {}
+        self._giving_up: asyncio.TimerHandle | None = None
         self._engine: Engine | None = None
         self._threads: ThreadPoolExecutor | None = None
 
@@ -97,6 +98,15 @@ class Database:
         """From now on give a transaction up that takes longer, such as on a lost network."""
         self._answer_timeout_seconds = seconds
 
+    def give_up_in(self, seconds: float) -> None:
+        """For a server that stops: by then each transaction is over, or is given up."""
+        self._giving_up = asyncio.get_running_loop().call_later(seconds, self._give_up)
+
+    def _give_up(self) -> None:
+        self._answer_timeout_seconds = 0
+        for attempt, future in list(self._attempts.items()):
+            attempt.give_up(future)
+
     async def open(self) -> None:
         """Open the database; a SQLite file that is not there is made, readable by us alone.
 
@@ -113,6 +123,8 @@ class Database:
 
     async def close(self) -> None:
         """Close every connection; a transaction that hangs on a dead network is cut."""
+        if self._giving_up is not None:
+            self._giving_up.cancel()
         engine, self._engine = self._engine, None
         threads, self._threads = self._threads, None
         if threads is None:
@@ -192,7 +204,7 @@ class Database:
         future = asyncio.wrap_future(running)
         if attempt is None or self._answer_timeout_seconds is None:
             return await future
-        self._attempts.add(attempt)
+        self._attempts[attempt] = future
         timer = loop.call_later(self._answer_timeout_seconds, attempt.give_up, future)
         try:
             return await future
@@ -207,7 +219,7 @@ class Database:
 
             def over() -> None:
                 timer.cancel()
-                self._attempts.discard(attempt)
+                self._attempts.pop(attempt, None)
 
             if running.done():
                 over()

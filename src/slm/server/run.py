@@ -33,6 +33,12 @@ logger = logging.getLogger(__name__)
 FINISH_SECONDS = 5
 """How long requests under way may take after a stop; with the closes it stays under ten."""
 
+GIVE_UP_SECONDS = 6
+"""How long after a stop a transaction may last; where the database is known to be away, not at all.
+
+Less than what requests have, so that whoever waits for one is told how it ended.
+"""
+
 UNSENT_BYTES = 128 * 1024
 """How much the kernel holds for a peer that does not read; the rest waits where it is counted.
 
@@ -199,9 +205,8 @@ class _Uvicorn(uvicorn.Server):
         await self.main_loop()
         for server in self.servers:
             server.close()
-        if not self._slm.services.feed.current:
-            # It does not answer: what would begin now, such as to connect, is refused at once.
-            self._slm.services.database.answer_within(0)
+        answers = self._slm.services.feed.current
+        self._slm.services.database.give_up_in(GIVE_UP_SECONDS if answers else 0)
         self._slm.services.fleet.close()
         await self._slm.services.hub.close_streams(self._slm.settings.shutdown_seconds)
         await self.shutdown()
