@@ -15,7 +15,6 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from websockets.protocol import OPEN
 from benchmarks import machine, native
 from slm.server.frames import encode_change
 from slm.server.process import tune_interpreter
+from slm.server.registry import Written
 from slm.server.run import SLMServer
 from slm.server.settings import Settings
 from slm.server.websocket import text_frames
@@ -36,34 +36,12 @@ class SideDoor:
     def __init__(self, server: SLMServer) -> None:
         self._server = server
         self._commits: dict[int, int] = {}
-        self._last_write = self._stamp = 0
-        database: Any = server.services.database
-        self._transaction = database._transaction
-        database._transaction = self._timed
-        self._look = database.after_commit
-        database.after_commit = self._committed
-        registry: Any = server.services.registry
-        self._update = registry.update
-        registry.update = self._noted
+        server.services.registry.committed = self._committed
 
-    def _timed(self, fn: Callable[..., Any], read_only: bool, *rest: Any) -> Any:
-        """In the database's thread: note when the commit of a write returned at the latest."""
-        self._stamp = 0
-        result = self._transaction(fn, read_only, *rest)
-        if not read_only:
-            self._last_write = self._stamp or time.monotonic_ns()
-        return result
-
-    def _committed(self, connection: Any) -> None:
-        """The same, right after the commit, before the feed's look."""
-        self._stamp = time.monotonic_ns()
-        if self._look is not None:
-            self._look(connection)
-
-    async def _noted(self, *args: Any, **kwargs: Any) -> Any:
-        written = await self._update(*args, **kwargs)
-        self._commits[written.revision] = self._last_write
-        return written
+    def _committed(self, written: Written) -> None:
+        """In the database's thread: note when the commit of a write returned."""
+        self._commits[written.revision] = time.monotonic_ns()
+        self._server.services.feed.committed(written)
 
     async def serve(self, path: Path) -> None:
         """Answer until the process ends."""

@@ -1,12 +1,10 @@
-"""On SQLite the feed looks in the thread that committed; what that must not change."""
+"""The feed is told of what its own server commits; what that must not change."""
 
 from __future__ import annotations
 
 import asyncio
-from typing import Any
 
-from sqlalchemy import Connection
-
+from slm.server.registry import Written
 from tests.server.raw import Api
 from tests.servers import InLoopServer, eventually
 
@@ -39,17 +37,14 @@ async def test_every_change_once_whichever_look_is_first(admin: Api, server: InL
     assert changes == list(range(before + 1, before + 105))
 
 
-async def test_a_failed_look_after_a_commit_harms_no_write(
-    admin: Api, server: InLoopServer
-) -> None:
+async def test_a_feed_that_cannot_be_told_harms_no_write(admin: Api, server: InLoopServer) -> None:
     """The write is durable and answered; the feed finds it by itself."""
     services = server.running.services
 
-    def failing(_: Connection) -> None:
-        raise RuntimeError("a look that fails")
+    def failing(_: Written) -> None:
+        raise RuntimeError("not told")
 
-    database: Any = services.database
-    database.after_commit = failing
+    services.registry.committed = failing
     answer = await admin.create("alpha")
     assert answer.status == 201
     assert "SLM-Stale" not in answer.headers

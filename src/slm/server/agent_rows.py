@@ -12,6 +12,7 @@ from sqlalchemy import Connection, Text, bindparam, cast, delete, func, insert, 
 from sqlalchemy.types import UserDefinedType
 
 from slm.schemas import Agent
+from slm.server.catalog import CommittedChange
 from slm.server.listener import CHANNEL
 from slm.server.models import AGENTS, CHANGES, SELECT_AGENTS, STATE, utc_now
 
@@ -118,8 +119,9 @@ def record_change(
     revision: int,
     was_default: bool,
     author: Author,
-) -> None:
-    """Write the change that the feed will read, in the same transaction as what it tells of."""
+) -> CommittedChange:
+    """Write the change that the feeds read, in the same transaction as what it tells of."""
+    now = utc_now()
     connection.execute(
         _RECORD,
         {
@@ -130,6 +132,7 @@ def record_change(
             "was_default": was_default,
             "actor": author.actor,
             "comment": author.comment,
-            "created_at": utc_now(),
+            "created_at": now,
         },
     )
+    return CommittedChange(revision, kind, agent, was_default, now)

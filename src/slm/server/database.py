@@ -48,8 +48,6 @@ class Database:
         pool_size: how many transactions run at once on PostgreSQL; SQLite has one.
 
     Attributes:
-        after_commit: on SQLite, called in the same thread after each commit, in a transaction of
-            its own; what it raises is the affair of nobody, for the write is durable.
         traces: by revision, the trace of a write that the feed has not passed on yet.
     """
 
@@ -71,7 +69,6 @@ class Database:
         self._answer_timeout_seconds: float | None = None
         self._workers = 1 if self.dialect == "sqlite" else pool_size
         self.traces: dict[int, str] = {}
-        self.after_commit: Callable[[Connection], None] | None = None
         self._attempts: dict[Attempt, asyncio.Future[Any]] = {}
         self._giving_up: asyncio.TimerHandle | None = None
         self._engine: Engine | None = None
@@ -137,12 +134,16 @@ class Database:
             await asyncio.get_running_loop().run_in_executor(threads, engine.dispose)
         await asyncio.to_thread(threads.shutdown)
 
-    async def run(self, fn: Callable[[Connection], T]) -> T:
+    async def run(
+        self, fn: Callable[[Connection], T], *, committed: Callable[[T], None] | None = None
+    ) -> T:
         """Run `fn` as one transaction, in one hop to a thread; it is rolled back on any error.
 
         Args:
             fn: a plain function; it must not keep the connection. On PostgreSQL it runs under READ
                 COMMITTED, so a writer locks the state row first.
+            committed: given what `fn` returned, in its thread, once that is durable; what it raises
+                is the affair of nobody.
 
         Raises:
             DatabaseUnavailable: the database is away, or a lock was not had in time.
@@ -150,7 +151,8 @@ class Database:
             OutcomeUnknown: the connection was lost while committing.
         """
         attempt = Attempt(self._answer_timeout_seconds)
-        return await self._hop(functools.partial(self._transaction, fn, False, attempt), attempt)
+        work = functools.partial(self._transaction, fn, False, attempt, committed)
+        return await self._hop(work, attempt)
 
     async def read(self, fn: Callable[[Connection], T]) -> T:
         """Run `fn`, which only reads, on one consistent view of the whole database.
@@ -228,10 +230,16 @@ class Database:
                 # cut, by the timer or by `close`, or it never comes back.
                 running.add_done_callback(lambda _: _in_loop(loop, over))
 
-    def _transaction(self, fn: Callable[[Connection], T], read_only: bool, attempt: Attempt) -> T:
+    def _transaction(
+        self,
+        fn: Callable[[Connection], T],
+        read_only: bool,
+        attempt: Attempt,
+        committed: Callable[[T], None] | None = None,
+    ) -> T:
         try:
             try:
-                return self._once(fn, read_only, attempt)
+                return self._once(fn, read_only, attempt, committed)
             except DBAPIError as error:
                 if not error.connection_invalidated or (attempt.begun and not read_only):
                     raise
@@ -239,14 +247,20 @@ class Database:
                 # before each transaction is a round trip. Or under a read, which changed nothing,
                 # such as when this process stood still and PostgreSQL ended the transaction. Once
                 # more, on a new one.
-                return self._once(fn, read_only, attempt)
+                return self._once(fn, read_only, attempt, committed)
         except (DBAPIError, PoolTimeout) as error:
             problem = problem_of(error, committing=attempt.committing)
             if problem is None:
                 raise
             raise problem from error
 
-    def _once(self, fn: Callable[[Connection], T], read_only: bool, attempt: Attempt) -> T:
+    def _once(
+        self,
+        fn: Callable[[Connection], T],
+        read_only: bool,
+        attempt: Attempt,
+        committed: Callable[[T], None] | None,
+    ) -> T:
         attempt.check()
         engine = self._engine
         if engine is None:
@@ -267,9 +281,9 @@ class Database:
                 if not read_only:
                     attempt.begin_commit()
                 transaction.commit()
-            if self.after_commit is not None and not read_only:
-                with contextlib.suppress(Exception), connection.begin():
-                    self.after_commit(connection)
+            if committed is not None:
+                with contextlib.suppress(Exception):
+                    committed(result)
         return result
 
     def _sqlite(self) -> Engine:

@@ -1,7 +1,8 @@
-"""ChangeFeed: reads what was committed, in order, and moves the catalog and the hub.
+"""ChangeFeed: takes what was committed, in order, and moves the catalog and the hub.
 
-The only reader of `changes` for the live stream, and the only one to move the catalog; whoever
-wrote merely wakes it. Knows no HTTP and no connection (docs/protocol.md sections 2 and 4).
+The only reader of `changes` for the live stream, and the only one to move the catalog. What this
+server itself committed it is told, and passes on where it is the very next change; all else it
+reads. Knows no HTTP and no connection (docs/protocol.md sections 2 and 4).
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from slm.server.hub import Hub
 from slm.server.metrics import Metrics
 from slm.server.models import AGENTS, CHANGES, SELECT_AGENTS, STATE, agent_of, utc_now
 from slm.server.pulse import Pulse
+from slm.server.registry import Written
 from slm.server.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -97,16 +99,12 @@ class Page:
 
 @dataclass(frozen=True)
 class _News:
-    """What one look found: changes, or everything anew; the tokens where they have changed.
-
-    Where this server itself has just committed the last change, `committed_at` is when.
-    """
+    """What one look found: changes, or everything anew; the tokens where they have changed."""
 
     horizon: Horizon
     changes: Sequence[CommittedChange] = ()
     agents: Sequence[Agent] | None = None
     tokens: TokenTable | None = None
-    committed_at: float | None = None
 
 
 class ChangeFeed:
@@ -148,9 +146,6 @@ class ChangeFeed:
         self._task: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         hub.is_behind = lambda: not self.current
-        # On SQLite the feed looks in the write's own thread: two hops less until the push.
-        if database.dialect == "sqlite":
-            database.after_commit = self._look_after_commit
 
     @property
     def position(self) -> int:
@@ -278,8 +273,11 @@ class ChangeFeed:
         )
         self._last_good_look = looked_at
         if (position, epoch) != (self.position, self.epoch):
-            # A look after a commit was faster; what this one read is partly passed on.
-            self.wake()
+            # What was committed here was faster. Where that is all there was, the look is over:
+            # under steady writes each would otherwise ask for the next.
+            unusual = news.tokens is not None or news.horizon.epoch != self.epoch
+            if unusual or news.horizon.revision > self.position:
+                self.wake()
             return
         if news.horizon.epoch == epoch and news.horizon.revision < position:
             await self._make_epoch_anew(epoch, position)
@@ -295,25 +293,20 @@ class ChangeFeed:
             self._failing = False
             logger.info("the database answers again, at revision %d", self.position)
 
-    def _look_after_commit(self, connection: Connection) -> None:
-        """Read what was just committed, in the thread that did; the loop passes it on."""
+    def committed(self, written: Written) -> None:
+        """Take what this server has just committed; called in the thread that did."""
         loop = self._loop
-        if loop is None or self._task is None or failpoints.any_armed():
-            return
-        committed_at = loop.time()
-        news = _read_news(connection, self.position, self.epoch, self._tokens_version)
-        if news.changes or news.tokens is not None:
-            loop.call_soon_threadsafe(self._take, replace(news, committed_at=committed_at))
+        if loop is not None and not failpoints.any_armed():
+            loop.call_soon_threadsafe(self._take, written, loop.time())
 
-    def _take(self, news: _News) -> None:
-        """Pass on what a look after a commit found; anything unusual is left to the next look."""
-        changes = [change for change in news.changes if change.revision > self.position]
-        usual = news.tokens is None and news.horizon.epoch == self.epoch and self.running
-        if not usual or not changes or changes[0].revision != self.position + 1:
+    def _take(self, written: Written, committed_at: float) -> None:
+        """Pass on what was committed here if it is what comes next; else the next look does."""
+        follows = written.epoch == self.epoch and written.changes[0].revision == self.position + 1
+        if not follows or not self.running:
             self.wake()
             return
         try:
-            self._pass_on(replace(news, changes=changes))
+            self._advance(written.changes, committed_at)
         except Exception as error:
             self._note_failure(error)
             self.wake()
@@ -331,16 +324,21 @@ class ChangeFeed:
             if not first:
                 logger.warning("everything was loaded anew, at revision %d", head)
                 self._hub.restart(epoch, head, "compacted" if same_epoch else "epoch")
+            self._moved.fire()
         elif news.changes:
-            changes = self._with_traces(news.changes)
-            # Queued first: should the encoding fail, neither has moved and the next look tries
-            # again. Nothing is sent before this step of the loop is over.
-            with tracing.joined("slm.feed", changes[-1].traceparent):
-                self._hub.publish(changes)
-            self._catalog.apply(news.changes, head)
-            self._measure(news)
-        else:
-            return
+            self._advance(news.changes)
+
+    def _advance(
+        self, changes: Sequence[CommittedChange], committed_at: float | None = None
+    ) -> None:
+        """Move over the changes that come next; `committed_at`: when, where it was here."""
+        changes = self._with_traces(changes)
+        # Queued first: should the encoding fail, neither has moved and the next look tries again.
+        # Nothing is sent before this step of the loop is over.
+        with tracing.joined("slm.feed", changes[-1].traceparent):
+            self._hub.publish(changes)
+        self._catalog.apply(changes, changes[-1].revision)
+        self._measure(changes, committed_at)
         self._moved.fire()
 
     def _with_traces(self, changes: Sequence[CommittedChange]) -> Sequence[CommittedChange]:
@@ -355,17 +353,17 @@ class ChangeFeed:
             traces.pop(revision, None)
         return traced
 
-    def _measure(self, news: _News) -> None:
+    def _measure(self, changes: Sequence[CommittedChange], committed_at: float | None) -> None:
         """Tell how old the changes were, and when those that were written here were committed."""
         now = utc_now()
-        for change in news.changes:
+        for change in changes:
             if change.created_at is not None:
                 self._metrics.passed_on((now - change.created_at).total_seconds())
-            committed_at = self._committed_at.pop(change.revision, None)
-            if committed_at is not None:
-                self._hub.committed_at[change.revision] = committed_at
-        if news.committed_at is not None:
-            self._hub.committed_at[news.changes[-1].revision] = news.committed_at
+            settled_at = self._committed_at.pop(change.revision, None)
+            if settled_at is not None:
+                self._hub.committed_at[change.revision] = settled_at
+        if committed_at is not None:
+            self._hub.committed_at[changes[-1].revision] = committed_at
 
     async def _make_epoch_anew(self, epoch: str, position: int) -> None:
         """Give the database a new epoch: its revision fell, so positions mean nothing any more."""

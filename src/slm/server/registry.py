@@ -40,6 +40,7 @@ from slm.server.agent_rows import (
 )
 from slm.server.audit import Event, Who, append
 from slm.server.bodies import AgentCreate, AgentUpdate
+from slm.server.catalog import CommittedChange
 from slm.server.database import Database
 from slm.server.keyed_reads import KeyedReads, binding_of
 from slm.server.keyring import Keyring
@@ -78,6 +79,7 @@ class Written:
         epoch: the epoch of that revision.
         changed: False where nothing was altered, so that there is no revision and no change.
         api_key_cleared: the stored key was dropped, since it was bound to another place.
+        changes: what it wrote into the history, in order.
     """
 
     agent: Agent | None
@@ -85,6 +87,7 @@ class Written:
     epoch: str
     changed: bool = True
     api_key_cleared: bool = False
+    changes: tuple[CommittedChange, ...] = ()
 
 
 class _Unchanged(Exception):
@@ -107,6 +110,7 @@ class AgentRegistry:
 
     Attributes:
         reads: hands out agents with their keys.
+        committed: told of each write that changed something, in the database's thread.
     """
 
     def __init__(
@@ -121,6 +125,7 @@ class AgentRegistry:
         self._keyring = keyring or Keyring(vault, tuple)
         self._endpoints = endpoints or EndpointPolicy()
         self.reads = KeyedReads(database, self._keyring)
+        self.committed: Callable[[Written], None] | None = None
 
     async def create(
         self,
@@ -238,7 +243,7 @@ class AgentRegistry:
 
         try:
             with tracing.span("slm.commit"):
-                written = await self._database.run(transaction)
+                written = await self._database.run(transaction, committed=self.committed)
         except _Unchanged as nothing:
             return nothing.written
         await failpoints.reach_async("after_commit")
@@ -277,9 +282,9 @@ class AgentRegistry:
             values["api_key_revision"] = head.revision
         values["id"] = insert_agent(connection, values)
         created = agent_of(values)
-        record_change(connection, CREATED, created, head.revision, False, author)
+        change = record_change(connection, CREATED, created, head.revision, False, author)
         _audit(connection, "agent.create", agent.agent_id, head, author, agent.model_fields_set)
-        return _written(connection, created, head, demotion, author)
+        return _written(connection, change, head, demotion, author)
 
     def _update(
         self,
@@ -313,9 +318,9 @@ class AgentRegistry:
         demotion = _demote(connection, agent_after=head) if promoted else None
         update_agent(connection, values)
         after = agent_of(values)
-        record_change(connection, CHANGED, after, head.revision, before.is_default, author)
+        change = record_change(connection, CHANGED, after, head.revision, before.is_default, author)
         _audit(connection, "agent.update", agent_id, head, author, sent)
-        return _written(connection, after, head, demotion, author, cleared)
+        return _written(connection, change, head, demotion, author, cleared)
 
     def _place_key(
         self,
@@ -360,9 +365,9 @@ class AgentRegistry:
         if agent.is_default:
             raise AgentIsDefault("The default agent cannot be deleted; make another the default.")
         delete_agent(connection, agent.id)
-        record_change(connection, DELETED, agent, head.revision, False, author)
+        change = record_change(connection, DELETED, agent, head.revision, False, author)
         _audit(connection, "agent.delete", agent_id, head, author)
-        return Written(None, head.revision, head.epoch)
+        return Written(None, head.revision, head.epoch, changes=(change,))
 
     def _check_endpoint(self, provider: str, endpoint: str | None) -> None:
         reason = self._endpoints.refused(provider, endpoint)
@@ -428,17 +433,24 @@ def _demote(connection: Connection, *, agent_after: Head) -> _Demotion | None:
 
 def _written(
     connection: Connection,
-    agent: Agent,
+    change: CommittedChange,
     head: Head,
     demotion: _Demotion | None,
     author: Author,
     api_key_cleared: bool = False,
 ) -> Written:
-    last = head.revision
+    changes = [change]
     if demotion is not None:
-        record_change(connection, CHANGED, demotion.agent, demotion.revision, True, author)
-        last = demotion.revision
-    return Written(agent, last, head.epoch, api_key_cleared=api_key_cleared)
+        changes.append(
+            record_change(connection, CHANGED, demotion.agent, demotion.revision, True, author)
+        )
+    return Written(
+        change.agent,
+        changes[-1].revision,
+        head.epoch,
+        api_key_cleared=api_key_cleared,
+        changes=tuple(changes),
+    )
 
 
 def _audit(

@@ -79,6 +79,8 @@ def make_services(settings: Settings, prepared: Prepared) -> Services:
     fleet_sync = FleetSync(database, fleet, settings.fleet_interval_seconds, settings.lease_seconds)
     hub, metrics = Hub(settings, fleet), Metrics()
     hub.on_pushed = metrics.pushed
+    feed = ChangeFeed(database, catalog, hub, tokens, settings, metrics)
+    registry.committed = feed.committed
     return Services(
         settings=settings,
         database=database,
@@ -89,7 +91,7 @@ def make_services(settings: Settings, prepared: Prepared) -> Services:
         fleet_sync=fleet_sync,
         receipts=Receipts(database, fleet, fleet_sync),
         explanations=Explanations(database, fleet, hub),
-        feed=ChangeFeed(database, catalog, hub, tokens, settings, metrics),
+        feed=feed,
         metrics=metrics,
         tokens=tokens,
         keyring=keyring,
