@@ -30,7 +30,7 @@ async def measure(options: Options) -> dict[str, Any]:
     return found
 
 
-async def _one(count: int, **tls: str) -> float:
+async def _one(count: int, **tls: Any) -> float:
     server_core, farm_core = machine.cores()
     async with BenchServer(core=server_core, **tls) as server:
         farm = Farm(server.port, server.backend_token, count, farm_core, tls=bool(tls))

@@ -102,7 +102,8 @@ async def _turn(server: BenchServer, farm: Farm, way: str) -> float:
     received = await farm.received()
     if sent["refused"]:
         raise RuntimeError(f"{sent['refused']} sockets did not take the frame")
-    return (received.last - sent["begin"]) / 1e6
+    milliseconds: float = (received.last - sent["begin"]) / 1e6
+    return milliseconds
 
 
 BENCH = Bench("fanout", "One change to many subscribers", measure)
