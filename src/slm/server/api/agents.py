@@ -39,6 +39,7 @@ from slm.server.api.common import (
     UpToDate,
     Writer,
     answered_at_once,
+    body_of,
     catalog_headers,
     catch_up,
     if_match_revision,
@@ -239,11 +240,17 @@ async def create_agent(
     return await written_answer(services, written, 201, wait)
 
 
+async def _update_at_once(request: Request, services: Services, caller: Caller) -> Response:
+    update = await body_of(request, AgentUpdate)
+    return await update_agent(request, request.path_params["agent_id"], update, services, caller)
+
+
 @router.put(
     "/agents/{agent_id}",
     response_model=Agent,
     responses=problem_responses(*BODY_PROBLEMS, AgentNotFound, AgentIsDefault, PreconditionFailed),
 )
+@answered_at_once(_update_at_once)
 async def update_agent(
     request: Request,
     agent_id: AgentIdPath,
