@@ -316,10 +316,8 @@ class Database:
             ):
                 connection.execute(f"PRAGMA {pragma}").fetchall()
 
-        @event.listens_for(engine, "begin")
-        def _begun(connection: Connection) -> None:
-            connection.exec_driver_sql("BEGIN IMMEDIATE")
-
+        # The dialect's own place for it: a listener would have every statement look for listeners.
+        engine.dialect.do_begin = _begin_immediate  # type: ignore[method-assign,assignment]
         return engine
 
     def _postgresql(self) -> Engine:
@@ -387,6 +385,10 @@ def _make_private(path: Path) -> None:
         raise StartupError(
             f"{path} cannot be opened for writing: {error.strerror or error}."
         ) from None
+
+
+def _begin_immediate(connection: Any) -> None:
+    connection.execute("BEGIN IMMEDIATE")
 
 
 def _decoded(raw: bytes) -> str:
