@@ -340,7 +340,9 @@ async def written_answer(
     headers["etag"] = f'"{agent.revision}"'
     if status == 201:
         headers["location"] = f"/api/agents/{quote(agent.agent_id, safe='')}"
-    body = agent.model_dump(mode="json") | more
     if written.api_key_cleared:
-        body["api_key_cleared"] = True
+        more["api_key_cleared"] = True
+    if not more:
+        return json_response(agent.model_dump_json().encode(), status, headers)
+    body = agent.model_dump(mode="json") | more
     return json_response(json.dumps(body, ensure_ascii=False).encode(), status, headers)
