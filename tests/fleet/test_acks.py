@@ -201,7 +201,23 @@ async def test_many_changes_are_few_acks(server: InLoopServer, admin: Api) -> No
     assert Timings().ack_interval_seconds == 0.1
 
 
-async def test_an_idle_client_acks_at_once(server: InLoopServer, admin: Api) -> None:
+async def test_a_burst_is_one_ack(server: InLoopServer, admin: Api) -> None:
+    """An ack waits a moment for changes that come together; a receipt is hardly later for it."""
+    delay = 0.5
+    timings = replace(FAST, ack_delay_seconds=delay)
+    async with sdk(server.url, server.backend_token, "one", timings=timings) as client:
+        await eventually(lambda: applied(admin, client.revision, "one"))
+        (backend,) = server.running.services.fleet.backends()
+        loop, last, before = asyncio.get_running_loop(), 0, backend.acks.count
+        began = loop.time()
+        for number in range(20):
+            last = (await admin.put("default", llm_model=f"m{number}")).revision
+        await eventually(lambda: applied(admin, last, "one"))
+        assert backend.acks.count - before <= (loop.time() - began) / delay + 1
+    assert Timings().ack_delay_seconds == 0.04
+
+
+async def test_an_idle_client_acks_soon(server: InLoopServer, admin: Api) -> None:
     """The interval lies between two acks: who has been quiet for as long waits for nothing."""
     interval = 3.0
     timings = replace(FAST, ack_interval_seconds=interval)

@@ -1,7 +1,8 @@
 """Acks: tells the SLM what was received, what of it is not in force, and which keys are held.
 
-The full state each time: at once when idle, else at most once an interval. Reads the cache and
-changes nothing; how a message reaches the SLM is the stream's affair (docs/protocol.md section 4).
+The full state each time: a moment after a change, so that callbacks come first and a burst is one
+ack, and at most once an interval. Reads the cache and changes nothing; how a message reaches the
+SLM is the stream's affair (docs/protocol.md section 4).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Final
 from slm.client.cache import AgentConfigCache
 from slm.client.in_use import KeysInUse
 from slm.client.known import KnownAgent
+from slm.client.timings import Timings
 from slm.protocol import MAX_REASON, Ack, NotInForce, encode
 
 KEY_DID_NOT_COME: Final = "the key did not come"
@@ -26,7 +28,7 @@ class Acks:
     Args:
         cache: what is held.
         in_use: which keys calls in flight hold.
-        interval_seconds: the shortest time between two acks.
+        timings: how long an ack waits for further changes, and the shortest time between two.
         key_wait: how long an ack waits for a changed key.
         send: sends a message, and returns whether there was a stream to send it on.
     """
@@ -35,18 +37,21 @@ class Acks:
         self,
         cache: AgentConfigCache,
         in_use: KeysInUse,
-        interval_seconds: float,
+        timings: Timings,
         key_wait: float,
         send: Callable[[str], Awaitable[bool]],
     ) -> None:
         self._cache = cache
         self._in_use = in_use
-        self._interval_seconds = interval_seconds
+        self._delay_seconds = timings.ack_delay_seconds
+        self._interval_seconds = timings.ack_interval_seconds
         self._key_wait = key_wait
         self._send = send
         self._loop = asyncio.get_running_loop()
         self._due = asyncio.Event()
-        self._timer: asyncio.TimerHandle | None = None
+        self._soon: asyncio.TimerHandle | None = None
+        self._again: asyncio.TimerHandle | None = None
+        self._sent_at = float("-inf")
         self._last: Ack | None = None
         self._synced_epoch: str | None = None
         self._passed = 0
@@ -58,26 +63,29 @@ class Acks:
         self._due.set()
 
     def changed(self) -> None:
-        """Note that something may be different; it is told as soon as the interval allows."""
-        self._due.set()
+        """Note that something may be different; it is told as soon as delay and interval allow."""
+        if self._soon is None:
+            loop = self._loop
+            now = loop.time()
+            at = max(now + self._delay_seconds, self._sent_at + self._interval_seconds)
+            self._soon = loop.call_at(at, self._due.set)
 
     def changed_elsewhere(self) -> None:
         """The same, from any thread."""
         if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._due.set)
+            self._loop.call_soon_threadsafe(self.changed)
 
     async def run(self) -> None:
         """Tell, until cancelled."""
-        sent_at = float("-inf")
         while True:
             await self._due.wait()
-            pause = sent_at + self._interval_seconds - self._loop.time()
-            if pause > 0:
-                await asyncio.sleep(pause)
             self._due.clear()
+            if self._soon is not None:
+                self._soon.cancel()
+                self._soon = None
             ack = self._state()
             if ack != self._last and await self._send(encode(ack)):
-                self._last, sent_at = ack, self._loop.time()
+                self._last, self._sent_at = ack, self._loop.time()
 
     def _state(self) -> Ack:
         """Return what is to be said now."""
@@ -124,9 +132,9 @@ class Acks:
         return cache.revision
 
     def _look_again_in(self, seconds: float | None) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer = None if seconds is None else self._loop.call_later(seconds, self._due.set)
+        if self._again is not None:
+            self._again.cancel()
+        self._again = None if seconds is None else self._loop.call_later(seconds, self.changed)
 
 
 def _note_held_key(keys: dict[str, int | None], agent_id: str, known: KnownAgent) -> None:

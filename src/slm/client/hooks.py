@@ -64,7 +64,7 @@ class Hooks:
         for callback in tuple(self._callbacks):
             try:
                 result = callback(agent_id, config)
-                if inspect.isawaitable(result):
+                if result is not None and inspect.isawaitable(result):
                     task = asyncio.ensure_future(result)
                     self._tasks.add(task)
                     task.add_done_callback(self._ended)

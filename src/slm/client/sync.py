@@ -90,8 +90,7 @@ class Synchroniser:
         self._explain = explain
         self._connection = Connection(base_url, token, tls, timings)
         self._stream = Stream(self._connection, self, client, timings)
-        interval = timings.ack_interval_seconds
-        self.acks = Acks(cache, in_use, interval, key_wait, self._stream.send)
+        self.acks = Acks(cache, in_use, timings, key_wait, self._stream.send)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._snapshot: asyncio.Task[None] | None = None
         self._key_awaited: dict[str, asyncio.Event] = {}

@@ -29,7 +29,9 @@ class Timings:
         unknown_seconds: how long an agent_id that the SLM does not know, or an SLM that could not
             be asked, is remembered before it is asked again.
         save_interval_seconds: how often the snapshot file is written at most.
-        ack_interval_seconds: the shortest time between two acks; an idle client acks at once.
+        ack_delay_seconds: how long an ack waits after a change, for others that come with it, and
+            so that callbacks everywhere come before it.
+        ack_interval_seconds: the shortest time between two acks.
         close_timeout_seconds: how long the SLM has to answer the closing of the stream.
     """
 
@@ -43,6 +45,7 @@ class Timings:
     snapshot_timeout_seconds: float = 60.0
     unknown_seconds: float = 5.0
     save_interval_seconds: float = 1.0
+    ack_delay_seconds: float = 0.04
     ack_interval_seconds: float = 0.1
     close_timeout_seconds: float = 1.0
 
