@@ -15,6 +15,7 @@ from slm.schemas import Agent
 from slm.server.catalog import CommittedChange
 from slm.server.listener import CHANNEL
 from slm.server.models import AGENTS, CHANGES, SELECT_AGENTS, STATE, utc_now
+from slm.server.prepared import Prepared
 
 
 class Head(NamedTuple):
@@ -48,21 +49,24 @@ class _AsItIs(UserDefinedType[Any]):
 # Built once: building a statement costs more than running it.
 _BUMP: Final = update(STATE).where(STATE.c.id == 1).values(revision=STATE.c.revision + 1)
 _NEXT_REVISION: Final = {
-    "sqlite": _BUMP.returning(STATE.c.revision, STATE.c.epoch, STATE.c.keyring_version),
+    "sqlite": Prepared(_BUMP.returning(STATE.c.revision, STATE.c.epoch, STATE.c.keyring_version)),
     # The wake-up for every replica: part of the transaction, so that it is sent on commit alone,
     # and of the statement, so that it costs no round trip.
-    "postgresql": _BUMP.returning(
-        STATE.c.revision,
-        STATE.c.epoch,
-        STATE.c.keyring_version,
-        func.pg_notify(CHANNEL, cast(STATE.c.revision, Text)),
+    "postgresql": Prepared(
+        _BUMP.returning(
+            STATE.c.revision,
+            STATE.c.epoch,
+            STATE.c.keyring_version,
+            func.pg_notify(CHANNEL, cast(STATE.c.revision, Text)),
+        )
     ),
 }
-_AGENT: Final = SELECT_AGENTS.where(AGENTS.c.agent_id == bindparam("agent_id"))
+_AGENT: Final = Prepared(SELECT_AGENTS.where(AGENTS.c.agent_id == bindparam("agent_id")))
+_COLUMNS: Final = tuple(SELECT_AGENTS.selected_columns.keys())
 _DEFAULT: Final = SELECT_AGENTS.where(AGENTS.c.is_default.is_(True))
 _WRITTEN: Final = tuple(c.name for c in AGENTS.c if c.name not in ("id", "agent_id", "created_at"))
 # As it is, but for the time: a field that was not sent goes back as it was, whatever it holds.
-_UPDATE: Final = (
+_UPDATE: Final = Prepared(
     update(AGENTS)
     .where(AGENTS.c.id == bindparam("row_id"))
     .values(
@@ -74,20 +78,21 @@ _UPDATE: Final = (
 )
 _INSERT: Final = insert(AGENTS).returning(AGENTS.c.id)
 _DELETE: Final = delete(AGENTS).where(AGENTS.c.id == bindparam("row_id"))
-_RECORD: Final = insert(CHANGES)
+_RECORD: Final = Prepared(insert(CHANGES))
 
 
 def next_head(connection: Connection) -> Head:
     """Lock the state row and take the next revision: always the first statement of a write."""
-    revision, epoch, version, *_ = connection.execute(_NEXT_REVISION[connection.dialect.name]).one()
+    [(revision, epoch, version, *_)] = _NEXT_REVISION[connection.dialect.name].run(connection)
     return Head(revision, epoch, version)
 
 
-def agent_row(connection: Connection, agent_id: str) -> Any:
-    """Return the row of an agent, or None; any text may be asked for."""
+def agent_row(connection: Connection, agent_id: str) -> dict[str, Any] | None:
+    """Return the columns of an agent, or None; any text may be asked for."""
     if "\x00" in agent_id or any("\ud800" <= c <= "\udfff" for c in agent_id):
         return None  # no database can even be asked for it
-    return connection.execute(_AGENT, {"agent_id": agent_id}).one_or_none()
+    rows = _AGENT.run(connection, {"agent_id": agent_id})
+    return dict(zip(_COLUMNS, rows[0], strict=True)) if rows else None
 
 
 def default_row(connection: Connection) -> Any:
@@ -102,9 +107,7 @@ def insert_agent(connection: Connection, values: Mapping[str, Any]) -> int:
 
 def update_agent(connection: Connection, values: Mapping[str, Any]) -> None:
     """Write every column of the row with this `id` but those that never change."""
-    connection.execute(
-        _UPDATE, {name: values[name] for name in _WRITTEN} | {"row_id": values["id"]}
-    )
+    _UPDATE.run(connection, {name: values[name] for name in _WRITTEN} | {"row_id": values["id"]})
 
 
 def delete_agent(connection: Connection, row_id: int) -> None:
@@ -122,8 +125,8 @@ def record_change(
 ) -> CommittedChange:
     """Write the change that the feeds read, in the same transaction as what it tells of."""
     now = utc_now()
-    connection.execute(
-        _RECORD,
+    _RECORD.run(
+        connection,
         {
             "revision": revision,
             "type": kind,

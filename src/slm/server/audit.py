@@ -16,18 +16,21 @@ from sqlalchemy import Connection, bindparam, insert, select, update
 
 from slm.server.database import Database
 from slm.server.models import AUDIT, AUDIT_HEAD, utc_now
+from slm.server.prepared import Prepared
 
 GENESIS: Final = "0" * 64
 """What stands for the hash before the first row."""
 
-_NEXT: Final = (
+_NEXT: Final = Prepared(
     update(AUDIT_HEAD)
     .where(AUDIT_HEAD.c.id == 1)
     .values(seq=AUDIT_HEAD.c.seq + 1)
     .returning(AUDIT_HEAD.c.seq, AUDIT_HEAD.c.hash)
 )
-_INSERT: Final = insert(AUDIT)
-_MOVE: Final = update(AUDIT_HEAD).where(AUDIT_HEAD.c.id == 1).values(hash=bindparam("new_hash"))
+_INSERT: Final = Prepared(insert(AUDIT))
+_MOVE: Final = Prepared(
+    update(AUDIT_HEAD).where(AUDIT_HEAD.c.id == 1).values(hash=bindparam("new_hash"))
+)
 _PAGE: Final = 1000
 
 
@@ -110,7 +113,7 @@ def append(connection: Connection, event: Event) -> None:
     The row that is locked here orders all appends, so the chain has one end on any number of
     replicas. It is always locked last, after `state`, so nobody waits in a circle.
     """
-    seq, before = connection.execute(_NEXT).one()
+    [(seq, before)] = _NEXT.run(connection)
     entry = Entry(
         seq=seq,
         at=utc_now().isoformat(timespec="microseconds").replace("+00:00", "Z"),
@@ -122,8 +125,8 @@ def append(connection: Connection, event: Event) -> None:
         hash="",
     )
     after = entry.hash_after(before)
-    connection.execute(_INSERT, vars(entry) | {"hash": after})
-    connection.execute(_MOVE, {"new_hash": after})
+    _INSERT.run(connection, vars(entry) | {"hash": after})
+    _MOVE.run(connection, {"new_hash": after})
 
 
 class AuditLog:

@@ -248,7 +248,7 @@ class Database:
                 # such as when this process stood still and PostgreSQL ended the transaction. Once
                 # more, on a new one.
                 return self._once(fn, read_only, attempt, committed)
-        except (DBAPIError, PoolTimeout) as error:
+        except (DBAPIError, PoolTimeout, sqlite3.Error) as error:
             problem = problem_of(error, committing=attempt.committing)
             if problem is None:
                 raise

@@ -303,14 +303,13 @@ class AgentRegistry:
                 "The body names another agent than the path.",
                 [{"loc": ["body", "agent_id"], "msg": "is not the path's", "type": "mismatch"}],
             )
-        values = dict(row._mapping)
-        values.update(_altered(before, sent))
+        values = row | _altered(before, sent)
         after = agent_of(values)
         _check_default(before, after)
         if sent.keys() & {"llm_provider", "llm_endpoint"}:
             self._check_endpoint(after.llm_provider, after.llm_endpoint)
         cleared = self._place_key(values, before, after, sent, head.revision)
-        if values == dict(row._mapping):
+        if values == row:
             raise _Unchanged(Written(before, head.revision - 1, head.epoch, changed=False))
         values["revision"] = head.revision
         values["updated_at"] = utc_now()
@@ -381,12 +380,12 @@ class _Demotion(NamedTuple):
     revision: int
 
 
-def _found(connection: Connection, agent_id: str, if_match: int | None) -> Any:
+def _found(connection: Connection, agent_id: str, if_match: int | None) -> dict[str, Any]:
     row = agent_row(connection, agent_id)
     if row is None:
         raise AgentNotFound
-    if if_match is not None and if_match != row.revision:
-        raise PreconditionFailed(f"The agent is at revision {row.revision}.")
+    if if_match is not None and if_match != row["revision"]:
+        raise PreconditionFailed(f"The agent is at revision {row['revision']}.")
     return row
 
 

@@ -1,0 +1,79 @@
+"""Prepared: a Core statement compiled once, for what every write does.
+
+Core's own way from an `execute` to the driver is long: a write that comes to an idle server spends
+most of its transaction there. Knows no table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
+
+from sqlalchemy import Connection, Dialect
+from sqlalchemy.sql import ClauseElement
+from sqlalchemy.sql.base import Executable
+from sqlalchemy.sql.compiler import SQLCompiler
+
+_NOTHING: Final[Mapping[str, Any]] = {}
+
+
+class Prepared:
+    """One statement; on SQLite its text and its types' conversions are worked out at the first run.
+
+    On PostgreSQL a statement is a round trip, beside which Core's way is short, and Core also knows
+    what a lost connection is: there it is run as any other. What comes back is not converted, so a
+    column whose type would have to be is none for this.
+
+    Args:
+        statement: whose values are all bound by name; the same names each time.
+    """
+
+    def __init__(self, statement: Executable) -> None:
+        self._statement = statement
+        self._compiled: tuple[str, list[_Bind]] | None = None
+
+    def run(
+        self, connection: Connection, values: Mapping[str, Any] = _NOTHING
+    ) -> Sequence[Sequence[Any]]:
+        """Run it within the connection's transaction and return its rows.
+
+        Raises:
+            sqlite3.Error: it failed on SQLite.
+            DBAPIError: it failed on PostgreSQL.
+        """
+        if connection.dialect.name != "sqlite":
+            result = connection.execute(self._statement, values)
+            return result.all() if result.returns_rows else ()
+        if self._compiled is None:
+            self._compiled = _compile(self._statement, connection.dialect, values)
+        text, binds = self._compiled
+        driver: Any = connection.connection.dbapi_connection
+        rows: Sequence[Sequence[Any]] = driver.execute(
+            text, [bind(values) for bind in binds]
+        ).fetchall()
+        return rows
+
+
+_Bind = Callable[[Mapping[str, Any]], Any]
+
+
+def _compile(
+    statement: Executable, dialect: Dialect, values: Mapping[str, Any]
+) -> tuple[str, list[_Bind]]:
+    assert isinstance(statement, ClauseElement)  # noqa: S101 - for the type checker
+    compiled = statement.compile(dialect=dialect, column_keys=list(values))
+    assert isinstance(compiled, SQLCompiler)  # noqa: S101 - for the type checker
+    names = compiled.positiontup or ()
+    return compiled.string, [_bind(compiled, name, dialect, values) for name in names]
+
+
+def _bind(compiled: SQLCompiler, name: str, dialect: Dialect, values: Mapping[str, Any]) -> _Bind:
+    """Return what takes the value of one placeholder out of those given, as the driver takes it."""
+    convert = compiled.binds[name].type.dialect_impl(dialect).bind_processor(dialect)
+    if name not in values:
+        fixed = compiled.params[name]
+        fixed = fixed if convert is None else convert(fixed)
+        return lambda _: fixed
+    if convert is None:
+        return lambda given: given[name]
+    return lambda given: convert(given[name])
