@@ -187,14 +187,21 @@ class AgentConfigCache:
             self.revision = self._streamed
 
     def apply_snapshot(self, snapshot: Snapshot | ReceivedSnapshot) -> list[str]:
-        """Take over a snapshot, where it is newer; return the agents whose config was swapped."""
+        """Take over a snapshot, where it is newer; return the agents whose config was swapped.
+
+        Its list of agents is empty afterwards: each row makes room for what is kept of it, so that
+        the heap does not have to hold all of both.
+        """
         if snapshot.epoch != self.epoch:
             self.begin(snapshot.epoch, snapshot.revision)
         if snapshot.revision < self._base:
             return []  # deletes that it does not know of are no longer remembered here
         swapped = []
         there = set()
-        for agent in snapshot.agents:
+        agents = snapshot.agents
+        agents.reverse()
+        while agents:
+            agent = agents.pop()
             there.add(agent.agent_id)
             if self.apply_fetched(agent, "snapshot"):
                 swapped.append(agent.agent_id)
