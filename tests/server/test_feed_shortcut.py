@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
+import aiohttp
+
+from slm.server.catalog import CommittedChange
 from slm.server.registry import Written
 from tests.server.raw import Api
-from tests.servers import InLoopServer, eventually
+from tests.server.store import KEY
+from tests.servers import InLoopServer, eventually, running_server
 
 
 async def test_every_change_once_whichever_look_is_first(admin: Api, server: InLoopServer) -> None:
@@ -49,3 +54,38 @@ async def test_a_feed_that_cannot_be_told_harms_no_write(admin: Api, server: InL
     assert answer.status == 201
     assert "SLM-Stale" not in answer.headers
     await eventually(lambda: services.catalog.get("alpha") is not None)
+
+
+async def test_what_a_feed_is_told_is_what_every_other_reads(
+    tmp_path: Path, database_url: str, session: aiohttp.ClientSession
+) -> None:
+    """Told or read, a change is the same to the last field, or two replicas would differ."""
+    async with running_server(
+        tmp_path / "data", database_url=database_url, encryption_keys=KEY
+    ) as server:
+        services = server.running.services
+        told: list[CommittedChange] = []
+        tell = services.registry.committed
+        assert tell is not None
+
+        def noted(written: Written) -> None:
+            told.extend(written.changes)
+            tell(written)
+
+        services.registry.committed = noted
+        before = services.feed.position
+        admin = Api(server, session, server.admin_token)
+        await admin.create("alpha", llm_temperature=0.1, llm_options={"seed": 1, "top_p": 1.0})
+        await admin.create("beta", name="Ünïcode \U0001f41d", llm_timeout=7, llm_api_key="sk-one")
+        await admin.put("alpha", llm_temperature=1, llm_options={"z": [1, None, {}], "a": 1e-7})
+        await admin.put("alpha", is_default=True)
+        await admin.put("beta", llm_endpoint="https://two.example/v1")
+        await admin.put("default", is_active=False)
+        await admin.delete("beta")
+        head = services.feed.position
+        page = await services.feed.read(before, 100, upto=head)
+        assert [change.revision for change in told] == list(range(before + 1, head + 1))
+        assert told == list(page.changes)
+        # 1, 1.0 and true are equal, and not the same.
+        as_text = [change.agent.model_dump_json() for change in told]
+        assert as_text == [change.agent.model_dump_json() for change in page.changes]
