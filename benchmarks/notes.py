@@ -96,7 +96,7 @@ the text was measured at 0.9 KiB in all, and nearly twice the time.""",
     "import": """\
 `import pydantic` alone loads little of pydantic 2.14; whoever declares one model loads more, 1.07
 to 1.24 times by itself (the second figure is beside that). No model of ours is built at import any
-more. What is left is declaring 27 models and 18 dataclasses, some 20 ms. To go lower, fewer of
+more. What is left is declaring 27 models and 15 dataclasses, some 20 ms. To go lower, fewer of
 them, or messages without pydantic.""",
     "commit-1": """\
 some 0.2 ms are the feed's look in the write's own thread, the rest is wake-ups: the write's thread

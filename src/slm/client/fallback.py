@@ -9,8 +9,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from pydantic import SecretStr, TypeAdapter, ValidationError
 
@@ -45,8 +44,7 @@ _NUMBERS: Final = {"TIMEOUT": int, "TEMPERATURE": float, "MAX_TOKENS": int}
 _WHERE: Final = frozenset({"PROVIDER", "ENDPOINT", "MODEL", "API_KEY"})
 
 
-@dataclass(frozen=True)
-class FromEnvironment:
+class FromEnvironment(NamedTuple):
     """What the environment answers.
 
     Attributes:

@@ -48,7 +48,7 @@ class Freshness:
         return self._cache.freshness(self.confirmed_at, from_file=self.from_file)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class KnownAgent:
     """What is known of one agent.
 

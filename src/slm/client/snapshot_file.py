@@ -17,9 +17,8 @@ import stat
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, SecretStr, ValidationError
 
@@ -35,8 +34,7 @@ FORMAT: Final = 1
 MAX_FILE_BYTES: Final = 256 * 1024 * 1024
 
 
-@dataclass(frozen=True)
-class Contents:
+class Contents(NamedTuple):
     """What is saved: every whole config, and the position they belong to.
 
     Attributes:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import os
 import ssl
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from slm.errors import ConfigurationError
 
@@ -16,8 +16,7 @@ ClientCert = str | os.PathLike[str] | tuple[str | os.PathLike[str], str | os.Pat
 """A PEM file with a certificate and its private key, or one file for each."""
 
 
-@dataclass(frozen=True)
-class TlsFiles:
+class TlsFiles(NamedTuple):
     """The files of TLS.
 
     Attributes:
