@@ -6,6 +6,7 @@ import asyncio
 from pathlib import Path
 
 import aiohttp
+import pytest
 
 from slm.server.catalog import CommittedChange
 from slm.server.registry import Written
@@ -89,3 +90,33 @@ async def test_what_a_feed_is_told_is_what_every_other_reads(
         # 1, 1.0 and true are equal, and not the same.
         as_text = [change.agent.model_dump_json() for change in told]
         assert as_text == [change.agent.model_dump_json() for change in page.changes]
+
+
+async def test_steady_writes_do_not_keep_the_feed_looking(
+    admin: Api, server: InLoopServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A look that a write overtakes is over: what is passed on already is not read again."""
+    services = server.running.services
+    feed = services.feed
+    names = [f"agent-{number}" for number in range(4)]
+    for name in names:
+        await admin.create(name)
+    look, looks = feed._look, 0
+
+    async def counted() -> None:
+        nonlocal looks
+        looks += 1
+        await look()
+
+    monkeypatch.setattr(feed, "_look", counted)
+    begun, before = asyncio.get_running_loop().time(), feed.position
+
+    async def write(name: str) -> None:
+        for turn in range(25):
+            await admin.put(name, llm_model=f"m{turn}")
+
+    feed.wake()
+    await asyncio.gather(*map(write, names))
+    polls = (asyncio.get_running_loop().time() - begun) / services.settings.poll_interval_seconds
+    assert feed.position == before + 100
+    assert 1 <= looks <= 2 + polls
