@@ -106,8 +106,8 @@ is less.""",
     "commit-500": """\
 500 backends in one process are 500 times hear, parse, check, apply and call back in one
 interpreter, 60 to 67 microseconds of CPU each, of which the parse is 4 and much is the event
-loop's and the WebSocket's. Acks wait 40 ms, so that they come after the callbacks; before that
-they lay between them, and it was 80 to 90. Telling several changes at once would not help one
+loop's and the WebSocket's. In a loop that is behind acks come after the callbacks; before that they
+lay between them, and it was 80 to 90. Telling several changes at once would not help one
 change.""",
     "put-1": """\
 an idle server finds everything cold. Seen from inside one, with 5 ms between writes, 2.0 ms lie

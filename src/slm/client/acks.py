@@ -1,7 +1,7 @@
 """Acks: tells the SLM what was received, what of it is not in force, and which keys are held.
 
-The full state each time: a moment after a change, so that callbacks come first and a burst is one
-ack, and at most once an interval. Reads the cache and changes nothing; how a message reaches the
+The full state each time: at once in an idle process, after its callbacks in a busy one, and at most
+once an interval. Reads the cache and changes nothing; how a message reaches the
 SLM is the stream's affair (docs/protocol.md section 4).
 """
 
@@ -17,6 +17,9 @@ from slm.client.known import KnownAgent
 from slm.client.timings import Timings
 from slm.protocol import MAX_REASON, Ack, NotInForce, encode
 
+IDLE_SECONDS: Final = 0.002
+"""A loop that comes to a timer later than this is busy; no timer of its is more exact."""
+
 KEY_DID_NOT_COME: Final = "the key did not come"
 _MAX_NAMED: Final = 5000
 """So many agents fit into an ack of 1 MiB."""
@@ -28,7 +31,7 @@ class Acks:
     Args:
         cache: what is held.
         in_use: which keys calls in flight hold.
-        timings: how long an ack waits for further changes, and the shortest time between two.
+        timings: how long a busy process may put an ack off, and the shortest time between two.
         key_wait: how long an ack waits for a changed key.
         send: sends a message, and returns whether there was a stream to send it on.
     """
@@ -50,6 +53,7 @@ class Acks:
         self._loop = asyncio.get_running_loop()
         self._due = asyncio.Event()
         self._soon: asyncio.TimerHandle | None = None
+        self._late_at = 0.0
         self._again: asyncio.TimerHandle | None = None
         self._sent_at = float("-inf")
         self._last: Ack | None = None
@@ -63,12 +67,22 @@ class Acks:
         self._due.set()
 
     def changed(self) -> None:
-        """Note that something may be different; it is told as soon as delay and interval allow."""
+        """Note that something may be different; it is told once the loop has nothing else to do."""
         if self._soon is None:
-            loop = self._loop
-            now = loop.time()
-            at = max(now + self._delay_seconds, self._sent_at + self._interval_seconds)
-            self._soon = loop.call_at(at, self._due.set)
+            now = self._loop.time()
+            self._late_at = now + self._delay_seconds
+            self._look_at(max(now + IDLE_SECONDS, self._sent_at + self._interval_seconds))
+
+    def _look_at(self, at: float) -> None:
+        self._soon = self._loop.call_at(at, self._look, at)
+
+    def _look(self, at: float) -> None:
+        """Tell now, unless the loop is behind: then callbacks come first, up to the delay."""
+        now = self._loop.time()
+        if now - at > IDLE_SECONDS and now < self._late_at:
+            self._look_at(now + IDLE_SECONDS)
+        else:
+            self._due.set()
 
     def changed_elsewhere(self) -> None:
         """The same, from any thread."""

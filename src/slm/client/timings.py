@@ -29,9 +29,9 @@ class Timings:
         unknown_seconds: how long an agent_id that the SLM does not know, or an SLM that could not
             be asked, is remembered before it is asked again.
         save_interval_seconds: how often the snapshot file is written at most.
-        ack_delay_seconds: how long an ack waits after a change, for others that come with it, and
-            so that callbacks everywhere come before it.
-        ack_interval_seconds: the shortest time between two acks.
+        ack_delay_seconds: how long a loop that is behind with its work may put an ack off, so that
+            callbacks come before it.
+        ack_interval_seconds: the shortest time between two acks; an idle client acks at once.
         close_timeout_seconds: how long the SLM has to answer the closing of the stream.
     """
 
