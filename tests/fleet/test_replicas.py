@@ -246,12 +246,12 @@ async def test_a_word_that_comes_too_late_takes_nothing_back(
 ) -> None:
     """What a server still hears over a connection that was given up for another is no news."""
     who, token = {"name": "mover", "instance": "1"}, replicas[0].backend_token
-    async with (
-        Api(replicas[0], apis[0].session, token).stream(client=who) as former,
-        Api(replicas[1], apis[1].session, token).stream(client=who) as present,
-    ):
+    async with contextlib.AsyncExitStack() as stack:
+        there, here = (Api(r, apis[0].session, token) for r in replicas)
+        former = await stack.enter_async_context(there.stream(client=who))
         before = (await former.frame())["revision"]
         await former.send(ack=before)
+        present = await stack.enter_async_context(here.stream(client=who))
         await present.send(ack=(await present.frame())["revision"])
         revision = (await apis[1].put("default", llm_model="n")).revision
         await present.until(revision)
