@@ -25,8 +25,11 @@ logger = logging.getLogger(__name__)
 
 ResyncReason = Literal["compacted", "epoch", "ahead"]
 
+ONE_TURN: Final = 1000
+"""A broadcast to no more than these is one turn of the loop, some ten milliseconds."""
+
 YIELD_EVERY: Final = 200
-"""After so many writes everyone else in the loop has a turn.
+"""In a larger one everyone else in the loop has a turn after so many writes.
 
 An answer to a GET needs two or three of them, and a write takes some 15 microseconds.
 """
@@ -446,9 +449,10 @@ class Hub:
 
 
 async def _in_turns(subscribers: Collection[Subscriber]) -> AsyncIterator[list[Subscriber]]:
-    """Yield those who are there now, `YIELD_EVERY` at a time, and between them to the loop."""
+    """Yield those who are there now, all or some at a time, and between them to the loop."""
     everyone = list(subscribers)
-    for start in range(0, len(everyone), YIELD_EVERY):
+    at_a_time = YIELD_EVERY if len(everyone) > ONE_TURN else ONE_TURN
+    for start in range(0, len(everyone), at_a_time):
         if start:
             await asyncio.sleep(0)
-        yield everyone[start : start + YIELD_EVERY]
+        yield everyone[start : start + at_a_time]

@@ -128,9 +128,9 @@ class WebSocketConnection(asyncio.Protocol):
 
     def push(self, frames: Encoded) -> int:
         """Write without waiting; return how many bytes wait for the peer, -1 once it is closed."""
-        transport = self.transport
-        if self.closed or transport.is_closing():
+        if self.closed:
             return -1
+        transport = self.transport
         transport.write(frames.encoded)
         return transport.get_write_buffer_size()
 
@@ -154,6 +154,7 @@ class WebSocketConnection(asyncio.Protocol):
 
     def abort(self) -> None:
         """Cut the connection, throwing away what waits."""
+        self.closed = True
         self._keepalive.forget(self)
         self.transport.abort()
 
