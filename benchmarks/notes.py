@@ -76,8 +76,8 @@ MISSED: dict[str, str] = {
 each write costs what C's does and some 2 microseconds of Python. On one loaded machine, with
 nothing else in the loop, `os.write` to every socket took 1.08 times as long as the C loop; plain
 `transport.write`, the connection with its checks and the hub's whole walk lay between 1.14 and
-1.32, within each other's noise. A turn for everyone else after 200 writes is part of it: GETs meanwhile
-are answered within 20 ms for it. To go lower: writes in C.""",
+1.32, within each other's noise. Part of it is a turn for everyone else after 200 writes, for which
+GETs are answered within 20 ms meanwhile. To go lower: writes in C.""",
     "fanout-1000": """\
 the same as for 10,000, and what comes before the first write counts for ten times as much: from
 the commit to the loop, through the encoding, to the first write it is 0.2 ms on an idle server,
