@@ -23,8 +23,8 @@ The server on one core, N WebSocket subscribers (a C program on epoll) on the ot
 round, on the same connections: a C loop that calls `send()` on each socket with a frame made
 beforehand; a real change, from its commit until the last subscriber has the frame, so that the
 feed and the encoding are in it; and the naive loop, `await send_text` to one after the other, on
-uvicorn's own protocol objects. "Its writes alone" counts from the first subscriber's frame to the last
-one's."""
+uvicorn's own protocol objects. "Its writes alone" counts from the first subscriber's frame to the
+last one's."""
 
 ACCEPT = """\
 From connecting to `subscribed`: TCP, (TLS,) HTTP upgrade, token, subscription and its answer, for

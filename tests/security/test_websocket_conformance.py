@@ -23,8 +23,9 @@ from kosoku import FailureError, run_fuzzingclient, run_fuzzingserver
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.frames import Frame, Opcode
 
+from slm.server.handshake import TAKE_OVER, handshake_protocol
 from slm.server.transport import http_protocol
-from slm.server.websocket import TAKE_OVER, WebSocketConnection, handshake_protocol
+from slm.server.websocket import WebSocketConnection
 from tests.servers import eventually
 
 PROTOCOL_CASES = [f"{section}.*" for section in range(1, 8)]

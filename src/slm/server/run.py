@@ -20,13 +20,13 @@ from slm.errors import StartupError
 from slm.protocol import MAX_ACK_BYTES
 from slm.server import failpoints
 from slm.server.app import create_app
+from slm.server.handshake import handshake_protocol
 from slm.server.prepare import Prepared, prepare
 from slm.server.process import forbid_core_dumps, tune_interpreter
 from slm.server.services import Services
 from slm.server.settings import Settings
 from slm.server.tls import ServerTls
 from slm.server.transport import http_protocol
-from slm.server.websocket import handshake_protocol
 
 logger = logging.getLogger(__name__)
 

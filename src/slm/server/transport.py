@@ -1,7 +1,7 @@
 """uvicorn's protocol class for HTTP, with limits on what a peer may send.
 
 `uvicorn.Config(http=…)` takes a class; this subclasses the pinned version's. Knows no agent and no
-token, only bytes, limits and timers. The other class, for WebSockets, is in `websocket`.
+token, only bytes, limits and timers. The other class, for WebSockets, is in `handshake`.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from slm.protocol import MAX_FRAME_BYTES, Ack, ClientMessage, Explained, Subscri
 from slm.server.api.common import Requires, services_of
 from slm.server.auth import Caller
 from slm.server.frames import Frames
+from slm.server.handshake import TAKE_OVER
 from slm.server.hub import Sink, Subscriber
 from slm.server.peer import has_foreign_origin
 from slm.server.problems import problem_response
@@ -28,7 +29,7 @@ from slm.server.replay import open_stream
 from slm.server.services import Services
 from slm.server.sinks import ASGISink
 from slm.server.view import View
-from slm.server.websocket import TAKE_OVER, WebSocketConnection
+from slm.server.websocket import WebSocketConnection
 
 logger = logging.getLogger(__name__)
 
@@ -141,7 +142,7 @@ class _Conversation:
             self._services.hub.detach(self.subscriber)
         self._services.streams.release(self._token_id)
 
-    def _opened(self, *_: object) -> None:
+    def _opened(self) -> None:
         """Give the place among those that are being opened back, once."""
         place, self._place = self._place, None
         if place is not None:
