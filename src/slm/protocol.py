@@ -6,13 +6,19 @@ of a known type and the wrong shape is a `ProtocolError`, which never holds the 
 
 from __future__ import annotations
 
+import functools
 import json
-from typing import Annotated, Any, Final, Literal, TypeVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, ValidationError
 
 from slm.errors import NotJSON, ProtocolError
 from slm.schemas import AgentConfig
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
+    from pydantic_core import ErrorDetails
 
 CHANNEL: Final = "agent_config"
 """The only channel there is."""
@@ -193,17 +199,6 @@ class Error(_Message):
 
 ServerMessage = Subscribed | AgentChanged | AgentDeleted | Resync | Heartbeat | Explain | Error
 
-_SERVER_TYPES: Final[dict[str, type[ServerMessage]]] = {
-    "subscribed": Subscribed,
-    "agent_config_changed": AgentChanged,
-    "agent_created": AgentChanged,
-    "agent_deleted": AgentDeleted,
-    "resync": Resync,
-    "heartbeat": Heartbeat,
-    "explain": Explain,
-    "error": Error,
-}
-
 
 def encode(message: ServerMessage | ClientMessage) -> str:
     """Return the message as one line of JSON; fields that are None and optional are left out."""
@@ -218,14 +213,31 @@ def parse_server_message(text: str) -> ServerMessage | None:
     """Return what the server sent, or None for a type that this version does not know.
 
     Raises:
+        NotJSON: it is not JSON.
         ProtocolError: it is not a JSON object with a `type`, or not of that type's shape.
     """
-    data = _json_object(text)
-    kind = data.get("type")
-    if not isinstance(kind, str):
-        raise ProtocolError("a message of the server has no type")
-    model = _SERVER_TYPES.get(kind)
-    return None if model is None else _validated(model, data)
+    try:
+        return _any_server_message().validate_json(text)
+    except ValidationError as error:
+        first = _first(error)
+        match first["type"]:
+            case "union_tag_invalid" if isinstance(_json_object(text)["type"], str):
+                return None  # of a later version
+            case "json_invalid":
+                raise NotJSON("a message is not JSON") from None
+            case "union_tag_invalid" | "union_tag_not_found":
+                raise ProtocolError("a message of the server has no type") from None
+            case "dict_type":
+                raise ProtocolError("a message is not a JSON object") from None
+        kind, *where = first["loc"] or ("server's",)
+        raise _misshapen(kind, where) from None
+
+
+@functools.cache
+def _any_server_message() -> TypeAdapter[ServerMessage]:
+    from pydantic import TypeAdapter  # here: who imports slm need not wait for it
+
+    return TypeAdapter(Annotated[ServerMessage, Field(discriminator="type")])
 
 
 def parse_client_message(text: str) -> ClientMessage | None:
@@ -263,7 +275,13 @@ def _validated(model: type[_M], data: dict[str, Any]) -> _M:
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        where = ".".join(str(part) for part in error.errors(include_input=False)[0]["loc"][:1])
-        raise ProtocolError(
-            f"a {model.__name__} message is not of the contract's shape at {where or 'its top'}"
-        ) from None
+        raise _misshapen(model.__name__, _first(error)["loc"]) from None
+
+
+def _misshapen(kind: object, where: Sequence[object]) -> ProtocolError:
+    place = where[0] if where else "its top"
+    return ProtocolError(f"a {kind} message is not of the contract's shape at {place}")
+
+
+def _first(error: ValidationError) -> ErrorDetails:
+    return error.errors(include_url=False, include_input=False)[0]

@@ -67,10 +67,12 @@ class Peer:
             else:
                 await self.ws.send_str(frame if isinstance(frame, str) else json.dumps(frame))
 
-    async def subscribed(self, revision: int | None = None, epoch: str = EPOCH) -> None:
+    async def subscribed(
+        self, revision: int | None = None, epoch: str = EPOCH, heartbeat: float = 0.5
+    ) -> None:
         """Say `subscribed`, by default at what was asked for."""
         revision = self.asked.get("since", 0) if revision is None else revision
-        frame = {"type": "subscribed", "channel": "agent_config", "heartbeat": 0.5}
+        frame = {"type": "subscribed", "channel": "agent_config", "heartbeat": heartbeat}
         await self.say(frame | {"revision": revision, "epoch": epoch})
 
     async def live(self, revision: int) -> None:
@@ -92,6 +94,7 @@ class ScriptedSLM:
         agents: by agent_id, revision and config of each agent of the snapshot.
         scripts: what the next streams are told; the last one serves all that follow.
         refuse: given the number of the handshake, an answer instead of the upgrade, or None.
+        autoping: whether pings are answered; a script sees them otherwise.
         handshakes: the monotonic time of each handshake.
         subscriptions: what each stream asked for.
         snapshots: how many snapshots were fetched.
@@ -104,6 +107,7 @@ class ScriptedSLM:
     agents: dict[str, tuple[int, dict[str, Any]]] = field(default_factory=dict)
     scripts: list[Script] = field(default_factory=list)
     refuse: Callable[[int], web.Response | None] = lambda _: None
+    autoping: bool = True
     handshakes: list[float] = field(default_factory=list)
     subscriptions: list[dict[str, Any]] = field(default_factory=list)
     snapshots: int = 0
@@ -137,7 +141,7 @@ class ScriptedSLM:
         refusal = self.refuse(number)
         if refusal is not None:
             return refusal
-        ws = web.WebSocketResponse(compress=False, timeout=0.1)
+        ws = web.WebSocketResponse(compress=False, timeout=0.1, autoping=self.autoping)
         await ws.prepare(request)
         peer = Peer(ws, json.loads(await ws.receive_str()))
         script = self.scripts[min(len(self.subscriptions), len(self.scripts) - 1)]

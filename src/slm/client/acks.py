@@ -14,11 +14,9 @@ from typing import Final
 from slm.client.cache import AgentConfigCache
 from slm.client.in_use import KeysInUse
 from slm.client.known import KnownAgent
+from slm.client.quiet import Quiet
 from slm.client.timings import Timings
 from slm.protocol import MAX_REASON, Ack, NotInForce, encode
-
-IDLE_SECONDS: Final = 0.002
-"""A loop that comes to a timer later than this is busy; no timer of its is more exact."""
 
 KEY_DID_NOT_COME: Final = "the key did not come"
 _MAX_NAMED: Final = 5000
@@ -52,8 +50,8 @@ class Acks:
         self._send = send
         self._loop = asyncio.get_running_loop()
         self._due = asyncio.Event()
-        self._soon: asyncio.TimerHandle | None = None
-        self._late_at = 0.0
+        self._quiet = Quiet.of_running_loop()
+        self._noted = False
         self._again: asyncio.TimerHandle | None = None
         self._sent_at = float("-inf")
         self._last: Ack | None = None
@@ -68,21 +66,17 @@ class Acks:
 
     def changed(self) -> None:
         """Note that something may be different; it is told once the loop has nothing else to do."""
-        if self._soon is None:
-            now = self._loop.time()
-            self._late_at = now + self._delay_seconds
-            self._look_at(max(now + IDLE_SECONDS, self._sent_at + self._interval_seconds))
-
-    def _look_at(self, at: float) -> None:
-        self._soon = self._loop.call_at(at, self._look, at)
-
-    def _look(self, at: float) -> None:
-        """Tell now, unless the loop is behind: then callbacks come first, up to the delay."""
-        now = self._loop.time()
-        if now - at > IDLE_SECONDS and now < self._late_at:
-            self._look_at(now + IDLE_SECONDS)
+        if self._noted:
+            return
+        self._noted = True
+        free_at = self._sent_at + self._interval_seconds
+        if free_at <= self._loop.time():
+            self._when_quiet()
         else:
-            self._due.set()
+            self._loop.call_at(free_at, self._when_quiet)
+
+    def _when_quiet(self) -> None:
+        self._quiet.then(self._due.set, self._delay_seconds)
 
     def changed_elsewhere(self) -> None:
         """The same, from any thread."""
@@ -94,9 +88,7 @@ class Acks:
         while True:
             await self._due.wait()
             self._due.clear()
-            if self._soon is not None:
-                self._soon.cancel()
-                self._soon = None
+            self._noted = False
             ack = self._state()
             if ack != self._last and await self._send(encode(ack)):
                 self._last, self._sent_at = ack, self._loop.time()

@@ -212,7 +212,7 @@ class Connection:
         handshake = self._session.ws_connect(
             URL(self._base_url + "/ws", encoded=True),
             headers=self._token.headers(),
-            heartbeat=timings.ping_interval_seconds,
+            autoping=False,  # the stream pings, and answers
             timeout=aiohttp.ClientWSTimeout(ws_close=timings.close_timeout_seconds),
             # Compression costs the SLM 2 to 4 times the CPU and 40 KiB a connection.
             compress=0,

@@ -139,11 +139,10 @@ _COMPARED: Final = operator.attrgetter(
     "llm_temperature",
     "llm_max_tokens",
     "llm_options",
-    "revision",
     "api_key_revision",
 )
 
 
 def same(one: ResolvedConfig, other: ResolvedConfig) -> bool:
     """Say whether two configs are the same value, their freshness apart."""
-    return bool(_COMPARED(one) == _COMPARED(other))
+    return one.revision == other.revision and bool(_COMPARED(one) == _COMPARED(other))

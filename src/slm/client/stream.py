@@ -1,6 +1,6 @@
 """The subscription: connect, subscribe from where we are, hear, and never give up.
 
-Knows the WebSocket and its silences; what a message means is its listener's affair.
+Knows the WebSocket; what a message means is its listener's affair.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import aiohttp
 
 from slm.client.http import Connection
 from slm.client.retry import Backoff
+from slm.client.silence import Silence
 from slm.client.timings import Timings
 from slm.errors import ProtocolError, SLMError, SLMUnavailable
 from slm.protocol import (
@@ -113,26 +114,31 @@ class Stream:
             await ws.close()
 
     async def _hear(self, ws: aiohttp.ClientWebSocketResponse, since: int | None) -> SLMError:
-        loop = asyncio.get_running_loop()
-        silence = self._timings.request_timeout_seconds
+        timings = self._timings
+        silence = Silence(ws, timings.ping_interval_seconds, timings.request_timeout_seconds)
+        clock = asyncio.get_running_loop().time
         subscribed = False
         try:
-            async with asyncio.timeout(silence) as deadline:
+            async with silence.limited():
                 while True:
                     frame = await ws.receive()
-                    if frame.type is not aiohttp.WSMsgType.TEXT:
+                    silence.heard_at = now = clock()
+                    if frame.type is aiohttp.WSMsgType.TEXT:
+                        silence.told_at = now
+                        message = parse_server_message(frame.data)
+                        if not subscribed:
+                            silence.allow(2 * self._begin(message, since))
+                            subscribed = True
+                        elif isinstance(message, Error):
+                            _log.warning("the SLM did not understand us: %s", message.code)
+                        elif message is not None:
+                            self._listener.received(message)
+                    elif frame.type is aiohttp.WSMsgType.PING:
+                        await ws.pong(frame.data)
+                    elif frame.type is not aiohttp.WSMsgType.PONG:
                         return _ending(frame.type, ws.close_code)
-                    message = parse_server_message(frame.data)
-                    if not subscribed:
-                        silence = 2 * self._begin(message, since)
-                        subscribed = True
-                    elif isinstance(message, Error):
-                        _log.warning("the SLM did not understand us: %s", message.code)
-                    elif message is not None:
-                        self._listener.received(message)
-                    deadline.reschedule(loop.time() + silence)
         except TimeoutError:
-            return SLMUnavailable(f"no frame from the SLM within {silence:g} s")
+            return SLMUnavailable(f"no frame from the SLM within {silence.seconds:g} s")
 
     def _begin(self, message: ServerMessage | None, since: int | None) -> float:
         """Take the first message and return the heartbeat interval that it names."""

@@ -22,8 +22,8 @@ class Timings:
         healthy_seconds: after how long a connection counts as healthy, so that backoff starts anew.
         refused_retry_seconds: how often the SLM is tried again after it refused the token.
         retry_after_max_seconds: the longest Retry-After that is honoured.
-        ping_interval_seconds: after how long without a byte the SLM is pinged; it has half of that
-            to answer, so that a dead connection is found within 1.5 times this.
+        ping_interval_seconds: after how long without a frame the SLM is pinged; it has as long to
+            answer, so that a dead connection is found within twice this.
         request_timeout_seconds: for a handshake, and for one agent's config over HTTP.
         snapshot_timeout_seconds: for all agents' configs over HTTP.
         unknown_seconds: how long an agent_id that the SLM does not know, or an SLM that could not
