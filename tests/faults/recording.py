@@ -16,6 +16,7 @@ from typing import Any
 import aiohttp
 import pytest
 
+from slm.client.direct import DirectWebSocket, Take
 from tests.faults.history import Connection, Frame, disagreements, violations
 
 Committed = dict[tuple[str, int], Frame]
@@ -48,8 +49,13 @@ class Recording:
 
     def received(self, ws: aiohttp.ClientWebSocketResponse, message: aiohttp.WSMessage) -> None:
         """Hear what a client heard."""
-        if message.type in (aiohttp.WSMsgType.TEXT, aiohttp.WSMsgType.BINARY) and ws in self._open:
-            self._open[ws].frames.append(self.frame(message.data))
+        if message.type in (aiohttp.WSMsgType.TEXT, aiohttp.WSMsgType.BINARY):
+            self.told(ws, message.data)
+
+    def told(self, ws: aiohttp.ClientWebSocketResponse, text: str | bytes) -> None:
+        """Hear one message that a client heard."""
+        if ws in self._open:
+            self._open[ws].frames.append(self.frame(text))
 
     def verdict(
         self, *, resyncs: Iterable[str] = (), committed: bool = True, faults: str | None = None
@@ -122,7 +128,7 @@ def recorded() -> Iterator[Recording]:
     """Record every stream of the block."""
     global now
     kind = aiohttp.ClientWebSocketResponse
-    send, receive = kind.send_str, kind.receive
+    send, receive, hear_directly = kind.send_str, kind.receive, DirectWebSocket.hear
     recording = now = Recording()
 
     async def send_str(
@@ -138,7 +144,15 @@ def recorded() -> Iterator[Recording]:
         recording.received(ws, message)
         return message
 
+    def hear(ws: DirectWebSocket, take: Take) -> None:
+        def taken(text: str) -> None:
+            take(text)
+            recording.told(ws, text)  # what could not be taken comes by `receive`
+
+        hear_directly(ws, taken)
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DirectWebSocket, "hear", hear)
         patch.setattr(kind, "send_str", send_str)
         patch.setattr(kind, "receive", received)
         try:

@@ -18,11 +18,13 @@ from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
 import aiohttp
+import pytest
 import uvicorn
 from kosoku import FailureError, run_fuzzingclient, run_fuzzingserver
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.frames import Frame, Opcode
 
+from slm.client.direct import DirectWebSocket
 from slm.server.handshake import TAKE_OVER, handshake_protocol
 from slm.server.transport import http_protocol
 from slm.server.websocket import WebSocketConnection
@@ -123,16 +125,20 @@ async def test_plain_uvicorn_fails_the_case_that_our_protocol_mends() -> None:
     assert set(failed(await _cases_against(WebSocketsSansIOProtocol, echo))) == {"7.1.5"}
 
 
-async def test_the_client_library_passes_every_case_but_one() -> None:
-    """The SDK's WebSocket library in an echo loop; 7.9.5 is its own fault, and harms nobody."""
-    async with run_fuzzingserver(PROTOCOL_CASES) as server, aiohttp.ClientSession() as session:
+@pytest.mark.parametrize("direct", [False, True], ids=["aiohttp's", "ours over it"])
+async def test_the_client_passes_every_case_but_one(direct: bool) -> None:
+    """The SDK's WebSocket in an echo loop, heard both ways; 7.9.5 is aiohttp's, harming nobody."""
+    async with (
+        run_fuzzingserver(PROTOCOL_CASES) as server,
+        aiohttp.ClientSession(ws_response_class=DirectWebSocket) as session,
+    ):
         base = f"http://{server.address}:{server.port}"
         async with session.ws_connect(f"{base}/getCaseCount") as socket:
             assert int(await socket.receive_str()) == ALL
         for first in range(1, ALL + 1, 8):
             numbers = range(first, min(first + 8, ALL + 1))
             urls = [f"{base}/runCase?case={number}&agent=aiohttp" for number in numbers]
-            await asyncio.gather(*(_echo_case(session, url) for url in urls))
+            await asyncio.gather(*(_echo_case(session, url, direct) for url in urls))
         async with session.ws_connect(f"{base}/updateReports?agent=aiohttp") as socket:
             await socket.receive()
         try:
@@ -144,10 +150,15 @@ async def test_the_client_library_passes_every_case_but_one() -> None:
     assert set(failed(results)) == {"7.9.5"}
 
 
-async def _echo_case(session: aiohttp.ClientSession, url: str) -> None:
+async def _echo_case(session: aiohttp.ClientSession, url: str, direct: bool) -> None:
     async with session.ws_connect(url, compress=0, max_msg_size=0) as socket:
+        echoes: set[asyncio.Task[None]] = set()
+        assert isinstance(socket, DirectWebSocket)
+        if direct:
+            socket.hear(lambda text: echoes.add(asyncio.create_task(socket.send_str(text))))
         async for message in socket:
             if message.type is aiohttp.WSMsgType.TEXT:
                 await socket.send_str(message.data)
             elif message.type is aiohttp.WSMsgType.BINARY:
                 await socket.send_bytes(message.data)
+        await asyncio.gather(*echoes, return_exceptions=True)

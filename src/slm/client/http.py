@@ -19,6 +19,7 @@ import aiohttp
 from pydantic import BaseModel, ConfigDict, SecretStr, ValidationError
 from yarl import URL
 
+from slm.client.direct import DirectWebSocket
 from slm.client.received import ReceivedSnapshot
 from slm.client.timings import Timings
 from slm.client.tls import TlsFiles
@@ -164,6 +165,7 @@ class Connection:
             cookie_jar=aiohttp.DummyCookieJar(),
             timeout=aiohttp.ClientTimeout(total=None),  # each request below has its own
             middlewares=(_refuse_redirects,),
+            ws_response_class=DirectWebSocket,
             trust_env=False,
         )
 
@@ -206,7 +208,7 @@ class Connection:
             timeout=self._timings.snapshot_timeout_seconds,
         )
 
-    async def open_stream(self) -> aiohttp.ClientWebSocketResponse:
+    async def open_stream(self) -> DirectWebSocket:
         """Return the WebSocket, open and not yet subscribed."""
         timings = self._timings
         handshake = self._session.ws_connect(
@@ -217,7 +219,9 @@ class Connection:
             # Compression costs the SLM 2 to 4 times the CPU and 40 KiB a connection.
             compress=0,
         )
-        return await _translated(handshake, "the stream", timings.request_timeout_seconds)
+        ws = await _translated(handshake, "the stream", timings.request_timeout_seconds)
+        assert isinstance(ws, DirectWebSocket)  # noqa: S101 - for the type checker
+        return ws
 
     async def _get(
         self,

@@ -12,6 +12,7 @@ from typing import Protocol
 
 import aiohttp
 
+from slm.client.direct import DirectWebSocket
 from slm.client.http import Connection
 from slm.client.retry import Backoff
 from slm.client.silence import Silence
@@ -56,7 +57,7 @@ class Stream:
         self._listener = listener
         self._client = client
         self._timings = timings
-        self._ws: aiohttp.ClientWebSocketResponse | None = None
+        self._ws: DirectWebSocket | None = None
         self._subscribed_at: float | None = None
 
     async def run(self) -> None:
@@ -113,32 +114,37 @@ class Stream:
             self._ws = None
             await ws.close()
 
-    async def _hear(self, ws: aiohttp.ClientWebSocketResponse, since: int | None) -> SLMError:
+    async def _hear(self, ws: DirectWebSocket, since: int | None) -> SLMError:
         timings = self._timings
         silence = Silence(ws, timings.ping_interval_seconds, timings.request_timeout_seconds)
         clock = asyncio.get_running_loop().time
-        subscribed = False
+
+        def take(text: str) -> None:
+            silence.told_at = silence.heard_at = clock()
+            message = parse_server_message(text)
+            if self._subscribed_at is None:
+                silence.allow(2 * self._begin(message, since))
+            elif isinstance(message, Error):
+                _log.warning("the SLM did not understand us: %s", message.code)
+            elif message is not None:
+                self._listener.received(message)
+
         try:
             async with silence.limited():
+                ws.hear(take)
                 while True:
                     frame = await ws.receive()
-                    silence.heard_at = now = clock()
+                    silence.heard_at = clock()
                     if frame.type is aiohttp.WSMsgType.TEXT:
-                        silence.told_at = now
-                        message = parse_server_message(frame.data)
-                        if not subscribed:
-                            silence.allow(2 * self._begin(message, since))
-                            subscribed = True
-                        elif isinstance(message, Error):
-                            _log.warning("the SLM did not understand us: %s", message.code)
-                        elif message is not None:
-                            self._listener.received(message)
+                        take(frame.data)
                     elif frame.type is aiohttp.WSMsgType.PING:
                         await ws.pong(frame.data)
                     elif frame.type is not aiohttp.WSMsgType.PONG:
                         return _ending(frame.type, ws.close_code)
         except TimeoutError:
             return SLMUnavailable(f"no frame from the SLM within {silence.seconds:g} s")
+        finally:
+            ws.deafen()
 
     def _begin(self, message: ServerMessage | None, since: int | None) -> float:
         """Take the first message and return the heartbeat interval that it names."""
