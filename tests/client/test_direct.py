@@ -192,6 +192,22 @@ async def test_what_cannot_be_taken_comes_again() -> None:
         assert end.heard == ["good"]
 
 
+async def test_a_mistake_ends_the_connection(caplog: pytest.LogCaptureFixture) -> None:
+    """An exception that nobody foresaw is logged, and nothing that follows is heard."""
+
+    def take(text: str) -> None:
+        end.take(text)
+        if text == "bad":
+            raise RuntimeError
+
+    async with line() as end:
+        end.ws.hear(take)
+        end.transport.write(b"".join(frame(Opcode.TEXT, text) for text in (b"good", b"bad", b"x")))
+        assert await end.receive() is WSMsgType.CLOSED
+        assert end.heard == ["good", "bad"]
+    assert "the stream failed; connecting again" in caplog.text
+
+
 async def test_nothing_is_taken_any_more() -> None:
     """After `deafen` everything comes by `receive`, the rest of a message under way too."""
     async with line() as end:

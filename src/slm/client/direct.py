@@ -27,7 +27,8 @@ _OTHER: Final = 0
 _log = logging.getLogger("slm.client")
 
 Take = Callable[[str], None]
-"""Takes a message. One that it raises for comes by `receive` again, with all that follow."""
+"""Takes a message. One that it raises an SLMError for comes by `receive`, with all that follow; any
+other exception ends the connection."""
 
 
 class DirectWebSocket(aiohttp.ClientWebSocketResponse):
@@ -93,19 +94,12 @@ class _Ear(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Take whole messages, pass on pings and pongs, keep the beginning of a short one."""
-        if self._unread:
-            data = self._unread + data
-        start = 0
-        while (frame := _frame_at(data, start)) is not None:
-            first, begin, end = frame
-            if first in (_PING, _PONG):
-                self._library.data_received(data[start:end])
-            elif first == _OTHER or not self._taken(data[begin:end]):
-                self._unread = data[start:]
-                self.leave()
-                return
-            start = end
-        self._unread = data[start:]
+        try:
+            self._read(data)
+        except Exception:
+            # A mistake of ours ends the connection, and not without a word.
+            _log.exception("the stream failed; connecting again")
+            self._transport.abort()
 
     def eof_received(self) -> bool | None:
         """Pass it on."""
@@ -123,14 +117,25 @@ class _Ear(asyncio.Protocol):
         """Pass it on."""
         self._library.resume_writing()
 
+    def _read(self, data: bytes) -> None:
+        if self._unread:
+            data = self._unread + data
+        start = 0
+        while (frame := _frame_at(data, start)) is not None:
+            first, begin, end = frame
+            if first in (_PING, _PONG):
+                self._library.data_received(data[start:end])
+            elif first == _OTHER or not self._taken(data[begin:end]):
+                self._unread = data[start:]
+                self.leave()
+                return
+            start = end
+        self._unread = data[start:]
+
     def _taken(self, payload: bytes) -> bool:
         try:
             self._take(payload.decode())
         except (UnicodeDecodeError, SLMError):
-            return False
-        except Exception:
-            # A mistake of ours must not end the connection without a word.
-            _log.exception("a message could not be taken")
             return False
         return True
 
