@@ -39,6 +39,18 @@ def test_a_wrong_shape_from_the_server_is_an_error(name: str) -> None:
         protocol.parse_server_message(json.dumps(GOLDEN["server_refused"][name]))
 
 
+def test_an_error_says_which_message_and_where() -> None:
+    """The kind of message and its field, a part that is no object among them; never its text."""
+    message = GOLDEN["server"]["agent_config_changed"]
+    message = message | {"config": message["config"] | {"llm_options": ["canary"]}}
+    with pytest.raises(ProtocolError) as refused:
+        protocol.parse_server_message(json.dumps(message))
+    told = "a message of type agent_config_changed is not of the contract's shape at config"
+    assert str(refused.value) == told
+    with pytest.raises(ProtocolError, match="not a JSON object"):
+        protocol.parse_server_message("[]")
+
+
 @pytest.mark.parametrize("name", GOLDEN["client_refused"])
 def test_a_wrong_shape_from_a_client_is_an_error(name: str) -> None:
     """A subscription or ack of the wrong shape is refused rather than guessed at."""

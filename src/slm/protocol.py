@@ -227,7 +227,7 @@ def parse_server_message(text: str) -> ServerMessage | None:
                 raise NotJSON("a message is not JSON") from None
             case "union_tag_invalid" | "union_tag_not_found":
                 raise ProtocolError("a message of the server has no type") from None
-            case "dict_type":
+            case "dict_type" if not first["loc"]:
                 raise ProtocolError("a message is not a JSON object") from None
         kind, *where = first["loc"] or ("server's",)
         raise _misshapen(kind, where) from None
@@ -280,7 +280,7 @@ def _validated(model: type[_M], data: dict[str, Any]) -> _M:
 
 def _misshapen(kind: object, where: Sequence[object]) -> ProtocolError:
     place = where[0] if where else "its top"
-    return ProtocolError(f"a {kind} message is not of the contract's shape at {place}")
+    return ProtocolError(f"a message of type {kind} is not of the contract's shape at {place}")
 
 
 def _first(error: ValidationError) -> ErrorDetails:

@@ -339,6 +339,9 @@ async def test_on_change_follows_the_swap(client: SLMClient, admin: Api) -> None
     def broken(agent_id: str, config: ResolvedConfig | None) -> None:
         raise RuntimeError("a user's mistake")
 
+    def cancelled(agent_id: str, config: ResolvedConfig | None) -> None:
+        raise asyncio.CancelledError  # such as the result of a cancelled future
+
     async def coroutine(agent_id: str, config: ResolvedConfig | None) -> None:
         later.append(agent_id)
         raise RuntimeError("another one")
@@ -349,6 +352,7 @@ async def test_on_change_follows_the_swap(client: SLMClient, admin: Api) -> None
         told.append((agent_id, config.llm_model if config is not None else None))
 
     client.on_change(broken)
+    client.on_change(cancelled)
     client.on_change(coroutine)
     unsubscribe = client.on_change(plain)
     await admin.create("a", llm_model="one")
@@ -364,6 +368,39 @@ async def test_on_change_follows_the_swap(client: SLMClient, admin: Api) -> None
     await eventually(lambda: client.revision >= answer.revision)
     assert len(told) == 3
     assert client.status is ClientStatus.LIVE
+
+
+async def test_nothing_is_heard_after_close() -> None:
+    """What lay in the socket when `close` was called changes nothing, and nobody is told of it."""
+    go, said, over = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def script(peer: Peer) -> None:
+        await peer.subscribed(1)
+        await go.wait()
+        await peer.say(
+            changed("a", 2, "late"),
+            {"type": "heartbeat", "revision": 2, "behind": False},
+            {"type": "resync", "revision": 3, "epoch": slm.epoch, "reason": "x"},
+        )
+        said.set()
+        async for _ in peer.ws:
+            pass
+        over.set()
+
+    told: list[str] = []
+    async with scripted_slm(scripts=[script]) as slm:
+        client = SLMClient(slm.url, token="t", timings=Timings(**TENTH))
+        await client.connect()
+        client.on_change(lambda agent_id, config: told.append(agent_id))
+        go.set()
+        await asyncio.sleep(0)
+        assert said.is_set()
+        await asyncio.sleep(0)  # the loop has seen that there is something to read, and not read it
+        await client.close()
+        await asyncio.wait_for(over.wait(), 10)
+        assert (told, client.revision, client.peek("a")) == ([], 1, None)
+        assert client.status is ClientStatus.CLOSED
+        assert slm.snapshots == 1
 
 
 # --- status and start ---

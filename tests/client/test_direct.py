@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import aiohttp
 import pytest
+import trustme
 from aiohttp import WSMsgType, web
 from hypothesis import given
 from hypothesis import strategies as st
@@ -45,8 +47,14 @@ class Line:
 
 
 @asynccontextmanager
-async def line() -> AsyncIterator[Line]:
-    """A line that was just opened."""
+async def line(authority: trustme.CA | None = None) -> AsyncIterator[Line]:
+    """A line that was just opened, over TLS where there is somebody to vouch for it."""
+    ours = theirs = None
+    if authority is not None:
+        ours = ssl.create_default_context()
+        authority.configure_trust(ours)
+        theirs = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        authority.issue_cert("127.0.0.1").configure_cert(theirs)
     transports: asyncio.Queue[asyncio.Transport] = asyncio.Queue()
     over = asyncio.Event()
 
@@ -62,12 +70,16 @@ async def line() -> AsyncIterator[Line]:
     app.router.add_get("/ws", serve)
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
     await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    await web.TCPSite(runner, "127.0.0.1", 0, ssl_context=theirs).start()
     port = runner.addresses[0][1]
     async with aiohttp.ClientSession(ws_response_class=DirectWebSocket) as session:
         timeout = aiohttp.ClientWSTimeout(ws_close=0.1)
         ws = await session.ws_connect(
-            f"http://127.0.0.1:{port}/ws", autoping=False, compress=0, timeout=timeout
+            f"{'https' if theirs else 'http'}://127.0.0.1:{port}/ws",
+            autoping=False,
+            compress=0,
+            timeout=timeout,
+            ssl=ours or True,
         )
         assert isinstance(ws, DirectWebSocket)
         yield Line(ws, await transports.get())
@@ -208,6 +220,23 @@ async def test_a_mistake_ends_the_connection(caplog: pytest.LogCaptureFixture) -
     assert "the stream failed; connecting again" in caplog.text
 
 
+async def test_who_takes_a_message_may_stop_hearing() -> None:
+    """`deafen` in the middle of what was read at once: the rest is there, once and in order."""
+
+    def take(text: str) -> None:
+        end.take(text)
+        end.ws.deafen()
+
+    async with line() as end:
+        end.ws.hear(take)
+        data = b"".join(frame(Opcode.TEXT, text) for text in (b"one", b"two", b"three"))
+        end.transport.write(data[:1])
+        await asyncio.sleep(0)
+        end.transport.write(data[1:])
+        assert [(await end.ws.receive()).data for _ in range(2)] == ["two", "three"]
+        assert end.heard == ["one"]
+
+
 async def test_nothing_is_taken_any_more() -> None:
     """After `deafen` everything comes by `receive`, the rest of a message under way too."""
     async with line() as end:
@@ -219,6 +248,20 @@ async def test_nothing_is_taken_any_more() -> None:
         end.transport.write(data[-2:] + frame(Opcode.TEXT, b"three"))
         assert [(await end.ws.receive()).data for _ in range(2)] == ["two", "three"]
         assert end.heard == ["one"]
+
+
+@pytest.mark.parametrize("ending", ["close", "abort"])
+async def test_an_end_over_tls_is_an_end(ending: str) -> None:
+    """However it ends, over TLS too, what was said before was heard and nothing is raised."""
+    async with line(trustme.CA()) as end:
+        end.ws.hear(end.take)
+        end.transport.write(frame(Opcode.TEXT, b"one"))
+        await eventually(lambda: end.heard == ["one"])
+        end.transport.write(frame(Opcode.CLOSE, (1012).to_bytes(2, "big")))
+        getattr(end.transport, ending)()
+        async with asyncio.timeout(10):
+            await end.receive()
+        end.ws.deafen()
 
 
 async def test_a_line_that_is_gone_is_not_heard() -> None:

@@ -74,6 +74,32 @@ async def test_an_slm_that_answers_pings_is_kept() -> None:
         assert len(slm.subscriptions) == 1
 
 
+@pytest.mark.parametrize("intervals", [1.9, 2.2])
+async def test_a_ping_has_its_time_after_the_loop_stood_still(intervals: float) -> None:
+    """However late the ping was sent, the SLM has an interval to answer it."""
+    pings = 0
+
+    async def slow(peer: Peer) -> None:
+        nonlocal pings
+        await peer.subscribed(1, heartbeat=LONG)
+        await live.wait()
+        stand_still(intervals * INTERVAL)
+        async for message in peer.ws:
+            if message.type is WSMsgType.PING:
+                pings += 1
+                await asyncio.sleep(INTERVAL / 2)  # as long as its answer takes
+                await peer.ws.pong(message.data)
+
+    live = asyncio.Event()
+    async with (
+        scripted_slm(scripts=[slow], autoping=False) as slm,
+        SLMClient(slm.url, token="t", timings=TIMINGS),
+    ):
+        live.set()
+        await eventually(lambda: pings >= 2)
+        assert len(slm.subscriptions) == 1
+
+
 async def test_the_slms_pings_are_answered() -> None:
     """The SLM too asks who is still there, and hears its own words back."""
     answers: asyncio.Queue[bytes] = asyncio.Queue()

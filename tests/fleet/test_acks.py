@@ -238,6 +238,36 @@ async def test_a_busy_process_acks_after_its_callbacks(
     assert Timings().ack_delay_seconds == 0.04
 
 
+async def test_an_ack_after_a_reconnect_begins_the_interval_anew() -> None:
+    """What waited for its time on the stream before it does not come early on the next one."""
+    interval = 0.3
+    sent: list[float] = []
+    loop = asyncio.get_running_loop()
+
+    async def send(text: str) -> bool:
+        sent.append(loop.time())
+        return True
+
+    cache = AgentConfigCache()
+    timings = Timings(ack_interval_seconds=interval)
+    acks = Acks(cache, KeysInUse(), timings, 1.0, send)
+    telling = asyncio.create_task(acks.run())
+    acks.subscribed()
+    await eventually(lambda: len(sent) == 1)
+    cache.begin("e", 1)
+    cache.apply_snapshot(Snapshot(revision=1, epoch="e", agents=[]))
+    acks.changed()
+    half = sent[0] + interval / 2
+    await eventually(lambda: loop.time() > half)
+    acks.subscribed()
+    await eventually(lambda: len(sent) == 2)
+    cache.advance(2)
+    acks.changed()
+    await eventually(lambda: len(sent) == 3)
+    assert sent[2] - sent[1] >= interval * 0.95
+    telling.cancel()
+
+
 async def test_an_idle_client_acks_at_once(server: InLoopServer, admin: Api) -> None:
     """The interval lies between two acks: who has been quiet for as long waits for nothing."""
     interval = 3.0

@@ -52,6 +52,7 @@ class Acks:
         self._due = asyncio.Event()
         self._quiet = Quiet.of_running_loop()
         self._noted = False
+        self._soon: asyncio.TimerHandle | None = None
         self._again: asyncio.TimerHandle | None = None
         self._sent_at = float("-inf")
         self._last: Ack | None = None
@@ -73,7 +74,7 @@ class Acks:
         if free_at <= self._loop.time():
             self._when_quiet()
         else:
-            self._loop.call_at(free_at, self._when_quiet)
+            self._soon = self._loop.call_at(free_at, self._when_quiet)
 
     def _when_quiet(self) -> None:
         self._quiet.then(self._due.set, self._delay_seconds)
@@ -89,6 +90,9 @@ class Acks:
             await self._due.wait()
             self._due.clear()
             self._noted = False
+            if self._soon is not None:
+                self._soon.cancel()
+                self._soon = None
             ack = self._state()
             if ack != self._last and await self._send(encode(ack)):
                 self._last, self._sent_at = ack, self._loop.time()

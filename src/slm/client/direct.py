@@ -73,22 +73,27 @@ class _Ear(asyncio.Protocol):
         take: takes a message.
     """
 
-    __slots__ = ("_library", "_take", "_transport", "_unread")
+    __slots__ = ("_left", "_library", "_take", "_transport", "_unread")
 
     def __init__(self, transport: asyncio.Transport, library: asyncio.Protocol, take: Take) -> None:
         self._transport = transport
         self._library = library
         self._take = take
         self._unread = b""
+        self._left = False
         transport.set_protocol(self)
 
     def leave(self) -> None:
         """Leave what is unread, and all that follows, to aiohttp."""
+        if self._left:
+            return
+        self._left = True
         unread, self._unread = self._unread, b""
-        if self._transport.get_protocol() is self:
+        # One that is closing may be in pieces already (asyncio's, over TLS).
+        if not self._transport.is_closing():
             self._transport.set_protocol(self._library)
-            if unread:
-                self._library.data_received(unread)
+        if unread:
+            self._library.data_received(unread)
 
     # --- the transport calls these ---
 
@@ -107,6 +112,7 @@ class _Ear(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Pass it on."""
+        self._left = True
         self._library.connection_lost(exc)
 
     def pause_writing(self) -> None:
@@ -119,18 +125,21 @@ class _Ear(asyncio.Protocol):
 
     def _read(self, data: bytes) -> None:
         if self._unread:
-            data = self._unread + data
+            data, self._unread = self._unread + data, b""
         start = 0
-        while (frame := _frame_at(data, start)) is not None:
+        while not self._left and (frame := _frame_at(data, start)) is not None:
             first, begin, end = frame
             if first in (_PING, _PONG):
                 self._library.data_received(data[start:end])
             elif first == _OTHER or not self._taken(data[begin:end]):
-                self._unread = data[start:]
                 self.leave()
-                return
+                break
             start = end
-        self._unread = data[start:]
+        rest = data[start:]
+        if not self._left:
+            self._unread = rest
+        elif rest:
+            self._library.data_received(rest)
 
     def _taken(self, payload: bytes) -> bool:
         try:

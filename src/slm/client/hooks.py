@@ -68,7 +68,7 @@ class Hooks:
                     task = asyncio.ensure_future(result)
                     self._tasks.add(task)
                     task.add_done_callback(self._ended)
-            except Exception:
+            except (Exception, asyncio.CancelledError):
                 _log.exception("an on_change callback failed")
 
     def refusal(self, config: ResolvedConfig) -> str | None:
@@ -76,7 +76,7 @@ class Hooks:
         for validator in tuple(self._validators):
             try:
                 reason = validator(config)
-            except Exception:
+            except (Exception, asyncio.CancelledError):
                 _log.exception("a validator failed; its config is used")
                 continue
             if reason is not None:

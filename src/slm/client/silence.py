@@ -10,8 +10,11 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from functools import partial
+from typing import Final
 
 import aiohttp
+
+_HEAR_FIRST_SECONDS: Final = 0.01
 
 
 class Silence:
@@ -37,6 +40,7 @@ class Silence:
         self._message_seconds = message_seconds
         self.heard_at = self.told_at = self._loop.time()
         self.seconds = 0.0
+        self._pinged_at = float("-inf")
         self._deadline = asyncio.timeout(None)
         self._timer: asyncio.Handle | None = None
         self._ping: asyncio.Task[None] | None = None
@@ -67,24 +71,23 @@ class Silence:
 
     def _look(self, *, again: bool = False) -> None:
         now = self._loop.time()
-        ping_at = self.heard_at + self._ping_seconds
-        for since, seconds in (
-            (self.told_at, self._message_seconds),
-            (self.heard_at, 2 * self._ping_seconds),
-        ):
-            if now >= since + seconds:
-                if not again:
-                    # Where it was this loop that stood still, what came meanwhile is read first.
-                    self._timer = self._loop.call_soon(partial(self._look, again=True))
-                    return
-                self.seconds = seconds
-                self._deadline.reschedule(now)
-                return
-        if now >= ping_at:
-            self._ping = self._loop.create_task(self._send_ping())
-            ping_at += self._ping_seconds
-        look_at = min(ping_at, self.told_at + self._message_seconds)
-        self._timer = self._loop.call_at(look_at, self._look)
+        asked = self._pinged_at > self.heard_at
+        answer_by = (self._pinged_at if asked else self.heard_at) + self._ping_seconds
+        message_by = self.told_at + self._message_seconds
+        gone = now >= message_by or (asked and now >= answer_by)
+        if gone and again:
+            self.seconds = self._message_seconds if now >= message_by else 2 * self._ping_seconds
+            self._deadline.reschedule(now)
+        elif gone:
+            # It may be this loop that stood still: what came meanwhile is heard first.
+            self._timer = self._loop.call_later(
+                _HEAR_FIRST_SECONDS, partial(self._look, again=True)
+            )
+        else:
+            if now >= answer_by:
+                self._pinged_at, answer_by = now, now + self._ping_seconds
+                self._ping = self._loop.create_task(self._send_ping())
+            self._timer = self._loop.call_at(min(answer_by, message_by), self._look)
 
     async def _send_ping(self) -> None:
         with contextlib.suppress(aiohttp.ClientError, OSError):

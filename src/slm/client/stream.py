@@ -92,6 +92,11 @@ class Stream:
             return False  # the reader finds out by itself, and why
         return True
 
+    def deafen(self) -> None:
+        """Hear nothing more on this connection, at once: its end takes a few turns of the loop."""
+        if self._ws is not None:
+            self._ws.deafen()
+
     async def restart(self) -> None:
         """Close the connection, so that the next one starts from the listener's position."""
         if self._ws is not None:

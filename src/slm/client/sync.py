@@ -123,6 +123,7 @@ class Synchroniser:
 
     async def close(self) -> None:
         """Stop everything and close every connection."""
+        self._stream.deafen()
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
