@@ -129,7 +129,7 @@ async def test_plain_uvicorn_fails_the_case_that_our_protocol_mends() -> None:
 async def test_the_client_passes_every_case_but_one(direct: bool) -> None:
     """The SDK's WebSocket in an echo loop, heard both ways; 7.9.5 is aiohttp's, harming nobody."""
     async with (
-        run_fuzzingserver(PROTOCOL_CASES) as server,
+        run_fuzzingserver(PROTOCOL_CASES, port=0) as server,
         aiohttp.ClientSession(ws_response_class=DirectWebSocket) as session,
     ):
         base = f"http://{server.address}:{server.port}"
