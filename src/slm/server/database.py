@@ -1,7 +1,7 @@
-"""The database: opens it, and runs one plain function as one transaction.
+"""The database: runs one plain function as one transaction, in one hop to a thread.
 
-Knows the manners of SQLite and PostgreSQL, and no rule about agents. The tables are in `models`,
-what an error of theirs means in `database_errors`.
+Knows no rule about agents. How SQLite and PostgreSQL are opened is in `engines`, the tables in
+`models`, what an error of theirs means in `database_errors`.
 """
 
 from __future__ import annotations
@@ -9,32 +9,24 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import os
 import sqlite3
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
-from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy import Connection, Engine
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
-from sqlalchemy.pool import StaticPool
 
-from slm.errors import (
-    DatabaseUnavailable,
-    OutcomeUnknown,
-    StartupError,
-)
+from slm.errors import DatabaseUnavailable, OutcomeUnknown
 from slm.server import failpoints
 from slm.server.attempt import Attempt
 from slm.server.database_errors import problem_of, why_not_opened
+from slm.server.engines import postgresql_engine, sqlite_engine, sqlite_path
 
 T = TypeVar("T")
-
-MIN_SQLITE: Final = (3, 35, 0)
-"""The first SQLite that has RETURNING."""
 
 
 class Database:
@@ -87,9 +79,7 @@ class Database:
     @property
     def path(self) -> Path | None:
         """The SQLite file, where there is one."""
-        if self.dialect != "sqlite" or self.url.database in (None, "", ":memory:"):
-            return None
-        return Path(str(self.url.database))
+        return sqlite_path(self.url) if self.dialect == "sqlite" else None
 
     def answer_within(self, seconds: float) -> None:
         """From now on give a transaction up that takes longer, such as on a lost network."""
@@ -112,7 +102,7 @@ class Database:
         """
         self._threads = ThreadPoolExecutor(self._workers, thread_name_prefix="slm-database")
         try:
-            self._engine = self._sqlite() if self.dialect == "sqlite" else self._postgresql()
+            self._engine = self._make_engine()
             await self._hop(self._first_look)
         except BaseException:
             await self.close()
@@ -286,83 +276,15 @@ class Database:
                     committed(result)
         return result
 
-    def _sqlite(self) -> Engine:
-        if sqlite3.sqlite_version_info < MIN_SQLITE:
-            raise StartupError(
-                f"SQLite {sqlite3.sqlite_version} is too old; 3.35 or newer is needed."
-            )
-        if self.path is not None:
-            _make_private(self.path)
-        engine = create_engine(
+    def _make_engine(self) -> Engine:
+        if self.dialect == "sqlite":
+            return sqlite_engine(self.url, self._lock_timeout_seconds)
+        return postgresql_engine(
             self.url,
-            poolclass=StaticPool,
-            hide_parameters=True,
-            connect_args={"timeout": self._lock_timeout_seconds},
+            lock_timeout_seconds=self._lock_timeout_seconds,
+            idle_in_transaction_seconds=self._idle_in_transaction_seconds,
+            pool_size=self._workers,
         )
-
-        @event.listens_for(engine, "connect")
-        def _connected(connection: sqlite3.Connection, _: object) -> None:
-            # The driver opens deferred transactions by itself, which lose updates; we begin.
-            connection.isolation_level = None
-            # Text that is not UTF-8 would otherwise fail the whole SELECT.
-            connection.text_factory = _decoded
-            for pragma in (
-                # Before the first access: then the WAL needs no shared memory, and no other
-                # process can open the file (docs/decisions/0001-sqlite-journal.md).
-                "locking_mode=EXCLUSIVE",
-                "journal_mode=WAL",
-                "synchronous=FULL",
-                "foreign_keys=ON",
-            ):
-                connection.execute(f"PRAGMA {pragma}").fetchall()
-
-        # The dialect's own place for it: a listener would have every statement look for listeners.
-        engine.dialect.do_begin = _begin_immediate  # type: ignore[method-assign,assignment]
-        return engine
-
-    def _postgresql(self) -> Engine:
-        try:
-            engine = create_engine(
-                self.url,
-                hide_parameters=True,
-                pool_size=self._workers,
-                max_overflow=0,
-                pool_timeout=self._lock_timeout_seconds,
-                isolation_level="READ COMMITTED",
-                connect_args={
-                    "connect_timeout": 5,
-                    # A peer that vanished without a word is given up in about ten seconds.
-                    "keepalives_idle": 5,
-                    "keepalives_interval": 2,
-                    "keepalives_count": 3,
-                    "tcp_user_timeout": 10_000,
-                },
-            )
-        except ImportError:
-            raise StartupError(
-                "PostgreSQL needs a driver: pip install 'autobot-slm[server,postgres]'."
-            ) from None
-        settings = {
-            "lock_timeout": f"{round(self._lock_timeout_seconds * 1000)}ms",
-            "idle_in_transaction_session_timeout": (
-                f"{round(self._idle_in_transaction_seconds * 1000)}ms"
-            ),
-            "timezone": "UTC",
-        }
-
-        @event.listens_for(engine, "after_cursor_execute")
-        def _executed(connection: Connection, *_: object) -> None:
-            if (attempt := connection.info.get("attempt")) is not None:
-                attempt.begun = True
-
-        @event.listens_for(engine, "connect")
-        def _connected(connection: Any, _: object) -> None:
-            autocommit, connection.autocommit = connection.autocommit, True
-            for name, value in settings.items():
-                connection.execute("SELECT set_config(%s, %s, false)", (name, value))
-            connection.autocommit = autocommit
-
-        return engine
 
     def _first_look(self) -> None:
         assert self._engine is not None  # noqa: S101 - for the type checker
@@ -371,28 +293,6 @@ class Database:
                 connection.exec_driver_sql("SELECT 1")
         except (SQLAlchemyError, sqlite3.Error) as error:
             raise why_not_opened(error, self.name) from None
-
-
-def _make_private(path: Path) -> None:
-    """Make the file with mode 0600 if it is not there; SQLite gives its WAL the same mode."""
-    try:
-        os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
-    except IsADirectoryError:
-        raise StartupError(f"{path} is a folder, not a SQLite database.") from None
-    except FileNotFoundError:
-        raise StartupError(f"The folder of {path} does not exist.") from None
-    except OSError as error:
-        raise StartupError(
-            f"{path} cannot be opened for writing: {error.strerror or error}."
-        ) from None
-
-
-def _begin_immediate(connection: Any) -> None:
-    connection.execute("BEGIN IMMEDIATE")
-
-
-def _decoded(raw: bytes) -> str:
-    return raw.decode("utf-8", "replace")
 
 
 def _in_loop(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
