@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection, delete, update
 
-from slm.server import feed as feed_module
+from slm.server import news
 from slm.server.bodies import AgentCreate, AgentUpdate
 from slm.server.frames import Frames
 from slm.server.models import CHANGES, STATE
@@ -154,7 +154,7 @@ async def test_too_far_behind_it_loads_everything(
     services: Services, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Beyond a limit it does not read the changes one by one."""
-    monkeypatch.setattr(feed_module, "MAX_CATCH_UP", 3)
+    monkeypatch.setattr(news, "MAX_CATCH_UP", 3)
     listener = listen(services)
     await services.feed.stop()
     for number in range(5):

@@ -11,100 +11,30 @@ import asyncio
 import contextlib
 import logging
 import secrets
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from datetime import UTC, datetime
-from typing import Any, Final
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Final
 
-from pydantic import ValidationError
-from sqlalchemy import Connection, bindparam, select, update
+from sqlalchemy import update
 
 from slm import tracing
 from slm.errors import ProblemError
-from slm.schemas import Agent
 from slm.server import failpoints
-from slm.server.auth import TokenTable, read_tokens
+from slm.server.auth import TokenTable
 from slm.server.catalog import Catalog, CommittedChange
 from slm.server.database import Database
 from slm.server.hub import Hub
 from slm.server.metrics import Metrics
-from slm.server.models import AGENTS, CHANGES, SELECT_AGENTS, STATE, agent_of, utc_now
+from slm.server.models import STATE, utc_now
+from slm.server.news import Horizon, News, Page, read_horizon, read_news, read_page
 from slm.server.pulse import Pulse
 from slm.server.registry import Written
 from slm.server.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-MAX_CATCH_UP: Final = 50_000
-"""More changes than this are not read one by one: everything is loaded anew instead."""
-
 SETTLE_SECONDS: Final = 5.0
 """How long a write's answer waits for the feed; many writers at once make it queue."""
-
-# Built once: building a statement costs more than running it.
-_HORIZON: Final = select(STATE.c.revision, STATE.c.floor, STATE.c.epoch, STATE.c.tokens_version)
-_CHANGE: Final = (
-    CHANGES.c.revision,
-    CHANGES.c.type,
-    CHANGES.c.agent,
-    CHANGES.c.was_default,
-    CHANGES.c.created_at,
-)
-_SELECT_CHANGES: Final = (
-    select(*_CHANGE)
-    .where(CHANGES.c.revision > bindparam("since"), CHANGES.c.revision <= bindparam("upto"))
-    .order_by(CHANGES.c.revision)
-    .limit(bindparam("at_most"))
-)
-# The usual look in one statement: the state row, and beside it each change that is new.
-_SELECT_NEWS: Final = (
-    select(
-        *_HORIZON.selected_columns, *(column.label(f"change_{column.name}") for column in _CHANGE)
-    )
-    .select_from(STATE.outerjoin(CHANGES, CHANGES.c.revision > bindparam("position")))
-    .order_by(CHANGES.c.revision)
-    .limit(MAX_CATCH_UP + 1)
-)
-
-
-@dataclass(frozen=True)
-class Horizon:
-    """The state row, as one transaction saw it.
-
-    Attributes:
-        revision: that of the last committed change.
-        floor: changes after this one can be read.
-        epoch: the database's life.
-        tokens_version: counts changes of the tokens.
-    """
-
-    revision: int
-    floor: int
-    epoch: str
-    tokens_version: int
-
-
-@dataclass(frozen=True)
-class Page:
-    """Some changes after a revision, and the state row of the same transaction."""
-
-    horizon: Horizon
-    changes: Sequence[CommittedChange]
-
-    def continues(self, since: int) -> bool:
-        """Whether the changes follow `since` with no hole between."""
-        first = self.changes[0].revision if self.changes else since + 1
-        return self.horizon.floor <= since and first == since + 1
-
-
-@dataclass(frozen=True)
-class _News:
-    """What one look found: changes, or everything anew; the tokens where they have changed."""
-
-    horizon: Horizon
-    changes: Sequence[CommittedChange] = ()
-    agents: Sequence[Agent] | None = None
-    tokens: TokenTable | None = None
 
 
 class ChangeFeed:
@@ -142,7 +72,6 @@ class ChangeFeed:
         self._failed_looks = 0
         self._wake = asyncio.Event()
         self._moved = Pulse()
-        self._committed_at: dict[int, float] = {}
         self._task: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         hub.is_behind = lambda: not self.current
@@ -212,13 +141,11 @@ class ChangeFeed:
         Gives up when the database cannot be read, or does not answer for `SETTLE_SECONDS`.
         """
         if self.position < revision:
-            self._committed_at[revision] = asyncio.get_running_loop().time()
             self.wake()
             failed = self._failed_looks
             await self._moved.until(
                 lambda: self.position >= revision or self._failed_looks > failed, SETTLE_SECONDS
             )
-            self._committed_at.pop(revision, None)
         return self.position >= revision
 
     async def knows_tokens(self, version: int, timeout: float) -> bool:
@@ -234,7 +161,7 @@ class ChangeFeed:
         Raises:
             DatabaseUnavailable: the database does not answer.
         """
-        return await self._database.read(_read_horizon)
+        return await self._database.read(read_horizon)
 
     async def read(self, since: int, limit: int, upto: int) -> Page:
         """Return at most `limit` changes after `since`, none after `upto`, for a replay.
@@ -242,14 +169,9 @@ class ChangeFeed:
         Raises:
             DatabaseUnavailable: the database does not answer.
         """
-
-        def page(connection: Connection) -> Page:
-            horizon = _read_horizon(connection)
-            bounds = {"since": since, "upto": upto, "at_most": limit}
-            rows = connection.execute(_SELECT_CHANGES, bounds).all()
-            return Page(horizon, _without_hole(rows, since))
-
-        return await self._database.read(page)
+        return await self._database.read(
+            lambda connection: read_page(connection, since, limit, upto)
+        )
 
     async def _follow(self) -> None:
         while True:
@@ -269,7 +191,7 @@ class ChangeFeed:
         looked_at = asyncio.get_running_loop().time()
         position, epoch, tokens_version = self.position, self.epoch, self._tokens_version
         news = await self._database.read(
-            lambda connection: _read_news(connection, position, epoch, tokens_version)
+            lambda connection: read_news(connection, position, epoch, tokens_version)
         )
         self._last_good_look = looked_at
         if (position, epoch) != (self.position, self.epoch):
@@ -301,17 +223,19 @@ class ChangeFeed:
 
     def _take(self, written: Written, committed_at: float) -> None:
         """Pass on what was committed here if it is what comes next; else the next look does."""
-        follows = written.epoch == self.epoch and written.changes[0].revision == self.position + 1
-        if not follows or not self.running:
+        if written.epoch == self.epoch and written.revision > self.position:
+            self._hub.committed_at[written.revision] = committed_at
+        comes_next = written.changes[0].revision == self.position + 1
+        if written.epoch != self.epoch or not comes_next or not self.running:
             self.wake()
             return
         try:
-            self._advance(written.changes, committed_at)
+            self._advance(written.changes)
         except Exception as error:
             self._note_failure(error)
             self.wake()
 
-    def _pass_on(self, news: _News) -> None:
+    def _pass_on(self, news: News) -> None:
         """Move the catalog at once, then hand the frames to the hub; one step of the loop."""
         head, epoch = news.horizon.revision, news.horizon.epoch
         if news.tokens is not None:
@@ -328,17 +252,15 @@ class ChangeFeed:
         elif news.changes:
             self._advance(news.changes)
 
-    def _advance(
-        self, changes: Sequence[CommittedChange], committed_at: float | None = None
-    ) -> None:
-        """Move over the changes that come next; `committed_at`: when, where it was here."""
+    def _advance(self, changes: Sequence[CommittedChange]) -> None:
+        """Move over the changes that come next."""
         changes = self._with_traces(changes)
         # Queued first: should the encoding fail, neither has moved and the next look tries again.
         # Nothing is sent before this step of the loop is over.
         with tracing.joined("slm.feed", changes[-1].traceparent):
             self._hub.publish(changes)
         self._catalog.apply(changes, changes[-1].revision)
-        self._measure(changes, committed_at)
+        self._tell_ages(changes)
         self._moved.fire()
 
     def _with_traces(self, changes: Sequence[CommittedChange]) -> Sequence[CommittedChange]:
@@ -353,17 +275,11 @@ class ChangeFeed:
             traces.pop(revision, None)
         return traced
 
-    def _measure(self, changes: Sequence[CommittedChange], committed_at: float | None) -> None:
-        """Tell how old the changes were, and when those that were written here were committed."""
+    def _tell_ages(self, changes: Sequence[CommittedChange]) -> None:
         now = utc_now()
         for change in changes:
             if change.created_at is not None:
                 self._metrics.passed_on((now - change.created_at).total_seconds())
-            settled_at = self._committed_at.pop(change.revision, None)
-            if settled_at is not None:
-                self._hub.committed_at[change.revision] = settled_at
-        if committed_at is not None:
-            self._hub.committed_at[changes[-1].revision] = committed_at
 
     async def _make_epoch_anew(self, epoch: str, position: int) -> None:
         """Give the database a new epoch: its revision fell, so positions mean nothing any more."""
@@ -394,53 +310,3 @@ class ChangeFeed:
         if behind != self._told_behind:
             self._told_behind = behind
             self._hub.beat_now()
-
-
-def _read_horizon(connection: Connection) -> Horizon:
-    return Horizon(*connection.execute(_HORIZON).one())
-
-
-def _read_news(connection: Connection, position: int, epoch: str, tokens_version: int) -> _News:
-    new: list[Sequence[Any]] = []
-    if epoch:
-        rows = connection.execute(_SELECT_NEWS, {"position": position}).all()
-        horizon = Horizon(*rows[0][:4])
-        # Without a change the state row stands alone.
-        new = [row[4:] for row in rows if row[4] is not None]
-    else:
-        horizon = _read_horizon(connection)
-    tokens = read_tokens(connection) if horizon.tokens_version != tokens_version else None
-    behind = horizon.revision - position
-    if horizon.epoch == epoch and behind < 0:
-        return _News(horizon)
-    if horizon.epoch == epoch and position >= horizon.floor and behind <= MAX_CATCH_UP:
-        changes = _without_hole(new, position)
-        if len(changes) == behind:
-            return _News(horizon, changes, tokens=tokens)
-    agents = [agent_of(row) for row in connection.execute(SELECT_AGENTS.order_by(AGENTS.c.id))]
-    return _News(horizon, agents=agents, tokens=tokens)
-
-
-def _without_hole(rows: Iterable[Sequence[Any]], since: int) -> list[CommittedChange]:
-    """Return the changes that follow `since` one by one; the first hole ends them.
-
-    Args:
-        rows: each a revision, type, agent, was_default and when it was made.
-        since: the revision before the first.
-    """
-    changes = []
-    for expected, (revision, kind, text, was_default, at) in enumerate(rows, since + 1):
-        if revision != expected:
-            break
-        try:
-            agent = Agent.model_validate_json(text)
-        except ValidationError:
-            logger.error("change %d cannot be read", revision)
-            break
-        changes.append(CommittedChange(revision, kind, agent, was_default, _as_utc(at)))
-    return changes
-
-
-def _as_utc(time: datetime) -> datetime:
-    # SQLite keeps no zone; what we write is UTC.
-    return time if time.tzinfo is not None else time.replace(tzinfo=UTC)
