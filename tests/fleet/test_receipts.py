@@ -195,6 +195,7 @@ async def test_who_went_away_is_told_of_for_an_hour(
         later = time.time() + passed
         monkeypatch.setattr(server.running.services.fleet, "_clock", lambda later=later: later)
         assert list(await told(admin)) == there
+    assert not server.running.services.fleet.dirty
     assert KEEP_GONE_SECONDS == 3600
 
 

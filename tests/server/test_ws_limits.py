@@ -224,8 +224,8 @@ async def test_an_ack_may_be_a_megabyte(admin: Api) -> None:
         ack = json.dumps({"ack": 1, "keys": keys})
         assert 900_000 < len(ack) < 1024 * 1024
         await opened.ws.send_str(ack)
-        [subscriber] = admin.server.running.services.hub.subscribers()
-        await eventually(lambda: subscriber.last_ack is not None)
+        [backend] = admin.server.running.services.fleet.backends()
+        await eventually(lambda: len(backend.keys) == 45_000)
         fits = {"subscribe": "y" * (65_536 - 20)}
         await opened.send(**fits)
         assert (await opened.next())["type"] == "error"

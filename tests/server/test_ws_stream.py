@@ -12,6 +12,7 @@ import aiohttp
 import pytest
 from sqlalchemy import Connection, delete, select, update
 
+from slm.protocol import Ack
 from slm.schemas import Agent
 from slm.server.catalog import CommittedChange
 from slm.server.frames import encode_change
@@ -294,20 +295,21 @@ async def test_a_wrong_message_gets_an_error_and_the_stream_goes_on(admin: Api) 
 
 
 async def test_the_last_ack_is_kept(admin: Api) -> None:
-    """What a client says that it has, and who it is, is kept with its stream."""
-    hub = admin.server.running.services.hub
+    """What a client says that it has, and who it is, is kept."""
+    services = admin.server.running.services
     client = {"name": "billing", "instance": "b-1", "version": "1", "host": "h", "pid": 7}
     async with admin.stream(client=client) as socket:
         await socket.frame()
         for name in ("ack", "ack_with_refusals"):
             await socket.ws.send_str(json.dumps(GOLDEN["client"][name]))
-        [subscriber] = hub.subscribers()
-        await eventually(lambda: subscriber.last_ack and subscriber.last_ack.keys)
-        assert subscriber.last_ack is not None
-        assert subscriber.last_ack.model_dump() == GOLDEN["client"]["ack_with_refusals"]
-        assert subscriber.client is not None
-        assert subscriber.client.model_dump() == client
-    await eventually(lambda: not hub.subscribers())
+        [backend] = services.fleet.backends()
+        await eventually(lambda: backend.keys)
+        last = backend.acks.last
+        assert last is not None
+        said = Ack(ack=last.revision, not_in_force=dict(last.not_in_force), keys=dict(backend.keys))
+        assert said.model_dump() == GOLDEN["client"]["ack_with_refusals"]
+        assert backend.client.model_dump() == client
+    await eventually(lambda: not services.hub.subscribers())
 
 
 @pytest.mark.parametrize("seed", range(3))

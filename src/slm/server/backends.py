@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 from array import array
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from operator import itemgetter
 from typing import Any, Final, NamedTuple
 
 from slm.protocol import ClientInfo, NotInForce
@@ -20,6 +21,9 @@ RECEIPT_REVISIONS: Final = 1000
 
 SHARED_ACKS: Final = 32
 """So many of a backend's last acks other replicas are told."""
+
+_SPARE: Final = 64
+"""So many acks more may be kept, so that not every one moves them all."""
 
 _MAX_STRETCHES: Final = 20
 _NOTHING: Final[Mapping[str, NotInForce]] = {}
@@ -43,15 +47,23 @@ class Acked(NamedTuple):
 
 
 class AckLog:
-    """The last acks of a backend, by revision; seventeen bytes each, since there are many."""
+    """The last acks of a backend, by revision; sixteen bytes each, since there are many.
+
+    Attributes:
+        count: how many there ever were.
+    """
+
+    __slots__ = ("_dropped", "_gaps", "_refusals", "_revisions", "_times", "count")
 
     def __init__(self) -> None:
         self.count = 0
-        """How many there ever were."""
         self._revisions = array("q")
         self._times = array("d")
-        self._gaps = array("b")
-        self._refusals: list[Mapping[str, NotInForce]] = []
+        # What few acks have is kept apart, by the number of the ack; the first here has this one.
+        self._dropped = 0
+        self._gaps: list[int] = []
+        # From which ack on this was refused, until the next.
+        self._refusals: list[tuple[int, Mapping[str, NotInForce]]] = []
 
     def __len__(self) -> int:
         return len(self._revisions)
@@ -62,7 +74,7 @@ class AckLog:
     @property
     def last(self) -> Acked | None:
         """The newest ack."""
-        return self._at(-1) if self._revisions else None
+        return self._at(len(self) - 1) if self._revisions else None
 
     def add(self, ack: Acked) -> None:
         """Take in an ack that is newer in time than all before it."""
@@ -70,29 +82,30 @@ class AckLog:
             # Another epoch moved it back: what it acked of the old one means nothing now.
             self.clear()
         self.count += 1
-        refusals = ack.not_in_force or _NOTHING
-        if self._refusals and refusals == self._refusals[-1]:
-            refusals = self._refusals[-1]
+        number = self._dropped + len(self)
+        if ack.after_gap:
+            self._gaps.append(number)
+        if ack.not_in_force != (self._refusals[-1][1] if self._refusals else _NOTHING):
+            self._refusals.append((number, ack.not_in_force))
         self._revisions.append(ack.revision)
         self._times.append(ack.at)
-        self._gaps.append(ack.after_gap)
-        self._refusals.append(refusals)
-        if len(self._revisions) > RECEIPT_REVISIONS + RECEIPT_REVISIONS // 4:
-            # A quarter at a time, so that not every ack moves them all.
-            gone = len(self._revisions) - RECEIPT_REVISIONS
-            del self._revisions[:gone], self._times[:gone], self._refusals[:gone], self._gaps[:gone]
-            self._gaps[0] = True
+        if len(self) >= RECEIPT_REVISIONS + _SPARE:
+            self._drop(_SPARE)
+            if self._gaps[:1] != [self._dropped]:
+                self._gaps.insert(0, self._dropped)
 
     def clear(self) -> None:
         """Forget what was acked; the count goes on."""
-        del self._revisions[:], self._times[:], self._refusals[:], self._gaps[:]
+        self._drop(len(self))
+        self._refusals.clear()
 
     def newest(self, count: int) -> AckLog:
         """Return a log of the newest ones alone, which nobody changes."""
         log = AckLog()
-        log.count = self.count
-        log._revisions, log._times = self._revisions[-count:], self._times[-count:]
-        log._gaps, log._refusals = self._gaps[-count:], self._refusals[-count:]
+        log.count, log._dropped = self.count, self._dropped
+        log._revisions, log._times = self._revisions[:], self._times[:]
+        log._gaps, log._refusals = self._gaps[:], self._refusals[:]
+        log._drop(max(0, len(self) - count))
         return log
 
     def since(self, revision: int) -> Iterator[Acked]:
@@ -100,12 +113,26 @@ class AckLog:
         return map(self._at, range(bisect_left(self._revisions, revision), len(self)))
 
     def _at(self, index: int) -> Acked:
+        number = self._dropped + index
         return Acked(
             self._revisions[index],
             self._times[index],
-            self._refusals[index],
-            bool(self._gaps[index]),
+            self._refused_at(number),
+            number in self._gaps,
         )
+
+    def _refused_at(self, number: int) -> Mapping[str, NotInForce]:
+        place = bisect_right(self._refusals, number, key=itemgetter(0))
+        return self._refusals[place - 1][1] if place else _NOTHING
+
+    def _drop(self, gone: int) -> None:
+        """Forget the oldest."""
+        del self._revisions[:gone], self._times[:gone]
+        self._dropped += gone
+        held = self._refused_at(self._dropped)
+        later = [each for each in self._refusals if each[0] > self._dropped]
+        self._refusals = [(self._dropped, held), *later] if held or later else []
+        self._gaps = [number for number in self._gaps if number >= self._dropped]
 
 
 @dataclass

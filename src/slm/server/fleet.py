@@ -363,6 +363,7 @@ class Fleet:
             if backend.since < now - KEEP_GONE_SECONDS or number >= _MAX_GONE:
                 self._own.pop(backend.id, None)
                 self._others.pop(backend.id, None)
+                self.dirty.discard(backend.id)
 
     def _known(self) -> list[str]:
         return [*self._own, *(self._others.keys() - self._own.keys())]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Final, Literal, Protocol
 
 from slm import protocol, tracing
-from slm.protocol import Ack, ClientInfo, Heartbeat, Resync, Subscribed
+from slm.protocol import ClientInfo, Heartbeat, Resync, Subscribed
 from slm.server.catalog import CommittedChange
 from slm.server.frames import MAX_WRITE_BYTES, Frames, encode_change
 from slm.server.pulse import Pulse
@@ -78,11 +78,10 @@ class Subscriber:
         view: what its token may see.
         token_id: whose token it is; None where no token opened it.
         client: who it says it is.
-        last_ack: the last thing it said about what it received and what is in force.
     """
 
     # A broadcast visits thousands; each line of memory less is seen in its time.
-    __slots__ = ("client", "epoch", "last_ack", "live", "position", "sink", "token_id", "view")
+    __slots__ = ("client", "epoch", "live", "position", "sink", "token_id", "view")
 
     def __init__(self, sink: Sink, view: View = EVERYTHING, token_id: int | None = None) -> None:
         self.sink = sink
@@ -92,7 +91,6 @@ class Subscriber:
         self.epoch = ""
         self.live = False
         self.client: ClientInfo | None = None
-        self.last_ack: Ack | None = None
 
 
 @dataclass(frozen=True)

@@ -159,7 +159,6 @@ class _Conversation:
         except ProtocolError as error:
             wrong = str(error)
         if isinstance(said, Ack):
-            self.subscriber.last_ack = said
             self._services.fleet.acked(self.subscriber, said)
         elif len(text.encode()) > MAX_FRAME_BYTES:
             self.subscriber.sink.end(1009, "too big")
