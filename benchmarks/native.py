@@ -76,10 +76,19 @@ class Farm:
         capacity: the most connections there will be.
         core: the core it runs on.
         tls: whether it speaks TLS.
+        acks: whether each subscriber names itself and acks each change, as the SDK does; without,
+            they only listen.
     """
 
     def __init__(
-        self, port: int, token_file: Path, capacity: int, core: int, *, tls: bool = False
+        self,
+        port: int,
+        token_file: Path,
+        capacity: int,
+        core: int,
+        *,
+        tls: bool = False,
+        acks: bool = False,
     ) -> None:
         if tls:
             program = build("farm", "-DWITH_TLS", "-lssl", "-lcrypto", output="farm-tls")
@@ -87,6 +96,7 @@ class Farm:
             program = build("farm")
         self._command = [str(program), str(port), str(capacity), str(token_file)]
         self._command += ["tls"] if tls else []
+        self._command += ["ack"] if acks else []
         self._core = core
         self._process: asyncio.subprocess.Process | None = None
 

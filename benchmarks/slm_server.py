@@ -105,7 +105,7 @@ class BenchServer:
         self._folder.cleanup()
 
     async def ask(self, what: str) -> Any:
-        """Ask the side door: memory, commits, cpu, floor, naive."""
+        """Ask the side door: memory, acks, commits, cpu, floor, naive."""
         self._writer.write(what.encode() + b"\n")
         async with asyncio.timeout(120):
             return json.loads(await self._reader.readline())
@@ -130,3 +130,11 @@ class BenchServer:
                 return
             await asyncio.sleep(0.05)
         raise RuntimeError("the subscribers are not all live")
+
+    async def acked(self, count: int) -> None:
+        """Wait until `count` streams have acked the newest change."""
+        for _ in range(3000):
+            if (await self.ask("acks"))["acked"] >= count:
+                return
+            await asyncio.sleep(0.01)
+        raise RuntimeError("the acks did not come")

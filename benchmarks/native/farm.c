@@ -2,7 +2,10 @@
  *
  * Each connection sends its handshake with a bearer token, then the subscription, and is ready when
  * `subscribed` came. Change frames are told from heartbeats by the first letter of their type;
- * pings are answered. Commands on stdin, one answer line each on stdout:
+ * pings are answered. With `ack` each subscriber is a backend of its own to the server: it says who
+ * it is, and acks each revision once, as soon as it has read it; a frame of a revision that it
+ * acked already, such as the C loop sends, is not acked again. Commands on stdin, one answer line
+ * each on stdout:
  *
  *   GROW n      connect until n are ready         -> GROWN n seconds
  *   EXPECT      wait for one change frame each    -> EXPECTING, then, when all have it or after a
@@ -33,6 +36,7 @@ static SSL_CTX *tls;
 
 enum { CONNECTING, TLS_HANDSHAKE, HTTP_ANSWER, SUBSCRIBING, READY };
 enum { IN_FLIGHT = 128, STDIN = 0xffffffff };
+enum { KIND_BYTES = 16, REVISION_BYTES = 160 }; /* how far into a payload its type, its revision are */
 
 typedef struct {
     int fd;
@@ -40,17 +44,19 @@ typedef struct {
     uint8_t matched;      /* bytes of \r\n\r\n seen */
     uint8_t header_bytes; /* of the frame under way */
     uint8_t header[10];
-    uint8_t head[16]; /* the payload's first bytes */
     uint64_t seen, length;
     uint64_t frame_ns;
+    uint64_t acked;
 #ifdef WITH_TLS
     SSL *ssl;
 #endif
+    char head[REVISION_BYTES + 1]; /* the payload's first bytes, as many as are needed */
 } Connection;
 
 static Connection *connections;
 static int started, ready, capacity, port, loop_fd, expecting;
-static int got;
+static int got, acking;
+static uint64_t head_bytes = KIND_BYTES;
 static const char *token;
 static char buffer[1 << 16];
 
@@ -106,13 +112,49 @@ static int take(Connection *c) {
 
 /* A client's frames are masked; a mask of zeros leaves the payload as it is. */
 static void put_frame(Connection *c, int opcode, const char *payload, int size) {
-    uint8_t frame[256] = {0x80 | opcode, 0x80 | size, 0, 0, 0, 0};
-    if (size > 125) {
+    uint8_t frame[512] = {0x80 | opcode};
+    int head = 2;
+    if (size > (int)sizeof frame - 8) {
         fprintf(stderr, "farm: a payload of %d bytes\n", size);
         exit(1);
     }
-    memcpy(frame + 6, payload, size);
-    put(c, frame, 6 + size);
+    if (size > 125) {
+        frame[1] = 0x80 | 126;
+        frame[head++] = size >> 8;
+        frame[head++] = size & 255;
+    } else {
+        frame[1] = 0x80 | size;
+    }
+    head += 4;
+    memcpy(frame + head, payload, size);
+    put(c, frame, head + size);
+}
+
+/* A hundred backends to a host; the instance tells them apart (docs/protocol.md section 4). */
+static void subscribe(int i) {
+    char message[256] = "{\"subscribe\": \"agent_config\"}";
+    if (acking)
+        snprintf(message, sizeof message,
+                 "{\"subscribe\":\"agent_config\",\"client\":{\"name\":\"bench-backend\","
+                 "\"instance\":\"%012x\",\"version\":\"0.1.0\",\"host\":\"node-%d\",\"pid\":%d}}",
+                 i, i / 100, 1000 + i % 100);
+    put_frame(&connections[i], 1, message, strlen(message));
+}
+
+/* Acks the revision that the frame just read names, unless it was acked before. */
+static void ack(Connection *c) {
+    static const char name[] = "\"revision\":";
+    c->head[c->length < REVISION_BYTES ? c->length : REVISION_BYTES] = 0;
+    const char *revision = strstr(c->head, name);
+    if (!revision) {
+        fprintf(stderr, "farm: no revision in %s\n", c->head);
+        exit(1);
+    }
+    uint64_t number = strtoull(revision + sizeof name - 1, NULL, 10);
+    if (number <= c->acked) return;
+    c->acked = number;
+    char message[40];
+    put_frame(c, 1, message, snprintf(message, sizeof message, "{\"ack\":%lu}", number));
 }
 
 static void start(int i) {
@@ -145,9 +187,9 @@ static void ask(int i) {
 static void frame_done(Connection *c, uint64_t t) {
     int opcode = c->header[0] & 15;
     if (opcode == 9) {
-        put_frame(c, 10, (char *)c->head, c->length < 16 ? (int)c->length : 16);
+        put_frame(c, 10, c->head, c->length < KIND_BYTES ? (int)c->length : KIND_BYTES);
     } else if (opcode == 8) {
-        fprintf(stderr, "farm: the server closed a connection: %d\n", c->head[0] << 8 | c->head[1]);
+        fprintf(stderr, "farm: the server closed a connection: %d\n", (uint8_t)c->head[0] << 8 | (uint8_t)c->head[1]);
         exit(1);
     } else if (opcode == 1) {
         char kind = c->length > 9 ? c->head[9] : 0; /* {"type":"K */
@@ -161,6 +203,7 @@ static void frame_done(Connection *c, uint64_t t) {
             fprintf(stderr, "farm: not expected: %.16s\n", c->head);
             exit(1);
         }
+        if (acking && (kind == 's' || kind == 'a')) ack(c);
     }
     c->header_bytes = 0;
 }
@@ -182,7 +225,7 @@ static void frames(Connection *c, const char *p, const char *end, uint64_t t) {
         }
         uint64_t size = end - p;
         if (size > c->length - c->seen) size = c->length - c->seen;
-        for (uint64_t k = 0; k < size && c->seen + k < sizeof c->head; k++) c->head[c->seen + k] = p[k];
+        for (uint64_t k = 0; k < size && c->seen + k < head_bytes; k++) c->head[c->seen + k] = p[k];
         c->seen += size;
         p += size;
         if (c->seen == c->length) frame_done(c, t);
@@ -242,8 +285,7 @@ static void handle(int i) {
         }
         if (c->matched < 4) return;
         c->state = SUBSCRIBING;
-        static const char subscribe[] = "{\"subscribe\": \"agent_config\"}";
-        put_frame(c, 1, subscribe, sizeof subscribe - 1);
+        subscribe(i);
     }
     frames(c, p, end, t);
 }
@@ -299,7 +341,7 @@ static void expect(void) {
 
 int main(int argc, char **argv) {
     if (argc < 4) {
-        fprintf(stderr, "farm PORT CAPACITY TOKEN-FILE [tls]\n");
+        fprintf(stderr, "farm PORT CAPACITY TOKEN-FILE [tls] [ack]\n");
         return 2;
     }
     port = atoi(argv[1]);
@@ -309,7 +351,12 @@ int main(int argc, char **argv) {
     if (!file || !fgets(secret, sizeof secret, file)) fail(argv[3]);
     secret[strcspn(secret, "\r\n")] = 0;
     token = secret;
-    if (argc > 4) {
+    for (int k = 4; k < argc; k++) {
+        if (!strcmp(argv[k], "ack")) {
+            acking = 1;
+            head_bytes = REVISION_BYTES;
+            continue;
+        }
 #ifdef WITH_TLS
         tls = SSL_CTX_new(TLS_client_method());
         SSL_CTX_set_verify(tls, SSL_VERIFY_NONE, NULL);
