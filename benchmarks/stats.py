@@ -5,6 +5,7 @@ Knows no bench. A figure is never one number: machines are noisy, so what is kep
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,9 +27,16 @@ def figure(values: Sequence[float]) -> Figure:
 
 
 def quantile(values: Sequence[float], fraction: float) -> float:
-    """Return the smallest value that at least `fraction` of the values do not exceed."""
+    """Return the quantile by linear interpolation between its two neighbours.
+
+    Type 7 of Hyndman and Fan, numpy's default: of an even number, a half is the mean of the middle
+    two, as it is in `figure`.
+    """
     ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(len(ordered) * fraction))]
+    place = (len(ordered) - 1) * fraction
+    below = math.floor(place)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (ordered[above] - ordered[below]) * (place - below)
 
 
 def curve(values: Sequence[float], points: int = 100) -> list[float]:
