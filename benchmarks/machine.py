@@ -12,6 +12,7 @@ import sqlite3
 import ssl
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -64,8 +65,20 @@ def describe() -> dict[str, Any]:
         "python": sys.version.split()[0],
         "sqlite": sqlite3.sqlite_version,
         "openssl": ssl.OPENSSL_VERSION,
+        "file_system": _file_system(Path(tempfile.gettempdir()).resolve()),
         "load_before": os.getloadavg()[0],
     }
+
+
+def _file_system(path: Path) -> str:
+    """Return the type of the file system that a folder is on: a commit's fsync is its affair."""
+    mounts = [line.split() for line in _read("/proc/self/mounts").splitlines()]
+    around = [
+        (len(where), number, kind)
+        for number, (_, where, kind, *_) in enumerate(mounts)
+        if path.is_relative_to(where)
+    ]
+    return max(around)[2] if around else "unknown"
 
 
 def versions() -> dict[str, str]:
@@ -101,7 +114,9 @@ def commit() -> str:
         command = ["git", "-C", str(root), *arguments]
         return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
-    changed = git("status", "--porcelain", "--untracked-files=no", "src")
+    # The results are written while a run goes on.
+    measured = ("src", "benchmarks", ":(exclude)benchmarks/results")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", *measured)
     return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
 
 
