@@ -1,7 +1,7 @@
 """From the write to the callback, against what people know for it: one watcher, and 500.
 
-Each repeat takes every peer in turn. The writer is this process, all watchers are one other
-process; nothing is pinned, as on a real machine.
+Each repeat takes every peer in turn, and begins with another one. The writer is this process, all
+watchers are one other process; nothing is pinned, as on a real machine.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ async def measure(options: Options) -> dict[str, Any]:
     rows: dict[str, dict[str, list[dict[str, Any]]]] = {}
     missing: dict[str, str] = {}
     for repeat in range(options.repeats):
-        for name in peers.PEERS:
+        for name in _rotated(list(peers.PEERS), repeat):
             if name in missing:
                 continue
             try:
@@ -68,6 +68,9 @@ async def measure(options: Options) -> dict[str, Any]:
                 say(f"propagation {repeat + 1}: {name} × {shape.watchers}", taken)
                 per_shape = rows.setdefault(name, {})
                 per_shape.setdefault(str(shape.watchers), []).append(taken)
+    # As they are listed, whoever was taken first.
+    rows = {name: rows[name] for name in peers.PEERS if name in rows}
+    missing = {name: missing[name] for name in peers.PEERS if name in missing}
     labels = {n: peers.load(n).label for n in rows}
     durability = {n: peers.load(n).durability for n in rows}
     return {
@@ -77,6 +80,12 @@ async def measure(options: Options) -> dict[str, Any]:
         "durability": durability,
         "missing": missing,
     }
+
+
+def _rotated(names: list[str], by: int) -> list[str]:
+    """Return the names beginning with another one: nobody always comes after the same peer."""
+    first = by % len(names)
+    return [*names[first:], *names[:first]]
 
 
 async def _one(name: str, cls: type[Peer], shape: Shape) -> dict[str, Any]:
