@@ -1,12 +1,16 @@
 """LLMInterface beside the bare official SDK: the same call to a model that answers at once.
 
-Both keep their connection; blocks of calls take turns in one process on one core, the model and the
+The SDK is there twice: as it comes, and on an HTTP client of the interface's own making, which is
+leaner. Beside the second one, what is left is what the interface itself costs.
+
+All keep their connection; blocks of calls take turns in one process on one core, the model and the
 SLM run on the other. CPU is this process's own.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import subprocess
 import sys
 import time
@@ -18,7 +22,9 @@ from benchmarks.errors import Missing
 from benchmarks.run import Bench, Options, say
 from benchmarks.slm_server import BenchServer
 from slm import LLMInterface, SLMClient
+from slm.llm.transport import Connections, TransportSettings
 
+SAME_TRANSPORT = "sdk, same transport"
 MESSAGES = [
     {"role": "system", "content": "Answer briefly."},
     {"role": "user", "content": "What is the capital of France?"},
@@ -57,25 +63,39 @@ async def _measure(options: Options) -> dict[str, Any]:
                 config = await client.resolve("agent-00001")
                 llm = LLMInterface(client)
                 bare = AsyncOpenAI(api_key="sk-bench", base_url=endpoint, max_retries=0)
+                connections = Connections(TransportSettings())
+                lean = AsyncOpenAI(
+                    api_key="sk-bench",
+                    base_url=endpoint,
+                    max_retries=0,
+                    http_client=(await connections.current()).httpx2_client(),
+                    timeout=None,
+                )
 
                 async def ours() -> None:
                     await llm.chat("agent-00001", MESSAGES)
 
-                async def theirs() -> None:
-                    await bare.chat.completions.create(
+                async def theirs(sdk: AsyncOpenAI) -> None:
+                    await sdk.chat.completions.create(
                         model=config.llm_model,
                         messages=MESSAGES,  # type: ignore[arg-type]
                         temperature=config.llm_temperature,
                         max_tokens=config.llm_max_tokens,
                     )
 
+                ways: dict[str, Callable[[], Awaitable[None]]] = {
+                    "slm": ours,
+                    "sdk": functools.partial(theirs, bare),
+                    SAME_TRANSPORT: functools.partial(theirs, lean),
+                }
                 for repeat in range(options.repeats):
-                    one = await _blocks(blocks, calls, {"slm": ours, "sdk": theirs})
+                    one = await _blocks(blocks, calls, ways)
                     say(f"llm {repeat + 1}", one)
                     for name, value in one.items():
                         taken.setdefault(name, []).append(value)
                 await llm.close()
                 await bare.close()
+                await connections.aclose()
     finally:
         model.kill()
         await model.wait()
@@ -89,7 +109,7 @@ async def _blocks(
     cpu: dict[str, list[float]] = {name: [] for name in ways}
     wall: dict[str, list[float]] = {name: [] for name in ways}
     for block in range(1 + blocks):
-        for name in list(ways) if block % 2 else list(ways)[::-1]:
+        for name in _order(list(ways), block):
             call = ways[name]
             took = []
             spent = time.process_time()
@@ -101,17 +121,20 @@ async def _blocks(
             if block:
                 cpu[name].append(spent / calls * 1e3)
                 wall[name].append(stats.quantile(took, 0.5))
-    ours, theirs = cpu["slm"], cpu["sdk"]
-    return {
-        "slm_cpu_ms": stats.quantile(ours, 0.5),
-        "sdk_cpu_ms": stats.quantile(theirs, 0.5),
-        "cpu_ratio": stats.quantile(stats.ratios(ours, theirs), 0.5),
-        "slm_p50_ms": stats.quantile(wall["slm"], 0.5),
-        "sdk_p50_ms": stats.quantile(wall["sdk"], 0.5),
-        "added_ms": stats.quantile(
-            [a - b for a, b in zip(wall["slm"], wall["sdk"], strict=True)], 0.5
-        ),
-    }
+    found = {f"{name}_cpu_ms": stats.quantile(cpu[name], 0.5) for name in ways}
+    found |= {f"{name}_p50_ms": stats.quantile(wall[name], 0.5) for name in ways}
+    for sdk, suffix in (("sdk", ""), (SAME_TRANSPORT, ", same transport")):
+        added = [a - b for a, b in zip(wall["slm"], wall[sdk], strict=True)]
+        found[f"cpu_ratio{suffix}"] = stats.quantile(stats.ratios(cpu["slm"], cpu[sdk]), 0.5)
+        found[f"added_ms{suffix}"] = stats.quantile(added, 0.5)
+    return found
+
+
+def _order(names: list[str], block: int) -> list[str]:
+    """Return the names so that each has every place, and comes after every other one."""
+    first = block // 2 % len(names)
+    turned = [*names[first:], *names[:first]]
+    return turned[::-1] if block % 2 else turned
 
 
 BENCH = Bench("llm", "LLMInterface beside the bare official SDK", measure)
