@@ -66,15 +66,13 @@ async def _measure(options: Options) -> dict[str, Any]:
     return {"ns": taken, "labels": labels, "missing": missing, "values": readers.COUNT}
 
 
-async def read_ns(
-    call: Callable[[str], Awaitable[Any]], agent_id: str, calls: int = SLM_CALLS
-) -> float:
+async def read_ns(call: Callable[[str], Awaitable[Any]], agent_id: str) -> float:
     """Return what one awaited call costs, the loop around it included."""
-    rounds = range(calls)
+    rounds = range(SLM_CALLS)
     begin = time.perf_counter()
     for _ in rounds:
         await call(agent_id)
-    return (time.perf_counter() - begin) / calls * 1e9
+    return (time.perf_counter() - begin) / SLM_CALLS * 1e9
 
 
 BENCH = Bench("reads", "What one read costs a backend", measure)
