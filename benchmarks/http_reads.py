@@ -42,7 +42,9 @@ async def measure(options: Options) -> dict[str, Any]:
 
 
 async def _loads(server: BenchServer, seconds: float) -> dict[str, dict[str, float]]:
-    async def get(path: str, *headers: str, connections: int = CONNECTIONS) -> dict[str, float]:
+    async def get(
+        path: str, *headers: str, connections: int = CONNECTIONS, not_modified: bool = False
+    ) -> dict[str, float]:
         load = await http_load(
             server.port,
             server.backend_token,
@@ -52,8 +54,9 @@ async def _loads(server: BenchServer, seconds: float) -> dict[str, dict[str, flo
             seconds=seconds,
             headers=headers,
         )
-        if load.failed:
-            raise RuntimeError(f"{load.failed} requests for {path} failed")
+        as_meant = load.not_modified if not_modified else load.ok
+        if as_meant != load.requests:
+            raise RuntimeError(f"{load.requests - as_meant} answers for {path} were not as meant")
         return {
             "per_second": load.per_second,
             "p50_ms": load.p50,
@@ -65,7 +68,9 @@ async def _loads(server: BenchServer, seconds: float) -> dict[str, dict[str, flo
     revision = await server.put("agent-00500", llm_max_tokens=77)
     return {
         "one agent": await get(one),
-        "one agent, not modified": await get(one, f'If-None-Match: "{revision}"'),
+        "one agent, not modified": await get(
+            one, f'If-None-Match: "{revision}"', not_modified=True
+        ),
         "the default agent": await get("/api/agents/default"),
         "the list of 1,000": await get("/api/agents"),
         "the list of 1,000, gzip": await get("/api/agents", GZIP),
@@ -103,10 +108,13 @@ async def _during_broadcasts(
                 await farm.expect()
                 revision = await server.put("agent-00001", llm_max_tokens=number)
                 received = await farm.received()
+                if received.count != subscribers:
+                    raise RuntimeError(f"{received.count} of {subscribers} got the change")
                 commits = await server.commit_times()
                 broadcasts.append((commits[revision], received.last))
                 await asyncio.sleep(0.05)
-            failed = (await load).failed
+            if failed := (await load).failed:
+                raise RuntimeError(f"{failed} requests failed during the broadcasts")
         took = [
             (end - due) / 1e6
             for due, end in (map(int, line.split()) for line in samples.read_text().splitlines())
@@ -114,7 +122,6 @@ async def _during_broadcasts(
         ]
     return {
         "requests": len(took),
-        "failed": failed,
         "broadcasts": len(broadcasts),
         "p50_ms": stats.quantile(took, 0.5),
         "p99_ms": stats.quantile(took, 0.99),

@@ -82,6 +82,11 @@ static int by_value(const void *a, const void *b) {
     return x < y ? -1 : x > y;
 }
 
+/* The nearest rank: the lowest value that so many per cent of them do not exceed. */
+static uint64_t percentile(const uint64_t *ordered, int count, int percent) {
+    return ordered[(count * percent + 99) / 100 - 1];
+}
+
 static void watch(int i, uint32_t events, int operation) {
     struct epoll_event event = {.events = events, .data.u32 = i};
     if (epoll_ctl(loop_fd, operation, connections[i].fd, &event)) fail("epoll_ctl");
@@ -332,8 +337,8 @@ static void expect(void) {
         if (connections[i].frame_ns) times[n++] = connections[i].frame_ns;
     qsort(times, n, sizeof *times, by_value);
     if (n)
-        printf("FRAME %d %lu %lu %lu %lu %lu\n", n, times[0], times[n / 2], times[(int)(n * 0.99)],
-               times[n - 1], cpu);
+        printf("FRAME %d %lu %lu %lu %lu %lu\n", n, times[0], percentile(times, n, 50),
+               percentile(times, n, 99), times[n - 1], cpu);
     else
         printf("FRAME 0 0 0 0 0 %lu\n", cpu);
     free(times);

@@ -54,6 +54,11 @@ static int by_value(const void *a, const void *b) {
     return x < y ? -1 : x > y;
 }
 
+/* The nearest rank: the lowest value that so many per cent of them do not exceed. */
+static double percentile_ms(const uint64_t *ordered, long count, int percent) {
+    return ordered[(count * percent + 99) / 100 - 1] / 1e6;
+}
+
 static void answered(Connection *c, uint64_t t) {
     if (taken == room) samples = realloc(samples, sizeof *samples * (room = room ? 2 * room : 65536));
     samples[taken++] = (Sample){c->due, t};
@@ -157,8 +162,8 @@ int main(int argc, char **argv) {
     for (long i = 0; i < taken; i++) took[i] = samples[i].end - samples[i].due;
     qsort(took, taken, sizeof *took, by_value);
     if (!taken) fail("nothing was answered");
-    printf("%ld %.6f %.4f %.4f %.4f %.4f %ld %ld %ld %ld\n", taken, elapsed, took[taken / 2] / 1e6,
-           took[(long)(taken * 0.9)] / 1e6, took[(long)(taken * 0.99)] / 1e6, took[taken - 1] / 1e6,
-           bytes / taken, by_class[0], by_class[1], by_class[2]);
+    printf("%ld %.6f %.4f %.4f %.4f %.4f %ld %ld %ld %ld\n", taken, elapsed,
+           percentile_ms(took, taken, 50), percentile_ms(took, taken, 90),
+           percentile_ms(took, taken, 99), percentile_ms(took, taken, 100), bytes / taken, by_class[0], by_class[1], by_class[2]);
     return 0;
 }
