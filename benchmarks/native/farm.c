@@ -36,7 +36,13 @@ static SSL_CTX *tls;
 
 enum { CONNECTING, TLS_HANDSHAKE, HTTP_ANSWER, SUBSCRIBING, READY };
 enum { IN_FLIGHT = 128, STDIN = 0xffffffff };
-enum { KIND_BYTES = 16, REVISION_BYTES = 160 }; /* how far into a payload its type, its revision are */
+enum { REVISION_BYTES = 160 }; /* so far into a payload its revision has come */
+
+/* Apart from the connections, which stay as small as those who only listen need them. */
+typedef struct {
+    uint64_t acked;
+    char head[REVISION_BYTES + 1];
+} Acker;
 
 typedef struct {
     int fd;
@@ -44,19 +50,18 @@ typedef struct {
     uint8_t matched;      /* bytes of \r\n\r\n seen */
     uint8_t header_bytes; /* of the frame under way */
     uint8_t header[10];
+    uint8_t head[16]; /* the payload's first bytes */
     uint64_t seen, length;
     uint64_t frame_ns;
-    uint64_t acked;
 #ifdef WITH_TLS
     SSL *ssl;
 #endif
-    char head[REVISION_BYTES + 1]; /* the payload's first bytes, as many as are needed */
 } Connection;
 
 static Connection *connections;
 static int started, ready, capacity, port, loop_fd, expecting;
-static int got, acking;
-static uint64_t head_bytes = KIND_BYTES;
+static int got;
+static Acker *ackers; /* one a connection; none where nobody acks */
 static const char *token;
 static char buffer[1 << 16];
 
@@ -138,7 +143,7 @@ static void put_frame(Connection *c, int opcode, const char *payload, int size) 
 /* A hundred backends to a host; the instance tells them apart (docs/protocol.md section 4). */
 static void subscribe(int i) {
     char message[256] = "{\"subscribe\": \"agent_config\"}";
-    if (acking)
+    if (ackers)
         snprintf(message, sizeof message,
                  "{\"subscribe\":\"agent_config\",\"client\":{\"name\":\"bench-backend\","
                  "\"instance\":\"%012x\",\"version\":\"0.1.0\",\"host\":\"node-%d\",\"pid\":%d}}",
@@ -149,15 +154,16 @@ static void subscribe(int i) {
 /* Acks the revision that the frame just read names, unless it was acked before. */
 static void ack(Connection *c) {
     static const char name[] = "\"revision\":";
-    c->head[c->length < REVISION_BYTES ? c->length : REVISION_BYTES] = 0;
-    const char *revision = strstr(c->head, name);
+    Acker *acker = &ackers[c - connections];
+    acker->head[c->length < REVISION_BYTES ? c->length : REVISION_BYTES] = 0;
+    const char *revision = strstr(acker->head, name);
     if (!revision) {
-        fprintf(stderr, "farm: no revision in %s\n", c->head);
+        fprintf(stderr, "farm: no revision in %s\n", acker->head);
         exit(1);
     }
     uint64_t number = strtoull(revision + sizeof name - 1, NULL, 10);
-    if (number <= c->acked) return;
-    c->acked = number;
+    if (number <= acker->acked) return;
+    acker->acked = number;
     char message[40];
     put_frame(c, 1, message, snprintf(message, sizeof message, "{\"ack\":%lu}", number));
 }
@@ -192,9 +198,9 @@ static void ask(int i) {
 static void frame_done(Connection *c, uint64_t t) {
     int opcode = c->header[0] & 15;
     if (opcode == 9) {
-        put_frame(c, 10, c->head, c->length < KIND_BYTES ? (int)c->length : KIND_BYTES);
+        put_frame(c, 10, (char *)c->head, c->length < 16 ? (int)c->length : 16);
     } else if (opcode == 8) {
-        fprintf(stderr, "farm: the server closed a connection: %d\n", (uint8_t)c->head[0] << 8 | (uint8_t)c->head[1]);
+        fprintf(stderr, "farm: the server closed a connection: %d\n", c->head[0] << 8 | c->head[1]);
         exit(1);
     } else if (opcode == 1) {
         char kind = c->length > 9 ? c->head[9] : 0; /* {"type":"K */
@@ -208,7 +214,7 @@ static void frame_done(Connection *c, uint64_t t) {
             fprintf(stderr, "farm: not expected: %.16s\n", c->head);
             exit(1);
         }
-        if (acking && (kind == 's' || kind == 'a')) ack(c);
+        if (ackers && (kind == 's' || kind == 'a')) ack(c);
     }
     c->header_bytes = 0;
 }
@@ -230,7 +236,11 @@ static void frames(Connection *c, const char *p, const char *end, uint64_t t) {
         }
         uint64_t size = end - p;
         if (size > c->length - c->seen) size = c->length - c->seen;
-        for (uint64_t k = 0; k < size && c->seen + k < head_bytes; k++) c->head[c->seen + k] = p[k];
+        for (uint64_t k = 0; k < size && c->seen + k < sizeof c->head; k++) c->head[c->seen + k] = p[k];
+        if (ackers && c->seen < REVISION_BYTES) {
+            uint64_t left = REVISION_BYTES - c->seen;
+            memcpy(ackers[c - connections].head + c->seen, p, size < left ? size : left);
+        }
         c->seen += size;
         p += size;
         if (c->seen == c->length) frame_done(c, t);
@@ -358,8 +368,7 @@ int main(int argc, char **argv) {
     token = secret;
     for (int k = 4; k < argc; k++) {
         if (!strcmp(argv[k], "ack")) {
-            acking = 1;
-            head_bytes = REVISION_BYTES;
+            ackers = calloc(capacity, sizeof *ackers);
             continue;
         }
 #ifdef WITH_TLS
