@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import json
+from typing import Any
 
 import aiohttp
+import pytest
 from multidict import CIMultiDictProxy
 
 from tests.server.raw import Api
@@ -49,6 +52,33 @@ async def test_a_compressed_list_is_never_an_older_one(admin: Api, server: InLoo
         listed = json.loads(gzip.decompress(packed))
         assert listed["agents"][-1]["agent_id"] == f"agent-{number}"
         assert str(listed["revision"]) == headers["SLM-Revision"]
+
+
+async def test_the_list_is_compressed_once_a_revision(
+    admin: Api, server: InLoopServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many ask for the compressed list, at once or one by one, a change costs one gzip."""
+    compress = gzip.compress
+    compressed: list[bytes] = []
+
+    def counting(data: bytes, *args: Any, **kwargs: Any) -> bytes:
+        compressed.append(data)
+        return compress(data, *args, **kwargs)
+
+    monkeypatch.setattr(gzip, "compress", counting)
+
+    async def get() -> bytes:
+        status, packed, headers = await _raw(server, "/api/agents", **{"Accept-Encoding": "gzip"})
+        assert (status, headers["Content-Encoding"]) == (200, "gzip")
+        return packed
+
+    for revision in (2, 3):
+        await admin.create(f"agent-{revision}")
+        compressed.clear()
+        bodies = [*await asyncio.gather(get(), get(), get()), await get(), await get()]
+        assert len(compressed) == 1
+        assert set(bodies) == {bodies[0]}
+        assert json.loads(gzip.decompress(bodies[0]))["revision"] == revision
 
 
 async def test_what_holds_a_key_is_never_compressed(admin: Api, server: InLoopServer) -> None:
