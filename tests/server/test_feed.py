@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 from sqlalchemy import Connection, delete, update
 
+from slm.server import hub as hub_module
 from slm.server import news
 from slm.server.bodies import AgentCreate, AgentUpdate
-from slm.server.frames import Frames
+from slm.server.catalog import CommittedChange
+from slm.server.frames import Frames, encode_change
 from slm.server.models import CHANGES, STATE
 from slm.server.prepare import prepare
 from slm.server.services import Services, make_services
 from slm.server.settings import Settings
-from slm.server.view import View
+from slm.server.view import EVERYTHING, View
+from tests.faults.network import TEXT, FrameReader
 from tests.servers import TENTH, eventually
 
 
@@ -57,10 +61,30 @@ class Listener:
         self.texts.append("aborted")
 
 
+class Writes(Listener):
+    """A listener that keeps each write of changes too, as the bytes that go on the wire."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.writes: list[bytes] = []
+
+    def push(self, frames: Frames) -> int:
+        if '"heartbeat"' not in frames.texts[0][:20]:
+            self.writes.append(frames.encoded)
+        return super().push(frames)
+
+
+L = TypeVar("L", bound=Listener)
+
+
 def listen(services: Services) -> Listener:
     """Join the live stream at its head."""
-    listener = Listener()
-    subscriber = services.hub.attach(listener)
+    return join(services, Listener())
+
+
+def join(services: Services, listener: L, view: View = EVERYTHING) -> L:
+    """Join the live stream at its head with a listener of one's own."""
+    subscriber = services.hub.attach(listener, view)
     services.hub.begin(subscriber, services.hub.head, services.hub.epoch)
     assert services.hub.join(subscriber)
     return listener
@@ -177,6 +201,81 @@ async def test_a_burst_goes_out_whole_and_in_order(services: Services) -> None:
     services.feed._task = asyncio.create_task(services.feed._follow())
     await eventually(lambda: len(listener.texts) == 101)
     assert [f'"m{number}"' in listener.texts[number + 1] for number in range(100)] == [True] * 100
+
+
+@pytest.fixture
+def encodes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, View]]:
+    """Which revision was encoded for which view, each time the hub did it."""
+    done: list[tuple[int, View]] = []
+
+    def counting(change: CommittedChange, view: View = EVERYTHING) -> str:
+        done.append((change.revision, view))
+        return encode_change(change, view)
+
+    monkeypatch.setattr(hub_module, "encode_change", counting)
+    return done
+
+
+def changes_ahead(services: Services, count: int) -> list[CommittedChange]:
+    """Return the changes that could come next, as the feed would hand them over."""
+    agent = services.catalog.agents()[0]
+    first = services.hub.head + 1
+    return [
+        CommittedChange(
+            revision, "agent_config_changed", agent.model_copy(update={"revision": revision}), True
+        )
+        for revision in range(first, first + count)
+    ]
+
+
+async def test_a_burst_is_one_encode_a_change_and_one_write_a_connection(
+    services: Services, encodes: list[tuple[int, View]]
+) -> None:
+    """Changes that come together reach each listener by one write, each in a frame of its own."""
+    everyone = [join(services, Writes()) for _ in range(20)]
+    limited = [join(services, Writes(), View(("billing-*",))) for _ in range(10)]
+    for listener in everyone + limited:
+        listener.writes.clear()
+    burst = changes_ahead(services, 5)
+    for change in burst:
+        services.hub.publish([change])
+    assert await services.hub.reached(burst[-1].revision, services.hub.epoch, 10)
+
+    revisions = [change.revision for change in burst]
+    assert [revision for revision, view in encodes if view == EVERYTHING] == revisions
+    # Those of one view share what was encoded for it.
+    assert [revision for revision, view in encodes if view != EVERYTHING] == revisions
+    for listener in everyone + limited:
+        assert len(listener.writes) == 1
+        frames = list(FrameReader().feed(listener.writes[0]))
+        # 0x81: a text message that is whole.
+        assert [frame.raw[0] for frame in frames] == [0x80 | TEXT] * 5
+        assert [json.loads(frame.payload)["revision"] for frame in frames] == revisions
+    assert len({listener.writes[0] for listener in everyone}) == 1
+
+
+async def test_changes_that_come_during_a_broadcast_wait_for_one_write(
+    services: Services, encodes: list[tuple[int, View]]
+) -> None:
+    """What is committed while one change is being written goes out together, right after it."""
+    first, *rest = changes_ahead(services, 5)
+
+    class Busy(Writes):
+        def push(self, frames: Frames) -> int:
+            if frames.head == first.revision:
+                for change in rest:
+                    services.hub.publish([change])
+            return super().push(frames)
+
+    listeners = [join(services, Writes()), join(services, Busy()), join(services, Writes())]
+    for listener in listeners:
+        listener.writes.clear()
+    services.hub.publish([first])
+    assert await services.hub.reached(rest[-1].revision, services.hub.epoch, 10)
+    assert [revision for revision, _ in encodes] == [c.revision for c in [first, *rest]]
+    for listener in listeners:
+        frames = [list(FrameReader().feed(write)) for write in listener.writes]
+        assert [len(each) for each in frames] == [1, 4]
 
 
 async def test_one_broken_connection_leaves_the_others_live(services: Services) -> None:

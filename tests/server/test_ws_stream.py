@@ -14,9 +14,11 @@ from sqlalchemy import Connection, delete, select, update
 
 from slm.protocol import Ack
 from slm.schemas import Agent
+from slm.server.bodies import AgentUpdate
 from slm.server.catalog import CommittedChange
-from slm.server.frames import encode_change
+from slm.server.frames import Frames, encode_change
 from slm.server.models import CHANGES, STATE
+from slm.server.websocket import WebSocketConnection
 from tests.server.raw import Api
 from tests.servers import InLoopServer, eventually, running_server
 
@@ -75,6 +77,34 @@ async def test_live_changes_from_now_on(admin: Api, backend: Api) -> None:
     ]
     assert [frame["agent_id"] for frame in frames] == ["a", "a", "default", "default"]
     assert "sk-canary-frame" not in json.dumps(frames)
+
+
+async def test_a_burst_is_one_write_to_each_stream_and_one_message_a_change(
+    admin: Api, backend: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five changes that come at once are one write to each of three sockets, and five messages."""
+    services = admin.server.running.services
+    await services.feed.stop()
+    push = WebSocketConnection.push
+    writes: dict[WebSocketConnection, list[int]] = {}
+
+    def counting(connection: WebSocketConnection, frames: Frames) -> int:
+        if '"agent_config_changed"' in frames.texts[0]:
+            writes.setdefault(connection, []).append(len(frames.texts))
+        return push(connection, frames)
+
+    monkeypatch.setattr(WebSocketConnection, "push", counting)
+    async with backend.stream() as one, backend.stream() as two, backend.stream() as three:
+        for socket in (one, two, three):
+            assert (await socket.next())["type"] == "subscribed"
+        await eventually(lambda: services.hub.live_count() == 3)
+        for number in range(5):
+            change = AgentUpdate(llm_model=f"m{number}")
+            await services.registry.update("default", change, actor="test")
+        services.feed._task = asyncio.create_task(services.feed._follow())
+        for socket in (one, two, three):
+            assert [f["revision"] for f in await socket.until(6)] == [2, 3, 4, 5, 6]
+        assert list(writes.values()) == [[5], [5], [5]]
 
 
 async def test_a_frame_comes_after_the_catalog_has_moved(admin: Api, backend: Api) -> None:
