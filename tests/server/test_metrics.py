@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import aiohttp
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.server.raw import Api
-from tests.servers import InLoopServer, eventually
+from tests.server.test_ws_limits import NO_PINGS, deaf_peers, grow
+from tests.servers import InLoopServer, eventually, running_server
 
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
@@ -59,6 +63,35 @@ async def test_requests_are_measured_by_route_and_not_by_path(admin: Api, anonym
     assert count("/api/agents", "4xx") == 1
     assert count("none", "4xx") == 3
     assert samples["slm_auth_failures_total", ()] == 1
+
+
+async def test_a_slow_reader_is_seen_before_and_after_it_is_dropped(
+    tmp_path: Path, session: aiohttp.ClientSession
+) -> None:
+    """While it reads nothing its bytes are told, with the largest; then that it was dropped."""
+    async with running_server(tmp_path, buffer_bytes=200_000, **NO_PINGS) as server:
+        admin = Api(server, session, server.admin_token)
+        before = await _samples(admin)
+        names = ("slm_buffered_bytes", "slm_largest_buffer_bytes", "slm_evictions_total")
+        assert [before[name, ()] for name in names] == [0, 0, 0]
+        async with deaf_peers(admin, 2):
+            samples = before
+            while samples["slm_buffered_bytes", ()] == 0:
+                await grow(admin, 2)
+                samples = await _samples(admin)
+                assert samples["slm_changes_total", ()] < 500, "nothing ever waited"
+            assert samples["slm_evictions_total", ()] == 0
+            assert samples["slm_subscribers", ()] == 2
+            while samples["slm_evictions_total", ()] == 0:
+                total, largest = (samples[name, ()] for name in names[:2])
+                assert largest <= total <= 2 * largest
+                await grow(admin, 2)
+                samples = await _samples(admin)
+                assert samples["slm_changes_total", ()] < 500, "the slow reader was never dropped"
+            while samples["slm_evictions_total", ()] < 2:
+                await grow(admin, 2)
+                samples = await _samples(admin)
+            assert samples["slm_subscribers", ()] == 0
 
 
 async def test_replays_and_key_reads_are_counted(admin: Api, server: InLoopServer) -> None:
