@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.cog.plugins import register_default_plugins
+from grafana_foundation_sdk.models.dashboard import Dashboard
 from prometheus_client.parser import text_string_to_metric_families
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from tests.server.raw import Api
 
@@ -36,6 +41,47 @@ def test_it_has_what_an_import_needs() -> None:
         assert len(set(refs)) == len(refs)
         used = set(re.findall(r"\$\{?(\w+)\}?", json.dumps(panel)))
         assert used <= variables | {"__rate_interval"}
+
+
+def _fields(data: Any, path: str = "") -> dict[str, Any]:
+    """Every value of a JSON document that holds no other, by its path."""
+    if isinstance(data, dict) and data:
+        parts = data.items()
+    elif isinstance(data, list) and data:
+        parts = dict(enumerate(data)).items()
+    else:
+        return {path: data}
+    return {k: v for name, part in parts for k, v in _fields(part, f"{path}/{name}").items()}
+
+
+def _misfits(model: Any, path: str = "") -> Iterator[str]:
+    """Name each value in a model of Grafana's that is not of the type that it declares there."""
+    if isinstance(model, list):
+        for number, part in enumerate(model):
+            yield from _misfits(part, f"{path}/{number}")
+    elif hasattr(model, "to_json"):
+        for name, declared in get_type_hints(type(model)).items():
+            value, place = getattr(model, name), f"{path}/{name}"
+            try:
+                plain = json.dumps(value)
+            except TypeError:  # a model itself, or a list of them
+                yield from _misfits(value, place)
+                continue
+            try:
+                adapter = TypeAdapter(declared, config=ConfigDict(arbitrary_types_allowed=True))
+                adapter.validate_json(plain, strict=True)
+            except ValidationError:
+                yield f"{place} is {value!r}, not {declared}"
+
+
+def test_grafana_s_own_model_knows_each_field() -> None:
+    """Grafana's published types take the dashboard: no name that they lack, no value of another."""
+    register_default_plugins()
+    model = Dashboard.from_json(DASHBOARD)
+    assert list(_misfits(model)) == []
+    back = _fields(json.loads(JSONEncoder().encode(model)))
+    unknown = {path for path, value in _fields(DASHBOARD).items() if back.get(path) != value}
+    assert unknown == set()
 
 
 def test_no_panel_lies_over_another() -> None:
