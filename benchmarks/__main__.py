@@ -1,4 +1,7 @@
-"""`python -m benchmarks`: measure everything and write docs/performance.md; see `--help`."""
+"""`python -m benchmarks`: measure everything and write docs/performance.md; see `--help`.
+
+It ends in 1 when a bench failed; that something it needs is not installed is no failure.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ from benchmarks import (
     run,
     startup,
 )
-from benchmarks.errors import Missing
+from benchmarks.errors import Malformed
 
 BENCHES = [
     each.BENCH
@@ -63,15 +66,19 @@ def main() -> int:
     folder = run.RESULTS / "quick" if options.quick else run.RESULTS
     failed = [] if options.report else _measure(options, folder)
     # A quick run is a look, not a figure: it prints its table and leaves the document alone.
-    print(report.write(folder, None if options.quick else report.DOCUMENT))
+    try:
+        print(report.write(folder, None if options.quick else report.DOCUMENT))
+    except Malformed as error:
+        print(error, file=sys.stderr)
+        return 1
     if failed:
-        print(f"Not measured: {', '.join(failed)}", file=sys.stderr)
+        print(f"Failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0
 
 
 def _measure(options: argparse.Namespace, folder: Path) -> list[str]:
     repeats = options.repeats or (QUICK_REPEATS if options.quick else FULL_REPEATS)
-    failed = []
+    run_name, failed = run.new_run(), []
     for bench in BENCHES:
         if (options.names and bench.name not in options.names) or (
             options.quick and bench.name in SLOW and bench.name not in options.names
@@ -80,11 +87,9 @@ def _measure(options: argparse.Namespace, folder: Path) -> list[str]:
         begin = time.monotonic()
         try:
             print(f"{bench.name}: begins", file=sys.stderr, flush=True)
-            work = run.run(bench, run.Options(repeats, options.quick), folder)
-            asyncio.run(asyncio.wait_for(work, MOST_SECONDS))
-        except Missing as error:
-            print(f"{bench.name}: missing: {error}", file=sys.stderr)
-            failed.append(bench.name)
+            work = run.run(bench, run.Options(repeats, options.quick), folder, run_name)
+            if missing := asyncio.run(asyncio.wait_for(work, MOST_SECONDS)):
+                print(f"{bench.name}: not measured here: {missing}", file=sys.stderr)
         except Exception as error:
             # The others are worth having all the same.
             print(f"{bench.name}: failed: {error!r}", file=sys.stderr)

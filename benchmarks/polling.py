@@ -21,7 +21,6 @@ import aiohttp
 from benchmarks import stats
 from benchmarks.errors import Missing
 from benchmarks.peers.base import Program, free_port
-from benchmarks.peers.postgres_notify import PostgresServer
 from benchmarks.run import Bench, Options, say
 
 FOLDER = Path(__file__).parent / "unleash"
@@ -35,6 +34,10 @@ async def measure(options: Options) -> dict[str, Any]:
         from UnleashClient import UnleashClient
     except ImportError:
         raise Missing("UnleashClient (PyPI)") from None
+    try:
+        from benchmarks.peers.postgres_notify import PostgresServer
+    except ImportError:
+        raise Missing("asyncpg (PyPI)") from None
     if not (FOLDER / "node_modules").exists() or shutil.which("node") is None:
         raise Missing("unleash-server (npm install in benchmarks/unleash, with Node 20 or later)")
     logging.getLogger("UnleashClient").setLevel(logging.ERROR)
@@ -48,11 +51,17 @@ async def measure(options: Options) -> dict[str, Any]:
             await database.start()
             url, server = await _start(folder, database.port)
             try:
-                return await _changes(url, folder, changes, UnleashClient)
+                taken = await _changes(url, folder, changes, UnleashClient)
+                return taken | {"server_version": _server_version()}
             finally:
                 await asyncio.to_thread(server.stop)
         finally:
             await database.stop()
+
+
+def _server_version() -> str:
+    package = FOLDER / "node_modules" / "unleash-server" / "package.json"
+    return str(json.loads(package.read_text())["version"])
 
 
 async def _start(folder: Path, database_port: int) -> tuple[str, Program]:

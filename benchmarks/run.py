@@ -1,4 +1,7 @@
-"""What a bench is, and how its results are kept: one JSON file each, raw repeats and all."""
+"""What a bench is, and how its results are kept: one JSON file each, raw repeats and all.
+
+A file has `data`, what the bench measured, or `missing`, what it needs and did not find.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import machine
+from benchmarks.errors import Missing
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -32,13 +36,34 @@ class Bench:
     measure: Callable[[Options], Awaitable[dict[str, Any]]]
 
 
-async def run(bench: Bench, options: Options, folder: Path) -> None:
-    """Measure, and keep what was measured with where and when."""
+def new_run() -> str:
+    """Return the name of a run: when it began."""
+    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
+
+
+async def run(bench: Bench, options: Options, folder: Path, run_name: str) -> str | None:
+    """Measure, and keep what was measured with where and when.
+
+    The result of an earlier run goes first, so that a bench that fails leaves none that would pass
+    for this run's.
+
+    Returns:
+        What the bench needs and is not installed, which is kept in the place of figures.
+    """
+    kept_file = folder / f"{bench.name}.json"
+    kept_file.unlink(missing_ok=True)
     begin = time.monotonic()
-    data = await bench.measure(options)
+    outcome: dict[str, Any]
+    missing = None
+    try:
+        outcome = {"data": await bench.measure(options)}
+    except Missing as error:
+        missing = str(error)
+        outcome = {"missing": missing}
     kept = {
         "bench": bench.name,
         "title": bench.title,
+        "run": run_name,
         "taken": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "seconds": round(time.monotonic() - begin, 1),
         "repeats": options.repeats,
@@ -46,10 +71,10 @@ async def run(bench: Bench, options: Options, folder: Path) -> None:
         "commit": machine.commit(),
         "machine": machine.describe(),
         "versions": machine.versions(),
-        "data": data,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{bench.name}.json").write_text(json.dumps(kept, indent=1) + "\n")
+    kept_file.write_text(json.dumps(kept | outcome, indent=1) + "\n")
+    return missing
 
 
 def say(what: str, figures: dict[str, Any]) -> None:
