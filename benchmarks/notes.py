@@ -26,8 +26,8 @@ ONE_RUN = "on one machine in one run"
 SEVERAL_RUNS = "in several runs"
 
 NOT_ONE_RUN = """\
-**This is not one run.** These figures were taken in several runs or of several commits, and what
-changed between them is in no ratio across two benches: {runs}."""
+**This is not one run.** These figures were taken in several runs or of several commits, so those of
+one bench are not to be held against another's: {runs}."""
 
 FANOUT = """\
 The server on one core, N WebSocket subscribers (a C program on epoll) on the other. In each

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import sys
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ def call(monkeypatch: pytest.MonkeyPatch, folder: Path, *arguments: str) -> int:
     ]
     monkeypatch.setattr(command, "BENCHES", benches)
     monkeypatch.setattr(run, "RESULTS", folder)
+    # The limit on open files would outlive the test.
+    monkeypatch.setattr(resource, "setrlimit", lambda *_: None)
     monkeypatch.setattr(sys, "argv", ["benchmarks", "--quick", *arguments])
     return command.main()
 
