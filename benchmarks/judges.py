@@ -90,15 +90,15 @@ def fan_ratio(wanted: int, limit: float) -> Judge:
 
 
 def memory(data: Data) -> Judged:
-    """A subscriber's memory is the larger of what it takes at first and after many acks."""
+    """The stream by itself is held against 6 KiB; with the acks kept of a backend, against 32."""
     size = _size(data["per_size"], MANY_SUBSCRIBERS)
-    repeats = data["per_size"][str(size)]
-    kib = _kib(figure(column(repeats, "bytes_a_subscriber")))
-    text, most = show(kib, " KiB"), kib.median
-    if acked := maybe(repeats, "memory_acked"):
-        text += f"; after 1,300 acked changes {show(_kib(acked), ' KiB')}"
-        most = max(most, _kib(acked).median)
-    return _at_size(text, most <= 6, size, MANY_SUBSCRIBERS)
+    kib = _kib(figure(column(data["per_size"][str(size)], "bytes_a_subscriber")))
+    text, met = show(kib, " KiB"), kib.median <= 6
+    if data["memory_acked"]:
+        acked = _kib(figure(data["memory_acked"]))
+        text += f"; {show(acked, ' KiB')} once it has acked 1,300 changes, as a backend does"
+        met = met and acked.median <= 32
+    return _at_size(text, met, size, MANY_SUBSCRIBERS)
 
 
 def _kib(value: Figure) -> Figure:
@@ -196,10 +196,14 @@ def connect(data: Data) -> Judged:
 
 
 def llm(data: Data) -> Judged:
-    ratio = figure([100 * (value - 1) for value in data["cpu_ratio"]])
-    added = figure(data["added_ms"])
-    text = f"{show(ratio, ' %')} more CPU, {show(added, ' ms')} more"
-    return Judged(text, ratio.median <= 5 and added.median <= 0.1)
+    """Held against the SDK as it comes, and against one on the transport that LLMInterface uses."""
+    texts, met = [], True
+    for suffix, beside in (("", ""), (", same transport", " beside it on the same transport")):
+        ratio = figure([100 * (value - 1) for value in data[f"cpu_ratio{suffix}"]])
+        added = figure(data[f"added_ms{suffix}"])
+        texts.append(f"{show(ratio, ' %')} more CPU, {show(added, ' ms')} more{beside}")
+        met = met and ratio.median <= 5 and added.median <= 0.1
+    return Judged("; ".join(texts), met)
 
 
 def imports(data: Data) -> Judged:

@@ -135,7 +135,8 @@ def _where(kept: Kept) -> str:
     parts.append(
         f"{about['cores']} cores of {about['cpu']}, {about['memory_gib']} GiB, {about['system']},"
         f" Linux {about['kernel']}, Python {about['python']}, SQLite {about['sqlite']},"
-        f" {about['openssl']}. The server runs on the first core and whatever loads it on the last,"
+        f" {about['openssl']}; databases on {about['file_system']}. The server runs on the first"
+        " core and whatever loads it on the last,"
         " except where both sides' processes are said to be unpinned. All traffic is loopback."
     )
     lines = [

@@ -93,9 +93,9 @@ def limited_by_the_farm(data: Data) -> list[str]:
     found = []
     with reading("fanout"):
         for size, repeats in data["per_size"].items():
-            late, busy = maybe(repeats, "farm_late_ms"), maybe(repeats, "farm_cpu")
-            floor = figure(column(repeats, "floor_ms")).median
-            if (late and late.median > 0.05 * floor) or (busy and busy.median > 0.8):
+            late, busy = (figure(column(repeats, name)) for name in _FARM)
+            floor = figure(column(repeats, "floor_ms"))
+            if late.median > 0.05 * floor.median or busy.median > 0.8:
                 found.append(f"{int(size):,}")
     return found
 
@@ -218,32 +218,20 @@ def _startup(data: Data) -> list[str]:
 
 
 def _llm(data: Data) -> list[str]:
-    note, head = notes.LLM, ["", "ratio", "LLMInterface", "openai SDK"]
+    head = ["", "ratio", "LLMInterface", "openai SDK", "openai SDK, same transport"]
     lines = [
-        ["CPU a call", show(figure(data["cpu_ratio"])), *_both(data, "cpu_ms")],
+        ["CPU a call", show(figure(data["cpu_ratio"])), *_each(data, "cpu_ms")],
         [
             "time a call, p50",
             show(figure(ratios(data["slm_p50_ms"], data["sdk_p50_ms"]))),
-            *_both(data, "p50_ms"),
+            *_each(data, "p50_ms"),
         ],
     ]
-    third = [_same_transport(data, name) for name in ("cpu_ms", "p50_ms")]
-    if all(third):
-        note += "\n" + notes.LLM_SAME_TRANSPORT
-        head.append("openai SDK, same transport")
-        for line, values in zip(lines, third, strict=True):
-            line.append(show(figure(values), " ms"))
-    return [note, table(head, lines)]
+    return [notes.LLM, table(head, lines)]
 
 
-def _both(data: Data, name: str) -> list[str]:
-    return [show(figure(data[f"{who}_{name}"]), " ms") for who in ("slm", "sdk")]
-
-
-def _same_transport(data: Data, name: str) -> list[float]:
-    """Return the third contestant's figures, which not every version of the bench has."""
-    values: list[float] = data.get(f"{SAME_TRANSPORT}_{name}", [])
-    return values or data.get(SAME_TRANSPORT, {}).get(name, [])
+def _each(data: Data, name: str) -> list[str]:
+    return [show(figure(data[f"{who}_{name}"]), " ms") for who in ("slm", "sdk", SAME_TRANSPORT)]
 
 
 def _growth(data: Data) -> list[str]:

@@ -59,10 +59,10 @@ class SideDoor:
 
     async def do_acks(self) -> dict[str, int]:
         """Tell how many live streams acked the newest change, and the fewest acks of a backend."""
-        hub, fleet = self._server.services.hub, self._server.services.fleet
-        acked = sum(s.last_ack is not None and s.last_ack.ack == hub.head for s in hub._live)
-        fewest = min((backend.acks.count for backend in fleet._own.values()), default=0)
-        return {"acked": acked, "fewest": fewest}
+        fleet = self._server.services.fleet
+        backends = fleet.backends()
+        acked = sum(each.connected and each.applied == fleet.head for each in backends)
+        return {"acked": acked, "fewest": min((each.acks.count for each in backends), default=0)}
 
     async def do_commits(self) -> dict[int, int]:
         commits, self._commits = self._commits, {}

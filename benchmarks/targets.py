@@ -93,7 +93,7 @@ _TARGETS = (
         "memory",
         "fanout",
         "memory a subscriber, of 10,000, handed to a slim protocol",
-        "at most 32 KiB; at most 6 KiB with the slim protocol",
+        "at most 6 KiB; at most 32 KiB with the acks that are kept of it",
         judges.memory,
     ),
     _Target(

@@ -222,6 +222,7 @@ async def test_a_call_that_succeeds_is_a_span_with_what_it_took(
                 result = await _ask(llm, streamed)
     assert result.text == "Greetings"
     [span] = _named(spans, "chat model-1")
+    assert span.kind is trace.SpanKind.CLIENT
     assert dict(span.attributes or {}) == {
         "gen_ai.operation.name": "chat",
         "gen_ai.provider.name": dialect.provider,

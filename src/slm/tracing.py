@@ -75,15 +75,17 @@ def _span(name: str, attributes: Attributes | None, parent: str | None) -> Itera
 
 
 def begin(name: str, attributes: Attributes | None = None) -> Any:
-    """Return a started span that is nobody's current one, to be ended with `end`; None: no tracing.
+    """Return a started span of a call to another service; None: no tracing.
 
-    For what ends elsewhere than where it begins, such as a stream.
+    It is nobody's current one and is ended with `end`: a stream ends elsewhere than it begins.
     """
     if not enabled():
         return None
     from opentelemetry import trace
 
-    return trace.get_tracer(_NAME).start_span(name, attributes=dict(attributes or {}))
+    return trace.get_tracer(_NAME).start_span(
+        name, kind=trace.SpanKind.CLIENT, attributes=dict(attributes or {})
+    )
 
 
 def end(current: Any, attributes: Attributes | None = None) -> None:

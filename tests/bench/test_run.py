@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks.errors import Missing
-from benchmarks.run import Bench, Options
-
 from benchmarks import __main__ as command
 from benchmarks import report, run
+from benchmarks.errors import Missing
+from benchmarks.run import Bench, Options
 
 
 async def measures(options: Options) -> dict[str, Any]:
