@@ -52,14 +52,13 @@ FANOUT_ACKING = """\
 that the server has their acks to read as well."""
 
 FANOUT_FARM = """\
-"Farm late" is how long after the C loop's last `send()` the subscribers' program had its last
-frame, and "farm busy" the share of its core that it used: where either is large, the ratios are
-the farm's as much as the server's, and too near to 1."""
+"Farm late" is how long after the C loop's last `send()` had returned the subscribers' program had
+its last frame (below 0: before), and "farm busy" the share of its core that it used meanwhile. Were
+it late, the ratios would be the farm's as much as the server's, and too near to 1."""
 
 FARM_LIMITS = """\
 **The subscribers' program was a limit itself.** At {sizes} subscribers it was late by more than
-5 % of the C loop's time or kept its core more than 80 % busy; ratios to the C loop are flattered
-there."""
+5 % of the C loop's time; ratios to the C loop are flattered there."""
 
 POLLING = """\
 {product} on PostgreSQL, {clients} Python SDK clients at their default poll interval of
