@@ -24,6 +24,7 @@ from slm.server.registry import AgentRegistry
 from slm.server.rotation import KeyRotation
 from slm.server.settings import Settings
 from slm.server.token_store import TokenStore
+from slm.server.token_watch import TokenWatch
 
 
 @dataclass
@@ -59,9 +60,11 @@ class Services:
     failed_logins: TokenBuckets
     writes: TokenBuckets
     streams: Gauge
+    waits: Gauge
     openings: Gauge
     snapshots: Gauge
     doorkeeper: Doorkeeper
+    token_watch: TokenWatch
     caretaker: Caretaker
     counts: RequestCounts = field(default_factory=RequestCounts)
 
@@ -72,7 +75,8 @@ def make_services(settings: Settings, prepared: Prepared) -> Services:
     database = prepared.database
     keyring = Keyring(prepared.vault, lambda: read_keys(settings).keys)
     registry = AgentRegistry(database, prepared.vault, keyring, settings.endpoint_policy)
-    token_store = TokenStore(database)
+    tokens.max_age_seconds = settings.max_outage_seconds
+    token_store = TokenStore(database, tokens)
     caretaker = Caretaker(settings, database, keyring, registry.reads, tokens, token_store)
     lease = caretaker.lease
     fleet = Fleet(lease.id, lease.name, tokens.name_of, settings.behind_after_seconds)
@@ -103,8 +107,10 @@ def make_services(settings: Settings, prepared: Prepared) -> Services:
         ),
         writes=TokenBuckets(Rate(settings.writes_per_second, settings.writes_burst)),
         streams=Gauge(settings.streams_per_token),
+        waits=Gauge(settings.waits_per_token),
         openings=Gauge(settings.max_opening_streams),
         snapshots=Gauge(settings.max_snapshots),
         doorkeeper=Doorkeeper(tokens, hub),
+        token_watch=TokenWatch(database, tokens, settings.poll_interval_seconds),
         caretaker=caretaker,
     )
