@@ -11,6 +11,7 @@ from typing import Final
 
 from slm.server.auth import TokenTable
 from slm.server.hub import Hub
+from slm.server.supervisor import Supervisor
 
 LOOK_EVERY_SECONDS: Final = 0.25
 """With the feed's poll of a second, a revoked token is out well within two."""
@@ -22,21 +23,18 @@ class Doorkeeper:
     By the clock and not by the feed alone: a token also expires while the database is away.
     """
 
-    def __init__(self, tokens: TokenTable, hub: Hub) -> None:
+    def __init__(self, tokens: TokenTable, hub: Hub, supervisor: Supervisor | None = None) -> None:
         self._tokens = tokens
         self._hub = hub
-        self._task: asyncio.Task[None] | None = None
+        self._looking = (supervisor or Supervisor()).task("doorkeeper", self._keep_looking)
 
     async def start(self) -> None:
         """Begin to look."""
-        self._task = asyncio.create_task(self._keep_looking(), name="slm-doorkeeper")
+        self._looking.start()
 
     async def stop(self) -> None:
         """Stop looking."""
-        task, self._task = self._task, None
-        if task is not None:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+        await self._looking.stop()
 
     def look(self) -> None:
         """Close each stream whose token does not count any more (1008)."""
