@@ -48,17 +48,17 @@ class Caretaker:
         self._reads = reads
         self._tokens = tokens
         self._token_store = token_store
-        self._keeping = (supervisor or Supervisor()).task("caretaker", self._keep_house)
+        self._task = (supervisor or Supervisor()).task("caretaker", self._keep_house)
 
     async def start(self) -> None:
         """Take the lease and try every stored key, then go on in the background."""
         await self._renew()
         await self._check_keys()
-        self._keeping.start()
+        self._task.start()
 
     async def stop(self) -> None:
         """Stop, and give the lease up, so that no rotation waits for this process."""
-        await self._keeping.stop()
+        await self._task.stop()
         with contextlib.suppress(ProblemError):
             await self._note_used()
             await self.lease.give_up()

@@ -47,15 +47,15 @@ class Compaction:
         self._keep = keep
         self._interval_seconds = interval_seconds
         supervisor = supervisor or Supervisor()
-        self._compacting = supervisor.task("compaction", self._run, needed=False)
+        self._task = supervisor.task("compaction", self._run, needed=False)
 
     async def start(self) -> None:
         """Begin; the first look is at once."""
-        self._compacting.start()
+        self._task.start()
 
     async def stop(self) -> None:
         """Stop; a batch under way is committed or rolled back as a whole."""
-        await self._compacting.stop()
+        await self._task.stop()
 
     async def _run(self) -> None:
         while True:

@@ -26,15 +26,15 @@ class Doorkeeper:
     def __init__(self, tokens: TokenTable, hub: Hub, supervisor: Supervisor | None = None) -> None:
         self._tokens = tokens
         self._hub = hub
-        self._looking = (supervisor or Supervisor()).task("doorkeeper", self._keep_looking)
+        self._task = (supervisor or Supervisor()).task("doorkeeper", self._keep_looking)
 
     async def start(self) -> None:
         """Begin to look."""
-        self._looking.start()
+        self._task.start()
 
     async def stop(self) -> None:
         """Stop looking."""
-        await self._looking.stop()
+        await self._task.stop()
 
     def look(self) -> None:
         """Close each stream whose token does not count any more (1008)."""

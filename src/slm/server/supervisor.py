@@ -88,15 +88,20 @@ class SupervisedTask:
             self._failing_since = None
             self._begin()
 
-    async def stop(self) -> None:
-        """Cancel the task and wait for its end; it is not started again."""
+    def cancel(self) -> None:
+        """End the task for good, without waiting for it."""
         self._stopping = True
         if self._again is not None:
             self._again.cancel()
             self._again = None
+        if self._task is not None:
+            self._task.cancel()
+
+    async def stop(self) -> None:
+        """End the task for good and wait for it."""
+        self.cancel()
         task, self._task = self._task, None
         if task is not None:
-            task.cancel()
             await asyncio.gather(task, return_exceptions=True)
 
     def state(self) -> TaskState:
