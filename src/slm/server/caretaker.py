@@ -16,6 +16,7 @@ from slm.server.keyed_reads import KeyedReads
 from slm.server.keyring import Keyring
 from slm.server.replicas import Lease
 from slm.server.settings import Settings
+from slm.server.supervisor import Supervisor
 from slm.server.token_store import TokenStore
 
 logger = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ class Caretaker:
         reads: KeyedReads,
         tokens: TokenTable,
         token_store: TokenStore,
+        supervisor: Supervisor | None = None,
     ) -> None:
         self.keys_usable = True
         self.lease = Lease(database, keyring.vault, settings.lease_seconds, tokens)
@@ -48,20 +50,17 @@ class Caretaker:
         self._reads = reads
         self._tokens = tokens
         self._token_store = token_store
-        self._task: asyncio.Task[None] | None = None
+        self._task = (supervisor or Supervisor()).task("caretaker", self._keep_house)
 
     async def start(self) -> None:
         """Take the lease and try every stored key, then go on in the background."""
         await self._renew()
         await self._check_keys()
-        self._task = asyncio.create_task(self._keep_house(), name="slm-caretaker")
+        self._task.start()
 
     async def stop(self) -> None:
         """Stop, and give the lease up, so that no rotation waits for this process."""
-        task, self._task = self._task, None
-        if task is not None:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+        await self._task.stop()
         with contextlib.suppress(ProblemError):
             await self._note_used()
             await self.lease.give_up()

@@ -14,6 +14,7 @@ from typing import Final
 from slm.errors import Unauthorized
 from slm.server.auth import GONE, Caller, TokenTable
 from slm.server.hub import Hub
+from slm.server.supervisor import Supervisor
 
 LOOK_EVERY_SECONDS: Final = 0.25
 """With the feed's poll of a second, a revoked token is out well within two."""
@@ -26,23 +27,20 @@ class Doorkeeper:
     database is away.
     """
 
-    def __init__(self, tokens: TokenTable, hub: Hub) -> None:
+    def __init__(self, tokens: TokenTable, hub: Hub, supervisor: Supervisor | None = None) -> None:
         self._tokens = tokens
         self._hub = hub
         self._inside: dict[int, set[asyncio.Timeout]] = {}
-        self._task: asyncio.Task[None] | None = None
+        self._task = (supervisor or Supervisor()).task("doorkeeper", self._keep_looking)
         tokens.on_replaced.append(self.look)
 
     async def start(self) -> None:
         """Begin to look."""
-        self._task = asyncio.create_task(self._keep_looking(), name="slm-doorkeeper")
+        self._task.start()
 
     async def stop(self) -> None:
         """Stop looking."""
-        task, self._task = self._task, None
-        if task is not None:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+        await self._task.stop()
 
     @contextlib.asynccontextmanager
     async def while_it_counts(self, caller: Caller) -> AsyncIterator[None]:

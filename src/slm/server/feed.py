@@ -30,6 +30,7 @@ from slm.server.news import Horizon, News, Page, read_horizon, read_news, read_p
 from slm.server.pulse import Pulse
 from slm.server.registry import Written
 from slm.server.settings import Settings
+from slm.server.supervisor import Supervisor
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +58,7 @@ class ChangeFeed:
         tokens: TokenTable,
         settings: Settings,
         metrics: Metrics | None = None,
+        supervisor: Supervisor | None = None,
     ) -> None:
         self._metrics = metrics or Metrics()
         self._database = database
@@ -71,7 +73,7 @@ class ChangeFeed:
         self._failed_looks = 0
         self._wake = asyncio.Event()
         self._moved = Pulse()
-        self._task: asyncio.Task[None] | None = None
+        self._following = (supervisor or Supervisor()).task("feed", self._follow)
         self._loop: asyncio.AbstractEventLoop | None = None
         hub.is_behind = lambda: not self.current
 
@@ -98,7 +100,7 @@ class ChangeFeed:
     @property
     def running(self) -> bool:
         """Whether the feed is at work."""
-        return self._task is not None and not self._task.done()
+        return self._following.running
 
     @property
     def _tokens_version(self) -> int:
@@ -113,14 +115,15 @@ class ChangeFeed:
         self._loop = asyncio.get_running_loop()
         await self._look()
         self._hub.start(self.position, self.epoch)
-        self._task = asyncio.create_task(self._follow(), name="slm-feed")
+        self.follow()
+
+    def follow(self) -> None:
+        """Follow the database from where the catalog is; `start` does it, and who has stopped."""
+        self._following.start()
 
     async def stop(self) -> None:
         """Stop following."""
-        task, self._task = self._task, None
-        if task is not None:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+        await self._following.stop()
 
     def wake(self) -> None:
         """Look at the database now rather than at the next poll."""

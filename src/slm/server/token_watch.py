@@ -16,6 +16,7 @@ from slm.errors import ProblemError
 from slm.server.auth import TokenTable, read_tokens
 from slm.server.database import Database
 from slm.server.models import STATE
+from slm.server.supervisor import Supervisor
 
 logger = logging.getLogger(__name__)
 
@@ -27,26 +28,28 @@ class TokenWatch:
         database: read only.
         tokens: the table that the doors ask.
         poll_interval_seconds: how old the table may get before this looks.
+        supervisor: keeps the watch alive.
     """
 
     def __init__(
-        self, database: Database, tokens: TokenTable, poll_interval_seconds: float
+        self,
+        database: Database,
+        tokens: TokenTable,
+        poll_interval_seconds: float,
+        supervisor: Supervisor | None = None,
     ) -> None:
         self._database = database
         self._tokens = tokens
         self._poll_interval_seconds = poll_interval_seconds
-        self._task: asyncio.Task[None] | None = None
+        self._task = (supervisor or Supervisor()).task("token-watch", self._watch)
 
     async def start(self) -> None:
         """Begin to watch."""
-        self._task = asyncio.create_task(self._watch(), name="slm-token-watch")
+        self._task.start()
 
     async def stop(self) -> None:
         """Stop watching."""
-        task, self._task = self._task, None
-        if task is not None:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+        await self._task.stop()
 
     async def look(self) -> None:
         """Read the tokens if they have changed, and put them in force.
