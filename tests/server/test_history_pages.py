@@ -242,14 +242,15 @@ async def test_every_page_is_read_by_an_index(long: Store) -> None:
     """No filter makes a page scan the table, or sort or look at more rows than allowed."""
     history, log = History(long.database), AuditLog(long.database)
     # PostgreSQL plans by its statistics, which a database that was just restored has not.
-    for analyzed in (False, True)[: 1 + (long.database.dialect == "postgresql")]:
-        if analyzed:
+    for analyzed in (False, True):
+        if analyzed and long.database.dialect == "postgresql":
             await long.sql("ANALYZE")
-        for wanted in _filters():
-            if analyzed or wanted.upto is None or wanted.agent_id or wanted.actor:
-                async with _judged(long, str(wanted)):
-                    await history.changes(wanted, 1000 if wanted.since else 100)
-        for entries in _audit_filters():
+        # Strides that meet every pair of values; all combinations would take a minute.
+        some = slice(0, None, 5) if analyzed else slice(1, None, 7)
+        for wanted in _filters()[some]:
+            async with _judged(long, str(wanted)):
+                await history.changes(wanted, 1000 if wanted.since else 100)
+        for entries in _audit_filters()[some]:
             async with _judged(long, str(entries)):
                 await log.page(entries, 1000 if entries.before else 100)
 
@@ -298,13 +299,14 @@ def _sqlite_steps(connection: Connection, statement: str, parameters: Any) -> in
 
 def _postgresql_rows(connection: Connection, statement: str, parameters: Any) -> int:
     """Return the rows that the plan's lowest nodes looked at."""
+    connection.exec_driver_sql("SET LOCAL enable_sort = off")  # as for the page itself
     explain = f"EXPLAIN (ANALYZE, TIMING OFF, FORMAT JSON) {statement}"
     found = connection.exec_driver_sql(explain, parameters).scalar_one()
     nodes = [(found if isinstance(found, list) else json.loads(found))[0]["Plan"]]
     seen = 0
     for node in nodes:
         nodes += node.get("Plans", [])
-        assert node["Node Type"] != "Seq Scan", statement
+        assert node["Node Type"] not in ("Seq Scan", "Sort", "Bitmap Heap Scan"), statement
         if "Scan" in node["Node Type"]:
             seen += node["Actual Rows"] + node.get("Rows Removed by Filter", 0)
     return int(seen)

@@ -8,20 +8,23 @@ from pathlib import Path
 import pytest
 from pydantic import SecretStr
 
-from tests.security.http import Caller, agent, caller, make_token
+from tests.security.http import Caller, admin, agent, make_token
+from tests.server.store import KEY
 from tests.servers import InLoopServer, running_server
 
 
 @pytest.fixture
 async def server(tmp_path: Path, database_url: str) -> AsyncIterator[InLoopServer]:
-    async with running_server(tmp_path / "data", database_url=SecretStr(database_url)) as running:
+    async with running_server(
+        tmp_path / "data", database_url=SecretStr(database_url), encryption_keys=SecretStr(KEY)
+    ) as running:
         yield running
 
 
 @pytest.fixture
 async def ask(server: InLoopServer) -> AsyncIterator[Caller]:
-    async with caller(server.url, server.admin_token) as admin:
-        yield admin
+    async with admin(server) as caller:
+        yield caller
 
 
 async def test_a_former_default_is_not_seen(ask: Caller) -> None:

@@ -14,7 +14,7 @@ from typing import Any, Final
 from sqlalchemy import Connection, bindparam, insert, update
 
 from slm.server.audit_chain import GENESIS as GENESIS
-from slm.server.audit_chain import Entry, Verdict, Walk, parse_link
+from slm.server.audit_chain import START, Entry, Verdict, Walk, parse_link
 from slm.server.audit_read import (
     WALK_PAGE,
     AuditFilter,
@@ -23,9 +23,11 @@ from slm.server.audit_read import (
     entries_after,
     entry_page,
 )
+from slm.server.auth import Caller
 from slm.server.database import Database
 from slm.server.models import AUDIT, AUDIT_HEAD, utc_now
 from slm.server.prepared import Prepared
+from slm.server.vault import Vault
 
 _NEXT: Final = Prepared(
     update(AUDIT_HEAD)
@@ -46,10 +48,22 @@ class Who:
     Attributes:
         actor: the token's name.
         address: the peer's IP address; None for what the server does by itself.
+        caller: the token, which must still count when the transaction is under way; None for what
+            the server does by itself.
     """
 
     actor: str
     address: str | None = None
+    caller: Caller | None = field(default=None, compare=False)
+
+    def require_counts(self, connection: Connection, tokens_version: int | None = None) -> None:
+        """Refuse what a token does that was revoked meanwhile; see `Caller.require_counts`.
+
+        Raises:
+            Unauthorized: it does not count any more.
+        """
+        if self.caller is not None:
+            self.caller.require_counts(connection, tokens_version)
 
 
 @dataclass(frozen=True)
@@ -92,10 +106,16 @@ def append(connection: Connection, event: Event) -> None:
 
 
 class AuditLog:
-    """Reads the audit and checks its chain."""
+    """Reads the audit and checks its chain.
 
-    def __init__(self, database: Database) -> None:
+    Args:
+        database: where it is.
+        vault: opens the seal of a cut; without one no cut counts.
+    """
+
+    def __init__(self, database: Database, vault: Vault | None = None) -> None:
         self._database = database
+        self._vault = vault
 
     async def record(self, event: Event) -> None:
         """Record an event in a transaction of its own, for what writes nothing else.
@@ -104,7 +124,12 @@ class AuditLog:
             DatabaseUnavailable: it cannot be recorded, so it must not be done.
             InsufficientStorage: the same.
         """
-        await self._database.run(lambda connection: append(connection, event))
+
+        def work(connection: Connection) -> None:
+            event.who.require_counts(connection)
+            append(connection, event)
+
+        await self._database.run(work)
 
     async def entries(
         self,
@@ -148,8 +173,11 @@ class AuditLog:
             expect: a `seq:hash` that an earlier verify gave; it must still be in the chain.
         """
         noted = None if expect is None else parse_link(expect)
-        cut, head = await self._database.read(ends)
-        if expect is not None and (noted is None or not cut.seq < noted.seq <= head.seq):
+        cut, head, seal = await self._database.read(ends)
+        if cut != START and (self._vault is None or self._vault.unseal(seal or "") != str(cut)):
+            reason = "the beginning was cut off by somebody without the encryption key"
+            return Verdict(0, str(cut), cut.seq + 1, reason, str(cut))
+        if expect is not None and (noted is None or not cut.seq <= noted.seq <= head.seq):
             reason = "the head that was noted is not there"
             return Verdict(head.seq, str(head), head.seq, reason)
         walk = Walk(cut, noted)
@@ -163,6 +191,9 @@ class AuditLog:
 
         while walk.at.seq < head.seq:
             if not await self._database.read(go_on):
+                if (await self._database.read(ends)).cut != cut:
+                    # It was trimmed meanwhile.
+                    return await self.verify(expect)
                 return walk.verdict()
         if walk.at != head:
             return walk.verdict(walk.at.seq, "the chain does not end where it says")

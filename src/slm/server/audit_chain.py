@@ -84,6 +84,9 @@ class Verdict:
         return self.broken_at is None
 
 
+_OTHER_HEAD: Final = "the chain was written anew: the head that was noted is another one"
+
+
 class Walk:
     """Goes along the chain, row by row, and stops at the first one that is wrong.
 
@@ -97,14 +100,18 @@ class Walk:
         self.at = start
         self.reason = ""
         self._noted = noted
+        if noted is not None and noted.seq == start.seq and noted != start:
+            self.reason = _OTHER_HEAD
 
     def go(self, entries: Iterable[Entry]) -> bool:
         """Check these rows; return whether all are right so far."""
+        if self.reason:
+            return False
         for entry in entries:
             reason = entry.wrong_after(*self.at)
             noted = self._noted
             if not reason and noted and noted.seq == entry.seq and noted.hash != entry.hash:
-                reason = "the chain was written anew: the head that was noted is another one"
+                reason = _OTHER_HEAD
             if reason:
                 self.reason = reason
                 return False

@@ -5,7 +5,6 @@ Knows the tables; what a chain is, is the rule of `audit_chain`. Writes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
@@ -49,10 +48,11 @@ class EntryPage(NamedTuple):
 
 
 class Ends(NamedTuple):
-    """Where the chain begins and ends now."""
+    """Where the chain begins and ends now, and the seal of its beginning."""
 
     cut: Link
     head: Link
+    seal: str | None
 
 
 def entry_page(connection: Connection, wanted: AuditFilter, limit: int) -> EntryPage:
@@ -77,18 +77,22 @@ def entry_page(connection: Connection, wanted: AuditFilter, limit: int) -> Entry
 def ends(connection: Connection) -> Ends:
     """Return where the chain begins and ends."""
     head = connection.execute(select(AUDIT_HEAD).where(AUDIT_HEAD.c.id == 1)).one()
-    return Ends(Link(head.cut_seq, head.cut_hash), Link(head.seq, head.hash))
+    return Ends(Link(head.cut_seq, head.cut_hash), Link(head.seq, head.hash), head.cut_seal)
+
+
+def link_at(connection: Connection, seq: int) -> Link | None:
+    """Return the row of this number, or the cut; None where there is neither."""
+    cut = ends(connection).cut
+    if seq == cut.seq:
+        return cut
+    found = connection.execute(select(AUDIT.c.hash).where(AUDIT.c.seq == seq)).scalar_one_or_none()
+    return None if found is None else Link(seq, found)
 
 
 def entries_after(connection: Connection, seq: int, upto: int, limit: int) -> list[Entry]:
-    """Return the next rows of the chain, in its order."""
-    rows: Iterable[Any] = connection.execute(
-        select(*_COLUMNS)
-        .where(AUDIT.c.seq > seq, AUDIT.c.seq <= upto)
-        .order_by(AUDIT.c.seq)
-        .limit(limit)
-    )
-    return [_entry(row) for row in rows]
+    """Return the next rows of the chain, in its order; at least one where there is one."""
+    window = Window(AUDIT, AUDIT.c.seq, seq, upto)
+    return [_entry(row) for row in read_page(connection, window, limit, _characters).rows]
 
 
 def _windows(connection: Connection, wanted: AuditFilter, upto: int) -> list[Window]:
