@@ -92,7 +92,7 @@ class _Worker(Protocol):
 def _workers(services: Services) -> list[_Worker]:
     """Return what works beside the feed, the wake-ups of other replicas and the compaction too."""
     settings, database, supervisor = services.settings, services.database, services.supervisor
-    workers: list[_Worker] = [services.caretaker, services.doorkeeper]
+    workers: list[_Worker] = [services.caretaker, services.doorkeeper, services.token_watch]
     if database.dialect == "postgresql":
         sync = services.fleet_sync
         others: dict[str, Callable[[str], None]] = {

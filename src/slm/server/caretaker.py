@@ -41,7 +41,9 @@ class Caretaker:
         supervisor: Supervisor | None = None,
     ) -> None:
         self.keys_usable = True
-        self.lease = Lease(database, keyring.vault, settings.lease_seconds)
+        self.lease = Lease(database, keyring.vault, settings.lease_seconds, tokens)
+        self._confirm = asyncio.Event()
+        tokens.on_replaced.append(self._confirm.set)
         self._settings = settings
         self._database = database
         self._keyring = keyring
@@ -66,9 +68,19 @@ class Caretaker:
     async def _keep_house(self) -> None:
         loop = asyncio.get_running_loop()
         checked = noted = loop.time()
+        due = loop.time() + self._settings.lease_seconds / 3
         while True:
-            await asyncio.sleep(self._settings.lease_seconds / 3)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(due):
+                    await self._confirm.wait()
             try:
+                if self._confirm.is_set():
+                    # Somebody waits to hear that a revoked token is refused here, too.
+                    self._confirm.clear()
+                    await self.lease.renew()
+                if loop.time() < due:
+                    continue
+                due = loop.time() + self._settings.lease_seconds / 3
                 await self._renew()
                 if loop.time() - checked >= self._settings.key_check_seconds:
                     await self._check_keys()

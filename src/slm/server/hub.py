@@ -435,10 +435,10 @@ class Hub:
 
     # --- limits ---
 
-    def expel(self, subscriber: Subscriber, reason: str) -> None:
-        """Close a stream whose token does not count any more."""
+    def expel(self, subscriber: Subscriber, reason: str, code: int = 1008) -> None:
+        """Close a stream whose token does not count any more, or may not."""
         self._leave(subscriber)
-        subscriber.sink.end(1008, reason)
+        subscriber.sink.end(code, reason)
 
     def _leave(self, subscriber: Subscriber) -> None:
         subscriber.live = False

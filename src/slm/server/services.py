@@ -25,6 +25,7 @@ from slm.server.rotation import KeyRotation
 from slm.server.settings import Settings
 from slm.server.supervisor import Supervisor
 from slm.server.token_store import TokenStore
+from slm.server.token_watch import TokenWatch
 
 
 @dataclass
@@ -60,9 +61,11 @@ class Services:
     failed_logins: TokenBuckets
     writes: TokenBuckets
     streams: Gauge
+    waits: Gauge
     openings: Gauge
     snapshots: Gauge
     doorkeeper: Doorkeeper
+    token_watch: TokenWatch
     caretaker: Caretaker
     supervisor: Supervisor
     counts: RequestCounts = field(default_factory=RequestCounts)
@@ -74,7 +77,8 @@ def make_services(settings: Settings, prepared: Prepared) -> Services:
     database = prepared.database
     keyring = Keyring(prepared.vault, lambda: read_keys(settings).keys)
     registry = AgentRegistry(database, prepared.vault, keyring, settings.endpoint_policy)
-    token_store = TokenStore(database)
+    tokens.max_age_seconds = settings.max_outage_seconds
+    token_store = TokenStore(database, tokens)
     caretaker = Caretaker(
         settings, database, keyring, registry.reads, tokens, token_store, supervisor
     )
@@ -109,9 +113,11 @@ def make_services(settings: Settings, prepared: Prepared) -> Services:
         ),
         writes=TokenBuckets(Rate(settings.writes_per_second, settings.writes_burst)),
         streams=Gauge(settings.streams_per_token),
+        waits=Gauge(settings.waits_per_token),
         openings=Gauge(settings.max_opening_streams),
         snapshots=Gauge(settings.max_snapshots),
         doorkeeper=Doorkeeper(tokens, hub, supervisor),
+        token_watch=TokenWatch(database, tokens, settings.poll_interval_seconds, supervisor),
         caretaker=caretaker,
         supervisor=supervisor,
     )
