@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
 from pydantic import SecretStr
-from sqlalchemy import Connection, bindparam, select
+from sqlalchemy import Connection, bindparam, func, select
 
 from slm.endpoints import origin
 from slm.errors import AgentInactive, AgentNotFound, KeyUndecryptable
@@ -19,11 +19,22 @@ from slm.schemas import Agent, LLMConfig, LLMConfigWithKey, Snapshot
 from slm.server.audit import Event, Who, append
 from slm.server.database import Database
 from slm.server.keyring import Keyring
-from slm.server.models import AGENTS, SELECT_AGENTS, STATE, agent_of
+from slm.server.models import AGENTS, CHANGES, SELECT_AGENTS, STATE, agent_of
 from slm.server.vault import KeyBinding
 from slm.server.view import View
 
-_HEAD: Final = select(STATE.c.revision, STATE.c.epoch, STATE.c.keyring_version)
+_HEAD: Final = select(
+    STATE.c.revision,
+    STATE.c.epoch,
+    STATE.c.keyring_version,
+    func.coalesce(
+        select(CHANGES.c.change_id)
+        .where(CHANGES.c.revision == STATE.c.revision)
+        .correlate(STATE)
+        .scalar_subquery(),
+        STATE.c.head_id,
+    ).label("change_id"),
+)
 _ALL: Final = SELECT_AGENTS.order_by(AGENTS.c.id)
 # One statement is one view of the database even under READ COMMITTED, where a read may also write.
 _ONE: Final = (
@@ -109,7 +120,7 @@ class KeyedReads:
             EncryptionKeyMissing: this replica has not the encryption key that is in use now.
             DatabaseUnavailable: it cannot be read, or the audit cannot be written.
         """
-        (revision, epoch, _), rows = await self._database.read(self._read_all)
+        (revision, epoch, _, change_id), rows = await self._database.read(self._read_all)
         # Decrypting thousands of keys takes a while, and nothing may wait for it.
         agents = await asyncio.to_thread(self._all_with_keys, rows, view)
         keys = sum(agent.llm_api_key is not None for agent in agents)
@@ -120,7 +131,7 @@ class KeyedReads:
             await self._database.run(lambda connection: append(connection, event))
         if not view.is_limited:
             self._note(agents)
-        return Snapshot(revision=revision, epoch=epoch, agents=agents)
+        return Snapshot(revision=revision, epoch=epoch, change_id=change_id, agents=agents)
 
     async def check(self) -> None:
         """Try every stored key, so that `undecryptable` is right; hands none out.

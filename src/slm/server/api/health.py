@@ -39,12 +39,14 @@ async def get_readiness(services: Parts) -> Response:
     checks: dict[str, bool | int | str] = {
         # A server whose database is not migrated does not start.
         "migrated": True,
-        "database": feed.current,
+        "database": feed.database_answers,
         "feed": feed.running and feed.current and services.hub.running,
         "encryption_key": services.caretaker.keys_usable,
     }
     ready = all(checks.values())
     body = {"ready": ready} | checks | {"revision": feed.position, "epoch": feed.epoch}
+    if not feed.current:
+        body["reason"] = feed.trouble or "the database does not answer"
     # An agent whose key is of no use is told, and does not take the server out of service.
     body["keys_undecryptable"] = len(services.registry.reads.undecryptable)
     headers = {"cache-control": "no-store"}
