@@ -13,6 +13,7 @@ from sqlalchemy import Connection, Text, bindparam, cast, delete, func, insert, 
 from sqlalchemy.types import UserDefinedType
 
 from slm.schemas import Agent
+from slm.server.audit import Who
 from slm.server.catalog import CommittedChange
 from slm.server.listener import CHANNEL
 from slm.server.models import AGENTS, CHANGES, SELECT_AGENTS, STATE, utc_now
@@ -26,23 +27,24 @@ class Head(NamedTuple):
         revision: the one taken.
         epoch: it belongs to.
         keyring_version: of the encryption keys.
-        change_id: of the change that is made at this revision.
+        tokens_version: of the tokens.
         before_id: the change id of the revision before.
+        change_id: of the change that is made at this revision.
     """
 
     revision: int
     epoch: str
     keyring_version: int
-    change_id: str
+    tokens_version: int
     before_id: str
+    change_id: str
 
 
 class Author(NamedTuple):
-    """Who writes, why, and from where."""
+    """Who writes, and why."""
 
-    actor: str
+    who: Who
     comment: str | None
-    address: str | None
 
 
 class _AsItIs(UserDefinedType[Any]):
@@ -62,13 +64,19 @@ _BUMP: Final = (
         head_id=bindparam("change_id"),
     )
 )
-_NEXT: Final = (STATE.c.revision, STATE.c.epoch, STATE.c.keyring_version, STATE.c.before_id)
+_HEAD: Final = (
+    STATE.c.revision,
+    STATE.c.epoch,
+    STATE.c.keyring_version,
+    STATE.c.tokens_version,
+    STATE.c.before_id,
+)
 _NEXT_REVISION: Final = {
-    "sqlite": Prepared(_BUMP.returning(*_NEXT)),
+    "sqlite": Prepared(_BUMP.returning(*_HEAD)),
     # The wake-up for every replica: part of the transaction, so that it is sent on commit alone,
     # and of the statement, so that it costs no round trip.
     "postgresql": Prepared(
-        _BUMP.returning(*_NEXT, func.pg_notify(CHANNEL, cast(STATE.c.revision, Text)))
+        _BUMP.returning(*_HEAD, func.pg_notify(CHANNEL, cast(STATE.c.revision, Text)))
     ),
 }
 _AGENT: Final = Prepared(SELECT_AGENTS.where(AGENTS.c.agent_id == bindparam("agent_id")))
@@ -94,9 +102,8 @@ _RECORD: Final = Prepared(insert(CHANGES))
 def next_head(connection: Connection) -> Head:
     """Lock the state row and take the next revision: always the first statement of a write."""
     change_id = new_change_id()
-    statement = _NEXT_REVISION[connection.dialect.name]
-    [(revision, epoch, version, before, *_)] = statement.run(connection, {"change_id": change_id})
-    return Head(revision, epoch, version, change_id, before)
+    [row] = _NEXT_REVISION[connection.dialect.name].run(connection, {"change_id": change_id})
+    return Head(*row[: len(_HEAD)], change_id=change_id)
 
 
 def new_change_id() -> str:
@@ -151,7 +158,7 @@ def record_change(
             "agent_id": agent.agent_id,
             "agent": agent.model_dump_json(),
             "was_default": was_default,
-            "actor": author.actor,
+            "actor": author.who.actor,
             "comment": author.comment,
             "created_at": now,
         },

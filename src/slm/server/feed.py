@@ -39,6 +39,7 @@ from slm.server.news import (
 from slm.server.pulse import Pulse
 from slm.server.registry import Written
 from slm.server.settings import Settings
+from slm.server.supervisor import Supervisor
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +92,7 @@ class ChangeFeed:
         tokens: TokenTable,
         settings: Settings,
         metrics: Metrics | None = None,
+        supervisor: Supervisor | None = None,
     ) -> None:
         self._metrics = metrics or Metrics()
         self._database = database
@@ -99,7 +101,6 @@ class ChangeFeed:
         self._tokens = tokens
         self._poll_interval_seconds = settings.poll_interval_seconds
         self._behind_after_seconds = settings.behind_after_seconds
-        self._tokens_version = -1
         self._with_timeline = False
         self._last_answer = self._last_good_look = float("-inf")
         self._told_behind = False
@@ -112,7 +113,7 @@ class ChangeFeed:
         self._resync_due: ResyncReason | None = None
         self._wake = asyncio.Event()
         self._moved = Pulse()
-        self._task: asyncio.Task[None] | None = None
+        self._following = (supervisor or Supervisor()).task("feed", self._follow)
         self._loop: asyncio.AbstractEventLoop | None = None
         hub.is_behind = lambda: not self.current
 
@@ -160,7 +161,11 @@ class ChangeFeed:
     @property
     def running(self) -> bool:
         """Whether the feed is at work."""
-        return self._task is not None and not self._task.done()
+        return self._following.running
+
+    @property
+    def _tokens_version(self) -> int:
+        return self._tokens.version
 
     async def start(self) -> None:
         """Load everything, start the hub there, and begin to follow.
@@ -173,14 +178,15 @@ class ChangeFeed:
         while not self.epoch:  # a look that finds the database elsewhere makes a new epoch first
             await self._look()
         self._hub.start(self.position, self.epoch, self._catalog.change_id)
-        self._task = asyncio.create_task(self._follow(), name="slm-feed")
+        self.follow()
+
+    def follow(self) -> None:
+        """Follow the database from where the catalog is; `start` does it, and who has stopped."""
+        self._following.start()
 
     async def stop(self) -> None:
         """Stop following."""
-        task, self._task = self._task, None
-        if task is not None:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+        await self._following.stop()
 
     def wake(self) -> None:
         """Look at the database now rather than at the next poll."""
@@ -230,13 +236,6 @@ class ChangeFeed:
         looks = self._looks
         await self._moved.until(lambda: self._good_look > looks, timeout)
 
-    async def knows_tokens(self, version: int, timeout: float) -> bool:
-        """Wait until the tokens are those of `version`; return whether they are in time."""
-        if self._tokens_version >= version:
-            return True
-        self.wake()
-        return await self._moved.until(lambda: self._tokens_version >= version, timeout)
-
     async def horizon(self) -> Horizon:
         """Return the state row as it is now.
 
@@ -283,17 +282,18 @@ class ChangeFeed:
         # Before the read: what is read is at least as new as this.
         looked_at = asyncio.get_running_loop().time()
         self._looks += 1
-        look, held = self._looks, self.held
+        look, held, tokens_version = self._looks, self.held, self._tokens_version
         read = functools.partial(
             read_news,
             held=held,
-            tokens_version=self._tokens_version,
+            tokens_version=tokens_version,
             at_most=self.replay_limit,
             with_timeline=self._with_timeline,
         )
         news = await self._database.read(read)
         self._last_answer = looked_at
-        self._take_tokens(news)
+        # Whatever becomes of the rest.
+        self._take_tokens(news, looked_at, tokens_version)
         if news.moved or (news.lost and news.horizon.epoch == held.epoch):
             await self._make_epoch_anew(news, held)
             self.wake()
@@ -314,6 +314,11 @@ class ChangeFeed:
         if self._trouble is not None:
             self._trouble = None
             logger.info("the database answers again, at revision %d", self.position)
+
+    def _take_tokens(self, news: News, asked_at: float, asked_version: int) -> None:
+        if news.tokens is not None:
+            self._tokens.take(news.tokens, asked_at, asked_version)
+        self._tokens.confirm(news.horizon.tokens_version, asked_at)
 
     def committed(self, written: Written) -> None:
         """Take what this server has just committed; called in the thread that did."""
@@ -353,13 +358,6 @@ class ChangeFeed:
             if change.revision == held.revision:
                 rest = news.changes[number:]
         return rest
-
-    def _take_tokens(self, news: News) -> None:
-        """Replace the tokens, whatever becomes of the rest of a look."""
-        if news.tokens is not None:
-            self._tokens.replace(news.tokens)
-            self._tokens_version = news.horizon.tokens_version
-            self._moved.fire()
 
     def _pass_on(self, news: News) -> None:
         """Move the catalog at once, then hand the frames to the hub; one step of the loop."""

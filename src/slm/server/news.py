@@ -225,9 +225,15 @@ def read_news(
     width = len(_HORIZON)
     horizon = Horizon(*rows[0][:width])
     id_here, timeline = rows[0][width : width + 2]
-    tokens = read_tokens(connection) if horizon.tokens_version != tokens_version else None
     lost = bool(held.epoch) and horizon.lost(held, id_here)
-    found = News(horizon, tokens=tokens, lost=lost, timeline=timeline)
+    found = News(horizon, lost=lost, timeline=timeline)
+    if (
+        lost
+        or found.moved
+        or (horizon.epoch, horizon.tokens_version) != (held.epoch, tokens_version)
+    ):
+        # In another life of the database the same version may stand for other tokens.
+        found = replace(found, tokens=read_tokens(connection, horizon.tokens_version))
     if found.moved or (lost and horizon.epoch == held.epoch):
         return found  # of no use before there is a new epoch
     behind = horizon.revision - held.revision
