@@ -103,7 +103,8 @@ def next_head(connection: Connection) -> Head:
     """Lock the state row and take the next revision: always the first statement of a write."""
     change_id = new_change_id()
     [row] = _NEXT_REVISION[connection.dialect.name].run(connection, {"change_id": change_id})
-    return Head(*row[: len(_HEAD)], change_id=change_id)
+    revision, epoch, keyring, tokens, before_id, *_ = row
+    return Head(revision, epoch, keyring, tokens, before_id, change_id)
 
 
 def new_change_id() -> str:
