@@ -168,7 +168,7 @@ async def test_a_thousand_clients_with_the_real_timings(
     real = {
         "backoff_initial_seconds": 0.5,
         "backoff_max_seconds": 30.0,
-        "healthy_seconds": 60.0,
+        "healthy_seconds": 2.0,
         "ping_interval_seconds": 20.0,
         "request_timeout_seconds": 10.0,
         "snapshot_timeout_seconds": 60.0,

@@ -224,6 +224,8 @@ class Synchroniser:
     def _update_liveness(self) -> None:
         live = self._connected and self._cache.synced and not self._behind
         self._cache.set_live(live)
+        if live:
+            self._stream.caught_up()
         self._liveness()
         self._wake()
 
