@@ -142,7 +142,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def _upgrade(self) -> None:
         self._stop_header_timer()
-        if not self.is_idle or buffered(self.transport):
+        if not self.is_idle or self.flow.write_paused:
             # An answer of before would come between the frames.
             self._refuse(400)
             return
@@ -311,7 +311,8 @@ REFUSALS: Final = {
 
 def unsent(transport: asyncio.Transport) -> int:
     """Return how many bytes wait for the peer, on Linux those in the kernel included."""
-    waiting = buffered(transport)
+    # Of TLS only what is encrypted: its session tickets wait for the first answer.
+    waiting = (beneath_tls(transport) or transport).get_write_buffer_size()
     ours = transport.get_extra_info("socket")
     if sys.platform == "linux" and ours is not None and ours.fileno() >= 0:
         packed = fcntl.ioctl(ours.fileno(), termios.TIOCOUTQ, bytes(4))
@@ -319,18 +320,8 @@ def unsent(transport: asyncio.Transport) -> int:
     return waiting
 
 
-def buffered(transport: asyncio.Transport) -> int:
-    """Return how many bytes wait in this process.
-
-    What TLS has encrypted waits in the transport beneath, which asyncio does not count.
-    """
-    waiting = transport.get_write_buffer_size()
-    beneath = beneath_tls(transport)
-    return waiting if beneath is None else waiting + beneath.get_write_buffer_size()
-
-
 def beneath_tls(transport: asyncio.Transport) -> asyncio.WriteTransport | None:
-    """Return the transport that carries the bytes of a TLS one."""
+    """Return the transport that carries the bytes of a TLS one, and what it has not sent yet."""
     found = getattr(getattr(transport, "_ssl_protocol", None), "_transport", None)
     return found if isinstance(found, asyncio.WriteTransport) else None
 
