@@ -241,6 +241,8 @@ class Synchroniser:
         reached = self._cache.revision >= self._live_from
         live = self._connected and self._cache.synced and reached and not self._behind
         self._cache.set_live(live)
+        if live:
+            self._stream.caught_up()
         self._liveness()
         self._wake()
 

@@ -43,7 +43,7 @@ class Sink(Protocol):
         """Write without waiting; return how many bytes wait for the peer, -1 once it is closed."""
 
     def waiting_bytes(self) -> int:
-        """Return how many bytes wait for the peer to read."""
+        """Return how many bytes wait for the peer to read, or of what it sends for the rest."""
 
     async def drained(self) -> None:
         """Wait until the peer has read most of it, or is gone."""
@@ -152,7 +152,9 @@ class Hub:
         self._connections: set[Subscriber] = set()
         # In the order of joining, which is nearly that of memory.
         self._live: dict[Subscriber, None] = {}
+        # Who holds memory here, those that are closing too, as it was when last looked at.
         self._waiting: dict[Subscriber, int] = {}
+        self._waiting_bytes = 0
         self._queue: deque[tuple[CommittedChange, str] | _Restart] = deque()
         self._queued = asyncio.Event()
         self._beat = asyncio.Event()
@@ -222,7 +224,7 @@ class Hub:
         """Forget a connection that is gone."""
         self._connections.discard(subscriber)
         self._leave(subscriber)
-        self._waiting.pop(subscriber, None)
+        self._measure(subscriber)
         self._observer.left(subscriber)
 
     def subscribers(self) -> list[Subscriber]:
@@ -234,12 +236,14 @@ class Hub:
         return len(self._live)
 
     def buffered_bytes(self) -> int:
-        """Return how many bytes wait for slow readers."""
+        """Return how many bytes wait for slow readers and slow writers."""
         return sum(self.buffers())
 
     def buffers(self) -> list[int]:
-        """Return how many bytes wait for each reader that was slow when it was last written to."""
-        return [subscriber.sink.waiting_bytes() for subscriber in list(self._waiting)]
+        """Return how many bytes wait for each of them."""
+        for subscriber in list(self._waiting):
+            self._measure(subscriber)
+        return list(self._waiting.values())
 
     # --- the way into the live stream ---
 
@@ -331,17 +335,31 @@ class Hub:
         if subscriber.position != frames.head:
             subscriber.position, subscriber.change_id = frames.head, frames.head_id
         self.counts.frames += len(frames.texts)
-        if not waiting:
-            if self._waiting:
-                self._waiting.pop(subscriber, None)
+        if not waiting and (not self._waiting or subscriber not in self._waiting):
             return True
-        self._waiting[subscriber] = waiting
-        if waiting > self._buffer_bytes:
+        return self._account(subscriber, waiting)
+
+    def note_waiting(self, subscriber: Subscriber, unsent_bytes: int) -> None:
+        """Hear of bytes that wait for a peer, or from it, and that the hub did not send."""
+        self._account(subscriber, unsent_bytes)
+        self._keep_to_total()
+
+    def _account(self, subscriber: Subscriber, unsent_bytes: int) -> bool:
+        """Note what waits; return whether the subscriber is still there."""
+        self._measure(subscriber)
+        if unsent_bytes <= self._buffer_bytes:
+            return True
+        if subscriber in self._connections:
             self.counts.evicted += 1
             self._leave(subscriber)
             subscriber.sink.end(1013, "too slow")
-            return False
-        return True
+        return False
+
+    def _measure(self, subscriber: Subscriber) -> None:
+        waiting = subscriber.sink.waiting_bytes()
+        self._waiting_bytes += waiting - self._waiting.pop(subscriber, 0)
+        if waiting:
+            self._waiting[subscriber] = waiting
 
     # --- from the feed ---
 
@@ -520,17 +538,16 @@ class Hub:
 
     def _keep_to_total(self) -> None:
         """Cut the largest buffers while all together hold more than the total."""
-        if sum(self._waiting.values()) <= self._buffer_total_bytes:
+        if self._waiting_bytes <= self._buffer_total_bytes:
             return
-        for subscriber in list(self._waiting):
-            self._waiting[subscriber] = subscriber.sink.waiting_bytes()
-        total = sum(self._waiting.values())
+        self.buffers()
         for subscriber in sorted(self._waiting, key=self._waiting.__getitem__, reverse=True):
-            if total <= self._buffer_total_bytes:
+            if self._waiting_bytes <= self._buffer_total_bytes:
                 return
-            total -= self._waiting.pop(subscriber)
-            self.counts.evicted += 1
-            self._leave(subscriber)
+            self._waiting_bytes -= self._waiting.pop(subscriber)
+            if subscriber in self._connections:
+                self.counts.evicted += 1
+                self._leave(subscriber)
             subscriber.sink.abort()
 
 

@@ -41,6 +41,7 @@ from slm.errors import (
 from slm.server.audit import Who
 from slm.server.auth import Caller
 from slm.server.catalog import Catalog
+from slm.server.connections import TOKEN_SHOWN
 from slm.server.edge import ENCODED_SLASH, STAMP
 from slm.server.limits import network_of
 from slm.server.peer import client_address
@@ -80,6 +81,8 @@ class Requires:
         parts = services_of(connection)
         try:
             caller = parts.tokens.authenticate(connection.headers)
+            # Whoever has one is not closed to make room for others.
+            connection.scope.setdefault("state", {})[TOKEN_SHOWN] = True
             caller.require(self.scope)
         except Forbidden:
             parts.counts.auth_failures += 1
