@@ -14,7 +14,17 @@ import pytest
 from hypothesis import HealthCheck, given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
-from sqlalchemy import Column, Connection, MetaData, String, Table, create_engine, event, select
+from sqlalchemy import (
+    Column,
+    Connection,
+    Engine,
+    MetaData,
+    String,
+    Table,
+    create_engine,
+    event,
+    select,
+)
 from sqlalchemy.pool import StaticPool
 
 from slm.schemas import Change
@@ -264,12 +274,11 @@ async def _judged(store: Store, what: str) -> AsyncIterator[None]:
         if "FROM changes" in statement or "FROM audit " in statement + " ":
             run.append((statement, parameters))
 
-    engine: Any = store.database._engine
-    event.listen(engine, "before_cursor_execute", note)
+    event.listen(Engine, "before_cursor_execute", note)
     try:
         yield
     finally:
-        event.remove(engine, "before_cursor_execute", note)
+        event.remove(Engine, "before_cursor_execute", note)
     look: Callable[[Connection, str, Any], int] = (
         _sqlite_steps if store.database.dialect == "sqlite" else _postgresql_rows
     )

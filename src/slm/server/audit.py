@@ -6,13 +6,16 @@ secret: a detail names fields, never their values. Knows no HTTP.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from sqlalchemy import Connection, bindparam, insert, update
 
+from slm.errors import Overloaded
 from slm.server.audit_chain import GENESIS as GENESIS
 from slm.server.audit_chain import START, Entry, Verdict, Walk, parse_link
 from slm.server.audit_read import (
@@ -39,6 +42,11 @@ _INSERT: Final = Prepared(insert(AUDIT))
 _MOVE: Final = Prepared(
     update(AUDIT_HEAD).where(AUDIT_HEAD.c.id == 1).values(hash=bindparam("new_hash"))
 )
+
+_TRIES: Final = 100
+_PAUSE_SECONDS: Final = 0.1
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -159,9 +167,20 @@ class AuditLog:
         number of rows, whatever the filter.
 
         Raises:
-            DatabaseUnavailable: the database does not answer.
+            DatabaseUnavailable: the database does not answer, or not in time.
+            Overloaded: too many such reads are under way.
         """
-        return await self._database.read(lambda connection: entry_page(connection, wanted, limit))
+        return await self._database.read_long(
+            lambda connection: entry_page(connection, wanted, limit)
+        )
+
+    async def _when_free(self, fn: Callable[[Connection], T]) -> T:
+        """Run one step of a long walk; where others read, it waits for its turn."""
+        for _ in range(_TRIES):
+            with contextlib.suppress(Overloaded):
+                return await self._database.read_long(fn)
+            await asyncio.sleep(_PAUSE_SECONDS)
+        return await self._database.read_long(fn)
 
     async def verify(self, expect: str | None = None) -> Verdict:
         """Walk the whole chain in pages and say whether it is what was written.
@@ -190,7 +209,7 @@ class AuditLog:
             return bool(entries) and walk.go(entries)
 
         while walk.at.seq < head.seq:
-            if not await self._database.read(go_on):
+            if not await self._when_free(go_on):
                 if (await self._database.read(ends)).cut != cut:
                     # It was trimmed meanwhile.
                     return await self.verify(expect)

@@ -77,9 +77,16 @@ class History:
         A page may be short, even empty, and still have a `next`: it looks at a bounded number of
         rows, whatever the filter.
 
+        It runs beside the writers, and is interrupted at the database's time-out.
+
         Raises:
-            DatabaseUnavailable: the database does not answer.
+            DatabaseUnavailable: the database does not answer, or not in time.
+            Overloaded: too many such reads are under way.
         """
+        return await self._database.read_long(lambda connection: _page(connection, wanted, limit))
+
+    async def _few(self, wanted: ChangeFilter, limit: int) -> ChangeList:
+        """Return one change or two, for a write or a receipt: not behind anybody's long read."""
         return await self._database.read(lambda connection: _page(connection, wanted, limit))
 
     async def change(self, revision: int) -> Change:
@@ -88,7 +95,7 @@ class History:
         Raises:
             RevisionNotFound: there is none of this revision, or none any more.
         """
-        found = await self.changes(ChangeFilter(since=revision - 1, upto=revision), 1)
+        found = await self._few(ChangeFilter(since=revision - 1, upto=revision), 1)
         if not found.changes:
             raise RevisionNotFound
         return found.changes[0]
@@ -104,7 +111,7 @@ class History:
             RevisionNotFound: the history holds nothing of the agent at that revision.
             InvalidRequest: it was deleted at that revision.
         """
-        last_two = await self.changes(
+        last_two = await self._few(
             ChangeFilter(agent_id=agent_id, upto=to, newest_first=True), 2 if to is None else 1
         )
         found = last_two.changes

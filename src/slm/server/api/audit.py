@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Response
 from pydantic import BaseModel
 
-from slm.errors import DatabaseUnavailable, InvalidRequest
+from slm.errors import DatabaseUnavailable, InvalidRequest, Overloaded
 from slm.server.api.agents import FilterText
 from slm.server.api.common import Admin, Parts, SLMRoute, json_response, problem_responses
 from slm.server.audit_read import AuditFilter
@@ -49,7 +49,9 @@ class AuditVerdict(BaseModel):
 
 
 @router.get(
-    "", response_model=AuditPage, responses=problem_responses(DatabaseUnavailable, InvalidRequest)
+    "",
+    response_model=AuditPage,
+    responses=problem_responses(DatabaseUnavailable, InvalidRequest, Overloaded),
 )
 async def list_audit(
     services: Parts,
@@ -70,7 +72,7 @@ async def list_audit(
 @router.get(
     "/verify",
     response_model=AuditVerdict,
-    responses=problem_responses(DatabaseUnavailable, InvalidRequest),
+    responses=problem_responses(DatabaseUnavailable, InvalidRequest, Overloaded),
 )
 async def verify_audit(services: Parts, _: Admin, expect: FilterText | None = None) -> Response:
     """Walk the whole chain; `expect` is the head that an earlier look gave."""

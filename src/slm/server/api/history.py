@@ -10,9 +10,15 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Request, Response
 from pydantic import BeforeValidator
 
-from slm.errors import AgentIsDefault, AgentNotFound, PreconditionFailed, RevisionNotFound
+from slm.errors import (
+    AgentIsDefault,
+    AgentNotFound,
+    Overloaded,
+    PreconditionFailed,
+    RevisionNotFound,
+)
 from slm.schemas import Agent, ChangeList
-from slm.server.api.agents import BODY_PROBLEMS, FilterText, if_match, written_answer
+from slm.server.api.agents import BODY_PROBLEMS, FilterText, written_answer
 from slm.server.api.common import (
     KEYED_PROBLEMS,
     AgentIdPath,
@@ -24,6 +30,7 @@ from slm.server.api.common import (
     problem_responses,
     revision_headers,
     sees_today,
+    versions_matched,
     who_of,
 )
 from slm.server.api.waiting import Wait
@@ -61,7 +68,7 @@ Limit = Annotated[int, Query(ge=1, le=MAX_PAGE)]
 @router.get(
     "/changes",
     response_model=ChangeList,
-    responses=problem_responses(*KEYED_PROBLEMS),
+    responses=problem_responses(*KEYED_PROBLEMS, Overloaded),
 )
 async def list_changes(
     services: Parts,
@@ -91,7 +98,7 @@ async def list_changes(
 @router.get(
     "/agents/{agent_id}/history",
     response_model=ChangeList,
-    responses=problem_responses(*KEYED_PROBLEMS, AgentNotFound),
+    responses=problem_responses(*KEYED_PROBLEMS, AgentNotFound, Overloaded),
 )
 async def agent_history(
     services: Parts,
@@ -143,7 +150,7 @@ async def roll_back(
     comment = f"restores revision {old.revision}"
     if rollback.comment is not None:
         comment += f": {rollback.comment}"
-    if_revision = if_match(request, services, agent_id)
+    if_match = versions_matched(request.headers)
     registry = services.registry
     try:
         written = await registry.update(
@@ -151,7 +158,7 @@ async def roll_back(
             restoring_update(old, comment),
             actor=who.actor,
             comment=comment,
-            if_match=if_revision,
+            if_match=if_match,
             address=who.address,
             caller=caller,
         )
