@@ -15,13 +15,14 @@ import slm
 
 ROOT = Path(slm.__file__).parent
 
-BASE = frozenset({"errors", "schemas", "protocol", "endpoints", "tracing"})
+BASE = frozenset({"errors", "schemas", "protocol", "endpoints", "tracing", "files"})
 
 # A room, and the rooms of the package that its modules may import beside their own.
 LAW: dict[str, frozenset[str]] = {
     "errors": frozenset(),
     "tracing": frozenset(),
     "endpoints": frozenset(),
+    "files": BASE,
     "protocol": BASE,
     "schemas": BASE,
     "client": BASE,

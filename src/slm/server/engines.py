@@ -58,6 +58,8 @@ def sqlite_engine(url: URL, lock_timeout_seconds: float) -> Engine:
             "journal_mode=WAL",
             "synchronous=FULL",
             "foreign_keys=ON",
+            # A file may come from anybody: its schema may call nothing that does something.
+            "trusted_schema=OFF",
         ):
             connection.execute(f"PRAGMA {pragma}").fetchall()
 
