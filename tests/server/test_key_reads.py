@@ -22,7 +22,7 @@ from tests.server.store import Store, new_agent
 
 ADA = Who("ada", "127.0.0.1")
 CANARY = "sk-canary-of-the-crowd"
-_NOWHERE = Head(0, "", 0)
+_NOWHERE = Head(0, "", 0, None)
 
 
 class Counted:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
 from pydantic import SecretStr
-from sqlalchemy import Connection, bindparam, select
+from sqlalchemy import Connection, bindparam, func, select
 
 from slm.endpoints import origin
 from slm.errors import AgentInactive, AgentNotFound, KeyUndecryptable, ProblemError
@@ -20,7 +20,7 @@ from slm.schemas import Agent, LLMConfig, LLMConfigWithKey, Snapshot
 from slm.server.audit import Event, Who, append_all
 from slm.server.database import Database
 from slm.server.keyring import Keyring
-from slm.server.models import AGENTS, SELECT_AGENTS, STATE, agent_of
+from slm.server.models import AGENTS, CHANGES, SELECT_AGENTS, STATE, agent_of
 from slm.server.read_batches import MAX_ROWS, Asked, Batches
 from slm.server.snapshots import Head, SealedSnapshot, SnapshotStore
 from slm.server.vault import KeyBinding
@@ -30,6 +30,14 @@ _HEAD: Final = select(
     STATE.c.revision.label("head_revision"),
     STATE.c.epoch.label("head_epoch"),
     STATE.c.keyring_version,
+    func.coalesce(
+        select(CHANGES.c.change_id)
+        .where(CHANGES.c.revision == STATE.c.revision)
+        .correlate(STATE)
+        .scalar_subquery(),
+        STATE.c.head_id,
+    ).label("head_change_id"),
+    STATE.c.tokens_version,
 ).where(STATE.c.id == 1)
 _PAGE_OF_AGENTS: Final = (
     SELECT_AGENTS.where(AGENTS.c.id > bindparam("after")).order_by(AGENTS.c.id).limit(2000)
@@ -81,6 +89,7 @@ class KeyedReads:
         """Return an agent with its key, and the revision and epoch it was read at.
 
         Raises:
+            Unauthorized: the token does not count any more.
             AgentNotFound: there is no such agent, or the view does not see it.
             AgentInactive: it is switched off.
             KeyUndecryptable: its key does not decrypt, or belongs to another place.
@@ -102,6 +111,7 @@ class KeyedReads:
         """Return every agent that the view sees, with its key, all read at one revision.
 
         Raises:
+            Unauthorized: the token does not count any more.
             EncryptionKeyMissing: this replica has not the encryption key that is in use now.
             DatabaseUnavailable: it cannot be read, or the audit cannot be written.
         """
@@ -131,7 +141,7 @@ class KeyedReads:
             rows = connection.execute(_SOME, {"agent_ids": ids}).all()
         else:
             rows = connection.execute(_HEAD).all()
-        head = Head(rows[0].head_revision, rows[0].head_epoch, rows[0].keyring_version)
+        head, tokens_version = _head_of(rows[0]), rows[0].tokens_version
         found: dict[str, tuple[Agent, Any]] = {}
         for row in rows if ids else ():
             if row.id is not None:
@@ -143,6 +153,7 @@ class KeyedReads:
             if len(events) >= MAX_ROWS:
                 break  # the rest comes with the next transaction
             try:
+                each.who.require_counts(connection, tokens_version)
                 if each.agent_id is None:
                     outcome, of_it = self._snapshot_for(each, head)
                 else:
@@ -211,7 +222,7 @@ class KeyedReads:
         return {agent.agent_id for agent in agents if agent.key_error is not None}
 
     def _read_all(self, connection: Connection) -> tuple[Head, Sequence[Any]]:
-        head = Head(*connection.execute(_HEAD).one())
+        head = _head_of(connection.execute(_HEAD).one())
         self._keyring.follow(connection, head.keyring_version)
         return head, connection.execute(_ALL).all()
 
@@ -231,6 +242,10 @@ class KeyedReads:
             token = str(row.llm_api_key_encrypted)
             key = self._keyring.vault.decrypt(token, binding_of(agent))
         return _config(agent, key, None)
+
+
+def _head_of(row: Any) -> Head:
+    return Head(row.head_revision, row.head_epoch, row.keyring_version, row.head_change_id)
 
 
 def _config(agent: Agent, key: SecretStr | None, error: str | None) -> LLMConfigWithKey:

@@ -33,15 +33,20 @@ _PAUSE_SECONDS: Final = 0.0005
 
 
 class Head(NamedTuple):
-    """Which state of the database something is of."""
+    """Which state of the database something is of.
+
+    The change's id tells a line of changes from another one that has the same numbers.
+    """
 
     revision: int
     epoch: str
     keyring_version: int
+    change_id: str | None
 
     def covers(self, other: Head) -> bool:
         """Whether this is the same state or a later one of the same life and key ring."""
-        return self[1:] == other[1:] and self.revision >= other.revision
+        same_life = self[1:3] == other[1:3]
+        return self == other or (same_life and self.revision > other.revision)
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,7 +153,7 @@ class SnapshotStore:
         with_key: list[str] = []
         undecryptable: set[str] = set()
         chunks: list[bytes] = []
-        opening = {"revision": head.revision, "epoch": head.epoch}
+        opening = {"revision": head.revision, "epoch": head.epoch, "change_id": head.change_id}
         text = json.dumps(opening, ensure_ascii=False)[:-1].encode() + b', "agents": ['
         size = count = 0
         pending = bytearray(text)

@@ -48,7 +48,7 @@ async def _snapshot(request: Request, services: Services, caller: Caller) -> Res
     who = who_of(request, caller)
     sealed = await services.registry.reads.sealed_snapshot(who=who, view=caller.view)
     services.counts.key_reads += sealed.agents
-    await catch_up(services, sealed.head.revision)
+    await catch_up(services, sealed.head.revision, sealed.head.change_id)
     headers = revision_headers(sealed.head.revision, sealed.head.epoch)
     headers["cache-control"] = "no-store"
     if sealed.size <= CHUNK_BYTES:
