@@ -13,12 +13,12 @@ import logging
 import secrets
 from typing import Any, Final
 
-from pydantic import ValidationError
+from pydantic import BaseModel, TypeAdapter
 from sqlalchemy import Connection, func, select
 
 from slm import protocol
-from slm.errors import BackendNotFound, BackendSilent, InvalidRequest, ProblemError
-from slm.protocol import Explain, Explained, Explanation
+from slm.errors import BackendNotFound, BackendSilent, ProblemError
+from slm.protocol import Explain, Explained, Explanation, Name, ShortText, Text
 from slm.server.backends import Backend
 from slm.server.database import Database
 from slm.server.fleet import Fleet
@@ -32,7 +32,32 @@ ANSWER_SECONDS: Final = 5.0
 _PIECE: Final = 7900
 """What PostgreSQL takes in a NOTIFY, in bytes, less a few for a piece's number."""
 
+_MAX_PIECES: Final = 100
+"""More are of no message of ours: a backend's answer is 64 KiB at most."""
+
+_MAX_TASKS: Final = 100
+"""So many questions of other replicas may be under way; of the rest nobody hears."""
+
 _MAX_NAMED: Final = 5
+
+
+class _Ask(BaseModel):
+    """A question of another replica, about a backend of the one it names."""
+
+    ask: Name
+    replica: ShortText
+    backend: Text
+    agent_id: Text
+
+
+class _Answer(BaseModel):
+    """The answer to one, by its id."""
+
+    answer: Name
+    report: Explanation
+
+
+_TOLD: Final = TypeAdapter[_Ask | _Answer](_Ask | _Answer)
 
 
 class Explanations:
@@ -47,25 +72,20 @@ class Explanations:
         self._pieces: list[str] = []
 
     def find(self, name: str) -> Backend:
-        """Return the connected backend of this name: whole, its first part, or how it begins.
+        """Return the connected backend that is shown under this name, the whole of it.
 
         Raises:
-            BackendNotFound: none is connected under it.
-            InvalidRequest: it is the name of several.
+            BackendNotFound: none is; the text names those that it may have meant.
         """
-        backends = [each for each in self._fleet.backends() if each.connected]
-        for found in (
-            [each for each in backends if each.name == name],
-            [each for each in backends if each.client.name == name],
-            [each for each in backends if each.name.startswith(name)],
-        ):
-            if len(found) == 1:
-                return found[0]
-            if found:
-                raise InvalidRequest(f"{len(found)} backends are called so: {_named(found)}.")
-        if not backends:
+        names = {
+            self._fleet.name_of(each): each for each in self._fleet.backends() if each.connected
+        }
+        if name in names:
+            return names[name]
+        if not names:
             raise BackendNotFound("No backend is connected.")
-        raise BackendNotFound(f"No connected backend is called so; there is {_named(backends)}.")
+        meant = [each for each in names if each.startswith(name)] or list(names)
+        raise BackendNotFound(f"No connected backend is called so; there is {_named(meant)}.")
 
     async def ask(self, backend: Backend, agent_id: str) -> Explanation:
         """Return what the backend says about an agent.
@@ -94,8 +114,8 @@ class Explanations:
                 return await answer
         except TimeoutError:
             raise BackendSilent(
-                f"{backend.name} did not answer within {ANSWER_SECONDS:g} s; it hangs, or its SDK"
-                " is older than this question."
+                f"{self._fleet.name_of(backend)} did not answer within {ANSWER_SECONDS:g} s;"
+                " it hangs, or its SDK is older than this question."
             ) from None
         finally:
             del self._asked[question]
@@ -109,34 +129,42 @@ class Explanations:
     def hear(self, payload: str) -> None:
         """Take a piece of what another replica asks or answers; the last one makes it whole.
 
-        One message's pieces are of one transaction, so nothing comes between them.
+        One message's pieces are of one transaction, so nothing comes between them. Anybody who
+        may connect to the database can send one: what makes no sense is left out.
         """
         place, _, piece = payload.partition(" ")
         number, _, count = place.partition("/")
-        self._pieces = [*(self._pieces if number != "1" else []), piece]
+        if number == "1":
+            self._pieces = []
+        if number != str(len(self._pieces) + 1) or len(self._pieces) >= _MAX_PIECES:
+            self._pieces = []
+            return
+        self._pieces.append(piece)
         if number != count:
             return
+        pieces, self._pieces = self._pieces, []
         try:
-            told = json.loads("".join(self._pieces))
-            if told.get("replica") == self._fleet.replica:
-                task = asyncio.create_task(self._answer_for(told), name="slm-explain")
-                self._tasks.add(task)
-                task.add_done_callback(self._tasks.discard)
-            elif (asked := self._asked.get(told.get("answer", ""))) is not None:
-                report = Explanation.model_validate(told["report"])
-                if asked[0] is None and not asked[1].done():
-                    asked[1].set_result(report)
-        except (ValueError, ValidationError, KeyError, AttributeError):
+            told = _TOLD.validate_json("".join(pieces))
+        except ValueError:
             logger.warning("a notification about an explanation cannot be read")
+            return
+        if isinstance(told, _Answer):
+            asked = self._asked.get(told.answer)
+            if asked is not None and asked[0] is None and not asked[1].done():
+                asked[1].set_result(told.report)
+        elif told.replica == self._fleet.replica and len(self._tasks) < _MAX_TASKS:
+            task = asyncio.create_task(self._answer_for(told), name="slm-explain")
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
 
-    async def _answer_for(self, told: dict[str, Any]) -> None:
+    async def _answer_for(self, told: _Ask) -> None:
         """Ask a backend of ours for another replica."""
-        backend = next((b for b in self._fleet.backends() if b.id == told["backend"]), None)
+        backend = next((b for b in self._fleet.own() if b.id == told.backend), None)
         if backend is None or self._fleet.subscriber(backend.id) is None:
             return
         with contextlib.suppress(ProblemError):
-            report = await self.ask(backend, told["agent_id"])
-            await self._notify({"answer": told["ask"], "report": report.model_dump(mode="json")})
+            report = await self.ask(backend, told.agent_id)
+            await self._notify({"answer": told.ask, "report": report.model_dump(mode="json")})
 
     def _send(self, subscriber: Subscriber, question: str, agent_id: str) -> None:
         text = protocol.encode(Explain(id=question, agent_id=agent_id))
@@ -154,8 +182,8 @@ class Explanations:
         await self._database.run(notify)
 
 
-def _named(backends: list[Backend]) -> str:
-    names = [each.name for each in backends[:_MAX_NAMED]]
-    if len(backends) > _MAX_NAMED:
-        names.append(f"and {len(backends) - _MAX_NAMED} more")
-    return ", ".join(names)
+def _named(names: list[str]) -> str:
+    named = names[:_MAX_NAMED]
+    if len(names) > _MAX_NAMED:
+        named.append(f"and {len(names) - _MAX_NAMED} more")
+    return ", ".join(named)

@@ -126,6 +126,8 @@ class Hub:
         counts: for `/metrics`.
         committed_at: when the changes that wait here were committed, where this server did it.
         on_pushed: told how long after its commit a change was written to every live stream.
+        is_writing: whether changes are on their way to the live streams.
+        on_written: told when they are written.
     """
 
     def __init__(self, settings: Settings, observer: Observer) -> None:
@@ -136,6 +138,8 @@ class Hub:
         self.counts = HubCounts()
         self.committed_at: dict[int, float] = {}
         self.on_pushed: Callable[[float], None] = lambda seconds: None
+        self.on_written: Callable[[], None] = lambda: None
+        self.is_writing = False
         self.heartbeat_seconds = settings.heartbeat_seconds
         self._buffer_bytes = settings.buffer_bytes
         self._buffer_total_bytes = settings.buffer_total_bytes
@@ -315,6 +319,7 @@ class Hub:
             await self._queued.wait()
             self._queued.clear()
             while self._queue:
+                self.is_writing = True
                 try:
                     await self._broadcast_next()
                 except Exception as error:
@@ -323,6 +328,9 @@ class Hub:
                     for subscriber in list(self._live):
                         self._leave(subscriber)
                         subscriber.sink.end(1011, "internal error")
+                finally:
+                    self.is_writing = False
+                self.on_written()
                 self._moved.fire()
                 await asyncio.sleep(0)
 
