@@ -101,7 +101,7 @@ async def test_a_burst_is_one_write_to_each_stream_and_one_message_a_change(
         for number in range(5):
             change = AgentUpdate(llm_model=f"m{number}")
             await services.registry.update("default", change, actor="test")
-        services.feed._task = asyncio.create_task(services.feed._follow())
+        services.feed.follow()
         for socket in (one, two, three):
             assert [f["revision"] for f in await socket.until(6)] == [2, 3, 4, 5, 6]
         assert list(writes.values()) == [[5], [5], [5]]

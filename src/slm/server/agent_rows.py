@@ -12,6 +12,7 @@ from sqlalchemy import Connection, Text, bindparam, cast, delete, func, insert, 
 from sqlalchemy.types import UserDefinedType
 
 from slm.schemas import Agent
+from slm.server.audit import Who
 from slm.server.catalog import CommittedChange
 from slm.server.listener import CHANNEL
 from slm.server.models import AGENTS, CHANGES, SELECT_AGENTS, STATE, utc_now
@@ -25,19 +26,20 @@ class Head(NamedTuple):
         revision: the one taken.
         epoch: it belongs to.
         keyring_version: of the encryption keys.
+        tokens_version: of the tokens.
     """
 
     revision: int
     epoch: str
     keyring_version: int
+    tokens_version: int
 
 
 class Author(NamedTuple):
-    """Who writes, why, and from where."""
+    """Who writes, and why."""
 
-    actor: str
+    who: Who
     comment: str | None
-    address: str | None
 
 
 class _AsItIs(UserDefinedType[Any]):
@@ -48,17 +50,18 @@ class _AsItIs(UserDefinedType[Any]):
 
 # Built once: building a statement costs more than running it.
 _BUMP: Final = update(STATE).where(STATE.c.id == 1).values(revision=STATE.c.revision + 1)
+_HEAD: Final = (
+    STATE.c.revision,
+    STATE.c.epoch,
+    STATE.c.keyring_version,
+    STATE.c.tokens_version,
+)
 _NEXT_REVISION: Final = {
-    "sqlite": Prepared(_BUMP.returning(STATE.c.revision, STATE.c.epoch, STATE.c.keyring_version)),
+    "sqlite": Prepared(_BUMP.returning(*_HEAD)),
     # The wake-up for every replica: part of the transaction, so that it is sent on commit alone,
     # and of the statement, so that it costs no round trip.
     "postgresql": Prepared(
-        _BUMP.returning(
-            STATE.c.revision,
-            STATE.c.epoch,
-            STATE.c.keyring_version,
-            func.pg_notify(CHANNEL, cast(STATE.c.revision, Text)),
-        )
+        _BUMP.returning(*_HEAD, func.pg_notify(CHANNEL, cast(STATE.c.revision, Text)))
     ),
 }
 _AGENT: Final = Prepared(SELECT_AGENTS.where(AGENTS.c.agent_id == bindparam("agent_id")))
@@ -83,8 +86,8 @@ _RECORD: Final = Prepared(insert(CHANGES))
 
 def next_head(connection: Connection) -> Head:
     """Lock the state row and take the next revision: always the first statement of a write."""
-    [(revision, epoch, version, *_)] = _NEXT_REVISION[connection.dialect.name].run(connection)
-    return Head(revision, epoch, version)
+    [row] = _NEXT_REVISION[connection.dialect.name].run(connection)
+    return Head(*row[: len(_HEAD)])
 
 
 def agent_row(connection: Connection, agent_id: str) -> dict[str, Any] | None:
@@ -133,7 +136,7 @@ def record_change(
             "agent_id": agent.agent_id,
             "agent": agent.model_dump_json(),
             "was_default": was_default,
-            "actor": author.actor,
+            "actor": author.who.actor,
             "comment": author.comment,
             "created_at": now,
         },

@@ -17,6 +17,7 @@ from slm.errors import ProblemError
 from slm.server import failpoints
 from slm.server.database import Database
 from slm.server.models import CHANGES, STATE
+from slm.server.supervisor import Supervisor
 
 logger = logging.getLogger(__name__)
 
@@ -31,24 +32,30 @@ class Compaction:
         database: where the changes are.
         keep: how many of the newest changes stay.
         interval_seconds: how often to look.
+        supervisor: of the server's tasks.
     """
 
-    def __init__(self, database: Database, *, keep: int, interval_seconds: float) -> None:
+    def __init__(
+        self,
+        database: Database,
+        *,
+        keep: int,
+        interval_seconds: float,
+        supervisor: Supervisor | None = None,
+    ) -> None:
         self._database = database
         self._keep = keep
         self._interval_seconds = interval_seconds
-        self._task: asyncio.Task[None] | None = None
+        supervisor = supervisor or Supervisor()
+        self._task = supervisor.task("compaction", self._run, needed=False)
 
     async def start(self) -> None:
         """Begin; the first look is at once."""
-        self._task = asyncio.create_task(self._run(), name="slm-compaction")
+        self._task.start()
 
     async def stop(self) -> None:
         """Stop; a batch under way is committed or rolled back as a whole."""
-        task, self._task = self._task, None
-        if task is not None:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+        await self._task.stop()
 
     async def _run(self) -> None:
         while True:

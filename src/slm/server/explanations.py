@@ -7,7 +7,6 @@ PostgreSQL. No key is in either (docs/protocol.md section 4).
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import logging
 import secrets
@@ -32,11 +31,11 @@ ANSWER_SECONDS: Final = 5.0
 _PIECE: Final = 7900
 """What PostgreSQL takes in a NOTIFY, in bytes, less a few for a piece's number."""
 
-_MAX_PIECES: Final = 100
-"""More are of no message of ours: a backend's answer is 64 KiB at most."""
+MAX_PIECES: Final = 100
+"""Of one message, some 800 kB: a report is bounded by what a frame of a backend may hold."""
 
-_MAX_TASKS: Final = 100
-"""So many questions of other replicas may be under way; of the rest nobody hears."""
+MAX_ANSWERS: Final = 100
+"""How many questions of other replicas are under way at once; more are not heard."""
 
 _MAX_NAMED: Final = 5
 
@@ -136,7 +135,8 @@ class Explanations:
         number, _, count = place.partition("/")
         if number == "1":
             self._pieces = []
-        if number != str(len(self._pieces) + 1) or len(self._pieces) >= _MAX_PIECES:
+        if number != str(len(self._pieces) + 1) or len(self._pieces) >= MAX_PIECES:
+            # Whoever may connect to the database can send pieces that never end.
             self._pieces = []
             return
         self._pieces.append(piece)
@@ -152,19 +152,24 @@ class Explanations:
             asked = self._asked.get(told.answer)
             if asked is not None and asked[0] is None and not asked[1].done():
                 asked[1].set_result(told.report)
-        elif told.replica == self._fleet.replica and len(self._tasks) < _MAX_TASKS:
+        elif told.replica == self._fleet.replica and len(self._tasks) < MAX_ANSWERS:
             task = asyncio.create_task(self._answer_for(told), name="slm-explain")
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
     async def _answer_for(self, told: _Ask) -> None:
         """Ask a backend of ours for another replica."""
-        backend = next((b for b in self._fleet.own() if b.id == told.backend), None)
-        if backend is None or self._fleet.subscriber(backend.id) is None:
-            return
-        with contextlib.suppress(ProblemError):
+        try:
+            backend = next((b for b in self._fleet.own() if b.id == told.backend), None)
+            if backend is None or self._fleet.subscriber(backend.id) is None:
+                return
             report = await self.ask(backend, told.agent_id)
             await self._notify({"answer": told.ask, "report": report.model_dump(mode="json")})
+        except ProblemError as error:
+            logger.debug("not now: %s", error.code)
+        except Exception as error:
+            # The question was anybody's notification; its text is not logged.
+            logger.warning("a question of another server failed with %s", type(error).__name__)
 
     def _send(self, subscriber: Subscriber, question: str, agent_id: str) -> None:
         text = protocol.encode(Explain(id=question, agent_id=agent_id))

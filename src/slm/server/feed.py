@@ -30,6 +30,7 @@ from slm.server.news import Horizon, News, Page, read_horizon, read_news, read_p
 from slm.server.pulse import Pulse
 from slm.server.registry import Written
 from slm.server.settings import Settings
+from slm.server.supervisor import Supervisor
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +58,7 @@ class ChangeFeed:
         tokens: TokenTable,
         settings: Settings,
         metrics: Metrics | None = None,
+        supervisor: Supervisor | None = None,
     ) -> None:
         self._metrics = metrics or Metrics()
         self._database = database
@@ -65,14 +67,13 @@ class ChangeFeed:
         self._tokens = tokens
         self._poll_interval_seconds = settings.poll_interval_seconds
         self._behind_after_seconds = settings.behind_after_seconds
-        self._tokens_version = -1
         self._last_good_look = float("-inf")
         self._told_behind = False
         self._failing = False
         self._failed_looks = 0
         self._wake = asyncio.Event()
         self._moved = Pulse()
-        self._task: asyncio.Task[None] | None = None
+        self._following = (supervisor or Supervisor()).task("feed", self._follow)
         self._loop: asyncio.AbstractEventLoop | None = None
         hub.is_behind = lambda: not self.current
 
@@ -99,7 +100,11 @@ class ChangeFeed:
     @property
     def running(self) -> bool:
         """Whether the feed is at work."""
-        return self._task is not None and not self._task.done()
+        return self._following.running
+
+    @property
+    def _tokens_version(self) -> int:
+        return self._tokens.version
 
     async def start(self) -> None:
         """Load everything, start the hub there, and begin to follow.
@@ -110,14 +115,15 @@ class ChangeFeed:
         self._loop = asyncio.get_running_loop()
         await self._look()
         self._hub.start(self.position, self.epoch)
-        self._task = asyncio.create_task(self._follow(), name="slm-feed")
+        self.follow()
+
+    def follow(self) -> None:
+        """Follow the database from where the catalog is; `start` does it, and who has stopped."""
+        self._following.start()
 
     async def stop(self) -> None:
         """Stop following."""
-        task, self._task = self._task, None
-        if task is not None:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+        await self._following.stop()
 
     def wake(self) -> None:
         """Look at the database now rather than at the next poll."""
@@ -147,13 +153,6 @@ class ChangeFeed:
                 lambda: self.position >= revision or self._failed_looks > failed, SETTLE_SECONDS
             )
         return self.position >= revision
-
-    async def knows_tokens(self, version: int, timeout: float) -> bool:
-        """Wait until the tokens are those of `version`; return whether they are in time."""
-        if self._tokens_version >= version:
-            return True
-        self.wake()
-        return await self._moved.until(lambda: self._tokens_version >= version, timeout)
 
     async def horizon(self) -> Horizon:
         """Return the state row as it is now.
@@ -193,12 +192,13 @@ class ChangeFeed:
         news = await self._database.read(
             lambda connection: read_news(connection, position, epoch, tokens_version)
         )
+        # Whatever becomes of the rest.
+        self._take_tokens(news, looked_at, tokens_version)
         self._last_good_look = looked_at
         if (position, epoch) != (self.position, self.epoch):
             # What was committed here was faster. Where that is all there was, the look is over:
             # under steady writes each would otherwise ask for the next.
-            unusual = news.tokens is not None or news.horizon.epoch != self.epoch
-            if unusual or news.horizon.revision > self.position:
+            if news.horizon.epoch != self.epoch or news.horizon.revision > self.position:
                 self.wake()
             return
         if news.horizon.epoch == epoch and news.horizon.revision < position:
@@ -214,6 +214,11 @@ class ChangeFeed:
         if self._failing:
             self._failing = False
             logger.info("the database answers again, at revision %d", self.position)
+
+    def _take_tokens(self, news: News, asked_at: float, asked_version: int) -> None:
+        if news.tokens is not None:
+            self._tokens.take(news.tokens, asked_at, asked_version)
+        self._tokens.confirm(news.horizon.tokens_version, asked_at)
 
     def committed(self, written: Written) -> None:
         """Take what this server has just committed; called in the thread that did."""
@@ -238,10 +243,6 @@ class ChangeFeed:
     def _pass_on(self, news: News) -> None:
         """Move the catalog at once, then hand the frames to the hub; one step of the loop."""
         head, epoch = news.horizon.revision, news.horizon.epoch
-        if news.tokens is not None:
-            self._tokens.replace(news.tokens)
-            self._tokens_version = news.horizon.tokens_version
-            self._moved.fire()
         if news.agents is not None:
             first, same_epoch = not self.epoch, self.epoch == epoch
             self._catalog.load(news.agents, head, epoch)

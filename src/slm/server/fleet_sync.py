@@ -26,6 +26,7 @@ from slm.server.fleet import KEEP_GONE_SECONDS, Fleet, Lapse
 from slm.server.models import REPLICAS
 from slm.server.replicas import database_time
 from slm.server.slices import in_slices
+from slm.server.supervisor import Supervisor
 from slm.server.told_rows import Page, TellTale
 
 logger = logging.getLogger(__name__)
@@ -90,7 +91,12 @@ class FleetSync:
     """
 
     def __init__(
-        self, database: Database, fleet: Fleet, interval_seconds: float, lease_seconds: float
+        self,
+        database: Database,
+        fleet: Fleet,
+        interval_seconds: float,
+        lease_seconds: float,
+        supervisor: Supervisor | None = None,
     ) -> None:
         self.accounts: dict[str, Account] = {}
         self.rows = TellTale(fleet.replica)
@@ -116,22 +122,25 @@ class FleetSync:
         self._seen: dict[str, int] = {}
         self._reading = asyncio.Lock()
         self._looks = 0
-        self._tasks: list[asyncio.Task[None]] = []
+        supervisor = supervisor or Supervisor()
+        self._tasks = [
+            supervisor.task("fleet-write", lambda: self._for_ever(self._write), needed=False),
+            supervisor.task(
+                "fleet-read", lambda: self._for_ever(self._read_while_waiting), needed=False
+            ),
+        ]
 
     async def start(self) -> None:
         """Begin, and let the others know that there is somebody to tell."""
-        self._tasks = [
-            asyncio.create_task(self._for_ever(self._write), name="slm-fleet-write"),
-            asyncio.create_task(self._for_ever(self._read_while_waiting), name="slm-fleet-read"),
-        ]
+        for task in self._tasks:
+            task.start()
         with contextlib.suppress(ProblemError):
             await self._call()
 
     async def stop(self) -> None:
         """Stop, after telling everything: this server's backends are gone."""
         for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+            await task.stop()
         # Also where nobody lives who could read it: the server after this one will.
         with contextlib.suppress(ProblemError):
             await self._flush(last=True)

@@ -19,6 +19,7 @@ from slm.server.catalog import CommittedChange
 from slm.server.frames import MAX_WRITE_BYTES, Frames, encode_change
 from slm.server.pulse import Pulse
 from slm.server.settings import Settings
+from slm.server.supervisor import Supervisor
 from slm.server.view import EVERYTHING, View
 
 logger = logging.getLogger(__name__)
@@ -126,11 +127,12 @@ class Hub:
         counts: for `/metrics`.
         committed_at: when the changes that wait here were committed, where this server did it.
         on_pushed: told how long after its commit a change was written to every live stream.
-        is_writing: whether changes are on their way to the live streams.
         on_written: told when they are written.
     """
 
-    def __init__(self, settings: Settings, observer: Observer) -> None:
+    def __init__(
+        self, settings: Settings, observer: Observer, supervisor: Supervisor | None = None
+    ) -> None:
         self._observer = observer
         self.head = 0
         self.epoch = ""
@@ -139,7 +141,6 @@ class Hub:
         self.committed_at: dict[int, float] = {}
         self.on_pushed: Callable[[float], None] = lambda seconds: None
         self.on_written: Callable[[], None] = lambda: None
-        self.is_writing = False
         self.heartbeat_seconds = settings.heartbeat_seconds
         self._buffer_bytes = settings.buffer_bytes
         self._buffer_total_bytes = settings.buffer_total_bytes
@@ -151,8 +152,13 @@ class Hub:
         self._queued = asyncio.Event()
         self._beat = asyncio.Event()
         self._moved = Pulse()
-        self._tasks: list[asyncio.Task[None]] = []
         self._closing = False
+        self._broadcasting = False
+        supervisor = supervisor or Supervisor()
+        self._tasks = [
+            supervisor.task("broadcast", self._broadcast),
+            supervisor.task("heartbeats", self._heartbeats),
+        ]
 
     # --- its life ---
 
@@ -160,23 +166,20 @@ class Hub:
         """Begin at the catalog's revision."""
         self.head, self.epoch = revision, epoch
         self._observer.moved(revision, restarted=True)
-        self._tasks = [
-            asyncio.create_task(self._broadcast(), name="slm-broadcast"),
-            asyncio.create_task(self._heartbeats(), name="slm-heartbeats"),
-        ]
+        for task in self._tasks:
+            task.start()
 
     async def stop(self) -> None:
         """Stop sending; connections that are left are cut."""
         for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+            await task.stop()
         for subscriber in list(self._connections):
             subscriber.sink.abort()
 
     @property
     def running(self) -> bool:
         """Whether both tasks are at work."""
-        return bool(self._tasks) and not any(task.done() for task in self._tasks)
+        return all(task.running for task in self._tasks)
 
     async def close_streams(self, seconds: float) -> None:
         """Close every connection with 1012, spread over `seconds`: not all return at once."""
@@ -315,24 +318,36 @@ class Hub:
     # --- the two tasks ---
 
     async def _broadcast(self) -> None:
+        if self._broadcasting:
+            # The task was ended in the middle of one and started again.
+            self._send_everyone_back()
         while True:
-            await self._queued.wait()
-            self._queued.clear()
             while self._queue:
-                self.is_writing = True
+                self._broadcasting = True
                 try:
                     await self._broadcast_next()
                 except Exception as error:
-                    # Nobody knows who has it: everyone comes back and resumes, so no hole is left.
                     logger.error("a broadcast failed with %s", type(error).__name__)
-                    for subscriber in list(self._live):
-                        self._leave(subscriber)
-                        subscriber.sink.end(1011, "internal error")
-                finally:
-                    self.is_writing = False
+                    self._send_everyone_back()
+                self._broadcasting = False
                 self.on_written()
                 self._moved.fire()
                 await asyncio.sleep(0)
+            self._queued.clear()
+            await self._queued.wait()
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether changes are on their way to the live streams."""
+        return self._broadcasting
+
+    def _send_everyone_back(self) -> None:
+        """Close the live streams: nobody knows who has the change; they resume without a hole."""
+        self._broadcasting = False
+        self.on_written()
+        for subscriber in list(self._live):
+            self._leave(subscriber)
+            subscriber.sink.end(1011, "internal error")
 
     async def _broadcast_next(self) -> None:
         if isinstance(self._queue[0], _Restart):
@@ -429,10 +444,10 @@ class Hub:
 
     # --- limits ---
 
-    def expel(self, subscriber: Subscriber, reason: str) -> None:
-        """Close a stream whose token does not count any more."""
+    def expel(self, subscriber: Subscriber, reason: str, code: int = 1008) -> None:
+        """Close a stream whose token does not count any more, or may not."""
         self._leave(subscriber)
-        subscriber.sink.end(1008, reason)
+        subscriber.sink.end(code, reason)
 
     def _leave(self, subscriber: Subscriber) -> None:
         subscriber.live = False

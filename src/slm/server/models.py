@@ -203,7 +203,8 @@ class AuditHead(Base):
 class Replica(Base):
     """One server process that serves this database: a lease, and the encryption keys it has.
 
-    `seen_at` is seconds since 1970 by the database's clock, the only one that replicas share.
+    `seen_at` is seconds since 1970 by the database's clock, the only one that replicas share;
+    `tokens_version` is that of the tokens it has in force.
     """
 
     __tablename__ = "replicas"
@@ -212,6 +213,7 @@ class Replica(Base):
     name: Mapped[str] = mapped_column(String(255))
     fingerprints: Mapped[str] = mapped_column(Text)
     seen_at: Mapped[float] = mapped_column(Double)
+    tokens_version: Mapped[int] = mapped_column(BigInteger, server_default=text("-1"))
 
 
 class Backend(Base):

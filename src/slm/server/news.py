@@ -121,10 +121,13 @@ def read_news(connection: Connection, position: int, epoch: str, tokens_version:
         new = [row[4:] for row in rows if row[4] is not None]
     else:
         horizon = read_horizon(connection)
-    tokens = read_tokens(connection) if horizon.tokens_version != tokens_version else None
+    tokens = None
+    if (horizon.epoch, horizon.tokens_version) != (epoch, tokens_version):
+        # In another life of the database the same version may stand for other tokens.
+        tokens = read_tokens(connection, horizon.tokens_version)
     behind = horizon.revision - position
     if horizon.epoch == epoch and behind < 0:
-        return News(horizon)
+        return News(horizon, tokens=tokens)
     if horizon.epoch == epoch and position >= horizon.floor and behind <= MAX_CATCH_UP:
         changes = _without_hole(new, position)
         if len(changes) == behind:

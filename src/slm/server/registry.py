@@ -39,6 +39,7 @@ from slm.server.agent_rows import (
     update_agent,
 )
 from slm.server.audit import Event, Who, append
+from slm.server.auth import Caller
 from slm.server.bodies import AgentCreate, AgentUpdate
 from slm.server.catalog import CommittedChange
 from slm.server.database import Database
@@ -134,15 +135,18 @@ class AgentRegistry:
         actor: str,
         comment: str | None = None,
         address: str | None = None,
+        caller: Caller | None = None,
     ) -> Written:
-        """Create an agent.
+        """Create an agent; the arguments are those of `update`.
 
         Raises:
             AgentExists: its agent_id is taken.
             AgentIsDefault: it would be the default and inactive.
         """
         return await self._write(
-            functools.partial(self._create, agent=agent, author=Author(actor, comment, address))
+            functools.partial(
+                self._create, agent=agent, author=Author(Who(actor, address, caller), comment)
+            )
         )
 
     async def update(
@@ -154,6 +158,7 @@ class AgentRegistry:
         comment: str | None = None,
         if_match: int | None = None,
         address: str | None = None,
+        caller: Caller | None = None,
     ) -> Written:
         """Change the fields that were sent; the others stay.
 
@@ -164,8 +169,10 @@ class AgentRegistry:
             comment: why, for the change's row.
             if_match: the revision that the agent must still have.
             address: where it came from, for the audit.
+            caller: whose token must still count inside the transaction; None: nobody's.
 
         Raises:
+            Unauthorized: the token does not count any more.
             AgentNotFound: there is no such agent.
             PreconditionFailed: its revision is another one.
             InvalidRequest: the body names another agent, or an endpoint that is refused here.
@@ -177,7 +184,7 @@ class AgentRegistry:
                 self._update,
                 agent_id=agent_id,
                 sent={name: getattr(update, name) for name in update.model_fields_set},
-                author=Author(actor, comment, address),
+                author=Author(Who(actor, address, caller), comment),
                 if_match=if_match,
             )
         )
@@ -193,15 +200,16 @@ class AgentRegistry:
         comment: str | None = None,
         if_match: int | None = None,
         address: str | None = None,
+        caller: Caller | None = None,
     ) -> Written:
-        """Delete an agent.
+        """Delete an agent; the arguments are those of `update`.
 
         Raises:
             AgentNotFound: there is no such agent.
             PreconditionFailed: its revision is another one.
             AgentIsDefault: it is the default.
         """
-        author = Author(actor, comment, address)
+        author = Author(Who(actor, address, caller), comment)
         written = await self._write(
             functools.partial(self._delete, agent_id=agent_id, author=author, if_match=if_match)
         )
@@ -249,14 +257,18 @@ class AgentRegistry:
         await failpoints.reach_async("after_commit")
         return written
 
-    def _next(self, connection: Connection) -> Head:
-        """Begin a write: the state row locked, the next revision taken, the active key at hand."""
+    def _next(self, connection: Connection, author: Author) -> Head:
+        """Begin a write: the state row locked, the next revision taken, the active key at hand.
+
+        Whoever writes must still be allowed to: no token can be revoked while the row is locked.
+        """
         head = next_head(connection)
+        author.who.require_counts(connection, head.tokens_version)
         self._keyring.follow(connection, head.keyring_version)
         return head
 
     def _create(self, connection: Connection, *, agent: AgentCreate, author: Author) -> Written:
-        head = self._next(connection)
+        head = self._next(connection, author)
         if agent_row(connection, agent.agent_id) is not None:
             raise AgentExists
         if agent.is_default and not agent.is_active:
@@ -295,7 +307,7 @@ class AgentRegistry:
         author: Author,
         if_match: int | None,
     ) -> Written:
-        head = self._next(connection)
+        head = self._next(connection, author)
         row = _found(connection, agent_id, if_match)
         before = agent_of(row)
         if sent.get("agent_id", agent_id) != agent_id:
@@ -358,7 +370,7 @@ class AgentRegistry:
     def _delete(
         self, connection: Connection, *, agent_id: str, author: Author, if_match: int | None
     ) -> Written:
-        head = self._next(connection)
+        head = self._next(connection, author)
         row = _found(connection, agent_id, if_match)
         agent = agent_of(row)
         if agent.is_default:
@@ -464,4 +476,4 @@ def _audit(
     detail: dict[str, Any] = {"revision": head.revision}
     if fields:
         detail["fields"] = sorted(set(fields) - {"comment"})
-    append(connection, Event(Who(author.actor, author.address), action, agent_id, detail))
+    append(connection, Event(author.who, action, agent_id, detail))

@@ -25,6 +25,7 @@ from slm.server.prepare import Prepared, prepare
 from slm.server.process import forbid_core_dumps, tune_interpreter
 from slm.server.services import Services
 from slm.server.settings import Settings
+from slm.server.supervisor import SupervisedTask
 from slm.server.tls import ServerTls
 from slm.server.transport import http_protocol
 
@@ -104,7 +105,7 @@ class SLMServer:
         self._prepared: Prepared | None = None
         self._app: FastAPI | None = None
         self._server: _Uvicorn | None = None
-        self._loop: asyncio.Task[None] | None = None
+        self._ticking: SupervisedTask | None = None
 
     @property
     def services(self) -> Services:
@@ -141,11 +142,15 @@ class SLMServer:
     async def stop(self) -> None:
         """Close the streams one by one, finish the requests, and close the database."""
         server, self._server = self._server, None
-        loop, self._loop = self._loop, None
+        ticking, self._ticking = self._ticking, None
+        if ticking is not None:
+            await ticking.stop()
         if server is not None:
-            server.should_exit = True
-        if loop is not None:
-            await asyncio.gather(loop, return_exceptions=True)
+            try:
+                await server.stop_in_order()
+            except Exception as error:
+                # The database is closed whatever became of the connections.
+                logger.error("stopping the connections failed with %s", type(error).__name__)
         prepared, self._prepared = self._prepared, None
         if prepared is not None:
             await prepared.database.close()
@@ -176,7 +181,8 @@ class SLMServer:
         server = _Uvicorn(config, self)
         await server.begin(listener)
         self._server = server
-        self._loop = asyncio.create_task(server.serve_until_stopped(), name="slm-uvicorn")
+        self._ticking = self.services.supervisor.task("uvicorn", server.main_loop)
+        self._ticking.start()
 
 
 class _Uvicorn(uvicorn.Server):
@@ -200,9 +206,8 @@ class _Uvicorn(uvicorn.Server):
         # uvicorn sets the Date header in its loop, which has not run yet.
         await self.on_tick(0)
 
-    async def serve_until_stopped(self) -> None:
-        """Run until `should_exit` is set, then stop in order."""
-        await self.main_loop()
+    async def stop_in_order(self) -> None:
+        """Accept nobody more, close the streams one by one, finish the requests, cut the rest."""
         for server in self.servers:
             server.close()
         answers = self._slm.services.feed.current

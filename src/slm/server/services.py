@@ -24,7 +24,9 @@ from slm.server.receipts import Receipts
 from slm.server.registry import AgentRegistry
 from slm.server.rotation import KeyRotation
 from slm.server.settings import Settings
+from slm.server.supervisor import Supervisor
 from slm.server.token_store import TokenStore
+from slm.server.token_watch import TokenWatch
 
 
 @dataclass
@@ -61,21 +63,27 @@ class Services:
     failed_logins: TokenBuckets
     writes: TokenBuckets
     streams: Gauge
+    waits: Gauge
     openings: Gauge
     snapshots: Gauge
     doorkeeper: Doorkeeper
+    token_watch: TokenWatch
     caretaker: Caretaker
+    supervisor: Supervisor
     counts: RequestCounts = field(default_factory=RequestCounts)
 
 
 def make_services(settings: Settings, prepared: Prepared) -> Services:
     """Put the parts together; nothing runs yet."""
-    catalog, tokens = Catalog(), TokenTable()
+    catalog, tokens, supervisor = Catalog(), TokenTable(), Supervisor()
     database = prepared.database
     keyring = Keyring(prepared.vault, lambda: read_keys(settings).keys)
     registry = AgentRegistry(database, prepared.vault, keyring, settings.endpoint_policy)
-    token_store = TokenStore(database)
-    caretaker = Caretaker(settings, database, keyring, registry.reads, tokens, token_store)
+    tokens.max_age_seconds = settings.max_outage_seconds
+    token_store = TokenStore(database, tokens)
+    caretaker = Caretaker(
+        settings, database, keyring, registry.reads, tokens, token_store, supervisor
+    )
     lease = caretaker.lease
     fleet = Fleet(
         lease.id,
@@ -84,12 +92,14 @@ def make_services(settings: Settings, prepared: Prepared) -> Services:
         settings.behind_after_seconds,
         agent=catalog.agent,
     )
-    fleet_sync = FleetSync(database, fleet, settings.fleet_interval_seconds, settings.lease_seconds)
-    hub, metrics = Hub(settings, fleet), Metrics()
+    fleet_sync = FleetSync(
+        database, fleet, settings.fleet_interval_seconds, settings.lease_seconds, supervisor
+    )
+    hub, metrics = Hub(settings, fleet, supervisor), Metrics()
     hub.on_pushed = metrics.pushed
     acks = AckQueue(lambda: hub.is_writing)
     hub.on_written = acks.written
-    feed = ChangeFeed(database, catalog, hub, tokens, settings, metrics)
+    feed = ChangeFeed(database, catalog, hub, tokens, settings, metrics, supervisor)
     registry.committed = feed.committed
     return Services(
         settings=settings,
@@ -114,8 +124,11 @@ def make_services(settings: Settings, prepared: Prepared) -> Services:
         ),
         writes=TokenBuckets(Rate(settings.writes_per_second, settings.writes_burst)),
         streams=Gauge(settings.streams_per_token),
+        waits=Gauge(settings.waits_per_token),
         openings=Gauge(settings.max_opening_streams),
         snapshots=Gauge(settings.max_snapshots),
-        doorkeeper=Doorkeeper(tokens, hub),
+        doorkeeper=Doorkeeper(tokens, hub, supervisor),
+        token_watch=TokenWatch(database, tokens, settings.poll_interval_seconds, supervisor),
         caretaker=caretaker,
+        supervisor=supervisor,
     )

@@ -52,6 +52,8 @@ class Settings(BaseSettings):
         ping_timeout_seconds: how long a peer has to answer a ping.
         behind_after_seconds: after how long without a good look at the database the feed is behind.
         poll_interval_seconds: how often the feed looks without being woken.
+        max_outage_seconds: how long plain reads and streams go on without the database, which
+            alone knows of a revoked token.
         min_revision_wait_seconds: how long a read waits for `min_revision`.
         lock_timeout_seconds: how long a transaction waits for a lock.
         database_timeout_seconds: how long a whole transaction may take before it is given up.
@@ -68,6 +70,7 @@ class Settings(BaseSettings):
         writes_per_second: how often one token may write, in the long run.
         writes_burst: how often at once.
         streams_per_token: how many streams one token may have open here; none: any number.
+        waits_per_token: how many requests with `?wait=` one token may have under way here.
         max_opening_streams: how many streams may be on their way from handshake to live at once;
             the rest are told to come back (503).
         max_snapshots: how many snapshots may be made at once.
@@ -111,6 +114,7 @@ class Settings(BaseSettings):
     ping_timeout_seconds: Seconds = 20
     behind_after_seconds: Seconds = 5
     poll_interval_seconds: Seconds = 1
+    max_outage_seconds: Seconds = 300
     min_revision_wait_seconds: Seconds = 2
     lock_timeout_seconds: Seconds = 2
     database_timeout_seconds: Seconds = 10
@@ -129,6 +133,7 @@ class Settings(BaseSettings):
     writes_per_second: PerSecond = 1000
     writes_burst: Burst = 5000
     streams_per_token: Annotated[int, Field(gt=0)] | None = None
+    waits_per_token: Annotated[int, Field(gt=0)] = 100
 
     max_opening_streams: Annotated[int, Field(gt=0)] = 500
     max_snapshots: Annotated[int, Field(gt=0)] = 50

@@ -235,9 +235,9 @@ async def create_agent(
         require_private(request, services.settings.trusted_proxies)
     who = who_of(request, caller)
     written = await services.registry.create(
-        agent, actor=who.actor, comment=agent.comment, address=who.address
+        agent, actor=who.actor, comment=agent.comment, address=who.address, caller=caller
     )
-    return await written_answer(services, written, 201, wait)
+    return await written_answer(services, caller, written, 201, wait)
 
 
 async def _update_at_once(request: Request, services: Services, caller: Caller) -> Response:
@@ -271,8 +271,9 @@ async def update_agent(
         comment=update.comment,
         if_match=if_match(request, services, agent_id),
         address=who.address,
+        caller=caller,
     )
-    return await written_answer(services, written, 200, wait)
+    return await written_answer(services, caller, written, 200, wait)
 
 
 @router.delete(
@@ -299,8 +300,9 @@ async def delete_agent(
         comment=comment,
         if_match=if_match(request, services, agent_id),
         address=who.address,
+        caller=caller,
     )
-    return await written_answer(services, written, 204 if wait is None else 200, wait)
+    return await written_answer(services, caller, written, 204 if wait is None else 200, wait)
 
 
 def if_match(request: Request, services: Services, agent_id: str) -> int | None:
@@ -311,6 +313,7 @@ def if_match(request: Request, services: Services, agent_id: str) -> int | None:
 
 async def written_answer(
     services: Services,
+    caller: Caller,
     written: Written,
     status: int,
     wait: float | None = None,
@@ -320,6 +323,7 @@ async def written_answer(
 
     Args:
         services: the parts of the server.
+        caller: who wrote.
         written: what the registry did.
         status: of the answer.
         wait: how long to wait for every backend's answer; None: not at all, and no receipt.
@@ -332,7 +336,7 @@ async def written_answer(
         headers["slm-stale"] = "true"
     agent = written.agent
     if wait is not None:
-        more["receipt"] = await receipt_of(services, written, wait)
+        more["receipt"] = await receipt_of(services, caller, written, wait)
     if agent is None:
         if status == 204:
             return Response(None, status, headers)

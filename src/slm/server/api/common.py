@@ -6,8 +6,9 @@ and size, and strict JSON. So nobody without a token has a body read, and no err
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from typing import Annotated, Any, Final, TypeVar
 
 from fastapi import Depends, Path, Query, Request, Response
@@ -70,6 +71,7 @@ class Requires:
 
         Raises:
             Unauthorized: the token is not known.
+            DatabaseUnavailable: nobody can know any more which tokens count.
             Forbidden: it lacks the scope.
             TooManyRequests: this address failed too often, or this token writes too often. Who has
                 a token that counts is never refused for what others of its address do.
@@ -104,7 +106,7 @@ def note_failed_login(connection: HTTPConnection) -> None:
 def who_of(connection: HTTPConnection, caller: Caller) -> Who:
     """Return who asks, and from where, for the audit."""
     proxies = services_of(connection).settings.trusted_proxies
-    return Who(caller.name, client_address(connection, proxies))
+    return Who(caller.name, client_address(connection, proxies), caller)
 
 
 def requirement_of(dependant: Dependant) -> Requires | None:
@@ -189,8 +191,9 @@ class SLMRoute(APIRoute):
         }
 
         async def through_the_doors(request: Request) -> Response:
+            caller: Caller | None = None
             if requirement is not None:
-                request.scope[_CALLER] = requirement.check(request)
+                caller = request.scope[_CALLER] = requirement.check(request)
             if ENCODED_SLASH in request.scope["path"]:
                 request.scope["path_params"] = {
                     name: value.replace(ENCODED_SLASH, "/")
@@ -198,13 +201,39 @@ class SLMRoute(APIRoute):
                 }
             if request.scope["query_string"]:
                 _refuse_unknown(request, parameters)
-            elif at_once is not None:
-                return await at_once(request, services_of(request), request.scope[_CALLER])
+            elif at_once is not None and caller is not None:
+                return await at_once(request, services_of(request), caller)
             if takes_body:
                 request = await _read_strictly(request)
-            return await handler(request)
+            if caller is None:
+                return await handler(request)
+            with _place_to_wait(request, caller):
+                if request.method != "GET":
+                    # What it writes stands, so it is answered; it asks about the token by itself.
+                    return await handler(request)
+                async with services_of(request).doorkeeper.while_it_counts(caller):
+                    return await handler(request)
 
         return through_the_doors
+
+
+@contextlib.contextmanager
+def _place_to_wait(request: Request, caller: Caller) -> Iterator[None]:
+    """Hold one of the token's places among the requests that wait, if this one does.
+
+    Raises:
+        TooManyRequests: there is none left.
+    """
+    if not request.scope["query_string"] or "wait" not in request.query_params:
+        yield
+        return
+    waits = services_of(request).waits
+    if not waits.take(caller.token_id):
+        raise TooManyRequests("This token has as many requests waiting as it may.")
+    try:
+        yield
+    finally:
+        waits.release(caller.token_id)
 
 
 def _refuse_unknown(request: Request, parameters: set[str]) -> None:
@@ -223,7 +252,12 @@ async def _read_strictly(request: Request) -> Request:
     content_type = request.headers.get("content-type", "")
     if not _JSON_TYPE.fullmatch(content_type):
         raise UnsupportedMediaType("Send the body as application/json.")
-    body = await _read_bounded(request, services_of(request).settings.max_body_bytes)
+    services = services_of(request)
+    body = await _read_bounded(request, services.settings.max_body_bytes)
+    caller: Caller | None = request.scope.get(_CALLER)
+    if caller is not None:
+        # A body may take its time, and the token may have been revoked meanwhile.
+        services.tokens.require(caller)
     try:
         value = loads(body)
     except NotStrictJSON as error:
@@ -297,11 +331,17 @@ Admin = Annotated[Caller, Depends(Requires("admin"))]
 UpToDate = Annotated[Services, Depends(_at_least)]
 AgentIdPath = Annotated[str, Path(), AfterValidator(_known_agent_id)]
 
-READ_PROBLEMS: Final = (Unauthorized, Forbidden, InvalidRequest, InternalError, Behind)
+READ_PROBLEMS: Final = (
+    Unauthorized,
+    Forbidden,
+    InvalidRequest,
+    InternalError,
+    Behind,
+    DatabaseUnavailable,
+)
 # A key read is a row in the audit, so it can fail as a write does.
 KEYED_PROBLEMS: Final = (
     *READ_PROBLEMS,
-    DatabaseUnavailable,
     EncryptionKeyMissing,
     InsufficientStorage,
     OutcomeUnknown,

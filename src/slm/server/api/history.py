@@ -138,6 +138,7 @@ async def roll_back(
 ) -> Response:
     """Give an agent back what it was at a revision, as a new change; a key is never restored."""
     caller.require_writable(agent_id)
+    await services.database.read(caller.require_counts)
     who = who_of(request, caller)
     old = (await History(services.database).agent_before(agent_id, rollback.to)).agent
     comment = f"restores revision {old.revision}"
@@ -153,6 +154,7 @@ async def roll_back(
             comment=comment,
             if_match=if_revision,
             address=who.address,
+            caller=caller,
         )
     except AgentNotFound:
         written = await registry.create(
@@ -160,7 +162,10 @@ async def roll_back(
             actor=who.actor,
             comment=comment,
             address=who.address,
+            caller=caller,
         )
     if old.has_api_key and written.agent is not None and not written.agent.has_api_key:
         written = replace(written, api_key_cleared=True)
-    return await written_answer(services, written, 200, wait, restored_revision=old.revision)
+    return await written_answer(
+        services, caller, written, 200, wait, restored_revision=old.revision
+    )
