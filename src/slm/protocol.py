@@ -59,6 +59,9 @@ Reason = Annotated[str, Field(max_length=MAX_REASON, pattern=WITHOUT_NUL)]
 Text = Annotated[str, Field(max_length=4096, pattern=WITHOUT_NUL)]
 Integer = Annotated[StrictInt, Field(ge=-(2**63), le=2**63 - 1)]
 
+ChangeId = Annotated[str, Field(max_length=128, pattern=WITHOUT_NUL)]
+"""Tells the change of a revision from any other of that number, such as after a failover."""
+
 
 class _Message(BaseModel):
     model_config = ConfigDict(
@@ -94,11 +97,12 @@ class ClientInfo(_Message):
 
 
 class Subscribe(_Message):
-    """Ask for live changes; with `since` and its epoch, for every change after it first."""
+    """Ask for live changes; with `since`, its epoch and its id, for every change after it first."""
 
     subscribe: Literal["agent_config"]
     since: Revision | None = None
     epoch: Name | None = None
+    change_id: ChangeId | None = None
     client: ClientInfo | None = None
 
 
@@ -170,13 +174,18 @@ ClientMessage = Subscribe | Ack | Explained
 
 
 class Subscribed(_Message):
-    """The first answer: what follows starts after `revision`; a heartbeat every `heartbeat` s."""
+    """The first answer: what follows starts after `revision`; a heartbeat every `heartbeat` s.
+
+    `head`: who has been told everything up to it is live.
+    """
 
     type: Literal["subscribed"] = "subscribed"
     channel: Literal["agent_config"] = "agent_config"
     revision: Revision
     epoch: str
     heartbeat: float
+    head: Revision | None = None
+    change_id: ChangeId | None = None
 
 
 class AgentChanged(_Message):
@@ -185,6 +194,7 @@ class AgentChanged(_Message):
     type: Literal["agent_config_changed", "agent_created"]
     agent_id: str
     revision: Revision
+    change_id: ChangeId | None = None
     config: AgentConfig
     traceparent: Traceparent | None = None
 
@@ -195,6 +205,7 @@ class AgentDeleted(_Message):
     type: Literal["agent_deleted"] = "agent_deleted"
     agent_id: str
     revision: Revision
+    change_id: ChangeId | None = None
     traceparent: Traceparent | None = None
 
 
@@ -205,6 +216,7 @@ class Resync(_Message):
     revision: Revision
     epoch: str
     reason: str
+    change_id: ChangeId | None = None
 
 
 class Heartbeat(_Message):
@@ -213,6 +225,7 @@ class Heartbeat(_Message):
     type: Literal["heartbeat"] = "heartbeat"
     revision: Revision
     behind: StrictBool = False
+    change_id: ChangeId | None = None
 
 
 class Explain(_Message):
@@ -234,13 +247,20 @@ class Error(_Message):
 ServerMessage = Subscribed | AgentChanged | AgentDeleted | Resync | Heartbeat | Explain | Error
 
 
+_LEFT_OUT: Final = ("change_id", "head", "traceparent")
+
+
+def _is_none(message: _Message, name: str) -> bool:
+    return getattr(message, name, ...) is None
+
+
 def encode(message: ServerMessage | ClientMessage) -> str:
     """Return the message as one line of JSON; fields that are None and optional are left out."""
     if isinstance(message, Subscribe):
         return message.model_dump_json(exclude_none=True)
-    if isinstance(message, AgentChanged | AgentDeleted) and message.traceparent is None:
-        return message.model_dump_json(exclude={"traceparent"})
-    return message.model_dump_json()
+    if isinstance(message, Ack | Explained | Explain | Error):
+        return message.model_dump_json()
+    return message.model_dump_json(exclude={name for name in _LEFT_OUT if _is_none(message, name)})
 
 
 def parse_server_message(text: str) -> ServerMessage | None:
@@ -302,11 +322,21 @@ def _json_object(text: str) -> dict[str, Any]:
     except (json.JSONDecodeError, RecursionError):
         raise NotJSON("a message is not JSON") from None
     except ValueError:
-        # It is JSON, with more digits than Python converts.
+        # A number has more digits than Python converts; the rest may still be no JSON.
+        if not _is_json(text):
+            raise NotJSON("a message is not JSON") from None
         raise ProtocolError("a number in a message is too long") from None
     if not isinstance(data, dict):
         raise ProtocolError("a message is not a JSON object")
     return data
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text, parse_int=len)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _validated(model: type[_M], data: dict[str, Any]) -> _M:
