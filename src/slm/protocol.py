@@ -41,7 +41,7 @@ MAX_REASON: Final = 1024
 """The most characters that say why something is not in force."""
 
 MAX_NAMED: Final = 10_000
-"""The most agents that an ack may name as not in force, and of which it may name the key."""
+"""The most agents that an ack may name as not in force."""
 
 MAX_STEPS: Final = 64
 """The most steps that an explanation may have."""
@@ -120,9 +120,7 @@ class Ack(_Message):
     not_in_force: Annotated[dict[Text, NotInForce], BeforeValidator(_few)] = Field(
         default_factory=dict
     )
-    keys: Annotated[dict[Text, Revision | None], BeforeValidator(_few)] = Field(
-        default_factory=dict
-    )
+    keys: dict[Text, Revision | None] = Field(default_factory=dict)
 
 
 class ExplainedStep(_Message):
