@@ -43,6 +43,7 @@ from slm.protocol import (
 
 _log = logging.getLogger("slm.client")
 
+_EXPLAINED_AT_ONCE: Final = 32
 _REMEMBERED: Final = 10_000
 _DEFAULT: Final = "/default"  # no agent_id: those are tried as they are, this is the alias
 
@@ -100,6 +101,7 @@ class Synchroniser:
         self._away_until = 0.0
         self._connected = False
         self._behind = False
+        self._explaining = 0
         # The revision that a resumed stream must reach before it counts as live; 0: it has.
         self._live_from = 0
         self._failed: ClientStatus | None = None
@@ -211,14 +213,21 @@ class Synchroniser:
         elif isinstance(message, Resync):
             _log.info("the SLM asks for a resync (%s)", message.reason)
             self._begin(message)
-        elif isinstance(message, Explain):
+        elif isinstance(message, Explain) and self._explaining < _EXPLAINED_AT_ONCE:
+            self._explaining += 1
             self._spawn(self._answer(message))
         if self._live_from:
             self._reached()
 
     async def _answer(self, question: Explain) -> None:
-        report = await self._explain(question.agent_id)
-        await self._stream.send(encode(Explained(explained=question.id, report=report)))
+        """Answer the SLM's question; one that cannot be answered harms nothing."""
+        try:
+            report = await self._explain(question.agent_id)
+            await self._stream.send(encode(Explained(explained=question.id, report=report)))
+        except Exception as error:
+            _log.warning("a question of the SLM was not answered (%s)", type(error).__name__)
+        finally:
+            self._explaining -= 1
 
     def lost(self, error: SLMError) -> None:
         """Note that nothing is heard any more."""
