@@ -48,6 +48,8 @@ RULES: Final[dict[tuple[str, str], str | None]] = {
     ("POST", "/api/admin/keys/prune"): "admin",
     ("GET", "/api/admin/audit"): "admin",
     ("GET", "/api/admin/audit/verify"): "admin",
+    ("GET", "/api/admin/audit/export"): "admin",
+    ("POST", "/api/admin/audit/exported"): "admin",
     ("GET", "/healthz"): OPEN,
     ("GET", "/readyz"): OPEN,
     ("GET", "/metrics"): OPEN,

@@ -1,22 +1,26 @@
 """`slm audit`: who did what, to which agent, when and from where; and is that still what it says.
 
-Knows the REST API by `http`; the chain itself is checked by the server.
+Knows the REST API by `http`; the chain is checked by the server, that of a file without one.
 """
 
 from __future__ import annotations
 
+import functools
 import json
-from typing import Annotated, Final
+from pathlib import Path
+from typing import Annotated, Any, Final
 
 import typer
 
-from slm.cli import output
+from slm.cli import audit_export, output
 from slm.cli.connection import Target, at_a_server
 from slm.cli.http import call
 from slm.cli.output import Json, escape
 from slm.cli.pages import collect
 
-app = typer.Typer(help="The audit: list, verify.", no_args_is_help=True, rich_markup_mode="rich")
+app = typer.Typer(
+    help="The audit: list, verify, export.", no_args_is_help=True, rich_markup_mode="rich"
+)
 
 _TIMEOUT_SECONDS: Final = 600.0
 """A long audit takes its time to be checked."""
@@ -73,30 +77,57 @@ def list_entries(
     )
 
 
+app.command()(audit_export.export)
+
+
 @app.command()
-@at_a_server
+@functools.partial(at_a_server, unless="files")
 def verify(
-    target: Target,
+    target: Target | None,
+    files: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="[FILE]...",
+            help="Files that slm audit export wrote, the oldest first; no server is asked.",
+            exists=True,
+            dir_okay=False,
+            show_default=False,
+        ),
+    ] = None,
     expect: Annotated[
         str | None,
         typer.Option("--expect", metavar="HEAD", help="The head that an earlier verify printed."),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Check the whole chain; exit 1 if anything in it was altered.
+    """Check the whole chain, or exported files; exit 1 if anything in it was altered.
 
     Note the head it prints somewhere else, and give it with --expect the next time: whoever can
     write to the database could compute a new chain, but not one with that head in it.
     """
     with output.progress("checking"):
-        params: dict[str, str | int] = {} if expect is None else {"expect": expect}
-        path = "/api/admin/audit/verify"
-        verdict = call(target, "GET", path, params=params, timeout_seconds=_TIMEOUT_SECONDS).data
+        if target is None:
+            verdict = audit_export.check(files or [], expect)
+        else:
+            verdict = _asked(target, expect)
     if as_json:
         output.print_json(verdict)
     elif verdict["whole"]:
         output.say(f"Whole: {verdict['rows']} entries. Head: {verdict['head']}")
+        start = verdict.get("cut") if target is not None else verdict["after"]
+        if start and not start.startswith("0:"):
+            output.say(f"It begins after {start}; what is older is in exports.")
+    elif target is None:
+        output.error(f"the audit was altered: {verdict['reason']}")
     else:
         output.error(f"the audit was altered at entry {verdict['broken_at']}: {verdict['reason']}")
     if not verdict["whole"]:
         raise typer.Exit(1)
+
+
+def _asked(target: Target, expect: str | None) -> dict[str, Any]:
+    params: dict[str, str | int] = {} if expect is None else {"expect": expect}
+    path = "/api/admin/audit/verify"
+    answer = call(target, "GET", path, params=params, timeout_seconds=_TIMEOUT_SECONDS)
+    verdict: dict[str, Any] = answer.data
+    return verdict

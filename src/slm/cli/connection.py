@@ -118,11 +118,12 @@ def find(
     return Target(address, SecretStr(token), ca_file, found, _client_cert())
 
 
-def at_a_server(command: Callable[..., None]) -> Callable[..., None]:
+def at_a_server(command: Callable[..., None], *, unless: str | None = None) -> Callable[..., None]:
     """Give a command the options that name a server, in place of its argument `target`.
 
     Args:
         command: what is to be called with the `Target` that `find` returns for those options.
+        unless: an argument of the command; where it is given, `target` is None.
     """
     options = inspect.signature(find, eval_str=True).parameters
     own = inspect.signature(command, eval_str=True).parameters
@@ -130,8 +131,9 @@ def at_a_server(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def run(**given: Any) -> None:
-        target = find(**{name: given.pop(name) for name in options})
-        command(target=target, **given)
+        named = {name: given.pop(name) for name in options}
+        offline = unless is not None and bool(given[unless])
+        command(target=None if offline else find(**named), **given)
 
     # typer reads both.
     run.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]

@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 from slm.errors import ProblemError
 from slm.server import explanations, fleet_sync
 from slm.server.api import admin, agents, audit, fleet, health, history, keys, snapshot, tokens, ws
+from slm.server.audit_retention import AuditRetention
 from slm.server.compaction import Compaction
 from slm.server.edge import Edge
 from slm.server.listener import ChangeListener
@@ -107,6 +108,16 @@ def _workers(services: Services) -> list[_Worker]:
                 database,
                 keep=settings.changes_keep,
                 interval_seconds=settings.compact_interval_seconds,
+                supervisor=supervisor,
+            )
+        )
+    if settings.audit_keep_days is not None:
+        workers.append(
+            AuditRetention(
+                database,
+                services.keyring,
+                keep_days=settings.audit_keep_days,
+                interval_seconds=settings.audit_trim_seconds,
                 supervisor=supervisor,
             )
         )

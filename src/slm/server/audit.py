@@ -22,9 +22,11 @@ from slm.server.audit_read import (
     WALK_PAGE,
     AuditFilter,
     EntryPage,
+    ExportedPage,
     ends,
     entries_after,
     entry_page,
+    export_page,
 )
 from slm.server.auth import Caller
 from slm.server.database import Database
@@ -192,6 +194,19 @@ class AuditLog:
                 return await self._database.read_long(fn)
             await asyncio.sleep(_PAUSE_SECONDS)
         return await self._database.read_long(fn)
+
+    async def export_page(
+        self, after: int | None, upto: int | None, *, everything: bool = False
+    ) -> ExportedPage:
+        """Return some entries in the chain's order, from where the last export ended.
+
+        Raises:
+            Conflict: the audit has no row `after`, or not any more.
+            DatabaseUnavailable: the database does not answer.
+        """
+        return await self._database.read_long(
+            lambda connection: export_page(connection, after, upto, everything=everything)
+        )
 
     async def verify(self, expect: str | None = None) -> Verdict:
         """Walk the whole chain in pages and say whether it is what was written.

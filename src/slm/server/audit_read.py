@@ -5,15 +5,20 @@ Knows the tables; what a chain is, is the rule of `audit_chain`. Writes nothing.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
 from sqlalchemy import ColumnElement, Connection, Row, func, select
 
-from slm.server.audit_chain import Entry, Link
+from slm.errors import Conflict
+from slm.server.audit_chain import Entry, Link, parse_link
 from slm.server.models import AUDIT, AUDIT_HEAD
 from slm.server.pages import MAX_EXAMINED, Window, opaque, read_page
 from slm.server.strict_json import MAX_INTEGER
+
+EXPORTED: Final = "audit.export"
+"""The action of what notes an export."""
 
 WALK_PAGE: Final = 500
 """So many rows are read and hashed at once while the chain is walked."""
@@ -72,6 +77,48 @@ def entry_page(connection: Connection, wanted: AuditFilter, limit: int) -> Entry
         rows = rows[:limit]
         edge = rows[-1].seq
     return EntryPage([_entry(row) for row in rows], edge or None)
+
+
+class ExportedPage(NamedTuple):
+    """Entries in order: what they follow, the audit's head, and the `after` of the next page."""
+
+    after: Link
+    entries: list[Entry]
+    head: Link
+    following: int | None
+
+
+def exported_upto(connection: Connection) -> Link | None:
+    """Return the last row that was exported, as the newest export says; None: there was none."""
+    for entry in entry_page(connection, AuditFilter(action=EXPORTED), 1).entries:
+        try:
+            return parse_link(str(json.loads(entry.detail)["head"]))
+        except (ValueError, TypeError, KeyError):
+            return None
+    return None
+
+
+def export_page(
+    connection: Connection, after: int | None, upto: int | None, *, everything: bool
+) -> ExportedPage:
+    """Return the entries after a row, without one from where the last export ended.
+
+    Raises:
+        Conflict: the audit has no such row, or not any more.
+    """
+    cut, head, _ = ends(connection)
+    if after is not None:
+        start = link_at(connection, after)
+    elif everything:
+        start = cut
+    else:
+        start = exported_upto(connection) or cut
+    if start is None or start.seq < cut.seq:
+        raise Conflict("The audit has no such entry, or not any more.")
+    last = head.seq if upto is None else min(upto, head.seq)
+    entries = entries_after(connection, start.seq, last, WALK_PAGE)
+    more = entries and entries[-1].seq < last
+    return ExportedPage(start, entries, head, entries[-1].seq if more else None)
 
 
 def ends(connection: Connection) -> Ends:

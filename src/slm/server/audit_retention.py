@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import itertools
-import json
 import logging
 from datetime import timedelta
 from typing import Final
@@ -19,8 +18,8 @@ from sqlalchemy import Connection, delete, select, update
 
 from slm.errors import Conflict, ProblemError
 from slm.server.audit import Event, Who, append
-from slm.server.audit_chain import Link, Walk, parse_link
-from slm.server.audit_read import AuditFilter, ends, entries_after, entry_page, link_at
+from slm.server.audit_chain import Link, Walk
+from slm.server.audit_read import EXPORTED, ends, entries_after, exported_upto, link_at
 from slm.server.database import Database
 from slm.server.keyring import Keyring
 from slm.server.models import AUDIT, AUDIT_HEAD, STATE, utc_now
@@ -32,7 +31,6 @@ logger = logging.getLogger(__name__)
 BATCH: Final = 500
 """So many entries in one transaction: writers wait for the state row as long as it takes."""
 
-EXPORTED: Final = "audit.export"
 CUT: Final = "audit.cut"
 
 _PAUSE_SECONDS: Final = 0.02
@@ -110,13 +108,6 @@ async def trim(database: Database, keyring: Keyring, *, keep_days: int) -> int:
     if removed:
         await database.run(_note_cut)
     return removed
-
-
-def exported_upto(connection: Connection) -> Link | None:
-    """Return the last row that was exported, as the newest export says; None: there was none."""
-    for entry in entry_page(connection, AuditFilter(action=EXPORTED), 1).entries:
-        return parse_link(str(json.loads(entry.detail).get("head")))
-    return None
 
 
 def note_exported(connection: Connection, head: Link, who: Who) -> None:

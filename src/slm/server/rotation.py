@@ -18,6 +18,8 @@ from sqlalchemy import Connection, bindparam, select, update
 
 from slm.errors import Conflict, KeysNotReady, StartupError
 from slm.server.audit import Event, Who, append
+from slm.server.audit_read import ends
+from slm.server.audit_retention import reseal
 from slm.server.database import Database
 from slm.server.files import replace_private
 from slm.server.keyring import Keyring, KeySource, key_file, newest_inactive, read_keys, register
@@ -248,7 +250,9 @@ class KeyRotation:
                     connection.execute(_REPLACE, values)
             detail = {"after_id": after_id, "rows": len(rows), "changed": changed}
             append(connection, Event(who, "encryption_key.reencrypt", detail=detail))
-            return Progress(rows[-1].id if len(rows) == limit else None, changed)
+            if len(rows) == limit:
+                return Progress(rows[-1].id, changed)
+            return Progress(None, changed + reseal(connection, self._vault))
 
         return await self._database.run(work)
 
@@ -334,8 +338,13 @@ class KeyRotation:
             rows.update(names)
             unreadable += lost
             if len(found) < _PAGE:
-                return rows, unreadable
+                break
             after_id = found[-1].id
+        # The cut of the audit is sealed by one of them.
+        seal = (await self._database.read(ends)).seal
+        if seal is not None and (name := self._vault.key_of(seal)) is not None:
+            rows[name] += 1
+        return rows, unreadable
 
 
 def _lock_state(connection: Connection, who: Who) -> int:

@@ -48,6 +48,7 @@ class Settings(BaseSettings):
         metrics_token: what `/metrics` asks for; none: it is open.
         trusted_proxies: addresses or networks whose Forwarded headers count.
         changes_keep: how many changes are kept for resuming; none: all.
+        audit_keep_days: how old an entry of the audit gets once it was exported; none: any age.
         log_level: how much the server tells on stderr.
         heartbeat_seconds: how often a stream hears a heartbeat.
         ping_interval_seconds: how often a stream is pinged.
@@ -61,6 +62,7 @@ class Settings(BaseSettings):
         database_timeout_seconds: how long a whole transaction may take before it is given up.
         idle_in_transaction_seconds: after this PostgreSQL ends a transaction that says nothing.
         compact_interval_seconds: how often changes beyond `changes_keep` are looked for.
+        audit_trim_seconds: how often entries beyond `audit_keep_days` are looked for.
         fleet_interval_seconds: how often a replica tells others of its backends at most, unless a
             receipt waits.
         lease_seconds: after how long without a word a replica counts as gone.
@@ -114,6 +116,7 @@ class Settings(BaseSettings):
     metrics_token: SecretStr | None = None
     trusted_proxies: Annotated[tuple[Network, ...], NoDecode] = ()
     changes_keep: Annotated[int, Field(ge=0)] | None = None
+    audit_keep_days: Annotated[int, Field(ge=1, le=36_500)] | None = None
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     heartbeat_seconds: Seconds = 20
@@ -127,6 +130,7 @@ class Settings(BaseSettings):
     database_timeout_seconds: Seconds = 10
     idle_in_transaction_seconds: Seconds = 5
     compact_interval_seconds: Seconds = 60
+    audit_trim_seconds: Seconds = 3600
     fleet_interval_seconds: Seconds = 1
     lease_seconds: Seconds = 15
     key_command_seconds: Seconds = 30

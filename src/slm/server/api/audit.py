@@ -5,13 +5,22 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query, Response
-from pydantic import BaseModel
+from fastapi import APIRouter, Query, Request, Response
+from pydantic import BaseModel, ConfigDict, Field
 
-from slm.errors import DatabaseUnavailable, InvalidRequest, Overloaded
-from slm.server.api.agents import FilterText
-from slm.server.api.common import Admin, Parts, SLMRoute, json_response, problem_responses
+from slm.errors import Conflict, DatabaseUnavailable, InvalidRequest, Overloaded
+from slm.server.api.agents import BODY_PROBLEMS, FilterText
+from slm.server.api.common import (
+    Admin,
+    Parts,
+    SLMRoute,
+    json_response,
+    problem_responses,
+    who_of,
+)
+from slm.server.audit_chain import parse_link
 from slm.server.audit_read import AuditFilter
+from slm.server.audit_retention import note_exported
 from slm.server.strict_json import MAX_INTEGER
 
 router = APIRouter(prefix="/api/admin/audit", route_class=SLMRoute, tags=["administration"])
@@ -67,6 +76,78 @@ async def list_audit(
     page = await services.audit.page(wanted, limit)
     found = [vars(entry) | {"detail": _detail(entry.detail)} for entry in page.entries]
     return _answer({"entries": found, "next": page.following})
+
+
+class ExportedEntry(BaseModel):
+    """An entry as it is stored, which is what its hash is of."""
+
+    seq: int
+    at: str
+    actor: str
+    action: str
+    agent_id: str | None
+    address: str | None
+    detail: str
+    hash: str
+
+
+class ExportPage(BaseModel):
+    """Entries in the chain's order.
+
+    `after` is the `seq:hash` that they follow, `head` that of the audit's last entry now, and
+    `next` the `after` of the next page, null at the end.
+    """
+
+    after: str
+    entries: list[ExportedEntry]
+    head: str
+    next: int | None
+
+
+class Exported(BaseModel):
+    """The body of POST /api/admin/audit/exported: everything up to this entry is in a file."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    head: Annotated[str, Field(pattern=r"^[0-9]{1,19}:[0-9a-f]{64}$")]
+
+
+@router.get(
+    "/export",
+    response_model=ExportPage,
+    responses=problem_responses(DatabaseUnavailable, Conflict, Overloaded),
+)
+async def export_audit(
+    services: Parts,
+    _: Admin,
+    after: Annotated[int | None, Query(ge=0, le=MAX_INTEGER)] = None,
+    upto: Annotated[int | None, Query(ge=0, le=MAX_INTEGER)] = None,
+    all_: Annotated[bool, Query(alias="all")] = False,
+) -> Response:
+    """List entries in order, from where the last export ended; with `all`, from the beginning."""
+    page = await services.audit.export_page(after, upto, everything=all_)
+    return _answer(
+        {
+            "after": str(page.after),
+            "entries": [vars(entry) for entry in page.entries],
+            "head": str(page.head),
+            "next": page.following,
+        }
+    )
+
+
+@router.post(
+    "/exported",
+    response_model=Exported,
+    responses=problem_responses(*BODY_PROBLEMS, DatabaseUnavailable, Conflict),
+)
+async def note_export(request: Request, body: Exported, services: Parts, caller: Admin) -> Response:
+    """Note that everything up to this entry was exported; once it is old, it may be removed."""
+    head = parse_link(body.head)
+    assert head is not None  # noqa: S101 - the pattern is that of a link # nosec B101
+    who = who_of(request, caller)
+    await services.database.run(lambda connection: note_exported(connection, head, who))
+    return _answer({"head": body.head})
 
 
 @router.get(
