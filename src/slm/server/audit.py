@@ -18,6 +18,7 @@ from slm.server.auth import Caller
 from slm.server.database import Database
 from slm.server.models import AUDIT, AUDIT_HEAD, utc_now
 from slm.server.prepared import Prepared
+from slm.server.strict_json import whole_number
 
 GENESIS: Final = "0" * 64
 """What stands for the hash before the first row."""
@@ -203,7 +204,7 @@ class AuditLog:
             expect: a `seq:hash` that an earlier verify gave; it must still be in the chain.
         """
         seq_wanted, _, hash_wanted = (expect or "").partition(":")
-        wanted = int(seq_wanted) if seq_wanted.isdigit() else None
+        wanted = whole_number(seq_wanted)
         last, head = await self._database.read(
             lambda connection: connection.execute(
                 select(AUDIT_HEAD.c.seq, AUDIT_HEAD.c.hash).where(AUDIT_HEAD.c.id == 1)

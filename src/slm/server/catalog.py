@@ -144,6 +144,11 @@ class Catalog:
         """Return the agent of exactly this agent_id."""
         return self._entries.get(agent_id)
 
+    @property
+    def default_id(self) -> str | None:
+        """The agent_id of the default of now."""
+        return self._default_id
+
     def default(self) -> Entry | None:
         """Return the agent that is the default now."""
         return None if self._default_id is None else self._entries.get(self._default_id)

@@ -38,11 +38,19 @@ class Frames:
         return text_frames(self.texts)
 
 
-def encode_change(change: CommittedChange, view: View = EVERYTHING) -> str:
+def encode_change(
+    change: CommittedChange, view: View = EVERYTHING, *, hidden_today: bool = False
+) -> str:
     """Return the frame's text for a change: the llm_* fields and flags, never a key.
 
     A change outside the view is a heartbeat that names its revision, and an agent that leaves the
     view by it is deleted (docs/protocol.md section 4, point 8).
+
+    Args:
+        change: the change.
+        view: what the token sees.
+        hidden_today: of a replay, whether the view does not see the agent any more. Then nothing
+            of it is told, but that it left: a client that had it until then must drop it.
     """
     agent = change.agent
     message: AgentChanged | AgentDeleted | Heartbeat
@@ -54,6 +62,8 @@ def encode_change(change: CommittedChange, view: View = EVERYTHING) -> str:
         message = AgentDeleted(
             agent_id=agent.agent_id, revision=change.revision, traceparent=change.traceparent
         )
+    elif hidden_today:
+        message = Heartbeat(revision=change.revision)
     else:
         message = AgentChanged(
             type="agent_created" if change.type == "agent_created" else "agent_config_changed",

@@ -86,8 +86,13 @@ async def _replay(subscriber: Subscriber, hub: Hub, feed: ChangeFeed, page_size:
         if not page.changes or not page.continues(since):
             hub.resync(subscriber, "compacted")
             return
+        view = subscriber.view
         for frames in in_writes(
-            (c.revision, encode_change(c, subscriber.view)) for c in page.changes
+            (
+                change.revision,
+                encode_change(change, view, hidden_today=feed.hides(view, change.agent.agent_id)),
+            )
+            for change in page.changes
         ):
             if not hub.send(subscriber, frames):
                 return

@@ -9,8 +9,8 @@ from fastapi import APIRouter, Query, Response
 from pydantic import BaseModel
 
 from slm.errors import DatabaseUnavailable, InvalidRequest
-from slm.server.api.agents import FilterText
 from slm.server.api.common import Admin, Parts, SLMRoute, json_response, problem_responses
+from slm.server.api.parameters import FilterText
 from slm.server.strict_json import MAX_INTEGER
 
 router = APIRouter(prefix="/api/admin/audit", route_class=SLMRoute, tags=["administration"])

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import UTC, datetime
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
-from pydantic import BeforeValidator
 
 from slm.errors import AgentIsDefault, AgentNotFound, PreconditionFailed, RevisionNotFound
 from slm.schemas import Agent, ChangeList
-from slm.server.api.agents import BODY_PROBLEMS, FilterText, if_match, written_answer
+from slm.server.api.agents import BODY_PROBLEMS, WrittenAgent, if_match, written_answer
 from slm.server.api.common import (
     KEYED_PROBLEMS,
     AgentIdPath,
@@ -26,6 +23,7 @@ from slm.server.api.common import (
     revision_headers,
     who_of,
 )
+from slm.server.api.parameters import FilterText, Revision, Time
 from slm.server.api.waiting import Wait
 from slm.server.auth import Caller
 from slm.server.bodies import Rollback
@@ -37,25 +35,9 @@ from slm.server.history import (
     restoring_update,
 )
 from slm.server.services import Services
-from slm.server.strict_json import MAX_INTEGER
 
 router = APIRouter(prefix="/api", route_class=SLMRoute, tags=["history"])
 
-Revision = Annotated[int, Query(ge=0, le=MAX_INTEGER)]
-
-
-def _iso_8601(value: object) -> object:
-    # pydantic would take any number for seconds since 1970.
-    if isinstance(value, str) and not re.match(r"[0-9]{4}-[0-9]{2}-[0-9]{2}([T ]|$)", value):
-        raise ValueError("is not a date and time of ISO 8601")
-    return value
-
-
-Time = Annotated[
-    datetime,
-    BeforeValidator(_iso_8601),
-    Query(description="ISO 8601; without a zone it is UTC"),
-]
 Limit = Annotated[int, Query(ge=1, le=MAX_PAGE)]
 
 
@@ -98,8 +80,6 @@ async def agent_history(
     limit: Limit = 100,
 ) -> Response:
     """List an agent's changes, newest first; with `at`, the first is what it ran then."""
-    if at is not None:
-        at = at.replace(tzinfo=UTC) if at.tzinfo is None else at.astimezone(UTC)
     sees = _visible(services, caller)
     if not sees(agent_id):
         raise AgentNotFound
@@ -123,7 +103,7 @@ async def _list(services: Services, wanted: ChangeFilter, limit: int) -> Respons
 
 @router.post(
     "/agents/{agent_id}/rollback",
-    response_model=Agent,
+    response_model=Agent | WrittenAgent,
     responses=problem_responses(
         *BODY_PROBLEMS, AgentNotFound, AgentIsDefault, PreconditionFailed, RevisionNotFound
     ),
