@@ -334,7 +334,7 @@ async def test_the_api_document_says_nothing_of_what_a_server_holds(doors: Doors
 async def test_the_first_admin_token_has_every_scope_and_no_scope_has_another(
     doors: Doors,
 ) -> None:
-    """As docs/security.md says: admin.token reads keys; a token with `admin` alone reads nothing."""
+    """admin.token reads keys; a token with the scope `admin` alone reads no agent and no key."""
     assert (await doors.ask("GET", "/api/snapshot")).status == 200
     alone = await make_token(doors.ask, "admin alone", "admin")
     for path in ("/api/agents", "/api/snapshot", f"/api/agents/{HIDDEN}/llm", "/api/changes"):

@@ -214,7 +214,7 @@ async def test_a_write_reads_nothing_back_without_the_scope(ask: Caller) -> None
         answer = await writer(method, path, body)
         assert answer.status in (200, 201), (path, answer)
         assert answer.body.keys() <= kept, (path, answer)
-        assert answer.body["revision"] == int(answer.headers["ETag"].strip('"'))
+        assert str(answer.body["revision"]) in answer.headers["ETag"]
         assert SECRET not in json.dumps(answer.body) + str(answer.headers)
     assert (await both("PUT", "/api/agents/a", {})).body["llm_endpoint"] == SECRET
 

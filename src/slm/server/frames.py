@@ -5,7 +5,7 @@ Pure: knows no connection (docs/protocol.md section 4).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Final
@@ -27,10 +27,12 @@ class Frames:
     Attributes:
         texts: one message each.
         head: the revision that a subscriber has reached with the last one.
+        head_id: which change that is; of no account where `head` moves nobody.
     """
 
     texts: tuple[str, ...]
     head: int
+    head_id: str = ""
 
     @cached_property
     def encoded(self) -> bytes:
@@ -52,39 +54,56 @@ def encode_change(
         hidden_today: of a replay, whether the view does not see the agent any more. Then nothing
             of it is told, but that it left: a client that had it until then must drop it.
     """
-    agent = change.agent
+    agent, change_id = change.agent, change.change_id or None
     message: AgentChanged | AgentDeleted | Heartbeat
     seen_before = view.sees(agent.agent_id, change.was_default)
     seen_after = not change.deletes and view.sees(agent.agent_id, agent.is_default)
     if not (seen_before or seen_after):
-        message = Heartbeat(revision=change.revision)
+        message = Heartbeat(revision=change.revision, change_id=change_id)
     elif not seen_after:
         message = AgentDeleted(
-            agent_id=agent.agent_id, revision=change.revision, traceparent=change.traceparent
+            agent_id=agent.agent_id,
+            revision=change.revision,
+            change_id=change_id,
+            traceparent=change.traceparent,
         )
     elif hidden_today:
-        message = Heartbeat(revision=change.revision)
+        message = Heartbeat(revision=change.revision, change_id=change_id)
     else:
         message = AgentChanged(
             type="agent_created" if change.type == "agent_created" else "agent_config_changed",
             agent_id=agent.agent_id,
             revision=change.revision,
+            change_id=change_id,
             config=agent,
             traceparent=change.traceparent,
         )
     return protocol.encode(message)
 
 
-def in_writes(encoded: Iterable[tuple[int, str]]) -> Iterator[Frames]:
-    """Join (revision, text) pairs into writes of at most `MAX_WRITE_BYTES`, in order."""
+def in_writes(
+    changes: Iterable[CommittedChange],
+    view: View = EVERYTHING,
+    hides: Callable[[View, str], bool] = lambda _view, _agent_id: False,
+) -> Iterator[Frames]:
+    """Encode the changes and join them into writes of at most `MAX_WRITE_BYTES`, in order.
+
+    Args:
+        changes: what a replay tells.
+        view: what the token sees.
+        hides: whether a view does not see the agent of this agent_id today.
+    """
     texts: list[str] = []
-    size = head = 0
-    for revision, text in encoded:
-        if texts and size + len(text) > MAX_WRITE_BYTES:
-            yield Frames(tuple(texts), head)
+    size = 0
+    last: CommittedChange | None = None
+    for change in changes:
+        hidden = hides(view, change.agent.agent_id)
+        text = encode_change(change, view, hidden_today=hidden)
+        if last is not None and size + len(text) > MAX_WRITE_BYTES:
+            yield Frames(tuple(texts), last.revision, last.change_id)
             texts, size = [], 0
         texts.append(text)
         size += len(text)
-        head = revision
-    if texts:
-        yield Frames(tuple(texts), head)
+        last = change
+    if last is not None:
+        yield Frames(tuple(texts), last.revision, last.change_id)

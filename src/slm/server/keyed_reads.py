@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
 from pydantic import SecretStr
-from sqlalchemy import Connection, bindparam, select
+from sqlalchemy import Connection, bindparam, func, select
 
 from slm.endpoints import origin
 from slm.errors import AgentInactive, AgentNotFound, KeyUndecryptable
@@ -20,12 +20,22 @@ from slm.schemas import Agent, LLMConfig, LLMConfigWithKey, Snapshot
 from slm.server.audit import Event, Who, append
 from slm.server.database import Database
 from slm.server.keyring import Keyring
-from slm.server.models import AGENTS, SELECT_AGENTS, STATE, agent_of
+from slm.server.models import AGENTS, CHANGES, SELECT_AGENTS, STATE, agent_of
 from slm.server.vault import KeyBinding
 from slm.server.view import View
 
 _HEAD: Final = select(
-    STATE.c.revision, STATE.c.epoch, STATE.c.keyring_version, STATE.c.tokens_version
+    STATE.c.revision,
+    STATE.c.epoch,
+    STATE.c.keyring_version,
+    STATE.c.tokens_version,
+    func.coalesce(
+        select(CHANGES.c.change_id)
+        .where(CHANGES.c.revision == STATE.c.revision)
+        .correlate(STATE)
+        .scalar_subquery(),
+        STATE.c.head_id,
+    ).label("change_id"),
 )
 _ALL: Final = SELECT_AGENTS.order_by(AGENTS.c.id)
 # One statement is one view of the database even under READ COMMITTED, where a read may also write.
@@ -132,7 +142,7 @@ class KeyedReads:
             await self._database.run(record)
         if not view.is_limited:
             self._note(agents)
-        return Snapshot(revision=revision, epoch=epoch, agents=agents)
+        return Snapshot(revision=revision, epoch=epoch, change_id=head.change_id, agents=agents)
 
     async def check(self) -> None:
         """Try every stored key, so that `undecryptable` is right; hands none out.

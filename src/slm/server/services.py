@@ -8,6 +8,7 @@ from slm.server.audit import AuditLog
 from slm.server.auth import TokenTable
 from slm.server.caretaker import Caretaker
 from slm.server.catalog import Catalog
+from slm.server.connections import Connections, connection_limit
 from slm.server.database import Database
 from slm.server.doorkeeper import Doorkeeper
 from slm.server.explanations import Explanations
@@ -18,7 +19,9 @@ from slm.server.hub import Hub
 from slm.server.keyring import Keyring, read_keys
 from slm.server.limits import Gauge, Rate, TokenBuckets
 from slm.server.metrics import Metrics
+from slm.server.openings import Openings
 from slm.server.prepare import Prepared
+from slm.server.process import open_files_limit
 from slm.server.receipts import Receipts
 from slm.server.registry import AgentRegistry
 from slm.server.rotation import KeyRotation
@@ -62,7 +65,8 @@ class Services:
     writes: TokenBuckets
     streams: Gauge
     waits: Gauge
-    openings: Gauge
+    openings: Openings
+    connections: Connections
     snapshots: Gauge
     doorkeeper: Doorkeeper
     token_watch: TokenWatch
@@ -114,7 +118,8 @@ def make_services(settings: Settings, prepared: Prepared) -> Services:
         writes=TokenBuckets(Rate(settings.writes_per_second, settings.writes_burst)),
         streams=Gauge(settings.streams_per_token),
         waits=Gauge(settings.waits_per_token),
-        openings=Gauge(settings.max_opening_streams),
+        openings=Openings(settings.max_opening_streams, settings.header_timeout_seconds),
+        connections=Connections(connection_limit(settings.max_connections, open_files_limit())),
         snapshots=Gauge(settings.max_snapshots),
         doorkeeper=Doorkeeper(tokens, hub, supervisor),
         token_watch=TokenWatch(database, tokens, settings.poll_interval_seconds, supervisor),
