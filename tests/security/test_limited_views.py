@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import SecretStr
 from sqlalchemy import select
@@ -63,6 +63,7 @@ STEPS: Final = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(steps=STEPS, share=st.floats(0, 1))
 def test_a_limited_client_that_resumes_anywhere_ends_with_what_it_may_see(
     steps: list[tuple[str, str]], share: float
@@ -264,11 +265,11 @@ async def test_whatever_changes_something_is_in_the_audit(
     engine: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     """Every route but the plain reads, in the name of the token that asked; no change without."""
-    settings: dict[str, Any] = {}
+    given_: dict[str, Any] = {}
     if engine == "postgresql":
         url = SecretStr(request.getfixturevalue("postgres_url"))
-        settings = {"database_url": url, "encryption_keys": KEYS}
-    async with running_server(tmp_path / "data", **settings) as server, admin(server) as ask:
+        given_ = {"database_url": url, "encryption_keys": KEYS}
+    async with running_server(tmp_path / "data", **given_) as server, admin(server) as ask:
         await ask("POST", "/api/agents", agent("a", llm_api_key="sk-a"))
         await ask("PUT", "/api/agents/a", {"llm_model": "o"})
         victim = await ask("POST", "/api/admin/tokens", {"name": "v", "scopes": ["config:read"]})

@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
+from slm.server.strict_json import whole_number
+
 GENESIS: Final = "0" * 64
 """What stands for the hash before the first row."""
 
