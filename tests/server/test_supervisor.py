@@ -24,6 +24,7 @@ from tests.servers import InLoopServer, eventually, running_server
 NEEDED = ["feed", "broadcast", "heartbeats", "caretaker", "doorkeeper", "uvicorn"]
 
 SHORT_TASKS = {
+    "acceptor.py": "one connection's beginning, bounded by the time of its TLS handshake",
     "api/ws.py": "the opening of one stream, which the stream awaits",
     "catalog.py": "one compression, which its callers await",
     "explanations.py": "one answer to another replica, over after seconds",
