@@ -260,10 +260,10 @@ class Database:
             raise DatabaseUnavailable("The database is closed.") from None
         future = asyncio.wrap_future(running)
         timeout = self._answer_timeout_seconds if timeout is None else timeout
-        if attempt is None or timeout is None:
+        if attempt is None:
             return await future
         self._attempts[attempt] = future
-        timer = loop.call_later(timeout, attempt.give_up, future)
+        timer = None if timeout is None else loop.call_later(timeout, attempt.give_up, future)
         try:
             return await future
         except asyncio.CancelledError:
@@ -276,7 +276,8 @@ class Database:
         finally:
 
             def over() -> None:
-                timer.cancel()
+                if timer is not None:
+                    timer.cancel()
                 self._attempts.pop(attempt, None)
 
             if running.done():
