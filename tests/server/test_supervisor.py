@@ -30,6 +30,7 @@ SHORT_TASKS = {
     "catalog.py": "one compression, which its callers await",
     "explanations.py": "one answer to another replica, over after seconds",
     "fleet_sync.py": "two waits, cancelled by the function that began them",
+    "read_batches.py": "it lasts while somebody waits; whatever ends it, each gets an answer",
     "sinks.py": "one stream of an ASGI server that is not ours, ended with the stream",
 }
 """Where else the server starts tasks, and why none of them lives as long as the server."""
