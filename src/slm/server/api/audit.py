@@ -9,7 +9,7 @@ from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from slm.errors import Conflict, DatabaseUnavailable, InvalidRequest, Overloaded
-from slm.server.api.agents import BODY_PROBLEMS, FilterText
+from slm.server.api.agents import BODY_PROBLEMS
 from slm.server.api.common import (
     Admin,
     Parts,
@@ -18,6 +18,7 @@ from slm.server.api.common import (
     problem_responses,
     who_of,
 )
+from slm.server.api.parameters import FilterText
 from slm.server.audit_chain import parse_link
 from slm.server.audit_read import AuditFilter
 from slm.server.audit_retention import note_exported
