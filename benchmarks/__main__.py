@@ -16,7 +16,6 @@ from benchmarks import (
     accept,
     fanout,
     growth,
-    history,
     http_reads,
     llm_calls,
     polling,
@@ -39,7 +38,6 @@ BENCHES = [
         http_reads,
         propagation,
         growth,
-        history,
         polling,
     )
 ]
