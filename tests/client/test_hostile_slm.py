@@ -251,6 +251,8 @@ async def test_a_question_that_cannot_be_answered_harms_nothing(
         await eventually(lambda: client._sync is not None and client._sync._explaining == 0)
         assert is_live(client)
         assert len(slm.handshakes) == 1
-        explained = await client.explain("a" * 20_000)
-        assert explained.answered_by == "default"
+        for odd in ("a" * 20_000, "a\x00\ud800", ""):
+            explained = await client.explain(odd)
+            assert explained.answered_by == "default"
+            assert explained.model_dump_json()
     assert [r for r in caplog.records if "a task of the client failed" in r.message] == []
