@@ -16,6 +16,7 @@ from typing import Any, Final, NamedTuple
 
 from slm.schemas import LLMConfigWithKey
 from slm.server.audit import Event, Who
+from slm.server.audit_read import READ_ALL
 from slm.server.sealed import Sealer
 from slm.server.view import View
 
@@ -89,7 +90,7 @@ class SealedSnapshot:
             detail["agents"] = named
             if parts > 1:
                 detail |= {"part": part + 1, "parts": parts}
-            found.append(Event(who, "key.read_all", detail=detail))
+            found.append(Event(who, READ_ALL, detail=detail))
         return found
 
 
