@@ -67,11 +67,12 @@ def entry_page(connection: Connection, wanted: AuditFilter, limit: int) -> Entry
     """Return one page; it may be short, even empty, and still have a following one."""
     upto = MAX_INTEGER if wanted.before is None else wanted.before - 1
     windows = _windows(connection, wanted, upto)
-    each = limit if len(windows) == 1 else min(limit, MAX_EXAMINED // max(len(windows), 1))
+    examined = MAX_EXAMINED // max(len(windows), 1)
+    each = min(limit, examined)
     rows: list[Row[Any]] = []
     edge = 0
     for window in windows:
-        page = read_page(connection, window, each, _characters)
+        page = read_page(connection, window, each, _characters, examined)
         rows += page.rows
         edge = max(edge, page.last or 0)
     # What lies below where one of them ended is not known to be the next newest.

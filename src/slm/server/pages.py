@@ -16,9 +16,6 @@ from slm.server.strict_json import MAX_INTEGER
 MAX_EXAMINED: Final = 2000
 """So many rows are looked at for one page at most, however few of them belong to it."""
 
-_STRIDE: Final = MAX_EXAMINED // 2
-"""Where rows are left out, so many are counted in the index and then looked at themselves."""
-
 MAX_PAGE_BYTES: Final = 4 * 1024 * 1024
 """A page ends early where its rows have more text than this; it always has one row."""
 
@@ -76,7 +73,11 @@ def opaque(column: ColumnElement[str]) -> ColumnElement[str]:
 
 
 def read_page(
-    connection: Connection, window: Window, limit: int, size_of: Callable[[Row[Any]], int]
+    connection: Connection,
+    window: Window,
+    limit: int,
+    size_of: Callable[[Row[Any]], int],
+    examined: int = MAX_EXAMINED,
 ) -> Page:
     """Return at most `limit` rows of a window; fewer where the bounds end the page before.
 
@@ -85,6 +86,7 @@ def read_page(
         window: which rows.
         limit: how many at most.
         size_of: how much text a row has, in bytes or characters.
+        examined: how many rows to look at, at most, where some are left out.
     """
     if window.after >= window.upto:
         return Page([], None)
@@ -94,7 +96,8 @@ def read_page(
         connection.exec_driver_sql("SET LOCAL enable_sort = off")
     narrowed, edge = window, None
     if window.filters:
-        edge = _edge(connection, window)
+        # Half of them are counted in the index; then those are looked at themselves.
+        edge = _edge(connection, window, examined // 2)
         if edge is not None:
             newest_first = window.newest_first
             narrowed = (
@@ -112,10 +115,10 @@ def read_page(
     return Page(rows, edge)
 
 
-def _edge(connection: Connection, window: Window) -> int | None:
+def _edge(connection: Connection, window: Window, stride: int) -> int | None:
     """Return the last key that this page looks at; None where all that is left is fewer rows."""
     last: int | None = connection.execute(
-        _rows(window).with_only_columns(window.key).limit(1).offset(_STRIDE - 1)
+        _rows(window).with_only_columns(window.key).limit(1).offset(stride - 1)
     ).scalar_one_or_none()
     return last
 
