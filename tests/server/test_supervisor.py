@@ -13,6 +13,7 @@ import pytest
 
 import slm.server
 from slm.server import explanations, fleet_sync, supervisor
+from slm.server.fleet import Fleet
 from slm.server.fleet_sync import FleetSync
 from slm.server.listener import CHANNEL
 from slm.server.supervisor import SupervisedTask, Supervisor
@@ -24,10 +25,12 @@ from tests.servers import InLoopServer, eventually, running_server
 NEEDED = ["feed", "broadcast", "heartbeats", "caretaker", "doorkeeper", "uvicorn"]
 
 SHORT_TASKS = {
+    "acceptor.py": "one connection's beginning, bounded by the time of its TLS handshake",
     "api/ws.py": "the opening of one stream, which the stream awaits",
     "catalog.py": "one compression, which its callers await",
     "explanations.py": "one answer to another replica, over after seconds",
     "fleet_sync.py": "two waits, cancelled by the function that began them",
+    "read_batches.py": "it lasts while somebody waits; whatever ends it, each gets an answer",
     "sinks.py": "one stream of an ASGI server that is not ours, ended with the stream",
 }
 """Where else the server starts tasks, and why none of them lives as long as the server."""
@@ -259,5 +262,5 @@ async def test_pieces_that_never_end_are_not_kept(postgres_url: str, tmp_path: P
 def test_the_fleet_of_a_server_alone_runs_no_task() -> None:
     """What was not started is not told of."""
     states = Supervisor()
-    FleetSync(None, None, 1, 1, states)  # type: ignore[arg-type]
+    FleetSync(None, Fleet("r", "s", lambda token_id: ""), 1, 1, states)  # type: ignore[arg-type]
     assert states.states() == []

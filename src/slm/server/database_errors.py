@@ -18,10 +18,19 @@ from slm.errors import (
     ProblemError,
     StartupError,
 )
+from slm.server.postgresql import behind_a_pooler
 
 
 class DatabaseHeld(StartupError):
     """Another process has the SQLite file."""
+
+    @classmethod
+    def of(cls, name: str) -> DatabaseHeld:
+        """Return the one sentence about the file of this name."""
+        return cls(
+            f"Another process holds {name}: a SQLite database has one server; stop the other,"
+            " or use PostgreSQL."
+        )
 
 
 def why_not_opened(error: SQLAlchemyError | sqlite3.Error, name: str) -> StartupError:
@@ -35,13 +44,12 @@ def why_not_opened(error: SQLAlchemyError | sqlite3.Error, name: str) -> Startup
     if not isinstance(cause, sqlite3.Error):
         # libpq's own words: they name host, user and reason, and no password.
         words = str(cause).strip().splitlines() or [type(cause).__name__]
+        if "pooling mode" in words[0]:
+            return behind_a_pooler(name)
         return StartupError(f"The database {name} cannot be opened: {words[0]}")
-    match _primary_code(cause):
+    match primary_code(cause):
         case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:
-            return DatabaseHeld(
-                f"Another process holds {name}: a SQLite database has one server; stop the other,"
-                " or use PostgreSQL."
-            )
+            return DatabaseHeld.of(name)
         case sqlite3.SQLITE_NOTADB | sqlite3.SQLITE_CORRUPT:
             return StartupError(f"{name} is not a SQLite database, or is damaged.")
         case sqlite3.SQLITE_READONLY | sqlite3.SQLITE_PERM | sqlite3.SQLITE_CANTOPEN:
@@ -66,6 +74,19 @@ def problem_of(error: SQLAlchemyError | sqlite3.Error, *, committing: bool) -> P
     return _postgresql_problem(error, cause, committing)
 
 
+# For a connection that was refused libpq has no SQLSTATE, only words; pgbouncer's come last.
+_FULL: Final = (
+    *("too many clients", "too many connections", "remaining connection slots"),
+    "no more connections allowed",
+)
+
+
+def is_full(error: DBAPIError) -> bool:
+    """Say whether PostgreSQL refused a connection because it has as many as it takes."""
+    words = str(error.orig)
+    return any(each in words for each in _FULL)
+
+
 _SQLITE_AWAY: Final = frozenset(
     {
         sqlite3.SQLITE_BUSY,
@@ -83,7 +104,10 @@ _SQLITE_AWAY: Final = frozenset(
 
 
 def _sqlite_problem(cause: sqlite3.Error, committing: bool) -> ProblemError | None:
-    code = _primary_code(cause)
+    code = primary_code(cause)
+    if code == sqlite3.SQLITE_INTERRUPT:
+        # By `Attempt`, when its time was over.
+        return DatabaseUnavailable("The database did not answer in time.")
     if code == sqlite3.SQLITE_FULL:
         return InsufficientStorage()
     if code == sqlite3.SQLITE_IOERR and committing:
@@ -99,13 +123,19 @@ def _postgresql_problem(
     state = getattr(cause, "sqlstate", None) or ""
     if state == "53100":
         return InsufficientStorage()
+    if state == "57014":
+        return DatabaseUnavailable("The database did not answer in time.")
     if state == "55P03":
         return DatabaseUnavailable("Another write holds the database. Try again.")
     lost = not state or state[:2] == "08" or state[:3] == "57P"
     if isinstance(error, DBAPIError) and error.connection_invalidated and committing and lost:
         return OutcomeUnknown()
-    # 25P03 idle in transaction, 25006 read only (a standby), 40 try again, 53 out of resources.
-    if state in ("25P03", "25006") or state[:2] in ("40", "53", "57"):
+    if state in ("26000", "42P05"):
+        return DatabaseUnavailable("The database's session was another one. Try again.")
+    if state == "25006":
+        return DatabaseUnavailable("The database is read-only.")
+    # 25P03 idle in transaction, 40 try again, 53 out of resources.
+    if state == "25P03" or state[:2] in ("40", "53", "57"):
         return DatabaseUnavailable()
     if isinstance(error, DBAPIError) and (error.connection_invalidated or state[:2] == "08"):
         return DatabaseUnavailable()
@@ -114,7 +144,7 @@ def _postgresql_problem(
     return None
 
 
-def _primary_code(error: sqlite3.Error) -> int | None:
+def primary_code(error: sqlite3.Error) -> int | None:
     """Return SQLite's primary result code: the low byte of the extended one."""
     code = getattr(error, "sqlite_errorcode", None)
     return None if code is None else code & 0xFF
