@@ -11,14 +11,18 @@ from typing import Any
 
 import aiohttp
 import pytest
-from sqlalchemy import select, text, update
+from alembic import command
+from alembic.script import ScriptDirectory
+from sqlalchemy import Connection, select, text, update
 
 from slm.server.bodies import AgentUpdate
 from slm.server.compaction import compact
+from slm.server.database import Database
 from slm.server.models import STATE
+from slm.server.prepare import _config
 from slm.server.services import Services
-from tests.faults.history import CHANGES as CHANGE_FRAMES
-from tests.faults.history import Connection, untold_losses, violations
+from tests.faults import history
+from tests.faults.history import untold_losses, violations
 from tests.postgres import connect
 from tests.server.failover import Standby, ids_of
 from tests.server.raw import Api, Socket
@@ -55,7 +59,7 @@ class _Ears:
     """Hears one stream and keeps every frame, so that the history checker can judge it."""
 
     def __init__(self, socket: Socket, **asked: Any) -> None:
-        self.connection = Connection("ears", **asked)
+        self.connection = history.Connection("ears", **asked)
         self._task = asyncio.create_task(self._hear(socket))
 
     async def _hear(self, socket: Socket) -> None:
@@ -70,7 +74,7 @@ class _Ears:
     def position(self) -> tuple[int, str, str]:
         """Return where the frames lead: revision, epoch, change id."""
         start = self.last("subscribed", "resync")
-        end = self.last("subscribed", "resync", *CHANGE_FRAMES)
+        end = self.last("subscribed", "resync", *history.CHANGES)
         assert start is not None
         assert end is not None
         return end["revision"], start["epoch"], end["change_id"]
@@ -314,26 +318,34 @@ async def test_the_snapshot_names_its_position(quiet: Api) -> None:
 
 async def test_old_rows_get_ids(tmp_path: Path, database_url: str) -> None:
     """A database from before there were ids gets one for each change, and its state names them."""
+
+    def make_old(connection: Connection) -> None:
+        config = _config(connection)
+        migration = ScriptDirectory.from_config(config).get_revision("0004")
+        command.upgrade(config, str(migration.down_revision))
+        for revision in (3, 4, 5):
+            connection.execute(
+                text(
+                    "INSERT INTO changes (revision, type, agent_id, agent, was_default, actor,"
+                    " created_at) VALUES (:revision, 'agent_created', 'a', '{}', FALSE, 'x',"
+                    " CURRENT_TIMESTAMP)"
+                ),
+                {"revision": revision},
+            )
+        connection.execute(text("UPDATE state SET revision = 5, floor = 2"))
+
+    database = Database(database_url)
+    await database.open()
+    await database.run(make_old)
+    await database.close()
     async with _served(tmp_path / "data", database_url, **QUIET) as api:
-        for n in range(4):
-            await api.put("default", description=str(n))
-        await compact(_parts(api).database, keep=3)
-        undo = (
-            "ALTER TABLE changes DROP COLUMN change_id",
-            *(f"ALTER TABLE state DROP COLUMN {name}" for name in ("head_id", "before_id")),
-            *(f"ALTER TABLE state DROP COLUMN {name}" for name in ("floor_id", "timeline")),
-            "UPDATE alembic_version SET version_num = (SELECT '0005')",
-        )
-        await _parts(api).feed.stop()
-        await _parts(api).database.run(lambda c: [c.execute(text(each)) for each in undo] and None)
-        await api.server.stop()
-        await api.server.start()
         ids = await ids_of(_parts(api).database)
-        assert sorted(ids) == [3, 4, 5]
-        assert len(set(ids.values())) == 3
+        # The default agent is taken over as revision 6.
+        assert sorted(ids) == [3, 4, 5, 6]
+        assert len(set(ids.values())) == 4
         assert {len(each) for each in ids.values()} == {16}
         names = select(STATE.c.head_id, STATE.c.before_id, STATE.c.floor_id)
         state = await _parts(api).database.read(lambda c: c.execute(names).one())
-        assert (state.head_id, state.before_id) == (ids[5], ids[4])
+        assert (state.head_id, state.before_id) == (ids[6], ids[5])
         assert len(state.floor_id) == 16
         assert (await api.put("default", description="after")).status == 200
