@@ -31,7 +31,7 @@ from slm.client.snapshot_file import Contents, Saver, SnapshotFile
 from slm.client.sync import Synchroniser
 from slm.client.timings import Timings, check_seconds
 from slm.client.tls import ClientCert, TlsFiles
-from slm.errors import AgentKeyUnavailable, ConfigurationError
+from slm.errors import ConfigurationError, SLMError
 from slm.protocol import ClientInfo, Explanation
 
 _log = logging.getLogger("slm.client")
@@ -281,8 +281,9 @@ class SLMClient:
         answer, error = None, None
         try:
             answer = await self._answer(agent_id)
-        except AgentKeyUnavailable as problem:
-            error = str(problem)
+        except Exception as problem:
+            # Whatever it is, it is what asking for this agent comes to.
+            error = str(problem) if isinstance(problem, SLMError) else type(problem).__name__
         cache = self._cache
         unreachable = self.last_error or f"it is {self.status.value}"
         return Explanation(
@@ -370,6 +371,7 @@ class SLMClient:
                 revision=loaded.revision,
                 complete=loaded.complete,
                 age_seconds=loaded.age_seconds,
+                change_id=loaded.change_id,
             )
 
     def _contents(self) -> Contents | None:
@@ -378,7 +380,8 @@ class SLMClient:
         if cache.epoch is None or not cache.synced:
             return None
         complete = not cache.keys_awaited()
-        return Contents(cache.everything(), cache.epoch, cache.revision, complete)
+        revision, change_id = cache.heard
+        return Contents(cache.everything(), cache.epoch, revision, complete, change_id)
 
 
 def _running_loop() -> asyncio.AbstractEventLoop | None:

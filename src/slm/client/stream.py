@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import aiohttp
 
@@ -31,11 +31,19 @@ from slm.protocol import (
 _log = logging.getLogger("slm.client")
 
 
+class Resume(NamedTuple):
+    """Where to resume: a revision, its epoch, and which change it is, where that is known."""
+
+    since: int
+    epoch: str
+    change_id: str | None
+
+
 class Listener(Protocol):
     """Who is told what the stream hears, in order."""
 
-    def position(self) -> tuple[int, str] | None:
-        """Return the revision and epoch to resume after; None to hear from now on."""
+    def position(self) -> Resume | None:
+        """Return what to resume after; None to hear from now on."""
 
     def subscribed(self, message: Subscribed, since: int | None) -> None:
         """Hear that the stream begins; `since` is what was asked for."""
@@ -111,11 +119,15 @@ class Stream:
     async def _live_once(self) -> SLMError:
         """Hold one connection until it ends, and return why it did."""
         position = self._listener.position()
-        since, epoch = position if position is not None else (None, None)
+        since, epoch, change_id = position if position is not None else (None, None, None)
         ws = self._ws = await self._connection.open_stream()
         try:
             subscribe = Subscribe(
-                subscribe="agent_config", since=since, epoch=epoch, client=self._client
+                subscribe="agent_config",
+                since=since,
+                epoch=epoch,
+                change_id=change_id,
+                client=self._client,
             )
             await ws.send_str(encode(subscribe))
             return await self._hear(ws, since)

@@ -5,6 +5,7 @@ Knows tables and columns. The rules of what may be written, and when, are the re
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
 
@@ -27,12 +28,16 @@ class Head(NamedTuple):
         epoch: it belongs to.
         keyring_version: of the encryption keys.
         tokens_version: of the tokens.
+        before_id: the change id of the revision before.
+        change_id: of the change that is made at this revision.
     """
 
     revision: int
     epoch: str
     keyring_version: int
     tokens_version: int
+    before_id: str
+    change_id: str
 
 
 class Author(NamedTuple):
@@ -49,12 +54,22 @@ class _AsItIs(UserDefinedType[Any]):
 
 
 # Built once: building a statement costs more than running it.
-_BUMP: Final = update(STATE).where(STATE.c.id == 1).values(revision=STATE.c.revision + 1)
+_BUMP: Final = (
+    update(STATE)
+    .where(STATE.c.id == 1)
+    .values(
+        revision=STATE.c.revision + 1,
+        # An assignment reads what was there before it.
+        before_id=STATE.c.head_id,
+        head_id=bindparam("change_id"),
+    )
+)
 _HEAD: Final = (
     STATE.c.revision,
     STATE.c.epoch,
     STATE.c.keyring_version,
     STATE.c.tokens_version,
+    STATE.c.before_id,
 )
 _NEXT_REVISION: Final = {
     "sqlite": Prepared(_BUMP.returning(*_HEAD)),
@@ -86,8 +101,15 @@ _RECORD: Final = Prepared(insert(CHANGES))
 
 def next_head(connection: Connection) -> Head:
     """Lock the state row and take the next revision: always the first statement of a write."""
-    [row] = _NEXT_REVISION[connection.dialect.name].run(connection)
-    return Head(*row[: len(_HEAD)])
+    change_id = new_change_id()
+    [row] = _NEXT_REVISION[connection.dialect.name].run(connection, {"change_id": change_id})
+    revision, epoch, keyring, tokens, before_id, *_ = row
+    return Head(revision, epoch, keyring, tokens, before_id, change_id)
+
+
+def new_change_id() -> str:
+    """Return the random id of a change that is about to be made."""
+    return secrets.token_hex(8)
 
 
 def agent_row(connection: Connection, agent_id: str) -> dict[str, Any] | None:
@@ -122,7 +144,7 @@ def record_change(
     connection: Connection,
     kind: str,
     agent: Agent,
-    revision: int,
+    head: Head,
     was_default: bool,
     author: Author,
 ) -> CommittedChange:
@@ -131,7 +153,8 @@ def record_change(
     _RECORD.run(
         connection,
         {
-            "revision": revision,
+            "revision": head.revision,
+            "change_id": head.change_id,
             "type": kind,
             "agent_id": agent.agent_id,
             "agent": agent.model_dump_json(),
@@ -141,4 +164,4 @@ def record_change(
             "created_at": now,
         },
     )
-    return CommittedChange(revision, kind, agent, was_default, now)
+    return CommittedChange(head.revision, kind, agent, was_default, now, change_id=head.change_id)

@@ -92,7 +92,12 @@ def _batch(connection: Connection, *, keep: int, batch: int) -> int:
     floor = min(state.revision - keep, state.floor + batch)
     if floor <= state.floor:
         return 0
+    # Its row goes, and whoever stands there must still find which change it was.
+    floor_id = connection.execute(
+        select(CHANGES.c.change_id).where(CHANGES.c.revision == floor)
+    ).scalar_one_or_none()
     connection.execute(delete(CHANGES).where(CHANGES.c.revision <= floor))
     failpoints.reach("in_compaction")
-    connection.execute(update(STATE).where(STATE.c.id == 1).values(floor=floor))
+    moved = {"floor": floor, "floor_id": floor_id or ""}
+    connection.execute(update(STATE).where(STATE.c.id == 1).values(moved))
     return int(floor - state.floor)

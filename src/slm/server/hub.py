@@ -15,7 +15,7 @@ from typing import Final, Literal, Protocol
 
 from slm import protocol, tracing
 from slm.protocol import ClientInfo, Heartbeat, Resync, Subscribed
-from slm.server.catalog import CommittedChange
+from slm.server.catalog import CommittedChange, Position
 from slm.server.frames import MAX_WRITE_BYTES, Frames, encode_change
 from slm.server.pulse import Pulse
 from slm.server.settings import Settings
@@ -24,7 +24,7 @@ from slm.server.view import EVERYTHING, View
 
 logger = logging.getLogger(__name__)
 
-ResyncReason = Literal["compacted", "epoch", "ahead"]
+ResyncReason = Literal["compacted", "epoch", "ahead", "forked", "far-behind"]
 
 ONE_TURN: Final = 1000
 """A broadcast to no more than these is one turn of the loop, some ten milliseconds."""
@@ -75,6 +75,7 @@ class Subscriber:
         sink: where its frames go.
         position: the last revision it was sent, or started at.
         epoch: the epoch of that position; empty before it subscribed.
+        change_id: which change that position is.
         live: whether the hub's broadcast includes it.
         view: what its token may see.
         token_id: whose token it is; None where no token opened it.
@@ -82,7 +83,7 @@ class Subscriber:
     """
 
     # A broadcast visits thousands; each line of memory less is seen in its time.
-    __slots__ = ("client", "epoch", "live", "position", "sink", "token_id", "view")
+    __slots__ = ("change_id", "client", "epoch", "live", "position", "sink", "token_id", "view")
 
     def __init__(self, sink: Sink, view: View = EVERYTHING, token_id: int | None = None) -> None:
         self.sink = sink
@@ -90,6 +91,7 @@ class Subscriber:
         self.token_id = token_id
         self.position = 0
         self.epoch = ""
+        self.change_id = ""
         self.live = False
         self.client: ClientInfo | None = None
 
@@ -101,6 +103,7 @@ class _Restart:
     epoch: str
     revision: int
     reason: ResyncReason
+    change_id: str
 
 
 @dataclass
@@ -123,10 +126,12 @@ class Hub:
     Attributes:
         head: the last revision that was taken out of the queue; whoever reached it can join.
         epoch: the epoch that `head` belongs to.
+        head_id: which change `head` is.
         is_behind: asked for each heartbeat; set by the feed.
         counts: for `/metrics`.
         committed_at: when the changes that wait here were committed, where this server did it.
         on_pushed: told how long after its commit a change was written to every live stream.
+        on_written: told when they are written.
     """
 
     def __init__(
@@ -135,10 +140,14 @@ class Hub:
         self._observer = observer
         self.head = 0
         self.epoch = ""
+        self.head_id = ""
+        # The last revision that was put into the queue.
+        self._queued_head = 0
         self.is_behind: Callable[[], bool] = lambda: False
         self.counts = HubCounts()
         self.committed_at: dict[int, float] = {}
         self.on_pushed: Callable[[float], None] = lambda seconds: None
+        self.on_written: Callable[[], None] = lambda: None
         self.heartbeat_seconds = settings.heartbeat_seconds
         self._buffer_bytes = settings.buffer_bytes
         self._buffer_total_bytes = settings.buffer_total_bytes
@@ -162,9 +171,10 @@ class Hub:
 
     # --- its life ---
 
-    def start(self, revision: int, epoch: str) -> None:
+    def start(self, revision: int, epoch: str, change_id: str = "") -> None:
         """Begin at the catalog's revision."""
-        self.head, self.epoch = revision, epoch
+        self.head, self.epoch, self.head_id = revision, epoch, change_id
+        self._queued_head = revision
         self._observer.moved(revision, restarted=True)
         for task in self._tasks:
             task.start()
@@ -239,16 +249,37 @@ class Hub:
 
     # --- the way into the live stream ---
 
-    def begin(self, subscriber: Subscriber, revision: int, epoch: str) -> None:
-        """Say `subscribed`: what follows starts after `revision`."""
+    def begin(
+        self, subscriber: Subscriber, revision: int, epoch: str, change_id: str | None = None
+    ) -> None:
+        """Say `subscribed`: what follows starts after `revision`.
+
+        Args:
+            subscriber: the connection.
+            revision: the position that it stands at.
+            epoch: of the position.
+            change_id: which change is there; None: that of the head.
+        """
         subscriber.position, subscriber.epoch = revision, epoch
+        subscriber.change_id = self.head_id if change_id is None else change_id
         self._observer.joined(subscriber)
-        message = Subscribed(revision=revision, epoch=epoch, heartbeat=self.heartbeat_seconds)
+        message = Subscribed(
+            revision=revision,
+            epoch=epoch,
+            heartbeat=self.heartbeat_seconds,
+            head=max(self.head, revision),
+            change_id=subscriber.change_id or None,
+        )
         self.send(subscriber, Frames((protocol.encode(message),), revision))
+
+    def is_at(self, revision: int, epoch: str, change_id: str | None) -> bool:
+        """Whether the head is this very position; without an id, of this number and epoch."""
+        here = (revision, epoch) == (self.head, self.epoch)
+        return here and change_id in (None, self.head_id)
 
     def join(self, subscriber: Subscriber) -> bool:
         """Make the subscriber live if it has everything up to the head; one step of the loop."""
-        if subscriber.epoch != self.epoch or subscriber.position != self.head:
+        if not self.is_at(subscriber.position, subscriber.epoch, subscriber.change_id):
             return False
         if subscriber in self._connections and not self._closing:
             subscriber.live = True
@@ -259,14 +290,33 @@ class Hub:
         """Tell one subscriber to take a snapshot, and make it live from the head on."""
         if not subscriber.epoch:
             self.begin(subscriber, self.head, self.epoch)
-        subscriber.position, subscriber.epoch = self.head, self.epoch
+        self._move_to_head(subscriber)
         self._send_resync(subscriber, reason)
         self.join(subscriber)
+
+    def _move_to_head(self, subscriber: Subscriber) -> None:
+        subscriber.position, subscriber.epoch = self.head, self.epoch
+        subscriber.change_id = self.head_id
 
     async def reached(self, revision: int, epoch: str, timeout: float) -> bool:
         """Wait until the stream is at `revision` of `epoch`; return whether it is in time."""
         return await self._moved.until(
             lambda: self.epoch == epoch and self.head >= revision, timeout
+        )
+
+    async def can_go_on(self, at: Position, timeout: float) -> bool:
+        """Wait until the stream is at a position or beyond it, or gets another epoch.
+
+        Return whether it is in time.
+        """
+        before = self.epoch
+        return await self._moved.until(
+            lambda: (
+                self.is_at(*at)
+                or (self.epoch == at.epoch and self.head > at.revision)
+                or self.epoch != before
+            ),
+            timeout,
         )
 
     def send(self, subscriber: Subscriber, frames: Frames) -> bool:
@@ -284,7 +334,8 @@ class Hub:
         if waiting < 0:
             self._leave(subscriber)
             return False
-        subscriber.position = frames.head
+        if subscriber.position != frames.head:
+            subscriber.position, subscriber.change_id = frames.head, frames.head_id
         self.counts.frames += len(frames.texts)
         if not waiting and (not self._waiting or subscriber not in self._waiting):
             return True
@@ -315,16 +366,27 @@ class Hub:
     # --- from the feed ---
 
     def publish(self, changes: Iterable[CommittedChange]) -> None:
-        """Queue committed changes, in order, all or none; each is encoded once, here."""
-        encoded = [(change, encode_change(change)) for change in changes]
+        """Queue committed changes, in order, all or none; each is encoded once, here.
+
+        What is in the queue already is left out: a feed that failed after this comes again.
+        """
+        encoded = [
+            (change, encode_change(change))
+            for change in changes
+            if change.revision > self._queued_head
+        ]
+        if not encoded:
+            return
         self._queue.extend(encoded)
+        self._queued_head = encoded[-1][0].revision
         self.counts.changes += len(encoded)
         self._queued.set()
 
-    def restart(self, epoch: str, revision: int, reason: ResyncReason) -> None:
+    def restart(self, epoch: str, revision: int, reason: ResyncReason, change_id: str = "") -> None:
         """Send everyone to a snapshot: another epoch counts, or changes are missing."""
         self.committed_at.clear()
-        self._queue.append(_Restart(epoch, revision, reason))
+        self._queue.append(_Restart(epoch, revision, reason, change_id))
+        self._queued_head = revision
         self._queued.set()
 
     def beat_now(self) -> None:
@@ -346,14 +408,21 @@ class Hub:
                     logger.error("a broadcast failed with %s", type(error).__name__)
                     self._send_everyone_back()
                 self._broadcasting = False
+                self.on_written()
                 self._moved.fire()
                 await asyncio.sleep(0)
             self._queued.clear()
             await self._queued.wait()
 
+    @property
+    def is_writing(self) -> bool:
+        """Whether changes are on their way to the live streams."""
+        return self._broadcasting
+
     def _send_everyone_back(self) -> None:
         """Close the live streams: nobody knows who has the change; they resume without a hole."""
         self._broadcasting = False
+        self.on_written()
         for subscriber in list(self._live):
             self._leave(subscriber)
             subscriber.sink.end(1011, "internal error")
@@ -381,11 +450,11 @@ class Hub:
             changes.append(item[0])
             texts.append(item[1])
             size += len(item[1])
-        return Frames(tuple(texts), changes[-1].revision), changes
+        return Frames(tuple(texts), changes[-1].revision, changes[-1].change_id), changes
 
     async def _broadcast_frames(self, frames: Frames, changes: Sequence[CommittedChange]) -> None:
         # Before the first write: whoever joins from here on must already have these.
-        self.head = frames.head
+        self.head, self.head_id = frames.head, frames.head_id
         self._observer.moved(frames.head)
         # One encoding for each view that there is.
         limited: dict[View, Frames] = {}
@@ -397,7 +466,7 @@ class Hub:
                     if view is not EVERYTHING:
                         if view not in limited:
                             texts = tuple(encode_change(change, view) for change in changes)
-                            limited[view] = Frames(texts, frames.head)
+                            limited[view] = Frames(texts, frames.head, frames.head_id)
                         seen = limited[view]
                     self.send(subscriber, seen)
             self._keep_to_total()
@@ -414,15 +483,25 @@ class Hub:
     async def _broadcast_restart(self, restart: _Restart) -> None:
         self._observer.moved(restart.revision, restarted=restart.epoch != self.epoch)
         self.head, self.epoch = restart.revision, restart.epoch
+        self.head_id = restart.change_id
+        behind = self.is_behind()
+        encoded: dict[tuple[int, str], Frames] = {}
         async for some in _in_turns(self._live):
             for subscriber in some:
                 if subscriber.live:
-                    subscriber.position, subscriber.epoch = self.head, self.epoch
+                    # Right after `subscribed` a resync would be taken for the answer to `since`.
+                    self.send(subscriber, self._heartbeat(subscriber, behind, encoded))
+                    self._move_to_head(subscriber)
                     self._send_resync(subscriber, restart.reason)
 
     def _send_resync(self, subscriber: Subscriber, reason: ResyncReason) -> None:
         self.counts.resyncs += 1
-        message = Resync(revision=subscriber.position, epoch=subscriber.epoch, reason=reason)
+        message = Resync(
+            revision=subscriber.position,
+            epoch=subscriber.epoch,
+            reason=reason,
+            change_id=subscriber.change_id or None,
+        )
         self.send(subscriber, Frames((protocol.encode(message),), subscriber.position))
 
     async def _heartbeats(self) -> None:
@@ -435,20 +514,24 @@ class Hub:
             self._beat.clear()
             behind = self.is_behind()
             # Nearly all are at one position; each position is encoded once.
-            encoded: dict[int, Frames] = {}
+            encoded: dict[tuple[int, str], Frames] = {}
             async for some in _in_turns(self._connections):
                 for subscriber in some:
                     # During a replay too: the position is what this connection was sent.
                     if subscriber.epoch:
-                        self.send(subscriber, self._heartbeat(subscriber.position, behind, encoded))
+                        self.send(subscriber, self._heartbeat(subscriber, behind, encoded))
                 self._keep_to_total()
 
     @staticmethod
-    def _heartbeat(position: int, behind: bool, encoded: dict[int, Frames]) -> Frames:
+    def _heartbeat(
+        subscriber: Subscriber, behind: bool, encoded: dict[tuple[int, str], Frames]
+    ) -> Frames:
+        position = subscriber.position, subscriber.change_id
         frames = encoded.get(position)
         if frames is None:
-            text = protocol.encode(Heartbeat(revision=position, behind=behind))
-            frames = encoded[position] = Frames((text,), position)
+            revision, change_id = position
+            beat = Heartbeat(revision=revision, behind=behind, change_id=change_id or None)
+            frames = encoded[position] = Frames((protocol.encode(beat),), revision)
         return frames
 
     # --- limits ---

@@ -97,6 +97,8 @@ class Change(Base):
     """One committed change: the feed and the history (docs/protocol.md section 2).
 
     `agent` is the JSON of `schemas.Agent`, without the key; for a delete, the agent as it was.
+    `change_id` is random: another commit of the same revision, such as one made after a failover
+    that lost this one, has another.
     """
 
     __tablename__ = "changes"
@@ -109,6 +111,7 @@ class Change(Base):
     actor: Mapped[str] = mapped_column(String(128))
     comment: Mapped[str | None] = mapped_column(Text)
     created_at: Mapped[datetime] = mapped_column(DateTime(timezone=True))
+    change_id: Mapped[str] = mapped_column(String(16), server_default="")
 
 
 class State(Base):
@@ -120,6 +123,10 @@ class State(Base):
         epoch: the random id of this life of the database.
         tokens_version: counts changes of `tokens`, so that every replica notices one.
         keyring_version: the same for `encryption_keys`.
+        head_id: the change id of `revision`.
+        before_id: that of the revision before it.
+        floor_id: that of `floor`, whose row is gone.
+        timeline: the PostgreSQL cluster and its timeline that this epoch was made on.
     """
 
     __tablename__ = "state"
@@ -130,6 +137,10 @@ class State(Base):
     epoch: Mapped[str] = mapped_column(String(64))
     tokens_version: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
     keyring_version: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
+    head_id: Mapped[str] = mapped_column(String(16), server_default="")
+    before_id: Mapped[str] = mapped_column(String(16), server_default="")
+    floor_id: Mapped[str] = mapped_column(String(16), server_default="")
+    timeline: Mapped[str | None] = mapped_column(String(64))
 
 
 class Token(Base):
@@ -217,12 +228,14 @@ class Replica(Base):
 
 
 class Backend(Base):
-    """What one replica tells the others of one backend of its own; see `server/fleet_sync.py`.
+    """What one replica tells the others of some of its backends; see `server/told_rows.py`.
 
     Attributes:
-        id: the backend; empty in the row that says how far the replica's stream has come.
+        id: the batch; of an older version a backend, or empty where the row says how far the
+            replica's stream has come.
         seq: counts the replica's transactions, so that others read what is new alone.
-        data: JSON of `server/backends.py`.
+        data: JSON of `server/fleet_sync.py`.
+        connected: false in a replica's last word.
         written_at: seconds since 1970 by the database's clock.
     """
 
@@ -235,7 +248,10 @@ class Backend(Base):
     connected: Mapped[bool] = mapped_column(Boolean)
     written_at: Mapped[float] = mapped_column(Double)
 
-    __table_args__ = (Index("ix_backends_replica_seq", "replica", "seq"),)
+    __table_args__ = (
+        Index("ix_backends_replica_seq", "replica", "seq"),
+        Index("ix_backends_written_at", "written_at"),
+    )
 
 
 def _table(model: type[Base]) -> Table:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
@@ -49,6 +49,9 @@ from slm.server.models import agent_of, utc_now
 from slm.server.vault import KeyBinding, Vault
 from slm.server.view import EVERYTHING, View
 
+IfMatch = int | Collection["Version"] | None
+"""The revision that an agent must be at, or several of which it must be one; None: any."""
+
 ITSELF: Final = Who("slm")
 """The actor of what nobody asked for over HTTP."""
 
@@ -81,6 +84,7 @@ class Written:
         changed: False where nothing was altered, so that there is no revision and no change.
         api_key_cleared: the stored key was dropped, since it was bound to another place.
         changes: what it wrote into the history, in order.
+        follows: the change id of the revision before the first of them.
     """
 
     agent: Agent | None
@@ -89,6 +93,19 @@ class Written:
     changed: bool = True
     api_key_cleared: bool = False
     changes: tuple[CommittedChange, ...] = ()
+    follows: str = ""
+
+    @property
+    def change_id(self) -> str | None:
+        """The id of the last change that this write made; None where it made none."""
+        return self.changes[-1].change_id if self.changes else None
+
+
+class Version(NamedTuple):
+    """What an If-Match names: the revision of an agent, in an epoch; None: in that of now."""
+
+    revision: int
+    epoch: str | None = None
 
 
 class _Unchanged(Exception):
@@ -156,7 +173,7 @@ class AgentRegistry:
         *,
         actor: str,
         comment: str | None = None,
-        if_match: int | None = None,
+        if_match: IfMatch = None,
         address: str | None = None,
         caller: Caller | None = None,
     ) -> Written:
@@ -167,7 +184,7 @@ class AgentRegistry:
             update: `model_fields_set` says which fields were sent.
             actor: who does it, for the change's row.
             comment: why, for the change's row.
-            if_match: the revision that the agent must still have.
+            if_match: the revision that the agent must still have, or several.
             address: where it came from, for the audit.
             caller: whose token must still count inside the transaction; None: nobody's.
 
@@ -198,7 +215,7 @@ class AgentRegistry:
         *,
         actor: str,
         comment: str | None = None,
-        if_match: int | None = None,
+        if_match: IfMatch = None,
         address: str | None = None,
         caller: Caller | None = None,
     ) -> Written:
@@ -294,7 +311,7 @@ class AgentRegistry:
             values["api_key_revision"] = head.revision
         values["id"] = insert_agent(connection, values)
         created = agent_of(values)
-        change = record_change(connection, CREATED, created, head.revision, False, author)
+        change = record_change(connection, CREATED, created, head, False, author)
         _audit(connection, "agent.create", agent.agent_id, head, author, agent.model_fields_set)
         return _written(connection, change, head, demotion, author)
 
@@ -305,10 +322,10 @@ class AgentRegistry:
         agent_id: str,
         sent: Mapping[str, Any],
         author: Author,
-        if_match: int | None,
+        if_match: IfMatch,
     ) -> Written:
         head = self._next(connection, author)
-        row = _found(connection, agent_id, if_match)
+        row = _found(connection, agent_id, if_match, head.epoch)
         before = agent_of(row)
         if sent.get("agent_id", agent_id) != agent_id:
             raise InvalidRequest(
@@ -329,7 +346,7 @@ class AgentRegistry:
         demotion = _demote(connection, agent_after=head) if promoted else None
         update_agent(connection, values)
         after = agent_of(values)
-        change = record_change(connection, CHANGED, after, head.revision, before.is_default, author)
+        change = record_change(connection, CHANGED, after, head, before.is_default, author)
         _audit(connection, "agent.update", agent_id, head, author, sent)
         return _written(connection, change, head, demotion, author, cleared)
 
@@ -368,17 +385,17 @@ class AgentRegistry:
         return held.get_secret_value() == key.get_secret_value()
 
     def _delete(
-        self, connection: Connection, *, agent_id: str, author: Author, if_match: int | None
+        self, connection: Connection, *, agent_id: str, author: Author, if_match: IfMatch
     ) -> Written:
         head = self._next(connection, author)
-        row = _found(connection, agent_id, if_match)
+        row = _found(connection, agent_id, if_match, head.epoch)
         agent = agent_of(row)
         if agent.is_default:
             raise AgentIsDefault("The default agent cannot be deleted; make another the default.")
         delete_agent(connection, agent.id)
-        change = record_change(connection, DELETED, agent, head.revision, False, author)
+        change = record_change(connection, DELETED, agent, head, False, author)
         _audit(connection, "agent.delete", agent_id, head, author)
-        return Written(None, head.revision, head.epoch, changes=(change,))
+        return Written(None, head.revision, head.epoch, changes=(change,), follows=head.before_id)
 
     def _check_endpoint(self, provider: str, endpoint: str | None) -> None:
         reason = self._endpoints.refused(provider, endpoint)
@@ -389,15 +406,18 @@ class AgentRegistry:
 
 class _Demotion(NamedTuple):
     agent: Agent
-    revision: int
+    head: Head
 
 
-def _found(connection: Connection, agent_id: str, if_match: int | None) -> dict[str, Any]:
+def _found(connection: Connection, agent_id: str, if_match: IfMatch, epoch: str) -> dict[str, Any]:
     row = agent_row(connection, agent_id)
     if row is None:
         raise AgentNotFound
-    if if_match is not None and if_match != row["revision"]:
-        raise PreconditionFailed(f"The agent is at revision {row['revision']}.")
+    if if_match is None:
+        return row
+    wanted = (Version(if_match),) if isinstance(if_match, int) else if_match
+    if not any(each.revision == row["revision"] and each.epoch in (None, epoch) for each in wanted):
+        raise PreconditionFailed(f"The agent is at revision {row['revision']} of epoch {epoch}.")
     return row
 
 
@@ -434,12 +454,15 @@ def _demote(connection: Connection, *, agent_after: Head) -> _Demotion | None:
     row = default_row(connection)
     if row is None:
         return None
-    revision = next_head(connection).revision
-    now = utc_now()
-    values = dict(row._mapping) | {"is_default": False, "revision": revision, "updated_at": now}
+    head = next_head(connection)
+    values = dict(row._mapping) | {
+        "is_default": False,
+        "revision": head.revision,
+        "updated_at": utc_now(),
+    }
     update_agent(connection, values)
-    assert revision == agent_after.revision + 1  # noqa: S101 - nobody else writes meanwhile
-    return _Demotion(agent_of(values), revision)
+    assert head.revision == agent_after.revision + 1  # noqa: S101 - nobody else writes meanwhile
+    return _Demotion(agent_of(values), head)
 
 
 def _written(
@@ -453,7 +476,7 @@ def _written(
     changes = [change]
     if demotion is not None:
         changes.append(
-            record_change(connection, CHANGED, demotion.agent, demotion.revision, True, author)
+            record_change(connection, CHANGED, demotion.agent, demotion.head, True, author)
         )
     return Written(
         change.agent,
@@ -461,6 +484,7 @@ def _written(
         head.epoch,
         api_key_cleared=api_key_cleared,
         changes=tuple(changes),
+        follows=head.before_id,
     )
 
 

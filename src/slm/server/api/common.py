@@ -46,6 +46,7 @@ from slm.server.edge import ENCODED_SLASH, STAMP
 from slm.server.limits import network_of
 from slm.server.peer import client_address
 from slm.server.problems import broken_rules, documented
+from slm.server.registry import Version
 from slm.server.services import Services
 from slm.server.strict_json import MAX_INTEGER, NotStrictJSON, loads
 
@@ -363,9 +364,12 @@ def not_modified(etag: str, headers: Mapping[str, str]) -> Response:
     return Response(None, 304, {**headers, "etag": etag})
 
 
-async def catch_up(services: Services, revision: int) -> bool:
-    """Wait until this replica's other answers are not older than one that is of `revision`."""
-    return await services.feed.settled(revision)
+async def catch_up(services: Services, revision: int, change_id: str | None = None) -> bool:
+    """Wait until this replica's other answers are not older than one that is of `revision`.
+
+    With the id of the change: until they are of the database that it was committed to, too.
+    """
+    return await services.feed.settled(revision, change_id)
 
 
 def revision_headers(revision: int, epoch: str) -> dict[str, str]:
@@ -384,42 +388,45 @@ def catalog_headers(services: Services) -> dict[str, str]:
 
 _ETAGS: Final = re.compile(r'\s*(?:(W/)?"([\x21\x23-\x7e\x80-\xff]*)"\s*(?:,|$)\s*)+')
 _ETAG: Final = re.compile(r'(W/)?"([\x21\x23-\x7e\x80-\xff]*)"')
+# As `catalog.agent_etag` makes it; without an epoch it is what a person types.
+_AGENT_ETAG: Final = re.compile(r"(?:([0-9A-Za-z._-]{1,64})-)?([0-9]{1,18})")
 
 
-def none_match(header: str | None, etag: str) -> bool:
-    """Say whether If-None-Match lets a full answer through (RFC 9110 section 13.1.2)."""
-    if header is None:
+def none_match(headers: Headers, etag: str) -> bool:
+    """Say whether If-None-Match lets a full answer through (RFC 9110 section 13.1.2).
+
+    A weak tag is as good as a strong one here; several headers count as one list.
+    """
+    values = headers.getlist("if-none-match")
+    if not values:
         return True
+    header = ", ".join(values)
     if header.strip() == "*":
         return False
     return etag.strip('"') not in (tag for _, tag in _ETAG.findall(header))
 
 
-def if_match_revision(headers: Headers, current: int | None) -> int | None:
-    """Return the revision that the agent must have, from If-Match (RFC 9110 section 13.1.1).
-
-    Args:
-        headers: the request's; several If-Match count as one list.
-        current: the agent's revision as the catalog knows it; chooses among several tags.
+def versions_matched(headers: Headers) -> list[Version] | None:
+    """Return the versions of an agent that If-Match allows (RFC 9110 section 13.1.1); None: any.
 
     Raises:
         BadRequest: it is not a list of entity tags.
-        PreconditionFailed: no tag of it can be a revision; a weak tag never matches.
+        PreconditionFailed: no tag of it can be an agent's; a weak tag never matches.
     """
     values = headers.getlist("if-match")
     header = ", ".join(values)
     if not values or header.strip() == "*":
         return None
     if not _ETAGS.fullmatch(header):
-        raise BadRequest('If-Match takes entity tags, such as "43" with its quotes.')
-    named = {
-        int(tag)
+        raise BadRequest("If-Match takes entity tags, such as an ETag with its quotes.")
+    named = [
+        Version(int(found[2]), found[1])
         for weak, tag in _ETAG.findall(header)
-        if not weak and re.fullmatch(r"[0-9]{1,19}", tag)
-    }
+        if not weak and (found := _AGENT_ETAG.fullmatch(tag))
+    ]
     if not named:
         raise PreconditionFailed
-    return current if current in named else max(named)
+    return named
 
 
 def problem_responses(*classes: type[ProblemError]) -> dict[int | str, dict[str, Any]]:

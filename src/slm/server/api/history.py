@@ -13,7 +13,7 @@ from pydantic import BeforeValidator
 
 from slm.errors import AgentIsDefault, AgentNotFound, PreconditionFailed, RevisionNotFound
 from slm.schemas import Agent, ChangeList
-from slm.server.api.agents import BODY_PROBLEMS, FilterText, if_match, written_answer
+from slm.server.api.agents import BODY_PROBLEMS, FilterText, written_answer
 from slm.server.api.common import (
     KEYED_PROBLEMS,
     AgentIdPath,
@@ -24,6 +24,7 @@ from slm.server.api.common import (
     json_response,
     problem_responses,
     revision_headers,
+    versions_matched,
     who_of,
 )
 from slm.server.api.waiting import Wait
@@ -144,7 +145,7 @@ async def roll_back(
     comment = f"restores revision {old.revision}"
     if rollback.comment is not None:
         comment += f": {rollback.comment}"
-    if_revision = if_match(request, services, agent_id)
+    if_match = versions_matched(request.headers)
     registry = services.registry
     try:
         written = await registry.update(
@@ -152,7 +153,7 @@ async def roll_back(
             restoring_update(old, comment),
             actor=who.actor,
             comment=comment,
-            if_match=if_revision,
+            if_match=if_match,
             address=who.address,
             caller=caller,
         )
