@@ -97,7 +97,7 @@ payloads = st.one_of(
 def frames(draw: st.DrawFn) -> bytes:
     """One frame, or what calls itself one (RFC 6455 section 5.2)."""
     opcode = draw(st.sampled_from([1, 1, 1, 0, 0, 2, 8, 9, 9, 10, 10, 3, 7, 11, 15]))
-    payload = draw(close_payloads if opcode == 8 else payloads)
+    payload: bytes = draw(close_payloads if opcode == 8 else payloads)
     if opcode >= 8 and draw(st.integers(0, 9)):
         payload = payload[:125]
     fin = draw(st.sampled_from([True, True, True, False]))
@@ -251,7 +251,8 @@ def requests(draw: st.DrawFn) -> bytes:
     if draw(st.integers(0, 3)):
         lines.insert(1, "Host: h")
     head = "".join(each + draw(ends) for each in lines) + draw(ends)
-    sent = head.encode("utf-8", "surrogatepass") + draw(bodies)
+    body: bytes = draw(bodies)
+    sent = head.encode("utf-8", "surrogatepass") + body
     return sent[: draw(st.integers(0, len(sent)))] if not draw(st.integers(0, 9)) else sent
 
 
