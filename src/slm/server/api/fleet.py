@@ -17,6 +17,7 @@ from slm.server.api.common import (
     SLMRoute,
     catalog_headers,
     problem_responses,
+    sees_today,
 )
 from slm.server.api.waiting import Wait
 from slm.server.strict_json import MAX_INTEGER
@@ -66,6 +67,6 @@ async def get_receipt(
 ) -> dict[str, Any]:
     """Say how every backend took a change; with `wait`, once all have answered."""
     subject = await services.receipts.subject(revision)
-    if not caller.view.sees(subject.agent_id, subject.is_default):
+    if not sees_today(services, caller, subject.agent_id):
         raise RevisionNotFound
     return await services.receipts.receipt(subject, wait or 0.0)
