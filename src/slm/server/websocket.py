@@ -39,8 +39,9 @@ PIECE_BYTES: Final = 1024
 """How much the library's parser is fed at once: it takes all the frames of what it is fed."""
 
 BURST: Final = 1000
-PER_SECOND: Final = 200
-"""How many frames a peer may send at once, and a second; 4 KiB count as one.
+PER_SECOND: Final = 500
+FRAME_BYTES: Final = 16 * 1024
+"""How many frames a peer may send at once, and a second; so many bytes count as one more.
 
 One that sends more is read as slowly as that. A backend that acks is at ten a second.
 """
@@ -263,7 +264,7 @@ class WebSocketConnection(asyncio.Protocol):
             start += PIECE_BYTES
         self._unread = b"" if start >= len(data) or self.transport.is_closing() else data[start:]
         # A read costs something too, whatever it brings.
-        self._spent += frames + start / 4096 + 0.1
+        self._spent += frames + start / FRAME_BYTES + 0.1
         if self._spent >= RECKON_AT or frames >= TURN_FRAMES:
             self._reckon()
         if self._parser is not None or self._go_on is not None:
