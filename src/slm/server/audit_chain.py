@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
+from slm.server.strict_json import whole_number
+
 GENESIS: Final = "0" * 64
 """What stands for the hash before the first row."""
 
@@ -128,7 +130,6 @@ class Walk:
 
 def parse_link(text: str) -> Link | None:
     """Return the link of `seq:hash`; None where it is none."""
-    seq, _, digest = text.partition(":")
-    if not (seq.isascii() and seq.isdigit() and len(seq) <= 19):
-        return None
-    return Link(int(seq), digest)
+    number, _, digest = text.partition(":")
+    seq = whole_number(number)
+    return None if seq is None else Link(seq, digest)

@@ -9,8 +9,8 @@ from fastapi import APIRouter, Query, Response
 from pydantic import BaseModel
 
 from slm.errors import DatabaseUnavailable, InvalidRequest, Overloaded
-from slm.server.api.agents import FilterText
 from slm.server.api.common import Admin, Parts, SLMRoute, json_response, problem_responses
+from slm.server.api.parameters import FilterText
 from slm.server.audit_read import AuditFilter
 from slm.server.strict_json import MAX_INTEGER
 

@@ -369,9 +369,7 @@ def sees_today(services: Services, caller: Caller, agent_id: str) -> bool:
 
     What was the default once is not seen for that.
     """
-    default = services.catalog.default()
-    default_id = None if default is None else default.agent.agent_id
-    return caller.view.sees(agent_id, agent_id == default_id)
+    return caller.view.sees(agent_id, agent_id == services.catalog.default_id)
 
 
 async def catch_up(services: Services, revision: int, change_id: str | None = None) -> bool:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
-from datetime import UTC, datetime
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
-from pydantic import BeforeValidator
 
 from slm.errors import (
     AgentIsDefault,
@@ -18,7 +15,7 @@ from slm.errors import (
     RevisionNotFound,
 )
 from slm.schemas import Agent, ChangeList
-from slm.server.api.agents import BODY_PROBLEMS, FilterText, written_answer
+from slm.server.api.agents import BODY_PROBLEMS, WrittenAgent, written_answer
 from slm.server.api.common import (
     KEYED_PROBLEMS,
     AgentIdPath,
@@ -33,6 +30,7 @@ from slm.server.api.common import (
     versions_matched,
     who_of,
 )
+from slm.server.api.parameters import FilterText, Revision, Time
 from slm.server.api.waiting import Wait
 from slm.server.bodies import Rollback
 from slm.server.history import (
@@ -43,25 +41,9 @@ from slm.server.history import (
     restoring_update,
 )
 from slm.server.services import Services
-from slm.server.strict_json import MAX_INTEGER
 
 router = APIRouter(prefix="/api", route_class=SLMRoute, tags=["history"])
 
-Revision = Annotated[int, Query(ge=0, le=MAX_INTEGER)]
-
-
-def _iso_8601(value: object) -> object:
-    # pydantic would take any number for seconds since 1970.
-    if isinstance(value, str) and not re.match(r"[0-9]{4}-[0-9]{2}-[0-9]{2}([T ]|$)", value):
-        raise ValueError("is not a date and time of ISO 8601")
-    return value
-
-
-Time = Annotated[
-    datetime,
-    BeforeValidator(_iso_8601),
-    Query(description="ISO 8601; without a zone it is UTC"),
-]
 Limit = Annotated[int, Query(ge=1, le=MAX_PAGE)]
 
 
@@ -112,8 +94,6 @@ async def agent_history(
 
     `next` is the `upto` of the next page.
     """
-    if at is not None:
-        at = at.replace(tzinfo=UTC) if at.tzinfo is None else at.astimezone(UTC)
     if not sees_today(services, caller, agent_id):
         raise AgentNotFound
     wanted = ChangeFilter(agent_id=agent_id, upto=upto, at=at, newest_first=True, view=caller.view)
@@ -129,7 +109,7 @@ async def _list(services: Services, wanted: ChangeFilter, limit: int) -> Respons
 
 @router.post(
     "/agents/{agent_id}/rollback",
-    response_model=Agent,
+    response_model=Agent | WrittenAgent,
     responses=problem_responses(
         *BODY_PROBLEMS, AgentNotFound, AgentIsDefault, PreconditionFailed, RevisionNotFound
     ),
