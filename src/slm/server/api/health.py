@@ -57,6 +57,7 @@ async def get_readiness(services: Parts) -> Response:
         # A server whose database is not migrated does not start.
         "migrated": True,
         "database": feed.database_answers,
+        "writable": services.database.unwritable is None,
         "feed": feed.running and feed.current and services.hub.running,
         "encryption_key": services.caretaker.keys_usable,
         "tasks": not services.supervisor.down,
@@ -64,7 +65,9 @@ async def get_readiness(services: Parts) -> Response:
     ready = all(checks.values())
     body: dict[str, Any] = {"ready": ready} | checks
     body |= {"revision": feed.position, "epoch": feed.epoch}
-    if not feed.current:
+    if services.database.unwritable is not None:
+        body["reason"] = services.database.unwritable
+    elif not feed.current:
         body["reason"] = feed.trouble or "the database does not answer"
     # An agent whose key is of no use is told, and does not take the server out of service.
     body["keys_undecryptable"] = len(services.registry.reads.undecryptable)
