@@ -32,7 +32,7 @@ from slm.client.sync import Synchroniser
 from slm.client.timings import Timings, check_seconds
 from slm.client.tls import ClientCert, TlsFiles
 from slm.errors import ConfigurationError, SLMError
-from slm.protocol import ClientInfo, Explanation
+from slm.protocol import ClientInfo, Explanation, storable
 
 _log = logging.getLogger("slm.client")
 _T = TypeVar("_T")
@@ -287,13 +287,13 @@ class SLMClient:
         cache = self._cache
         unreachable = self.last_error or f"it is {self.status.value}"
         return Explanation(
-            agent_id=agent_id,
+            agent_id=storable(agent_id),
             answered_by=None if answer is None else answer.step.value,
-            error=error,
+            error=error and storable(error),
             status=self.status.value,
             revision=cache.revision,
             epoch=cache.epoch,
-            last_error=self.last_error,
+            last_error=self.last_error and storable(self.last_error),
             steps=explain_steps(cache, agent_id, answer, unreachable),
         )
 
@@ -328,10 +328,10 @@ class SLMClient:
 
         host = socket.gethostname()
         return ClientInfo(
-            name=(self._name or host)[:128],
+            name=storable(self._name or host, 128),
             instance=self._instance,
             version=version("autobot-slm"),
-            host=host[:255],
+            host=storable(host, 255),
             pid=os.getpid(),
         )
 

@@ -13,7 +13,7 @@ from slm.client.cache import AgentConfigCache
 from slm.client.config import ResolvedConfig, Step
 from slm.client.fallback import PREFIX, from_environment, hardcoded
 from slm.client.known import KnownAgent
-from slm.protocol import ExplainedStep
+from slm.protocol import ExplainedStep, storable
 
 _CAME: Final = {
     "snapshot": "with the snapshot of all agents",
@@ -129,15 +129,15 @@ def _step(
 ) -> ExplainedStep:
     said = said[:_MAX_SAID]  # reasons are the words of a server, a validator or a file
     if config is None:
-        return ExplainedStep(step=step.value, said=said)
+        return ExplainedStep(step=step.value, said=storable(said))
     return ExplainedStep(
         step=step.value,
-        said=said,
-        agent_id=config.source_agent_id,
+        said=storable(said),
+        agent_id=config.source_agent_id and storable(config.source_agent_id),
         llm_provider=config.llm_provider,
         # A query may hold what nobody should see twice.
-        llm_endpoint=config.llm_endpoint and config.llm_endpoint.partition("?")[0],
-        llm_model=config.llm_model,
+        llm_endpoint=config.llm_endpoint and storable(config.llm_endpoint.partition("?")[0]),
+        llm_model=storable(config.llm_model),
         revision=config.revision,
         age_seconds=round(config.age, 3),
         stale=config.stale,
