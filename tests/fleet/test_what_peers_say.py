@@ -9,7 +9,8 @@ import json
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from hypothesis import given, settings
@@ -135,13 +136,7 @@ def agent(agent_id: str) -> Agent | None:
     """Return an agent where the name begins with `a`."""
     if not agent_id.startswith("a"):
         return None
-    values: dict[str, Any] = {
-        "name": agent_id,
-        "llm_provider": "ollama",
-        "llm_model": "m",
-        "revision": 1,
-    }
-    return Agent.model_construct(agent_id=agent_id, is_default=False, **values)
+    return cast(Agent, SimpleNamespace(agent_id=agent_id, is_default=False))
 
 
 def fleet_of(view: View, count: int = 1, **options: Any) -> tuple[Fleet, list[Subscriber]]:
@@ -170,7 +165,7 @@ def test_acks_take_no_more_memory_than_the_bound() -> None:
     tracemalloc.start()
     try:
         before, _ = tracemalloc.get_traced_memory()
-        for number in range(1, 60):
+        for number in range(1, 30):
             fleet.acked(one, refusing(number, names, f"reason {number} " + "x" * 30))
         after, _ = tracemalloc.get_traced_memory()
     finally:
@@ -179,10 +174,10 @@ def test_acks_take_no_more_memory_than_the_bound() -> None:
     [backend] = fleet.own()
     assert MAX_LOG_BYTES / 4 < backend.bytes <= MAX_LOG_BYTES
     # What is still here is right, and what is not is not made up.
-    assert outcome_of(backend, Subject("a7", False, 59, 0.0)).reason is not None
+    assert outcome_of(backend, Subject("a7", False, 29, 0.0)).reason is not None
     assert outcome_of(backend, Subject("a7", False, 1, 0.0)) in (
         (True, None, None),
-        outcome_of(backend, Subject("a7", False, 59, 0.0)),
+        outcome_of(backend, Subject("a7", False, 29, 0.0)),
     )
 
 
@@ -218,8 +213,9 @@ def test_all_backends_together_have_a_bound() -> None:
     fleet, subscribers = fleet_of(View(), 40, max_ack_bytes=2 * MAX_LOG_BYTES)
     names = [f"a{n}" for n in range(100)]
     for number in range(1, 15):
+        ack = refusing(number, names, f"reason {number}")
         for subscriber in subscribers:
-            fleet.acked(subscriber, refusing(number, names, f"reason {number}"))
+            fleet.acked(subscriber, ack)
     held = sum(backend.bytes for backend in fleet.own())
     assert held == fleet.ack_bytes <= 2 * MAX_LOG_BYTES
     for backend in fleet.own():
@@ -268,14 +264,14 @@ def test_of_a_flood_the_first_and_the_last_are_read(order: list[int]) -> None:
 
 
 async def test_a_flood_of_acks_leaves_the_loop_to_others(admin: Api, backend: Api) -> None:
-    """While one peer sends thousands of acks, a read is answered as soon as ever."""
+    """While one peer sends hundreds of acks, a read is answered as soon as ever."""
     await admin.create("a")
     async with backend.stream(client={"name": "flood", "instance": "1"}) as flood:
         await flood.frame()
         text = json.dumps({"ack": 1, "keys": {f"{n:x}": 1 for n in range(200)}})
 
         async def send() -> None:
-            for _ in range(3000):
+            for _ in range(900):
                 await flood.ws.send_str(text)
 
         sending = asyncio.create_task(send())
@@ -286,5 +282,5 @@ async def test_a_flood_of_acks_leaves_the_loop_to_others(admin: Api, backend: Ap
             await admin.get("/healthz")
             worst = max(worst, loop.time() - began)
         await sending
-        await eventually(lambda: admin.server.running.services.fleet.own()[0].acks.count == 3000)
+        await eventually(lambda: admin.server.running.services.fleet.own()[0].acks.count == 900)
         assert worst < 1.0
