@@ -15,7 +15,9 @@ import slm
 
 ROOT = Path(slm.__file__).parent
 
-BASE = frozenset({"addresses", "errors", "schemas", "protocol", "endpoints", "scrub", "tracing"})
+BASE = frozenset(
+    {"addresses", "errors", "schemas", "protocol", "endpoints", "files", "scrub", "tracing"}
+)
 
 # A room, and the rooms of the package that its modules may import beside their own.
 LAW: dict[str, frozenset[str]] = {
@@ -23,6 +25,7 @@ LAW: dict[str, frozenset[str]] = {
     "tracing": frozenset(),
     "addresses": frozenset(),
     "endpoints": frozenset({"addresses"}),
+    "files": frozenset({"errors"}),
     "scrub": frozenset(),
     "protocol": BASE,
     "schemas": BASE,

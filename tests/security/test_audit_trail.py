@@ -53,6 +53,7 @@ async def test_who_did_what_to_which_agent_from_where(ask: Caller, server: InLoo
         ("admin", "token.revoke", None),
         ("admin", "encryption_key.add", None),
         ("admin", "encryption_key.rotate", None),
+        ("admin", "encryption_key.reencrypt", None),
         ("admin", "encryption_key.prune", None),
         ("admin", "database.backup", None),
     ]

@@ -41,6 +41,7 @@ from slm.errors import (
     Unavailable,
     problem_classes,
 )
+from slm.files import NotTrusted, read_given
 from slm.schemas import Agent, LLMConfigWithKey
 from slm.scrub import MAX_TEXT, scrubbed
 
@@ -151,7 +152,9 @@ class TokenSource:
     @staticmethod
     def _read(path: Path) -> SecretStr:
         try:
-            text = path.read_text()
+            text = read_given(path).decode()
+        except NotTrusted as error:
+            raise ConfigurationError(f"the token file cannot be used: {error}") from None
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "it is not text"
             raise ConfigurationError(f"the token file {path} cannot be read: {reason}") from None

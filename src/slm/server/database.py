@@ -11,6 +11,7 @@ import contextlib
 import errno
 import functools
 import sqlite3
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,12 +21,14 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.pool import QueuePool
 
 from slm.errors import DatabaseUnavailable, InsufficientStorage, OutcomeUnknown, Overloaded
 from slm.server import failpoints
 from slm.server.attempt import Attempt
-from slm.server.database_errors import problem_of, why_not_opened
+from slm.server.database_errors import is_full, problem_of, why_not_opened
 from slm.server.engines import postgresql_engine, sqlite_engines, sqlite_path
+from slm.server.postgresql import refuse_unfit
 from slm.server.sqlite_copy import copy_in_steps
 from slm.server.sqlite_file import SqliteFile
 
@@ -33,6 +36,9 @@ T = TypeVar("T")
 
 LONG_READERS: Final = 2
 """How many long reads run at once, each on a connection of its own."""
+
+ASK_AGAIN_SECONDS: Final = 0.2
+"""How soon PostgreSQL is asked again for a connection when it had no more."""
 
 LONG_READS: Final = 32
 """How many may be under way, those that wait included."""
@@ -86,7 +92,10 @@ class Database:
         """What to call this database in a message: the file, or the URL without its password."""
         if self.dialect == "sqlite":
             return self.url.database or ":memory:"
-        return self.url.set(query={}).render_as_string(hide_password=True)
+        hosts = self.url.query.get("host", ())
+        hosts = hosts if isinstance(hosts, str) else ",".join(hosts)
+        named = self.url.set(query={}, host=self.url.host or hosts or None)
+        return named.render_as_string(hide_password=True)
 
     @property
     def path(self) -> Path | None:
@@ -260,10 +269,10 @@ class Database:
             raise DatabaseUnavailable("The database is closed.") from None
         future = asyncio.wrap_future(running)
         timeout = self._answer_timeout_seconds if timeout is None else timeout
-        if attempt is None or timeout is None:
+        if attempt is None:
             return await future
         self._attempts[attempt] = future
-        timer = loop.call_later(timeout, attempt.give_up, future)
+        timer = None if timeout is None else loop.call_later(timeout, attempt.give_up, future)
         try:
             return await future
         except asyncio.CancelledError:
@@ -276,7 +285,8 @@ class Database:
         finally:
 
             def over() -> None:
-                timer.cancel()
+                if timer is not None:
+                    timer.cancel()
                 self._attempts.pop(attempt, None)
 
             if running.done():
@@ -327,7 +337,7 @@ class Database:
         failpoints.reach("database")
         if self._file is not None:
             self._file.check()
-        with engine.connect() as connection, contextlib.ExitStack() as stack:
+        with self._connected(engine) as connection, contextlib.ExitStack() as stack:
             attempt.hold(connection.connection.dbapi_connection)  # type: ignore[arg-type]
             stack.callback(attempt.hold, None)
             if self.dialect == "postgresql":
@@ -376,14 +386,38 @@ class Database:
             else:
                 self._main.engine = self._postgresql_engine(self._workers)
                 self._long.engine = self._postgresql_engine(LONG_READERS)
-            with self._main.engine.begin() as connection:
+            with self._connected(self._main.engine) as connection, connection.begin():
                 connection.exec_driver_sql("SELECT 1")
+            if self.dialect == "postgresql":
+                self._refuse_unfit(self._main.engine)
             if self._file is not None and self._long.engine is not None:
                 # Opened later, it might find another file under the name, or none.
                 with self._long.engine.begin() as connection:
                     connection.exec_driver_sql("SELECT count(*) FROM sqlite_master")
         except (SQLAlchemyError, sqlite3.Error) as error:
             raise why_not_opened(error, self.name) from None
+
+    def _refuse_unfit(self, engine: Engine) -> None:
+        with self._connected(engine) as one, self._connected(engine) as other:
+            refuse_unfit(
+                one.connection.dbapi_connection, other.connection.dbapi_connection, self.name
+            )
+
+    def _connected(self, engine: Engine) -> Connection:
+        """Return a connection; where the server has no more of them, wait for one of ours."""
+        until = time.monotonic() + self._lock_timeout_seconds
+        while True:
+            try:
+                return engine.connect()
+            except DBAPIError as error:
+                if not is_full(error) or time.monotonic() > until:
+                    raise
+            # Until one of ours comes back, or PostgreSQL may have one more.
+            pool, again_at = engine.pool, time.monotonic() + ASK_AGAIN_SECONDS
+            while isinstance(pool, QueuePool) and not pool.checkedin():
+                if time.monotonic() > min(again_at, until):
+                    break
+                time.sleep(0.005)
 
     def _postgresql_engine(self, pool_size: int) -> Engine:
         return postgresql_engine(

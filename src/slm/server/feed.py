@@ -40,6 +40,7 @@ from slm.server.pulse import Pulse
 from slm.server.registry import Written
 from slm.server.settings import Settings
 from slm.server.supervisor import Supervisor
+from slm.server.view import View
 
 logger = logging.getLogger(__name__)
 
@@ -126,6 +127,10 @@ class ChangeFeed:
     def epoch(self) -> str:
         """The epoch of `position`."""
         return self._catalog.epoch
+
+    def hides(self, view: View, agent_id: str) -> bool:
+        """Whether a view does not see this agent now: neither by its patterns nor as default."""
+        return not view.sees(agent_id, agent_id == self._catalog.default_id)
 
     @property
     def held(self) -> Position:

@@ -18,10 +18,12 @@ from cryptography.fernet import Fernet, InvalidToken, MultiFernet
 from pydantic import SecretStr
 
 from slm.errors import ConfigurationError, KeyUndecryptable
+from slm.server.sealed import SealedTexts
 
 # Starts with a control character, which no API key holds: a bare key never looks like a bound one.
 _BOUND: Final = b"\x01slm-key-1\x01"
 _CHECK: Final = b"\x01slm-check-1\x01"
+_SEAL: Final = b"\x01slm-seal-1\x01"
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,9 @@ class Vault:
     Its keys can be changed while it is in use (`replace`, `activate`): one call sees either all the
     old ones or all the new ones.
 
+    A stored key that was decrypted once is kept in memory, sealed under a key of this process, for
+    this token and binding alone: a thousand backends that fetch it cost one Fernet decryption.
+
     Args:
         keys: Fernet keys (32 bytes in URL-safe base64), the active one first.
 
@@ -54,6 +59,7 @@ class Vault:
 
     def __init__(self, keys: Sequence[SecretStr | str]) -> None:
         self._ring = _ring_of(keys)
+        self._opened = SealedTexts()
 
     def __repr__(self) -> str:
         return f"<Vault {', '.join(self.fingerprints)}>"
@@ -71,6 +77,8 @@ class Vault:
         """
         ring, active = _ring_of(keys), self.fingerprints[0]
         self._ring = _with_first(ring, active) if active in ring else ring
+        # After the ring: what a call of before decrypts goes into the one that is dropped here.
+        self._opened = SealedTexts()
 
     def activate(self, name: str) -> bool:
         """Encrypt with the key of this fingerprint from now on; return whether it is here."""
@@ -104,13 +112,27 @@ class Vault:
         Raises:
             KeyUndecryptable: no key of this vault opens it, it is not bound, or bound elsewhere.
         """
+        opened = self._opened
+        name = hashlib.sha256(
+            "\0".join((token, binding.agent_id, binding.provider, binding.origin)).encode(
+                "utf-8", "surrogatepass"
+            )
+        ).digest()
+        known = opened.get(name)
+        if known is not None:
+            return SecretStr(known)
+        key = self._bound_key(token, binding)
+        opened.put(name, key)
+        return SecretStr(key)
+
+    def _bound_key(self, token: str, binding: KeyBinding) -> str:
         plain = self._plaintext(token)
         if not plain.startswith(_BOUND):
             _refuse("The stored key is not bound to an agent and an endpoint. Set it again.")
         data = json.loads(plain[len(_BOUND) :])
         if KeyBinding(data["agent_id"], data["provider"], data["origin"]) != binding:
             _refuse("The stored key belongs to another agent, provider or endpoint. Set it again.")
-        return SecretStr(data["key"])
+        return str(data["key"])
 
     def decrypt_unbound(self, token: str) -> SecretStr:
         """Return the key of a token that holds the bare key, as a table not made by us has it.
@@ -122,7 +144,7 @@ class Vault:
             KeyUndecryptable: no key of this vault opens it, or it is no bare key.
         """
         plain = self._plaintext(token)
-        if plain.startswith((_BOUND, _CHECK)):
+        if plain.startswith((_BOUND, _CHECK, _SEAL)):
             _refuse("The stored key is bound already.")
         try:
             text = plain.decode()
@@ -131,6 +153,18 @@ class Vault:
         if not text:
             _refuse("The stored key is not text.")
         return SecretStr(text)
+
+    def seal(self, text: str) -> str:
+        """Return a token that only the active key makes, and that holds this text."""
+        return self._active.encrypt(_SEAL + text.encode()).decode()
+
+    def unseal(self, token: str) -> str | None:
+        """Return the text of such a token; None: no key of this vault made it."""
+        try:
+            plain = self._plaintext(token)
+        except KeyUndecryptable:
+            return None
+        return plain[len(_SEAL) :].decode() if plain.startswith(_SEAL) else None
 
     def make_check(self) -> str:
         """Return a token that tells later whether the active key is the same (`opens_check`)."""
@@ -148,16 +182,16 @@ class Vault:
             return False
 
     def key_of(self, token: str) -> str | None:
-        """Return the fingerprint of the key that a bound token needs; None: none of these.
+        """Return the fingerprint of the key that a bound token or a seal needs, if it is here.
 
-        A token that is not bound needs none: it is refused whatever opens it.
+        Any other token needs none: it is refused whatever opens it.
         """
         for name, fernet in self._ring.items():
             try:
                 plain = fernet.decrypt(token.encode())
             except (InvalidToken, ValueError, TypeError):
                 continue
-            return name if plain.startswith(_BOUND) else None
+            return name if plain.startswith((_BOUND, _SEAL)) else None
         return None
 
     def reencrypt(self, token: str) -> str | None:
