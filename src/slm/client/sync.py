@@ -225,7 +225,7 @@ class Synchroniser:
             report = await self._explain(question.agent_id)
             await self._stream.send(encode(Explained(explained=question.id, report=report)))
         except Exception as error:
-            _log.warning("a question of the SLM was not answered (%s)", type(error).__name__)
+            _log.debug("a question of the SLM was not answered (%s)", type(error).__name__)
         finally:
             self._explaining -= 1
 

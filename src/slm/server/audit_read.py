@@ -5,6 +5,7 @@ Knows the tables; what a chain is, is the rule of `audit_chain`. Writes nothing.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
@@ -18,6 +19,9 @@ from slm.server.strict_json import MAX_INTEGER
 WALK_PAGE: Final = 500
 """So many rows are read and hashed at once while the chain is walked."""
 
+READ_ALL: Final = "key.read_all"
+"""What a snapshot with keys is recorded as; its detail lists the agents whose keys it held."""
+
 _COLUMNS: Final = [AUDIT.c[name] for name in Entry.__dataclass_fields__]
 _MAX_ACTIONS: Final = 100
 """So many different actions are looked at for a prefix; the server writes about twenty."""
@@ -30,7 +34,7 @@ class AuditFilter:
     Attributes:
         before: those of a seq below it; None: from the newest.
         actor: only what this token did.
-        agent_id: only what was about this agent.
+        agent_id: only what was about this agent, snapshots that held its key included.
         action: only this, or with a trailing dot every action that begins so.
     """
 
@@ -113,13 +117,33 @@ def _windows(connection: Connection, wanted: AuditFilter, upto: int) -> list[Win
     if first is columns.action and value.endswith("."):
         found = _actions(connection)
         return [_window(upto, (first, name)) for name in found if name.startswith(value)]
-    return [_window(upto, (first, value), *(_filter(column, text) for column, text in others))]
+    filters = [_filter(column, text) for column, text in others]
+    windows = [_window(upto, (first, value), *filters)]
+    if wanted.agent_id is not None and _includes(wanted.action, READ_ALL):
+        # A snapshot's row names its agents in the detail.
+        named = _names(connection, wanted.agent_id)
+        windows.append(_window(upto, (columns.action, READ_ALL), *filters, named))
+    return windows
 
 
 def _window(
     upto: int, equal: tuple[ColumnElement[str], str] | None, *filters: ColumnElement[bool]
 ) -> Window:
     return Window(AUDIT, AUDIT.c.seq, 0, upto, newest_first=True, equal=equal, filters=filters)
+
+
+def _includes(wanted: str | None, action: str) -> bool:
+    """Say whether a filter by action lets this one through."""
+    if wanted is None or wanted == action:
+        return True
+    return wanted.endswith(".") and action.startswith(wanted)
+
+
+def _names(connection: Connection, agent_id: str) -> ColumnElement[bool]:
+    """Whether the detail has this agent in a list: its name, and then no colon."""
+    find = func.strpos if connection.dialect.name == "postgresql" else func.instr
+    name = json.dumps(agent_id, ensure_ascii=True)
+    return (find(AUDIT.c.detail, f"{name},") > 0) | (find(AUDIT.c.detail, f"{name}]") > 0)
 
 
 def _filter(column: ColumnElement[str], value: str) -> ColumnElement[bool]:
