@@ -31,21 +31,8 @@ TEXTS: Final = [
 """What a database or a parser may stumble over, as text; the client encodes it."""
 
 MORE_TEXTS: Final = [
-    *("", "0", "1", "2", "-0", "+1", " 1", "1_000", "0x10", "1e400", "NaN", "true", "①", "٣:ab"),
-    *("0" * 300 + "1", "0000-00-00", "2026-02-30", "２０２６-01-01", "\x7f", "\u202e", "\ufffe"),
-    *(
-        "💩",
-        "a/b",
-        "..",
-        "*",
-        "'; DROP TABLE agents; --",
-        "key.",
-        "{}",
-        ",",
-        ":",
-        "0.0000001",
-        "60s",
-    ),
+    *("", "0", "2", "1_000", "0x10", "NaN", "①", "0" * 300 + "1", "0000-00-00", "２０２６-01-01"),
+    *("\u202e", "💩", "a/b", "..", "*", "key.", "60s"),
 ]
 
 ENCODED: Final = [
@@ -275,11 +262,12 @@ def test_every_odd_value_at_every_place(server: ServerProcess) -> None:
     """Each of the values above, in each path, query parameter and field of a body, one by one."""
     walked = places(server)
     assert {place.kind for place in walked} == {"path", "query", "body"}
+    jsons = [text.encode("utf-8", "surrogatepass") for text in JSON]
     urls = [in_url(text) for text in TEXTS + MORE_TEXTS] + ENCODED
     if "database_url" in server.settings:
         # What only the parsers see was tried on the other engine.
         urls = [in_url(text) for text in TEXTS] + ENCODED[2:4]
-    jsons = [text.encode("utf-8", "surrogatepass") for text in JSON]
+        jsons = [value for value in jsons if b"\\u" in value or value[:1] in b"0123456789-"]
     with healthy(server) as raw:
         for place in walked:
             for value in jsons if place.kind == "body" else urls:

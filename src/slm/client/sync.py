@@ -254,8 +254,7 @@ class Synchroniser:
         reached = self._cache.revision >= self._live_from
         live = self._connected and self._cache.synced and reached and not self._behind
         self._cache.set_live(live)
-        if live:
-            self._stream.caught_up()
+        self._stream.note_caught_up(live)
         self._liveness()
         self._wake()
 

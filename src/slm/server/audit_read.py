@@ -81,7 +81,14 @@ def entry_page(connection: Connection, wanted: AuditFilter, limit: int) -> Entry
 def ends(connection: Connection) -> Ends:
     """Return where the chain begins and ends."""
     head = connection.execute(select(AUDIT_HEAD).where(AUDIT_HEAD.c.id == 1)).one()
-    return Ends(Link(head.cut_seq, head.cut_hash), Link(head.seq, head.hash), head.cut_seal)
+    return Ends(_link(head.cut_seq, head.cut_hash), _link(head.seq, head.hash), head.cut_seal)
+
+
+def _link(seq: object, digest: object) -> Link:
+    """Return a link; where somebody altered its type, one that no chain has."""
+    if isinstance(seq, int) and isinstance(digest, str):
+        return Link(seq, digest)
+    return Link(-1, "")
 
 
 def link_at(connection: Connection, seq: int) -> Link | None:

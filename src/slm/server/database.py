@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import errno
 import functools
+import logging
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
@@ -17,22 +18,31 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final, Literal, TypeVar
 
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Connection, Engine, update
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import QueuePool
 
-from slm.errors import DatabaseUnavailable, InsufficientStorage, OutcomeUnknown, Overloaded
+from slm.errors import (
+    DatabaseUnavailable,
+    InsufficientStorage,
+    OutcomeUnknown,
+    Overloaded,
+    ProblemError,
+)
 from slm.server import failpoints
 from slm.server.attempt import Attempt
-from slm.server.database_errors import is_full, problem_of, why_not_opened
+from slm.server.database_errors import is_full, is_read_only, problem_of, why_not_opened
 from slm.server.engines import postgresql_engine, sqlite_engines, sqlite_path
+from slm.server.models import STATE
 from slm.server.postgresql import refuse_unfit
 from slm.server.sqlite_copy import copy_in_steps
 from slm.server.sqlite_file import SqliteFile
 
 T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 LONG_READERS: Final = 2
 """How many long reads run at once, each on a connection of its own."""
@@ -56,6 +66,9 @@ class Database:
 
     Attributes:
         traces: by revision, the trace of a write that the feed has not passed on yet.
+        unwritable: why the last write failed where the database can be read and not written, such
+            as a standby or a full disk; None where it did not.
+        read_only: whether that is because it is read-only; there may be a newer one elsewhere.
     """
 
     def __init__(
@@ -76,6 +89,8 @@ class Database:
         self._answer_timeout_seconds: float | None = None
         self._workers = 1 if self.dialect == "sqlite" else pool_size
         self.traces: dict[int, str] = {}
+        self.unwritable: str | None = None
+        self.read_only = False
         self._attempts: dict[Attempt, asyncio.Future[Any]] = {}
         self._giving_up: asyncio.TimerHandle | None = None
         self._file: SqliteFile | None = None
@@ -319,7 +334,30 @@ class Database:
             problem = problem_of(error, committing=attempt.committing)
             if problem is None:
                 raise
+            if not read_only:
+                self._note_unwritable(error, problem)
             raise problem from error
+
+    def _note_unwritable(self, error: Exception, problem: ProblemError) -> None:
+        """Remember a database that can be read and not written, until a write succeeds again."""
+        read_only = is_read_only(error)
+        if not read_only and not isinstance(problem, InsufficientStorage):
+            return
+        if self.unwritable != problem.detail:
+            logger.error("the database cannot be written: %s", problem.detail)
+        self.unwritable, self.read_only = problem.detail, read_only
+
+    async def try_writing(self) -> None:
+        """Write something that changes nothing, to see whether the database takes writes again.
+
+        Raises:
+            DatabaseUnavailable: it does not.
+            InsufficientStorage: its disk is still full.
+        """
+        same = update(STATE).where(STATE.c.id == 1).values(floor=STATE.c.floor)
+        await self.run(lambda connection: connection.execute(same) and None)
+        logger.info("the database can be written again")
+        self.unwritable, self.read_only = None, False
 
     def _once(
         self,
@@ -347,6 +385,10 @@ class Database:
                     connection.execution_options(
                         isolation_level="REPEATABLE READ", postgresql_readonly=True
                     )
+                else:
+                    # SQLAlchemy leaves False behind, which begins READ WRITE even where the
+                    # operator has made the database read-only.
+                    connection.connection.dbapi_connection.read_only = None  # type: ignore[union-attr]
             with contextlib.closing(connection.begin()) as transaction:
                 if lane is self._long and self.dialect == "postgresql":
                     # A cut connection alone would have PostgreSQL work on, for nobody.

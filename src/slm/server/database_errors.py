@@ -87,6 +87,14 @@ def is_full(error: DBAPIError) -> bool:
     return any(each in words for each in _FULL)
 
 
+def is_read_only(error: Exception) -> bool:
+    """Say whether a write failed because the database, or its file, is read-only."""
+    cause = getattr(error, "orig", error)
+    if isinstance(cause, sqlite3.Error):
+        return primary_code(cause) == sqlite3.SQLITE_READONLY
+    return getattr(cause, "sqlstate", None) == "25006"
+
+
 _SQLITE_AWAY: Final = frozenset(
     {
         sqlite3.SQLITE_BUSY,

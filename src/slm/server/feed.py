@@ -160,8 +160,12 @@ class ChangeFeed:
 
     @property
     def current(self) -> bool:
-        """Whether the last look whose whole effect was had is recent (protocol section 4)."""
-        return self.seconds_since_look <= self._behind_after_seconds
+        """Whether the last look whose whole effect was had is recent (protocol section 4).
+
+        A database that has become read-only, such as a standby, may be behind another one.
+        """
+        recent = self.seconds_since_look <= self._behind_after_seconds
+        return recent and not self._database.read_only
 
     @property
     def running(self) -> bool:

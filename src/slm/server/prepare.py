@@ -160,9 +160,14 @@ def is_ours(connection: Connection, name: str) -> bool:
     return bool(heads)
 
 
-def migrate(connection: Connection) -> None:
-    """Bring the tables to this version's, in the transaction of the connection."""
-    command.upgrade(_config(connection), "head")
+def migrate(connection: Connection, revision: str = "head") -> None:
+    """Bring the tables to this version's, in the transaction of the connection.
+
+    Args:
+        connection: in a transaction.
+        revision: how far; a test stops earlier.
+    """
+    command.upgrade(_config(connection), revision)
 
 
 # --- encryption keys ---

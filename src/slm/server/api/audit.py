@@ -65,7 +65,11 @@ async def list_audit(
     """List entries, the newest first; `before` goes on where a page ended."""
     wanted = AuditFilter(before, actor, agent, action)
     page = await services.audit.page(wanted, limit)
-    found = [vars(entry) | {"detail": _detail(entry.detail)} for entry in page.entries]
+    found = [
+        {name: _shown(value) for name, value in vars(entry).items()}
+        | {"detail": _detail(entry.detail)}
+        for entry in page.entries
+    ]
     return _answer({"entries": found, "next": page.following})
 
 
@@ -80,13 +84,21 @@ async def verify_audit(services: Parts, _: Admin, expect: FilterText | None = No
     return _answer({"whole": verdict.whole} | vars(verdict))
 
 
-def _detail(text: str) -> dict[str, Any]:
+def _shown(value: object) -> str | int | None:
+    """Return what can be shown of a column: whoever altered it may have changed its type."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    return value if value is None or isinstance(value, int) else str(value)
+
+
+def _detail(text: object) -> dict[str, Any]:
+    shown = _shown(text)
     try:
-        detail = json.loads(text)
+        detail = json.loads(str(shown))
     except ValueError:
         detail = None
     # Somebody may have altered it; then it is shown, and `verify` tells.
-    return detail if isinstance(detail, dict) else {"unreadable": text}
+    return detail if isinstance(detail, dict) else {"unreadable": shown}
 
 
 def _answer(body: dict[str, Any]) -> Response:
