@@ -252,6 +252,11 @@ def _is_none(message: _Message, name: str) -> bool:
     return getattr(message, name, ...) is None
 
 
+def storable(text: str, limit: int = 4096) -> str:
+    """Return a text as a message may hold it: cut, with what cannot be stored replaced."""
+    return text[:limit].encode(errors="replace").decode().replace("\x00", "\ufffd")
+
+
 def encode(message: ServerMessage | ClientMessage) -> str:
     """Return the message as one line of JSON; fields that are None and optional are left out."""
     if isinstance(message, Subscribe):

@@ -52,7 +52,7 @@ def fleet(
         output.print_json(told | {"backends": backends})
         return
     output.table(
-        ["BACKEND", "HOST:PID", "SDK", "STATE", "FOR", "REV", "LAG"],
+        ["BACKEND", "TOKEN", "HOST:PID", "SDK", "STATE", "FOR", "REV", "LAG"],
         [_row(each) for each in backends],
         right=["REV", "LAG"],
     )
@@ -132,6 +132,8 @@ def _held(backend: dict[str, Any], agent: Agent) -> dict[str, Any] | None:
     changed_at = agent.revision if agent.api_key_revision is None else agent.api_key_revision
     if backend["applied"] is None:
         why = "never says what it took (no acks)"
+    elif backend.get("truncated"):
+        why = "holds more keys than the server keeps count of"
     elif held is not None and held != agent.api_key_revision:
         why = f"still holds the key of revision {held}"
     elif backend["applied"] < changed_at:
@@ -168,6 +170,7 @@ def _row(backend: dict[str, Any]) -> list[str]:
             lag += f" ({backend['lag_ms'] / 1000:.1f} s)"
     return [
         f"[bold]{escape(backend['backend'])}[/]",
+        escape(backend["token"] or "–"),
         escape(f"{backend['host'] or '–'}:{backend['pid'] or '–'}"),
         escape(backend["version"] or "–"),
         _STATES.get(backend["state"], escape(backend["state"])),

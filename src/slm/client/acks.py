@@ -16,7 +16,7 @@ from slm.client.in_use import KeysInUse
 from slm.client.known import KnownAgent
 from slm.client.quiet import Quiet
 from slm.client.timings import Timings
-from slm.protocol import MAX_REASON, Ack, NotInForce, encode
+from slm.protocol import MAX_REASON, Ack, NotInForce, encode, storable
 
 KEY_DID_NOT_COME: Final = "the key did not come"
 _MAX_NAMED: Final = 5000
@@ -121,7 +121,7 @@ class Acks:
                     reason = KEY_DID_NOT_COME
             if reason is not None and len(not_in_force) < _MAX_NAMED:
                 not_in_force[agent_id] = NotInForce(
-                    revision=known.revision, reason=reason[:MAX_REASON]
+                    revision=known.revision, reason=storable(reason, MAX_REASON)
                 )
             _note_held_key(keys, agent_id, known)
         for agent_id, held in self._in_use.oldest().items():

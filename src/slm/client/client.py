@@ -32,7 +32,7 @@ from slm.client.sync import Synchroniser
 from slm.client.timings import Timings, check_seconds
 from slm.client.tls import ClientCert, TlsFiles
 from slm.errors import ConfigurationError, SLMError
-from slm.protocol import ClientInfo, Explanation
+from slm.protocol import ClientInfo, Explanation, storable
 
 _log = logging.getLogger("slm.client")
 _T = TypeVar("_T")
@@ -328,10 +328,10 @@ class SLMClient:
 
         host = socket.gethostname()
         return ClientInfo(
-            name=(self._name or host)[:128],
+            name=storable(self._name or host, 128),
             instance=self._instance,
             version=version("autobot-slm"),
-            host=host[:255],
+            host=storable(host, 255),
             pid=os.getpid(),
         )
 

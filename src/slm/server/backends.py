@@ -271,8 +271,13 @@ def identity(token: str, client: ClientInfo, otherwise: str) -> str:
         otherwise: what tells it from others where it names no instance.
     """
     if client.instance:
-        return json.dumps([token, client.name or "", client.instance])
-    return json.dumps([token, otherwise])
+        return _id(token, client.name or "", client.instance)
+    return _id(token, otherwise)
+
+
+def _id(*parts: str) -> str:
+    # Not joined by a character, which a name may hold.
+    return json.dumps(parts, ensure_ascii=False)
 
 
 _SharedAck = (

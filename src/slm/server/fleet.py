@@ -21,7 +21,7 @@ from typing import Any, Final, NamedTuple, TypeVar
 
 from slm.protocol import Ack, ClientInfo
 from slm.schemas import Agent
-from slm.server.backend_names import names_of
+from slm.server.backend_names import BackendNames
 from slm.server.backends import (
     RECEIPT_REVISIONS,
     Acked,
@@ -151,7 +151,7 @@ class Fleet:
         self._lapsed: dict[str, Lapse] = {}
         self._by_subscriber: dict[Subscriber, Backend] = {}
         self._current: dict[str, Subscriber] = {}
-        self._names: dict[str, str] | None = None
+        self._names = BackendNames(self._wholes)
         self._heads: list[int] = []
         self._head_times: list[float] = []
         self._numbers = itertools.count(1)
@@ -188,11 +188,12 @@ class Fleet:
         backend = self._own.get(key)
         if backend is None:
             backend = self._own[key] = Backend(key, client, token, self.replica, self.server)
-            self._names = None
+            self._names.anew()
         backend.client, backend.token, backend.view = client, token, subscriber.view
         backend.begin(self.head, self._clock())
         self._by_subscriber[subscriber] = backend
         self._current[key] = subscriber
+        self._names.changed(backend)
         self._changed(backend)
         self._forget_long_gone()
 
@@ -227,6 +228,7 @@ class Fleet:
             return
         del self._current[backend.id]
         backend.end(self.head, self._clock())
+        self._names.changed(backend)
         self._changed(backend)
 
     def close(self) -> None:
@@ -312,11 +314,13 @@ class Fleet:
             self._told_of[replica] = self._told_of.get(replica, 0) + 1
             backend = Backend(key, told.client, told.token, replica, told.server)
             self._others.setdefault(key, {})[replica] = backend
-            self._names = None
+            self._names.anew()
         before, known_since = backend.bytes, backend.known_since
         backend.take_over(told, offset_seconds)
         if backend.known_since != known_since:
-            self._names = None
+            self._names.anew()
+        else:
+            self._names.changed(backend)
         self._grown(backend.bytes - before)
         self._tell(key)
 
@@ -329,11 +333,14 @@ class Fleet:
         """
         alive, said = set(live), lapsed or {}
         now = Lapse(self.head, self._clock())
+        before = self._lapsed.keys()
         self._lapsed = {
             replica: said.get(replica) or self._lapsed.get(replica) or now
             for replica in self._told_of
             if replica not in alive
         }
+        if before != self._lapsed.keys():
+            self._names.anew()
 
     def forget_replica(self, replica: str) -> None:
         """Forget what a replica told that has been away for too long."""
@@ -343,7 +350,7 @@ class Fleet:
                 self.ack_bytes -= backend.bytes
                 if not at_replicas:
                     del self._others[key]
-                self._names = None
+                self._names.anew()
         self._told_of.pop(replica, None)
 
     def look(self, waiter: Waiter) -> None:
@@ -360,9 +367,7 @@ class Fleet:
 
     def name_of(self, backend: Backend) -> str:
         """Return what a backend is shown as: its own name, unless another token had it first."""
-        if self._names is None or backend.id not in self._names:
-            self._names = names_of(self._wholes())
-        return self._names.get(backend.id, backend.name)
+        return self._names.of(backend)
 
     def subscriber(self, key: str) -> Subscriber | None:
         """Return the connection of a backend that listens here."""
@@ -564,7 +569,7 @@ class Fleet:
         for backend in (*at_replicas.values(), *([own] if own is not None else [])):
             self.ack_bytes -= backend.bytes
         self.dirty.discard(key)
-        self._names = None
+        self._names.anew()
 
 
 def _milliseconds(at: float, subject: Subject) -> float:

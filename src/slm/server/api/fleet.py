@@ -18,7 +18,7 @@ from slm.server.api.common import (
     problem_responses,
     sees_today,
 )
-from slm.server.api.parameters import FilterText, RevisionPath
+from slm.server.api.parameters import BackendName, FilterText, RevisionPath
 from slm.server.api.waiting import Wait, named_for
 
 router = APIRouter(prefix="/api", route_class=SLMRoute, tags=["fleet"])
@@ -45,7 +45,7 @@ async def get_fleet(services: Parts, caller: Reader) -> Response:
     responses=problem_responses(*KEYED_PROBLEMS, BackendNotFound, BackendSilent),
 )
 async def explain(
-    services: Parts, caller: Reader, agent_id: FilterText, backend: FilterText
+    services: Parts, caller: Reader, agent_id: FilterText, backend: BackendName
 ) -> Explanation:
     """Ask a connected backend how it resolves an agent now, every step of its chain."""
     if caller.view.is_limited:

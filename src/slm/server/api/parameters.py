@@ -47,6 +47,13 @@ FilterText = Annotated[
     Query(max_length=256, json_schema_extra={"pattern": WITHOUT_NUL}),
     AfterValidator(_searchable),
 ]
+BackendName = Annotated[
+    str,
+    Query(max_length=512, json_schema_extra={"pattern": WITHOUT_NUL}),
+    AfterValidator(_searchable),
+]
+"""What a backend is shown as: its name, its instance and perhaps its token's name."""
+
 Revision = Annotated[int, Query(ge=0, le=MAX_INTEGER)]
 RevisionPath = Annotated[int, Path(ge=1, le=MAX_INTEGER)]
 RowIdPath = Annotated[int, Path(ge=0, le=MAX_INTEGER)]

@@ -164,7 +164,7 @@ class _Conversation:
                 self._services.fleet.acked(self.subscriber, said)
             else:
                 self._services.fleet.acked(self.subscriber, said, waited.at, missed=waited.missed)
-        elif len(text.encode()) > MAX_FRAME_BYTES:
+        elif waited is None and len(text.encode()) > MAX_FRAME_BYTES:
             self.subscriber.sink.end(1009, "too big")
         elif said is None:
             self._complain(wrong)
