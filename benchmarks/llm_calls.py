@@ -68,7 +68,7 @@ async def _measure(options: Options) -> dict[str, Any]:
                     api_key="sk-bench",
                     base_url=endpoint,
                     max_retries=0,
-                    http_client=(await connections.current()).httpx2_client(),
+                    http_client=(await connections.current()).httpx2_client(endpoint),
                     timeout=None,
                 )
 

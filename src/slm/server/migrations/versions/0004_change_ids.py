@@ -37,7 +37,7 @@ def upgrade() -> None:
     for name, at in (("floor_id", "floor"), ("before_id", "revision - 1"), ("head_id", "revision")):
         connection.execute(
             sa.text(
-                f"UPDATE state SET {name} = coalesce((SELECT change_id FROM changes"  # noqa: S608 # nosec B608
+                f"UPDATE state SET {name} = coalesce((SELECT change_id FROM changes"  # noqa: S608
                 f" WHERE changes.revision = state.{at}), floor_id)"
             )
         )
