@@ -36,6 +36,9 @@ Traceparent = Annotated[str, Field(max_length=128)]
 
 Revision = Annotated[StrictInt, Field(ge=0, le=2**63 - 1)]
 
+ChangeId = Annotated[str, Field(max_length=128)]
+"""Tells the change of a revision from any other of that number, such as after a failover."""
+
 
 class _Message(BaseModel):
     model_config = ConfigDict(
@@ -64,11 +67,12 @@ class ClientInfo(_Message):
 
 
 class Subscribe(_Message):
-    """Ask for live changes; with `since` and its epoch, for every change after it first."""
+    """Ask for live changes; with `since`, its epoch and its id, for every change after it first."""
 
     subscribe: Literal["agent_config"]
     since: Revision | None = None
     epoch: Annotated[str, Field(max_length=128)] | None = None
+    change_id: ChangeId | None = None
     client: ClientInfo | None = None
 
 
@@ -136,13 +140,18 @@ ClientMessage = Subscribe | Ack | Explained
 
 
 class Subscribed(_Message):
-    """The first answer: what follows starts after `revision`; a heartbeat every `heartbeat` s."""
+    """The first answer: what follows starts after `revision`; a heartbeat every `heartbeat` s.
+
+    `head`: who has been told everything up to it is live.
+    """
 
     type: Literal["subscribed"] = "subscribed"
     channel: Literal["agent_config"] = "agent_config"
     revision: Revision
     epoch: str
     heartbeat: float
+    head: Revision | None = None
+    change_id: ChangeId | None = None
 
 
 class AgentChanged(_Message):
@@ -151,6 +160,7 @@ class AgentChanged(_Message):
     type: Literal["agent_config_changed", "agent_created"]
     agent_id: str
     revision: Revision
+    change_id: ChangeId | None = None
     config: AgentConfig
     traceparent: Traceparent | None = None
 
@@ -161,6 +171,7 @@ class AgentDeleted(_Message):
     type: Literal["agent_deleted"] = "agent_deleted"
     agent_id: str
     revision: Revision
+    change_id: ChangeId | None = None
     traceparent: Traceparent | None = None
 
 
@@ -171,6 +182,7 @@ class Resync(_Message):
     revision: Revision
     epoch: str
     reason: str
+    change_id: ChangeId | None = None
 
 
 class Heartbeat(_Message):
@@ -179,6 +191,7 @@ class Heartbeat(_Message):
     type: Literal["heartbeat"] = "heartbeat"
     revision: Revision
     behind: StrictBool = False
+    change_id: ChangeId | None = None
 
 
 class Explain(_Message):
@@ -200,13 +213,20 @@ class Error(_Message):
 ServerMessage = Subscribed | AgentChanged | AgentDeleted | Resync | Heartbeat | Explain | Error
 
 
+_LEFT_OUT: Final = ("change_id", "head", "traceparent")
+
+
+def _is_none(message: _Message, name: str) -> bool:
+    return getattr(message, name, ...) is None
+
+
 def encode(message: ServerMessage | ClientMessage) -> str:
     """Return the message as one line of JSON; fields that are None and optional are left out."""
     if isinstance(message, Subscribe):
         return message.model_dump_json(exclude_none=True)
-    if isinstance(message, AgentChanged | AgentDeleted) and message.traceparent is None:
-        return message.model_dump_json(exclude={"traceparent"})
-    return message.model_dump_json()
+    if isinstance(message, Ack | Explained | Explain | Error):
+        return message.model_dump_json()
+    return message.model_dump_json(exclude={name for name in _LEFT_OUT if _is_none(message, name)})
 
 
 def parse_server_message(text: str) -> ServerMessage | None:

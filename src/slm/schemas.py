@@ -211,10 +211,14 @@ class AgentList(_Read):
 
 
 class Snapshot(_Read):
-    """The answer of GET /api/snapshot: all that a backend needs to start, at one revision."""
+    """The answer of GET /api/snapshot: all that a backend needs to start, at one revision.
+
+    `change_id` tells the change of that revision from any other of its number.
+    """
 
     revision: int
     epoch: str
+    change_id: str | None = None
     agents: list[LLMConfigWithKey]
 
 

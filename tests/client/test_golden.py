@@ -67,7 +67,7 @@ async def test_the_golden_stream_is_followed() -> None:
 
 
 async def test_the_client_subscribes_as_the_document_says() -> None:
-    """First plainly and by name, then with `since` and its epoch: the golden fields, no others."""
+    """First plainly and by name, then with the position: the golden fields, no others."""
 
     async def first(peer: Peer) -> None:
         await peer.say(SERVER["subscribed"] | {"heartbeat": 0.5})
@@ -85,9 +85,10 @@ async def test_the_client_subscribes_as_the_document_says() -> None:
             await eventually(lambda: client.status is ClientStatus.LIVE)
     golden = GOLDEN["client"]["subscribe_since"]
     plain, resumed = slm.subscriptions
-    assert plain.keys() == golden.keys() - {"since", "epoch"}
+    assert plain.keys() == golden.keys() - {"since", "epoch", "change_id"}
     assert resumed.keys() == golden.keys()
     assert (resumed["since"], resumed["epoch"]) == (42, EPOCH)
+    assert resumed["change_id"] == SERVER["subscribed"]["change_id"]
     assert resumed["client"].keys() == golden["client"].keys()
     assert resumed["client"]["name"] == "billing-backend"
     assert slm.snapshots == 1

@@ -14,7 +14,7 @@ from tests.faults.subscriber import CONFIG_FIELDS
 TENTH: Final[dict[str, float]] = {
     "backoff_initial_seconds": 0.05,
     "backoff_max_seconds": 3.0,
-    "healthy_seconds": 6.0,
+    "healthy_seconds": 0.2,
     "refused_retry_seconds": 1.0,
     "ping_interval_seconds": 2.0,
     "request_timeout_seconds": 2.0,

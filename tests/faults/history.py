@@ -37,6 +37,7 @@ class Connection:
         frames: the parsed frames.
         limited: whether its token sees some agents only (section 4, point 8).
         snapshots: whether it may resume from a snapshot newer than the last frame it got.
+        change_id: which change `since` was; None where it said only the number.
     """
 
     name: str = "connection"
@@ -45,6 +46,7 @@ class Connection:
     frames: list[Frame] = field(default_factory=list)
     limited: bool = False
     snapshots: bool = False
+    change_id: str | None = None
 
 
 def violations(
@@ -58,7 +60,8 @@ def violations(
     Each frame is of its type's shape and without a key; ordered and unique (each change is the one
     after the last), no gaps between resyncs, resumable (`since` is answered from there or by a
     resync that was to be expected), a heartbeat never ahead, no revision that falls within an
-    epoch, and nothing that was not committed.
+    epoch, and nothing that was not committed. Each position is one change, whichever frame names
+    it, and a resync right after `subscribed` names the same one.
 
     Args:
         connections: every connection of the subscriber, oldest first.
@@ -105,10 +108,36 @@ def final_position(connections: Sequence[Connection]) -> tuple[str, int] | None:
     return None if last is None else (last.epoch, last.revision)
 
 
+def untold_losses(
+    connections: Sequence[Connection], survived: Mapping[int, str], *, floor: int = 0
+) -> list[str]:
+    """Return the changes that one subscriber was shown, that are lost, and that no resync followed.
+
+    Args:
+        connections: every connection of the subscriber, oldest first.
+        survived: by revision, the change id of what the database holds in the end.
+        floor: what is compacted away up to here is not known to be lost.
+    """
+    lost: list[str] = []
+    for connection in connections:
+        for frame in filter(_is_of_its_type, connection.frames):
+            revision = frame.get("revision", 0)
+            if frame.get("type") == "resync":
+                lost.clear()
+            elif (
+                frame.get("type") in CHANGES
+                and revision > floor
+                and survived.get(revision) != frame.get("change_id")
+            ):
+                lost.append(f"{connection.name}: revision {revision} was lost, and no resync")
+    return lost
+
+
 @dataclass
 class _Position:
     epoch: str
     revision: int
+    change_id: str | None = None
 
 
 class _Checker:
@@ -153,17 +182,25 @@ class _Checker:
 
     def subscribed(self, frames: Sequence[Frame]) -> None:
         first = frames[0]
-        here = self.position = _Position(first["epoch"], first["revision"])
+        here = self.position = _Position(first["epoch"], first["revision"], first.get("change_id"))
+        if first.get("head", here.revision) < here.revision:
+            self.wrong(0, f"the head {first['head']} is before the start at {here.revision}")
         asked = self.connection.since
         second = frames[1] if len(frames) > 1 else {}
         resync = second.get("type") == "resync" and _is_of_its_type(second)
         if resync:
-            if (second["revision"], second["epoch"]) != (here.revision, here.epoch):
+            named = _Position(second["epoch"], second["revision"], second.get("change_id"))
+            if named != here:
                 self.wrong(1, "subscribed and the resync after it name different positions")
         elif asked is not None and self.connection.epoch != here.epoch:
             self.wrong(0, "the epoch changed without a resync")
         elif asked is not None and here.revision != asked:
             self.wrong(0, f"asked for what follows {asked}, it starts at {here.revision}")
+        elif (
+            None not in (asked, self.connection.change_id, here.change_id)
+            and self.connection.change_id != here.change_id
+        ):
+            self.wrong(0, f"asked for what follows {asked}, it starts after another change")
         before = self.before
         if before is None or before.epoch != here.epoch:
             return
@@ -187,7 +224,9 @@ class _Checker:
                 self.wrong(number, f"revision {revision} was never committed")
             elif truth != frame and not self.connection.limited:
                 self.wrong(number, f"revision {revision} is not what was committed")
-        self.position.revision = max(revision, self.position.revision)
+        if revision > self.position.revision:
+            self.position.revision = revision
+            self.position.change_id = frame.get("change_id")
 
     def beat(self, number: int, frame: Frame) -> None:
         assert self.position is not None
@@ -197,10 +236,15 @@ class _Checker:
         if revision > self.position.revision:
             if self.connection.limited:
                 self.position.revision = revision
+                self.position.change_id = frame.get("change_id")
             else:
                 self.wrong(
                     number, f"a heartbeat names {revision}, sent is {self.position.revision}"
                 )
+        elif (
+            revision == self.position.revision and frame.get("change_id") != self.position.change_id
+        ):
+            self.wrong(number, f"a heartbeat names another change as {revision}")
         self.heartbeat = max(self.heartbeat, revision)
 
     def resync(self, number: int, frame: Frame) -> None:
@@ -210,7 +254,7 @@ class _Checker:
         same = frame["epoch"] == self.position.epoch
         if same and frame["revision"] < self.position.revision:
             self.wrong(number, f"a resync goes back to {frame['revision']} in the same epoch")
-        self.position = _Position(frame["epoch"], frame["revision"])
+        self.position = _Position(frame["epoch"], frame["revision"], frame.get("change_id"))
         self.heartbeat = -1
 
     def wrong(self, number: int, what: str) -> None:

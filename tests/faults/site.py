@@ -90,11 +90,11 @@ class Site:
 
     def _frames(self) -> Iterator[tuple[str, Frame]]:
         rows = self.rows(
-            "SELECT state.epoch, changes.revision, type, agent FROM changes, state"
+            "SELECT state.epoch, changes.revision, type, agent, change_id FROM changes, state"
             " ORDER BY changes.revision"
         )
-        for epoch, revision, kind, agent in rows:
-            yield epoch, wire_frame(kind, revision, agent)
+        for epoch, revision, kind, agent, change_id in rows:
+            yield epoch, wire_frame(kind, revision, agent, change_id)
 
     def rows(self, statement: str) -> list[tuple[Any, ...]]:
         """Return the rows of a statement, asked of the database itself."""
@@ -106,10 +106,15 @@ class Site:
             return connection.execute(statement.encode()).fetchall()
 
 
-def wire_frame(kind: str, revision: int, agent: str) -> Frame:
+def wire_frame(kind: str, revision: int, agent: str, change_id: str) -> Frame:
     """Return the change frame of docs/protocol.md section 4 for a row of `changes`."""
     data = Agent.model_validate_json(agent).model_dump(mode="json")
-    frame = {"type": kind, "agent_id": data["agent_id"], "revision": revision}
+    frame = {
+        "type": kind,
+        "agent_id": data["agent_id"],
+        "revision": revision,
+        "change_id": change_id,
+    }
     if kind != "agent_deleted":
         frame["config"] = {name: data[name] for name in CONFIG_FIELDS}
     return frame

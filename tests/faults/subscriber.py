@@ -64,6 +64,7 @@ class Subscriber:
         self.arrivals: dict[int, float] = {}
         self.epoch: str | None = None
         self.revision = 0
+        self.change_id: str | None = None
         self._http = http
         self._url = url if callable(url) else lambda: url
         self._headers = {"Authorization": f"Bearer {token}"}
@@ -124,6 +125,7 @@ class Subscriber:
             connection = Connection(f"{self.name} connection {len(self.connections)}")
             if self.epoch is not None:
                 connection.since, connection.epoch = self.revision, self.epoch
+                connection.change_id = self.change_id
             try:
                 await self._connect(connection)
             except aiohttp.WSServerHandshakeError as error:
@@ -145,6 +147,8 @@ class Subscriber:
             ask["client"] = {"name": "subscriber", "instance": self.name}
             if connection.since is not None:
                 ask |= {"since": connection.since, "epoch": connection.epoch}
+            if connection.change_id is not None:
+                ask["change_id"] = connection.change_id
             await ws.send_str(json.dumps(ask))
             self._ws = ws
             while True:
@@ -170,13 +174,14 @@ class Subscriber:
                     self._known.clear()
                 self._snapshot_needed = self._believes
             self.epoch, self.revision = frame["epoch"], frame["revision"]
+            self.change_id = frame.get("change_id")
             if self._snapshot_needed:
                 self._tasks = [task for task in self._tasks if not task.done()]
                 self._tasks.append(asyncio.create_task(self._snapshot(url, connection)))
         elif kind == "heartbeat":
             self.behind = frame["behind"]
         elif kind in CHANGES:
-            self.revision = frame["revision"]
+            self.revision, self.change_id = frame["revision"], frame.get("change_id")
             self.arrivals.setdefault(self.revision, time.monotonic())
             self._apply(frame["agent_id"], frame["revision"], frame.get("config"))
 

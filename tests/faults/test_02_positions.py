@@ -23,9 +23,9 @@ async def test_every_position(site: Site, http: aiohttp.ClientSession) -> None:
         await operator.create("billing")
         for n in range(20):
             head = await operator.set("billing", llm_model=f"m{n}")
-        rows = await rows_of(server, "SELECT revision, type, agent FROM changes")
+        rows = await rows_of(server, "SELECT revision, type, agent, change_id FROM changes")
         epoch = server.running.services.feed.epoch
-        committed = {(epoch, r): wire_frame(kind, r, agent) for r, kind, agent in rows}
+        committed = {(epoch, r): wire_frame(kind, r, agent, i) for r, kind, agent, i in rows}
         await compact(server.running.services.database, keep=8, batch=5)
         floor = head - 8
 

@@ -67,10 +67,11 @@ async def test_default_is_an_alias_in_one_place_only(admin: Api) -> None:
 
 
 async def test_an_unchanged_agent_is_not_sent_again(admin: Api) -> None:
-    """The ETag is the agent's revision; If-None-Match with it answers 304 without a body."""
+    """The ETag is the epoch and the agent's revision; If-None-Match with it answers 304."""
     etag = (await admin.create("a")).headers["ETag"]
     answer = await admin.get("/api/agents/a")
-    assert answer.headers["ETag"] == etag == f'"{answer.json["revision"]}"'
+    epoch = answer.headers["SLM-Epoch"]
+    assert answer.headers["ETag"] == etag == f'"{epoch}-{answer.json["revision"]}"'
     for same in (etag, f"W/{etag}", f'"0", {etag}', "*"):
         unchanged = await admin.get("/api/agents/a", headers={"If-None-Match": same})
         assert (unchanged.status, unchanged.body) == (304, b"")

@@ -83,6 +83,35 @@ async def test_a_backup_is_the_database_at_one_moment(here: Settings, tmp_path: 
         assert (await restored.registry.llm("billing"))[0].llm_api_key == SecretStr("sk-canary")
 
 
+async def test_no_write_waits_for_a_backup(here: Settings, tmp_path: Path) -> None:
+    """Each is over long before the copy is, and the copy is of the moment when it began."""
+    async with serving(here) as store:
+        await store.registry.create(new_agent(), actor="tester")
+        fill = (
+            "WITH RECURSIVE n(i) AS (SELECT 3 UNION ALL SELECT i + 1 FROM n WHERE i < 15000)"
+            " INSERT INTO changes (revision, type, agent_id, agent, was_default, actor, comment,"
+            " created_at) SELECT i, type, agent_id, agent || printf('%1000s', ' '), was_default,"
+            " actor, comment, created_at FROM changes, n WHERE revision = 2"
+        )
+        await store.sql(fill)
+        await store.sql("UPDATE state SET revision = 15000")
+        copying = asyncio.create_task(backup(store.database, tmp_path / "copy.db"))
+        during = 0
+        while not copying.done():
+            began = asyncio.get_running_loop().time()
+            change = AgentUpdate(llm_timeout=during % 100 + 1)
+            await store.registry.update("billing", change, actor="tester")
+            assert asyncio.get_running_loop().time() - began < 1, "far more than a write takes"
+            during += not copying.done()
+        await copying
+        assert during >= 3
+    with contextlib.closing(sqlite3.connect(tmp_path / "copy.db")) as connection:
+        assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        [head] = connection.execute("SELECT revision FROM state").fetchone()
+        assert connection.execute("SELECT max(revision) FROM changes").fetchone() == (head,)
+        assert 15000 <= head < 15000 + during
+
+
 async def test_a_backup_replaces_nothing(here: Settings, tmp_path: Path) -> None:
     """A file that is there, a link to nowhere or a missing folder: refused, nothing written."""
     there, link = tmp_path / "there", tmp_path / "link"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -149,7 +148,7 @@ async def test_changes_that_are_gone_are_loaded_over(services: Services) -> None
         connection.execute(update(STATE).values(floor=3))
 
     await services.database.run(compact)
-    services.feed._task = asyncio.create_task(services.feed._follow())
+    services.feed.follow()
     await eventually(lambda: services.feed.position == 4)
     assert [agent.agent_id for agent in services.catalog.agents()] == ["default", "a", "b", "c"]
     await eventually(lambda: len(listener.texts) == 2)
@@ -168,7 +167,7 @@ async def test_a_hole_in_the_changes_is_never_passed_over(services: Services) ->
         connection.execute(update(CHANGES).where(CHANGES.c.revision == 3).values(agent="{}"))
 
     await services.database.run(spoil)
-    services.feed._task = asyncio.create_task(services.feed._follow())
+    services.feed.follow()
     await eventually(lambda: services.feed.position == 4)
     await eventually(lambda: len(listener.texts) == 2)
     assert '"resync"' in listener.texts[1]
@@ -183,7 +182,7 @@ async def test_too_far_behind_it_loads_everything(
     await services.feed.stop()
     for number in range(5):
         await create(services, f"a{number}")
-    services.feed._task = asyncio.create_task(services.feed._follow())
+    services.feed.follow()
     await eventually(lambda: services.feed.position == 6)
     await eventually(lambda: len(listener.texts) == 2)
     assert '"resync"' in listener.texts[1]
@@ -198,7 +197,7 @@ async def test_a_burst_goes_out_whole_and_in_order(services: Services) -> None:
     for number in range(100):
         update_ = AgentUpdate(llm_model=f"m{number}", llm_options=filler)
         await services.registry.update("default", update_, actor="test")
-    services.feed._task = asyncio.create_task(services.feed._follow())
+    services.feed.follow()
     await eventually(lambda: len(listener.texts) == 101)
     assert [f'"m{number}"' in listener.texts[number + 1] for number in range(100)] == [True] * 100
 

@@ -33,7 +33,12 @@ async def history(server: InLoopServer) -> list[dict[str, Any]]:
         frames = []
         for row in connection.execute(select(CHANGES).order_by(CHANGES.c.revision)):
             agent = json.loads(row.agent)
-            frame = {"type": row.type, "agent_id": row.agent_id, "revision": row.revision}
+            frame = {
+                "type": row.type,
+                "agent_id": row.agent_id,
+                "revision": row.revision,
+                "change_id": row.change_id,
+            }
             if row.type != "agent_deleted":
                 names = GOLDEN["server"]["agent_config_changed"]["config"]
                 frame["config"] = {name: agent[name] for name in names}
@@ -48,7 +53,9 @@ def test_frames_are_the_golden_messages(name: str) -> None:
     """A change of the golden file is encoded as it stands there, to the letter."""
     golden = GOLDEN["server"][name]
     agent = GOLDEN["http"]["agent"] | golden.get("config", {}) | {"agent_id": golden["agent_id"]}
-    change = CommittedChange(golden["revision"], name, Agent.model_validate(agent))
+    change = CommittedChange(
+        golden["revision"], name, Agent.model_validate(agent), change_id=golden["change_id"]
+    )
     assert json.loads(encode_change(change)) == golden
 
 
@@ -63,6 +70,8 @@ async def test_live_changes_from_now_on(admin: Api, backend: Api) -> None:
             "revision": 2,
             "epoch": (await admin.get("/api/agents")).headers["SLM-Epoch"],
             "heartbeat": 2.0,
+            "head": 2,
+            "change_id": (await history(admin.server))[-1]["change_id"],
         }
         await admin.create("a", llm_provider="openai", llm_api_key="sk-canary-frame")
         await admin.put("a", is_default=True)
@@ -101,7 +110,7 @@ async def test_a_burst_is_one_write_to_each_stream_and_one_message_a_change(
         for number in range(5):
             change = AgentUpdate(llm_model=f"m{number}")
             await services.registry.update("default", change, actor="test")
-        services.feed._task = asyncio.create_task(services.feed._follow())
+        services.feed.follow()
         for socket in (one, two, three):
             assert [f["revision"] for f in await socket.until(6)] == [2, 3, 4, 5, 6]
         assert list(writes.values()) == [[5], [5], [5]]
@@ -192,6 +201,7 @@ async def test_resync_where_since_cannot_be_resumed(admin: Api) -> None:
                 "revision": head,
                 "epoch": epoch,
                 "reason": reason,
+                "change_id": subscribed["change_id"],
             }
             await admin.put("default", description=reason + str(since))
             head += 1
@@ -217,6 +227,7 @@ async def test_a_new_epoch_moves_every_stream(admin: Api) -> None:
                 "revision": 1,
                 "epoch": "feedbeef",
                 "reason": "epoch",
+                "change_id": (await history(admin.server))[0]["change_id"],
             }
         await admin.put("default", llm_model="new")
         assert (await one.next())["revision"] == 2
@@ -250,17 +261,23 @@ async def test_heartbeats_name_what_was_sent(
     async with running_server(tmp_path, heartbeat_seconds=0.02) as server:
         admin = Api(server, session, server.admin_token)
         async with admin.stream() as socket:
-            sent = (await socket.frame())["revision"]
+            frame = await socket.frame()
+            sent, change_id = frame["revision"], frame["change_id"]
             writes = asyncio.create_task(_write_some(admin, 20))
             beats = 0
             while sent < 21 or beats < 5:
                 frame = await socket.frame()
                 if frame["type"] == "heartbeat":
-                    assert frame == {"type": "heartbeat", "revision": sent, "behind": False}
+                    assert frame == {
+                        "type": "heartbeat",
+                        "revision": sent,
+                        "behind": False,
+                        "change_id": change_id,
+                    }
                     beats += 1
                 else:
                     assert frame["revision"] == sent + 1
-                    sent += 1
+                    sent, change_id = sent + 1, frame["change_id"]
             await writes
 
 

@@ -91,7 +91,7 @@ class Api:
         *,
         body: Mapping[str, Any] | None = None,
         params: Mapping[str, str | int] | None = None,
-        if_match: int | None = None,
+        if_match: int | str | None = None,
     ) -> Answer:
         """Make one request.
 
@@ -100,7 +100,8 @@ class Api:
             path: from the root, already percent-encoded.
             body: what to send as JSON.
             params: the query.
-            if_match: the revision that the agent must be at (RFC 9110, If-Match).
+            if_match: the revision that the agent must be at, or the text of its ETag, which names
+                the epoch too (RFC 9110, If-Match).
 
         Raises:
             ProblemError: the server refused; the class and the text are the server's own.
@@ -156,7 +157,11 @@ class Api:
             raise unreachable(self.target, error) from None
 
     async def agent(self, agent_id: str) -> Agent:
-        """Return the agent of exactly this id.
+        """Return the agent of exactly this id; arguments and errors: `agent_and_version`."""
+        return (await self.agent_and_version(agent_id))[0]
+
+    async def agent_and_version(self, agent_id: str) -> tuple[Agent, str]:
+        """Return the agent of exactly this id, and what an If-Match names it as.
 
         Through the list: the path /api/agents/default answers whichever agent is the default.
 
@@ -164,10 +169,11 @@ class Api:
             AgentNotFound: there is none, or the token cannot see it.
         """
         listed = await self.call("GET", "/api/agents", params={"agent_id": agent_id})
-        found = [agent for agent in parsed(AgentList, listed).agents if agent.agent_id == agent_id]
-        if not found:
-            raise AgentNotFound(f"there is no agent {agent_id!r} at {self.target.url}")
-        return found[0]
+        agents = parsed(AgentList, listed)
+        for agent in agents.agents:
+            if agent.agent_id == agent_id:
+                return agent, f"{agents.epoch}-{agent.revision}"
+        raise AgentNotFound(f"there is no agent {agent_id!r} at {self.target.url}")
 
 
 def call(

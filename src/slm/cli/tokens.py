@@ -142,12 +142,25 @@ def revoke(
     token: Annotated[str, typer.Argument(metavar="ID|NAME", help="Its number, or its name.")],
     as_json: Json = False,
 ) -> None:
-    """Refuse a token from now on; its open streams are closed on every server."""
+    """Refuse a token from now on; its open streams are closed on every server.
+
+    Exits with 1 where a server has not confirmed within two seconds that it refuses the token.
+    """
     revoked = asyncio.run(_revoke(target, token))
+    unconfirmed = revoked.get("unconfirmed", [])
     if as_json:
         output.print_json(revoked)
-        return
-    output.say(f"Revoked token {revoked['id']} {revoked['name']!r}.")
+    else:
+        output.say(f"Revoked token {revoked['id']} {revoked['name']!r}.")
+    if unconfirmed is None:
+        output.warning("the other servers could not be asked whether they refuse it already")
+    elif unconfirmed:
+        output.warning(
+            f"not confirmed yet by {', '.join(unconfirmed)}: a server that cannot reach the"
+            " database accepts the token for reads until SLM_MAX_OUTAGE_SECONDS are over; stop it"
+        )
+    if unconfirmed != []:
+        raise typer.Exit(1)
 
 
 async def _revoke(target: Target, wanted: str) -> dict[str, Any]:

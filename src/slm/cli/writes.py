@@ -285,11 +285,11 @@ async def _update(
     """
     async with Api(target) as api:
         for attempt in range(_RETRIES_ON_CONFLICT):
-            old = await api.agent(agent_id)
+            old, version = await api.agent_and_version(agent_id)
             asked = dict(body)
             if option:
                 asked["llm_options"] = merged(old.llm_options, option)
-            expected = old.revision if if_match is None else if_match
+            expected = version if if_match is None else if_match
             try:
                 return old, await api.call(
                     "PUT", agent_path(agent_id), body=asked, if_match=expected

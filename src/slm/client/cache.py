@@ -70,6 +70,7 @@ class AgentConfigCache:
         self._unsettled: dict[str, KnownAgent] = {}
         self._tombstones: dict[str, int] = {}
         self._streamed = 0
+        self._heard: tuple[int, str | None] = (0, None)
         self._base = 0
         self._all_confirmed_at: float | None = None
         self._by_hand: dict[str, tuple[dict[str, Any], float]] = {}
@@ -111,6 +112,15 @@ class AgentConfigCache:
     def position(self) -> int:
         """The revision that the SLM's answers may not be older than."""
         return self._streamed
+
+    @property
+    def heard(self) -> tuple[int, str | None]:
+        """Where the stream stands, and which change it heard there: what can be resumed.
+
+        A snapshot may be newer. It is not resumed from, since nothing says that it is of the same
+        line of changes as what was heard: after a failover a database may have another.
+        """
+        return self._heard
 
     def known_revision(self, agent_id: str) -> int:
         """Return up to which revision this agent is known, its absence too; -1 for not at all."""
@@ -167,7 +177,7 @@ class AgentConfigCache:
             self._all_confirmed_at = self.clock()
         self.live = live
 
-    def begin(self, epoch: str, revision: int) -> None:
+    def begin(self, epoch: str, revision: int, change_id: str | None = None) -> None:
         """Start over at `revision` of `epoch`: what is held goes on being served until replaced.
 
         After a plain subscription, a `resync` or word of another epoch. A snapshot must follow;
@@ -179,12 +189,21 @@ class AgentConfigCache:
         self.synced = False
         self._tombstones.clear()
         self._streamed = self._base = revision
+        self._heard = revision, change_id
 
-    def advance(self, revision: int) -> None:
-        """Note that the stream has passed everything up to `revision`."""
+    def advance(self, revision: int, change_id: str | None = None) -> None:
+        """Note that the stream has passed everything up to `revision`, which is that change."""
+        if revision > self._heard[0] or (revision == self._heard[0] and change_id is not None):
+            self._heard = revision, change_id
         self._streamed = max(self._streamed, revision)
         if self.synced:
             self.revision = self._streamed
+
+    def contradicts(self, snapshot: Snapshot | ReceivedSnapshot) -> bool:
+        """Say whether a snapshot is of another life of the database than what was heard."""
+        revision, change_id = self._heard
+        another = None not in (change_id, snapshot.change_id) and change_id != snapshot.change_id
+        return snapshot.epoch != self.epoch or (snapshot.revision == revision and another)
 
     def apply_snapshot(self, snapshot: Snapshot | ReceivedSnapshot) -> list[str]:
         """Take over a snapshot, where it is newer; return the agents whose config was swapped.
@@ -192,8 +211,8 @@ class AgentConfigCache:
         Its list of agents is empty afterwards: each row makes room for what is kept of it, so that
         the heap does not have to hold all of both.
         """
-        if snapshot.epoch != self.epoch:
-            self.begin(snapshot.epoch, snapshot.revision)
+        if self.contradicts(snapshot):
+            self.begin(snapshot.epoch, snapshot.revision, snapshot.change_id)
         if snapshot.revision < self._base:
             return []  # deletes that it does not know of are no longer remembered here
         swapped = []
@@ -288,6 +307,7 @@ class AgentConfigCache:
         revision: int,
         complete: bool,
         age_seconds: float,
+        change_id: str | None = None,
     ) -> None:
         """Start from a snapshot file: all of it stale; entries that lack their key are left out.
 
@@ -297,8 +317,9 @@ class AgentConfigCache:
             revision: up to which the file was complete.
             complete: whether a client may resume from there without a snapshot.
             age_seconds: how long ago the file was written.
+            change_id: which change `revision` was.
         """
-        self.begin(epoch, revision)
+        self.begin(epoch, revision, change_id)
         confirmed_at = self.clock() - age_seconds
         for agent in agents:
             if agent.llm_api_key is None and agent.api_key_revision is not None:

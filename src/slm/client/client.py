@@ -370,6 +370,7 @@ class SLMClient:
                 revision=loaded.revision,
                 complete=loaded.complete,
                 age_seconds=loaded.age_seconds,
+                change_id=loaded.change_id,
             )
 
     def _contents(self) -> Contents | None:
@@ -378,7 +379,8 @@ class SLMClient:
         if cache.epoch is None or not cache.synced:
             return None
         complete = not cache.keys_awaited()
-        return Contents(cache.everything(), cache.epoch, cache.revision, complete)
+        revision, change_id = cache.heard
+        return Contents(cache.everything(), cache.epoch, revision, complete, change_id)
 
 
 def _running_loop() -> asyncio.AbstractEventLoop | None:

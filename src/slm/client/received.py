@@ -42,4 +42,5 @@ class ReceivedSnapshot(BaseModel):
 
     revision: int
     epoch: str
+    change_id: str | None = None
     agents: list[ReceivedAgent]

@@ -42,12 +42,14 @@ class Contents(NamedTuple):
         epoch: the life of the database.
         revision: up to which the entries are complete.
         complete: whether they are all there, so that a client may resume from `revision`.
+        change_id: which change `revision` is, so that another one of that number is not resumed.
     """
 
     entries: Sequence[tuple[ResolvedConfig, bool, bool]]
     epoch: str
     revision: int
     complete: bool
+    change_id: str | None = None
 
 
 class Loaded(BaseModel):
@@ -60,6 +62,7 @@ class Loaded(BaseModel):
     complete: bool
     saved_at: float
     agents: list[ReceivedAgent]
+    change_id: str | None = None
 
     @property
     def age_seconds(self) -> float:
@@ -167,6 +170,7 @@ class SnapshotFile:
             {
                 "epoch": contents.epoch,
                 "revision": contents.revision,
+                "change_id": contents.change_id,
                 "complete": contents.complete,
                 "saved_at": time.time(),
                 "agents": [_row(*entry, with_key=with_keys) for entry in contents.entries],

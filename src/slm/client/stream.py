@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import aiohttp
 
@@ -31,11 +31,19 @@ from slm.protocol import (
 _log = logging.getLogger("slm.client")
 
 
+class Resume(NamedTuple):
+    """Where to resume: a revision, its epoch, and which change it is, where that is known."""
+
+    since: int
+    epoch: str
+    change_id: str | None
+
+
 class Listener(Protocol):
     """Who is told what the stream hears, in order."""
 
-    def position(self) -> tuple[int, str] | None:
-        """Return the revision and epoch to resume after; None to hear from now on."""
+    def position(self) -> Resume | None:
+        """Return what to resume after; None to hear from now on."""
 
     def subscribed(self, message: Subscribed, since: int | None) -> None:
         """Hear that the stream begins; `since` is what was asked for."""
@@ -59,13 +67,14 @@ class Stream:
         self._timings = timings
         self._ws: DirectWebSocket | None = None
         self._subscribed_at: float | None = None
+        self._caught_up_at: float | None = None
 
     async def run(self) -> None:
         """Connect, and connect again with backoff, for ever."""
         loop = asyncio.get_running_loop()
         backoff = Backoff(self._timings)
         while True:
-            self._subscribed_at = None
+            self._subscribed_at = self._caught_up_at = None
             failure: SLMError
             try:
                 failure = await self._live_once()
@@ -76,10 +85,15 @@ class Stream:
                 _log.exception("the stream failed; connecting again")
                 failure = SLMUnavailable("the stream failed on our side; the log has more")
             self._listener.lost(failure)
-            since = self._subscribed_at
+            since = self._caught_up_at
             if since is not None and loop.time() - since >= self._timings.healthy_seconds:
                 backoff.reset()
             await asyncio.sleep(backoff.delay_after(failure))
+
+    def caught_up(self) -> None:
+        """Note that all that the SLM has is here; only such a connection is ever healthy."""
+        if self._caught_up_at is None and self._subscribed_at is not None:
+            self._caught_up_at = asyncio.get_running_loop().time()
 
     async def send(self, text: str) -> bool:
         """Send a message; return whether there is a subscription to send it on."""
@@ -105,11 +119,15 @@ class Stream:
     async def _live_once(self) -> SLMError:
         """Hold one connection until it ends, and return why it did."""
         position = self._listener.position()
-        since, epoch = position if position is not None else (None, None)
+        since, epoch, change_id = position if position is not None else (None, None, None)
         ws = self._ws = await self._connection.open_stream()
         try:
             subscribe = Subscribe(
-                subscribe="agent_config", since=since, epoch=epoch, client=self._client
+                subscribe="agent_config",
+                since=since,
+                epoch=epoch,
+                change_id=change_id,
+                client=self._client,
             )
             await ws.send_str(encode(subscribe))
             return await self._hear(ws, since)

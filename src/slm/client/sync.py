@@ -18,7 +18,7 @@ from slm.client.cache import AgentConfigCache
 from slm.client.http import Connection, EpochChanged, TokenSource
 from slm.client.in_use import KeysInUse
 from slm.client.retry import Backoff, ClientStatus, status_after
-from slm.client.stream import Stream
+from slm.client.stream import Resume, Stream
 from slm.client.timings import Timings
 from slm.client.tls import TlsFiles
 from slm.errors import (
@@ -101,6 +101,8 @@ class Synchroniser:
         self._away_until = 0.0
         self._connected = False
         self._behind = False
+        # The revision that a resumed stream must reach before it counts as live; 0: it has.
+        self._live_from = 0
         self._failed: ClientStatus | None = None
 
     # --- for the client ---
@@ -162,10 +164,13 @@ class Synchroniser:
 
     # --- what the stream tells (stream.Listener) ---
 
-    def position(self) -> tuple[int, str] | None:
+    def position(self) -> Resume | None:
         """Return where to resume: only what is complete up to a revision may be resumed."""
         cache = self._cache
-        return (cache.revision, cache.epoch) if cache.synced and cache.epoch is not None else None
+        if not cache.synced or cache.epoch is None:
+            return None
+        since, change_id = cache.heard
+        return Resume(since, cache.epoch, change_id)
 
     def subscribed(self, message: Subscribed, since: int | None) -> None:
         """Go on from where we were, or begin with a snapshot; nothing between is lost."""
@@ -174,9 +179,12 @@ class Synchroniser:
         self._failed = None
         self.acks.subscribed()
         if since is None:
-            self._begin(message.epoch, message.revision)
+            self._begin(message)
         elif message.epoch == self._cache.epoch and message.revision == since:
-            self._all_is_well()
+            # Live only once everything that there was by then is here.
+            self._live_from = message.head or 0
+            self._cache.advance(since, message.change_id)
+            self._reached()
         # else: a resync follows, and until then what is held may be of another life.
 
     def received(self, message: ServerMessage) -> None:
@@ -188,19 +196,21 @@ class Synchroniser:
             if cache.synced and message.revision > cache.revision + 1:
                 # The contract excludes this; but a hole must not stay, whoever made it.
                 _log.warning("the stream skipped a revision; fetching a snapshot")
-                self._begin(cache.epoch or "", message.revision)
+                self._start_over(cache.epoch or "", message.revision, message.change_id)
             with tracing.joined("slm.apply", message.traceparent, _told_of(message)):
-                cache.advance(message.revision)
+                cache.advance(message.revision, message.change_id)
                 self._after(message.agent_id, cache.apply_change(message))
         elif isinstance(message, Heartbeat):
-            cache.advance(message.revision)
+            cache.advance(message.revision, message.change_id)
             self._behind = message.behind
             self._update_liveness()
         elif isinstance(message, Resync):
             _log.info("the SLM asks for a resync (%s)", message.reason)
-            self._begin(message.epoch, message.revision)
+            self._begin(message)
         elif isinstance(message, Explain):
             self._spawn(self._answer(message))
+        if self._live_from:
+            self._reached()
 
     async def _answer(self, question: Explain) -> None:
         report = await self._explain(question.agent_id)
@@ -212,6 +222,12 @@ class Synchroniser:
         self._note_failure(error)
         self._update_liveness()
 
+    def _reached(self) -> None:
+        """Become live where the head of the time of the subscription is reached."""
+        if self._cache.synced and self._cache.revision >= self._live_from:
+            self._live_from = 0
+            self._all_is_well()
+
     def _all_is_well(self) -> None:
         if self.last_error is not None:
             _log.info("the SLM is back")
@@ -222,8 +238,11 @@ class Synchroniser:
         self.settled.set()
 
     def _update_liveness(self) -> None:
-        live = self._connected and self._cache.synced and not self._behind
+        reached = self._cache.revision >= self._live_from
+        live = self._connected and self._cache.synced and reached and not self._behind
         self._cache.set_live(live)
+        if live:
+            self._stream.caught_up()
         self._liveness()
         self._wake()
 
@@ -240,8 +259,12 @@ class Synchroniser:
 
     # --- snapshots ---
 
-    def _begin(self, epoch: str, revision: int) -> None:
-        self._cache.begin(epoch, revision)
+    def _begin(self, message: Subscribed | Resync) -> None:
+        self._start_over(message.epoch, message.revision, message.change_id)
+
+    def _start_over(self, epoch: str, revision: int, change_id: str | None) -> None:
+        self._live_from = 0
+        self._cache.begin(epoch, revision, change_id)
         self._update_liveness()
         self._fetch_snapshot(revision)
 
@@ -259,7 +282,7 @@ class Synchroniser:
             except SLMError as error:
                 self._note_failure(error)
                 await asyncio.sleep(backoff.delay_after(error))
-        other_life = self._connected and snapshot.epoch != self._cache.epoch
+        other_life = self._connected and self._cache.contradicts(snapshot)
         for agent_id in self._cache.apply_snapshot(snapshot):
             self._swapped(agent_id)
         for agent_id in self._cache.keys_awaited():

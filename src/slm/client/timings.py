@@ -19,7 +19,8 @@ class Timings:
         backoff_initial_seconds: the longest first wait before connecting again; each further one
             may be twice as long (full jitter: the wait is drawn between 0 and that).
         backoff_max_seconds: what the longest wait grows to.
-        healthy_seconds: after how long a connection counts as healthy, so that backoff starts anew.
+        healthy_seconds: how long a client must have been caught up for its connection to count as
+            healthy, so that backoff starts anew.
         refused_retry_seconds: how often the SLM is tried again after it refused the token.
         retry_after_max_seconds: the longest Retry-After that is honoured.
         ping_interval_seconds: after how long without a frame the SLM is pinged; it has as long to
@@ -37,7 +38,7 @@ class Timings:
 
     backoff_initial_seconds: float = 0.5
     backoff_max_seconds: float = 30.0
-    healthy_seconds: float = 60.0
+    healthy_seconds: float = 2.0
     refused_retry_seconds: float = 180.0
     retry_after_max_seconds: float = 600.0
     ping_interval_seconds: float = 20.0

@@ -14,6 +14,7 @@ from pydantic import SecretStr
 from sqlalchemy import Connection, bindparam, insert, select, update
 
 from slm.errors import KeyUndecryptable
+from slm.server.agent_rows import new_change_id
 from slm.server.keyed_reads import binding_of
 from slm.server.models import AGENTS, CHANGES, SELECT_AGENTS, STATE, agent_of, utc_now
 from slm.server.registry import CHANGED, CREATED
@@ -61,15 +62,15 @@ def adopt(connection: Connection, vault: Vault, *, first_time: bool) -> Adoption
     found = Adoption()
     # With its lock: while one replica starts the others write on, and a revision read without it
     # would be put back over theirs.
-    before = connection.execute(
-        select(STATE.c.revision).where(STATE.c.id == 1).with_for_update()
-    ).scalar_one()
+    before, last_id = connection.execute(
+        select(STATE.c.revision, STATE.c.head_id).where(STATE.c.id == 1).with_for_update()
+    ).one()
     rows = connection.execute(
         SELECT_AGENTS.where((AGENTS.c.revision == 0) | AGENTS.c.key_state.is_not(None)).order_by(
             AGENTS.c.id
         )
     ).all()
-    revision = before
+    revision, ids = before, [last_id]
     for row in rows:
         is_new = row.revision == 0
         values = dict(row._mapping)
@@ -90,10 +91,12 @@ def adopt(connection: Connection, vault: Vault, *, first_time: bool) -> Adoption
                 "state": values["key_state"],
             },
         )
-        _record(connection, CREATED if is_new else CHANGED, values)
+        ids.append(new_change_id())
+        _record(connection, CREATED if is_new else CHANGED, values, ids[-1])
         found.rows += is_new
     if revision != before:
-        connection.execute(update(STATE).where(STATE.c.id == 1).values(revision=revision))
+        head = {"revision": revision, "head_id": ids[-1], "before_id": ids[-2]}
+        connection.execute(update(STATE).where(STATE.c.id == 1).values(head))
     return found
 
 
@@ -148,12 +151,13 @@ def _digest(token: str) -> str:
     return "adopted:" + hashlib.sha256(token.encode()).hexdigest()
 
 
-def _record(connection: Connection, kind: str, values: dict[str, Any]) -> None:
+def _record(connection: Connection, kind: str, values: dict[str, Any], change_id: str) -> None:
     agent = agent_of(values)
     connection.execute(
         insert(CHANGES),
         {
             "revision": agent.revision,
+            "change_id": change_id,
             "type": kind,
             "agent_id": agent.agent_id,
             "agent": agent.model_dump_json(),

@@ -5,6 +5,7 @@ Knows tables and columns. The rules of what may be written, and when, are the re
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
 
@@ -12,6 +13,7 @@ from sqlalchemy import Connection, Text, bindparam, cast, delete, func, insert, 
 from sqlalchemy.types import UserDefinedType
 
 from slm.schemas import Agent
+from slm.server.audit import Who
 from slm.server.catalog import CommittedChange
 from slm.server.listener import CHANNEL
 from slm.server.models import AGENTS, CHANGES, SELECT_AGENTS, STATE, utc_now
@@ -25,19 +27,24 @@ class Head(NamedTuple):
         revision: the one taken.
         epoch: it belongs to.
         keyring_version: of the encryption keys.
+        tokens_version: of the tokens.
+        before_id: the change id of the revision before.
+        change_id: of the change that is made at this revision.
     """
 
     revision: int
     epoch: str
     keyring_version: int
+    tokens_version: int
+    before_id: str
+    change_id: str
 
 
 class Author(NamedTuple):
-    """Who writes, why, and from where."""
+    """Who writes, and why."""
 
-    actor: str
+    who: Who
     comment: str | None
-    address: str | None
 
 
 class _AsItIs(UserDefinedType[Any]):
@@ -47,18 +54,29 @@ class _AsItIs(UserDefinedType[Any]):
 
 
 # Built once: building a statement costs more than running it.
-_BUMP: Final = update(STATE).where(STATE.c.id == 1).values(revision=STATE.c.revision + 1)
+_BUMP: Final = (
+    update(STATE)
+    .where(STATE.c.id == 1)
+    .values(
+        revision=STATE.c.revision + 1,
+        # An assignment reads what was there before it.
+        before_id=STATE.c.head_id,
+        head_id=bindparam("change_id"),
+    )
+)
+_HEAD: Final = (
+    STATE.c.revision,
+    STATE.c.epoch,
+    STATE.c.keyring_version,
+    STATE.c.tokens_version,
+    STATE.c.before_id,
+)
 _NEXT_REVISION: Final = {
-    "sqlite": Prepared(_BUMP.returning(STATE.c.revision, STATE.c.epoch, STATE.c.keyring_version)),
+    "sqlite": Prepared(_BUMP.returning(*_HEAD)),
     # The wake-up for every replica: part of the transaction, so that it is sent on commit alone,
     # and of the statement, so that it costs no round trip.
     "postgresql": Prepared(
-        _BUMP.returning(
-            STATE.c.revision,
-            STATE.c.epoch,
-            STATE.c.keyring_version,
-            func.pg_notify(CHANNEL, cast(STATE.c.revision, Text)),
-        )
+        _BUMP.returning(*_HEAD, func.pg_notify(CHANNEL, cast(STATE.c.revision, Text)))
     ),
 }
 _AGENT: Final = Prepared(SELECT_AGENTS.where(AGENTS.c.agent_id == bindparam("agent_id")))
@@ -83,8 +101,15 @@ _RECORD: Final = Prepared(insert(CHANGES))
 
 def next_head(connection: Connection) -> Head:
     """Lock the state row and take the next revision: always the first statement of a write."""
-    [(revision, epoch, version, *_)] = _NEXT_REVISION[connection.dialect.name].run(connection)
-    return Head(revision, epoch, version)
+    change_id = new_change_id()
+    [row] = _NEXT_REVISION[connection.dialect.name].run(connection, {"change_id": change_id})
+    revision, epoch, keyring, tokens, before_id, *_ = row
+    return Head(revision, epoch, keyring, tokens, before_id, change_id)
+
+
+def new_change_id() -> str:
+    """Return the random id of a change that is about to be made."""
+    return secrets.token_hex(8)
 
 
 def agent_row(connection: Connection, agent_id: str) -> dict[str, Any] | None:
@@ -119,7 +144,7 @@ def record_change(
     connection: Connection,
     kind: str,
     agent: Agent,
-    revision: int,
+    head: Head,
     was_default: bool,
     author: Author,
 ) -> CommittedChange:
@@ -128,14 +153,15 @@ def record_change(
     _RECORD.run(
         connection,
         {
-            "revision": revision,
+            "revision": head.revision,
+            "change_id": head.change_id,
             "type": kind,
             "agent_id": agent.agent_id,
             "agent": agent.model_dump_json(),
             "was_default": was_default,
-            "actor": author.actor,
+            "actor": author.who.actor,
             "comment": author.comment,
             "created_at": now,
         },
     )
-    return CommittedChange(revision, kind, agent, was_default, now)
+    return CommittedChange(head.revision, kind, agent, was_default, now, change_id=head.change_id)

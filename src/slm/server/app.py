@@ -91,19 +91,25 @@ class _Worker(Protocol):
 
 def _workers(services: Services) -> list[_Worker]:
     """Return what works beside the feed, the wake-ups of other replicas and the compaction too."""
-    settings, database = services.settings, services.database
-    workers: list[_Worker] = [services.caretaker, services.doorkeeper]
+    settings, database, supervisor = services.settings, services.database, services.supervisor
+    workers: list[_Worker] = [services.caretaker, services.doorkeeper, services.token_watch]
     if database.dialect == "postgresql":
         sync = services.fleet_sync
         others: dict[str, Callable[[str], None]] = {
             fleet_sync.CHANNEL: sync.hear,
             explanations.CHANNEL: services.explanations.hear,
         }
-        workers.append(ChangeListener(database.url, services.feed.hear, others))
+        workers.append(ChangeListener(database.url, services.feed.hear, others, supervisor))
         workers.append(sync)
     if settings.changes_keep is not None:
-        seconds = settings.compact_interval_seconds
-        workers.append(Compaction(database, keep=settings.changes_keep, interval_seconds=seconds))
+        workers.append(
+            Compaction(
+                database,
+                keep=settings.changes_keep,
+                interval_seconds=settings.compact_interval_seconds,
+                supervisor=supervisor,
+            )
+        )
     return workers
 
 

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import os
 import socket
+import sqlite3
 import threading
 import time
 from typing import Any, Protocol
@@ -33,16 +34,18 @@ class Attempt:
 
     Attributes:
         late: it was given up.
+        entered: its thread has taken it up.
         begun: one of its statements was run.
         committing: its commit has begun, so nobody can say that nothing was changed.
     """
 
     def __init__(self, seconds: float | None) -> None:
         self.late = False
+        self.entered = False
         self.begun = False
         self.committing = False
         self._deadline = None if seconds is None else time.monotonic() + seconds
-        self._connection: HasSocket | None = None
+        self._connection: HasSocket | sqlite3.Connection | None = None
         self._lock = threading.Lock()
 
     # --- the loop ---
@@ -71,7 +74,12 @@ class Attempt:
         if self.late or overdue:
             raise DatabaseUnavailable("The database did not answer in time.")
 
-    def hold(self, connection: HasSocket | None) -> None:
+    @property
+    def seconds_left(self) -> float | None:
+        """How long it may still take, a little at least; None: as long as it takes."""
+        return None if self._deadline is None else max(0.001, self._deadline - time.monotonic())
+
+    def hold(self, connection: HasSocket | sqlite3.Connection | None) -> None:
         """Say which connection is in use; None: none any more, another may use it next."""
         with self._lock:
             self._connection = connection
@@ -83,12 +91,17 @@ class Attempt:
             self.committing = True
 
     def _cut(self) -> None:
-        if self._connection is None:
+        connection = self._connection
+        if connection is None:
+            return
+        if isinstance(connection, sqlite3.Connection):
+            # A commit is one append and its fsync: to wait for it is to know how it ended.
+            if not self.committing:
+                connection.interrupt()
             return
         # The socket is ended and not closed: its number belongs to the driver.
-        with contextlib.suppress(Exception), socket.socket(fileno=os.dup(self._fileno())) as own:
+        with (
+            contextlib.suppress(Exception),
+            socket.socket(fileno=os.dup(connection.fileno())) as own,
+        ):
             own.shutdown(socket.SHUT_RDWR)
-
-    def _fileno(self) -> int:
-        assert self._connection is not None  # noqa: S101 - for the type checker
-        return self._connection.fileno()

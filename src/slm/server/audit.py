@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from sqlalchemy import Connection, bindparam, insert, select, update
 
+from slm.server.auth import Caller
 from slm.server.database import Database
 from slm.server.models import AUDIT, AUDIT_HEAD, utc_now
 from slm.server.prepared import Prepared
@@ -41,10 +42,22 @@ class Who:
     Attributes:
         actor: the token's name.
         address: the peer's IP address; None for what the server does by itself.
+        caller: the token, which must still count when the transaction is under way; None for what
+            the server does by itself.
     """
 
     actor: str
     address: str | None = None
+    caller: Caller | None = field(default=None, compare=False)
+
+    def require_counts(self, connection: Connection, tokens_version: int | None = None) -> None:
+        """Refuse what a token does that was revoked meanwhile; see `Caller.require_counts`.
+
+        Raises:
+            Unauthorized: it does not count any more.
+        """
+        if self.caller is not None:
+            self.caller.require_counts(connection, tokens_version)
 
 
 @dataclass(frozen=True)
@@ -142,7 +155,12 @@ class AuditLog:
             DatabaseUnavailable: it cannot be recorded, so it must not be done.
             InsufficientStorage: the same.
         """
-        await self._database.run(lambda connection: append(connection, event))
+
+        def work(connection: Connection) -> None:
+            event.who.require_counts(connection)
+            append(connection, event)
+
+        await self._database.run(work)
 
     async def entries(
         self,

@@ -6,6 +6,7 @@ position that was never reached there (docs/protocol.md section 2).
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import secrets
@@ -43,8 +44,8 @@ async def backup(database: Database, path: Path) -> None:
         _refuse_existing(path)
         create_private(unfinished).close()
         try:
-            await database.vacuum_into(unfinished)
-            sync_file(unfinished)
+            await database.copy_into(unfinished)
+            await asyncio.to_thread(sync_file, unfinished)
             # A link fails where the name was taken meanwhile; a rename would replace it.
             os.link(unfinished, path, follow_symlinks=False)
         finally:

@@ -16,6 +16,7 @@ from slm.server.keyed_reads import KeyedReads
 from slm.server.keyring import Keyring
 from slm.server.replicas import Lease
 from slm.server.settings import Settings
+from slm.server.supervisor import Supervisor
 from slm.server.token_store import TokenStore
 
 logger = logging.getLogger(__name__)
@@ -37,29 +38,29 @@ class Caretaker:
         reads: KeyedReads,
         tokens: TokenTable,
         token_store: TokenStore,
+        supervisor: Supervisor | None = None,
     ) -> None:
         self.keys_usable = True
-        self.lease = Lease(database, keyring.vault, settings.lease_seconds)
+        self.lease = Lease(database, keyring.vault, settings.lease_seconds, tokens)
+        self._confirm = asyncio.Event()
+        tokens.on_replaced.append(self._confirm.set)
         self._settings = settings
         self._database = database
         self._keyring = keyring
         self._reads = reads
         self._tokens = tokens
         self._token_store = token_store
-        self._task: asyncio.Task[None] | None = None
+        self._task = (supervisor or Supervisor()).task("caretaker", self._keep_house)
 
     async def start(self) -> None:
         """Take the lease and try every stored key, then go on in the background."""
         await self._renew()
         await self._check_keys()
-        self._task = asyncio.create_task(self._keep_house(), name="slm-caretaker")
+        self._task.start()
 
     async def stop(self) -> None:
         """Stop, and give the lease up, so that no rotation waits for this process."""
-        task, self._task = self._task, None
-        if task is not None:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+        await self._task.stop()
         with contextlib.suppress(ProblemError):
             await self._note_used()
             await self.lease.give_up()
@@ -67,9 +68,19 @@ class Caretaker:
     async def _keep_house(self) -> None:
         loop = asyncio.get_running_loop()
         checked = noted = loop.time()
+        due = loop.time() + self._settings.lease_seconds / 3
         while True:
-            await asyncio.sleep(self._settings.lease_seconds / 3)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(due):
+                    await self._confirm.wait()
             try:
+                if self._confirm.is_set():
+                    # Somebody waits to hear that a revoked token is refused here, too.
+                    self._confirm.clear()
+                    await self.lease.renew()
+                if loop.time() < due:
+                    continue
+                due = loop.time() + self._settings.lease_seconds / 3
                 await self._renew()
                 if loop.time() - checked >= self._settings.key_check_seconds:
                     await self._check_keys()

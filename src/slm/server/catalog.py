@@ -12,13 +12,27 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
-from typing import Final
+from typing import Final, NamedTuple
 
 from slm.schemas import Agent
 from slm.server.view import EVERYTHING, View
 
 GZIP_LEVEL: Final = 5
 """Above it a list gets hardly smaller and takes twice as long."""
+
+
+class Position(NamedTuple):
+    """A place in the life of a database; the change id tells it from any other that looks alike.
+
+    Attributes:
+        revision: of the last change that is known.
+        epoch: the life; empty: nothing is known yet.
+        change_id: of that change; None where only a number was given.
+    """
+
+    revision: int
+    epoch: str
+    change_id: str | None
 
 
 @dataclass(frozen=True)
@@ -32,6 +46,7 @@ class CommittedChange:
         was_default: whether it was the default before the change.
         created_at: when it was made, by the clock of the server that made it; None: not read.
         traceparent: the trace that it was made in, where it was made here and is traced.
+        change_id: tells it from any other change of this revision.
     """
 
     revision: int
@@ -40,6 +55,7 @@ class CommittedChange:
     was_default: bool = False
     created_at: datetime | None = None
     traceparent: str | None = None
+    change_id: str = ""
 
     @property
     def deletes(self) -> bool:
@@ -50,8 +66,9 @@ class CommittedChange:
 class Entry:
     """One agent as the catalog holds it, encoded when first asked for."""
 
-    def __init__(self, agent: Agent) -> None:
+    def __init__(self, agent: Agent, epoch: str) -> None:
         self.agent = agent
+        self._epoch = epoch
 
     @cached_property
     def body(self) -> bytes:
@@ -60,14 +77,19 @@ class Entry:
 
     @cached_property
     def etag(self) -> str:
-        """The entity tag: the revision of the agent's last change, quoted (protocol section 3)."""
-        return f'"{self.agent.revision}"'
+        """The entity tag (protocol section 3)."""
+        return agent_etag(self._epoch, self.agent.revision)
 
     @cached_property
     def searchable(self) -> str:
         """What `search` looks through, in one case."""
         agent = self.agent
         return "\n".join((agent.agent_id, agent.name, agent.description or "")).casefold()
+
+
+def agent_etag(epoch: str, revision: int) -> str:
+    """Return the entity tag of an agent: where its last change is, the epoch included."""
+    return f'"{epoch}-{revision}"'
 
 
 @dataclass(frozen=True)
@@ -101,11 +123,13 @@ class Catalog:
     Attributes:
         revision: the revision of the last change it holds.
         epoch: the database's life that the revision belongs to.
+        change_id: which change it was that made the revision.
     """
 
     def __init__(self) -> None:
         self.revision = 0
         self.epoch = ""
+        self.change_id = ""
         self._entries: dict[str, Entry] = {}
         self._default_id: str | None = None
         self._whole_list: bytes | None = None
@@ -114,13 +138,13 @@ class Catalog:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def load(self, agents: Iterable[Agent], revision: int, epoch: str) -> None:
+    def load(self, agents: Iterable[Agent], revision: int, epoch: str, change_id: str = "") -> None:
         """Replace everything; `agents` come in the order of their ids."""
-        self._entries = {agent.agent_id: Entry(agent) for agent in agents}
+        self._entries = {agent.agent_id: Entry(agent, epoch) for agent in agents}
         self._default_id = next(
             (e.agent.agent_id for e in self._entries.values() if e.agent.is_default), None
         )
-        self.revision, self.epoch = revision, epoch
+        self.revision, self.epoch, self.change_id = revision, epoch, change_id
         self._whole_list = self._compressed = None
 
     def apply(self, changes: Sequence[CommittedChange], head: int) -> None:
@@ -132,12 +156,14 @@ class Catalog:
                 self._entries.pop(agent_id, None)
             else:
                 # A new id is higher than all others, so the dict stays in the order of the ids.
-                self._entries[agent_id] = Entry(agent)
+                self._entries[agent_id] = Entry(agent, self.epoch)
             if agent.is_default and not change.deletes:
                 self._default_id = agent_id
             elif self._default_id == agent_id:
                 self._default_id = None
         self.revision = head
+        if changes:
+            self.change_id = changes[-1].change_id
         self._whole_list = self._compressed = None
 
     def get(self, agent_id: str) -> Entry | None:

@@ -17,6 +17,7 @@ from slm.errors import ProblemError
 from slm.server import failpoints
 from slm.server.database import Database
 from slm.server.models import CHANGES, STATE
+from slm.server.supervisor import Supervisor
 
 logger = logging.getLogger(__name__)
 
@@ -31,24 +32,30 @@ class Compaction:
         database: where the changes are.
         keep: how many of the newest changes stay.
         interval_seconds: how often to look.
+        supervisor: of the server's tasks.
     """
 
-    def __init__(self, database: Database, *, keep: int, interval_seconds: float) -> None:
+    def __init__(
+        self,
+        database: Database,
+        *,
+        keep: int,
+        interval_seconds: float,
+        supervisor: Supervisor | None = None,
+    ) -> None:
         self._database = database
         self._keep = keep
         self._interval_seconds = interval_seconds
-        self._task: asyncio.Task[None] | None = None
+        supervisor = supervisor or Supervisor()
+        self._task = supervisor.task("compaction", self._run, needed=False)
 
     async def start(self) -> None:
         """Begin; the first look is at once."""
-        self._task = asyncio.create_task(self._run(), name="slm-compaction")
+        self._task.start()
 
     async def stop(self) -> None:
         """Stop; a batch under way is committed or rolled back as a whole."""
-        task, self._task = self._task, None
-        if task is not None:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+        await self._task.stop()
 
     async def _run(self) -> None:
         while True:
@@ -85,7 +92,12 @@ def _batch(connection: Connection, *, keep: int, batch: int) -> int:
     floor = min(state.revision - keep, state.floor + batch)
     if floor <= state.floor:
         return 0
+    # Its row goes, and whoever stands there must still find which change it was.
+    floor_id = connection.execute(
+        select(CHANGES.c.change_id).where(CHANGES.c.revision == floor)
+    ).scalar_one_or_none()
     connection.execute(delete(CHANGES).where(CHANGES.c.revision <= floor))
     failpoints.reach("in_compaction")
-    connection.execute(update(STATE).where(STATE.c.id == 1).values(floor=floor))
+    moved = {"floor": floor, "floor_id": floor_id or ""}
+    connection.execute(update(STATE).where(STATE.c.id == 1).values(moved))
     return int(floor - state.floor)

@@ -8,25 +8,34 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import functools
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Final, Literal, TypeVar
 
 from sqlalchemy import Connection, Engine
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from slm.errors import DatabaseUnavailable, OutcomeUnknown
+from slm.errors import DatabaseUnavailable, InsufficientStorage, OutcomeUnknown, Overloaded
 from slm.server import failpoints
 from slm.server.attempt import Attempt
 from slm.server.database_errors import problem_of, why_not_opened
-from slm.server.engines import postgresql_engine, sqlite_engine, sqlite_path
+from slm.server.engines import postgresql_engine, sqlite_engines, sqlite_path
+from slm.server.sqlite_copy import copy_in_steps
+from slm.server.sqlite_file import SqliteFile
 
 T = TypeVar("T")
+
+LONG_READERS: Final = 2
+"""How many long reads run at once, each on a connection of its own."""
+
+LONG_READS: Final = 32
+"""How many may be under way, those that wait included."""
 
 
 class Database:
@@ -63,8 +72,11 @@ class Database:
         self.traces: dict[int, str] = {}
         self._attempts: dict[Attempt, asyncio.Future[Any]] = {}
         self._giving_up: asyncio.TimerHandle | None = None
-        self._engine: Engine | None = None
-        self._threads: ThreadPoolExecutor | None = None
+        self._file: SqliteFile | None = None
+        self._main: _Lane | None = None
+        self._long: _Lane | None = None
+        self._long_reads = 0
+        self._copying = asyncio.Lock()
 
     def __repr__(self) -> str:
         return f"<Database {self.name}>"
@@ -100,10 +112,11 @@ class Database:
         Raises:
             StartupError: it cannot be used; one sentence says why.
         """
-        self._threads = ThreadPoolExecutor(self._workers, thread_name_prefix="slm-database")
+        self._file = None if self.path is None else SqliteFile(self.path)
+        self._main = _Lane(self._workers, "slm-database")
+        self._long = _Lane(LONG_READERS, "slm-database-long")
         try:
-            self._engine = self._make_engine()
-            await self._hop(self._first_look)
+            await self._hop(self._main, self._open)
         except BaseException:
             await self.close()
             raise
@@ -112,17 +125,16 @@ class Database:
         """Close every connection; a transaction that hangs on a dead network is cut."""
         if self._giving_up is not None:
             self._giving_up.cancel()
-        engine, self._engine = self._engine, None
-        threads, self._threads = self._threads, None
-        if threads is None:
-            return
+        lanes = [lane for lane in (self._long, self._main) if lane is not None]
+        self._main = self._long = None
         for attempt in list(self._attempts):
             # Nobody waits for it any more: its caller went with the server.
             attempt.cut()
-        if engine is not None:
-            # In its own thread: a SQLite connection may not be closed from another.
-            await asyncio.get_running_loop().run_in_executor(threads, engine.dispose)
-        await asyncio.to_thread(threads.shutdown)
+        # The one that writes comes last: it folds the WAL into the file.
+        for lane in lanes:
+            await asyncio.to_thread(lane.close)
+        if self._file is not None:
+            self._file.release()
 
     async def run(
         self, fn: Callable[[Connection], T], *, committed: Callable[[T], None] | None = None
@@ -141,8 +153,9 @@ class Database:
             OutcomeUnknown: the connection was lost while committing.
         """
         attempt = Attempt(self._answer_timeout_seconds)
-        work = functools.partial(self._transaction, fn, False, attempt, committed)
-        return await self._hop(work, attempt)
+        lane = self._lane()
+        work = functools.partial(self._transaction, lane, fn, False, attempt, committed)
+        return await self._hop(lane, work, attempt)
 
     async def read(self, fn: Callable[[Connection], T]) -> T:
         """Run `fn`, which only reads, on one consistent view of the whole database.
@@ -153,51 +166,104 @@ class Database:
             DatabaseUnavailable: the database is away.
         """
         attempt = Attempt(self._answer_timeout_seconds)
-        return await self._hop(functools.partial(self._transaction, fn, True, attempt), attempt)
+        lane = self._lane()
+        work = functools.partial(self._transaction, lane, fn, True, attempt)
+        return await self._hop(lane, work, attempt)
 
-    async def vacuum_into(self, path: Path) -> None:
+    async def read_long(self, fn: Callable[[Connection], T], *, seconds: float | None = None) -> T:
+        """Run `fn`, which only reads and may take long, beside the writers: none waits for it.
+
+        It has connections of its own, `LONG_READERS` at most, and sees one consistent view. For a
+        page of the history or the audit, an export, a check of the whole chain; not for what a
+        write must see. Where SQLite cannot have a second connection (`SqliteEngines`) it runs
+        between the writes, so it is to be short even then: ask for pages.
+
+        Args:
+            fn: a plain function; it must not keep the connection. It may be run twice.
+            seconds: after this it is interrupted, the time it waited for its turn included; None:
+                as long as any transaction.
+
+        Raises:
+            Overloaded: too many wait already, or its turn did not come in time.
+            DatabaseUnavailable: it took too long, or the database is away.
+        """
+        if self._long_reads >= LONG_READS:
+            raise Overloaded("Too many long reads are under way. Try again.")
+        timeout = self._answer_timeout_seconds
+        if seconds is not None:
+            timeout = seconds if timeout is None else min(seconds, timeout)
+        attempt = Attempt(timeout)
+        lane = self._long if self._long is not None and self._long.engine is not None else None
+        lane = lane or self._lane()
+        work = functools.partial(self._transaction, lane, fn, True, attempt)
+        self._long_reads += 1
+        try:
+            return await self._hop(lane, work, attempt, timeout)
+        except DatabaseUnavailable:
+            if attempt.late and not attempt.entered:
+                raise Overloaded("Too many long reads are under way. Try again.") from None
+            raise
+        finally:
+            self._long_reads -= 1
+
+    def _lane(self) -> _Lane:
+        if self._main is None:
+            raise DatabaseUnavailable("The database is closed.")
+        return self._main
+
+    async def copy_into(self, path: Path) -> None:
         """Write a consistent copy of a SQLite database into an empty file, while it is in use.
+
+        No writer waits for it, unless SQLite cannot have a second connection (`SqliteEngines`). The
+        copy is also made where the file was removed: it is what is left of it.
 
         Raises:
             InsufficientStorage: the disk is full.
             DatabaseUnavailable: it cannot be read or written.
         """
-        await self._hop(functools.partial(self._outside, "VACUUM INTO ?", str(path)))
+        lane = self._lane()
+        async with self._copying:
+            if self._long is None or self._long.engine is None:
+                work = functools.partial(_outside, lane, "VACUUM INTO ?", str(path))
+                await self._hop(lane, work)
+            else:
+                await self._hop(self._long, functools.partial(_copy, self._long, path))
 
     async def leave_wal(self) -> None:
         """Fold the WAL into the SQLite file for good, so that the file alone is the database."""
-        await self._hop(functools.partial(self._outside, "PRAGMA journal_mode=DELETE"))
+        lane, long = self._lane(), self._long
+        self._long = None
+        if long is not None:
+            # Its connections use the WAL.
+            await asyncio.to_thread(long.close)
+        await self._hop(lane, functools.partial(self._leave_wal, lane))
 
-    def _outside(self, statement: str, *parameters: str) -> None:
-        """Run one of SQLite's statements that work outside a transaction only."""
-        if self._engine is None:
-            raise DatabaseUnavailable("The database is closed.")
-        connection = self._engine.raw_connection()
-        try:
-            connection.cursor().execute(statement, parameters)
-        except sqlite3.Error as error:
-            problem = problem_of(error, committing=False)
-            if problem is None:
-                raise
-            raise problem from error
-        finally:
-            connection.close()
+    def _leave_wal(self, lane: _Lane) -> None:
+        _outside(lane, "PRAGMA journal_mode=DELETE")
+        if self._file is not None:
+            # SQLite let go of the file, and others are still to be kept out.
+            self._file.hold(self._lock_timeout_seconds)
 
-    async def _hop(self, work: Callable[[], T], attempt: Attempt | None = None) -> T:
-        if self._threads is None:
-            raise DatabaseUnavailable("The database is closed.")
+    async def _hop(
+        self,
+        lane: _Lane,
+        work: Callable[[], T],
+        attempt: Attempt | None = None,
+        timeout: float | None = None,
+    ) -> T:
         loop = asyncio.get_running_loop()
         try:
-            running = self._threads.submit(work)
+            running = lane.threads.submit(work)
         except RuntimeError as error:
             if "after shutdown" not in str(error):
                 raise
             raise DatabaseUnavailable("The database is closed.") from None
         future = asyncio.wrap_future(running)
-        if attempt is None or self._answer_timeout_seconds is None:
+        timeout = self._answer_timeout_seconds if timeout is None else timeout
+        if attempt is None or timeout is None:
             return await future
         self._attempts[attempt] = future
-        timer = loop.call_later(self._answer_timeout_seconds, attempt.give_up, future)
+        timer = loop.call_later(timeout, attempt.give_up, future)
         try:
             return await future
         except asyncio.CancelledError:
@@ -222,6 +288,7 @@ class Database:
 
     def _transaction(
         self,
+        lane: _Lane,
         fn: Callable[[Connection], T],
         read_only: bool,
         attempt: Attempt,
@@ -229,7 +296,7 @@ class Database:
     ) -> T:
         try:
             try:
-                return self._once(fn, read_only, attempt, committed)
+                return self._once(lane, fn, read_only, attempt, committed)
             except DBAPIError as error:
                 if not error.connection_invalidated or (attempt.begun and not read_only):
                     raise
@@ -237,7 +304,7 @@ class Database:
                 # before each transaction is a round trip. Or under a read, which changed nothing,
                 # such as when this process stood still and PostgreSQL ended the transaction. Once
                 # more, on a new one.
-                return self._once(fn, read_only, attempt, committed)
+                return self._once(lane, fn, read_only, attempt, committed)
         except (DBAPIError, PoolTimeout, sqlite3.Error) as error:
             problem = problem_of(error, committing=attempt.committing)
             if problem is None:
@@ -246,53 +313,148 @@ class Database:
 
     def _once(
         self,
+        lane: _Lane,
         fn: Callable[[Connection], T],
         read_only: bool,
         attempt: Attempt,
         committed: Callable[[T], None] | None,
     ) -> T:
         attempt.check()
-        engine = self._engine
+        attempt.entered = True
+        engine = lane.engine
         if engine is None:
             raise DatabaseUnavailable("The database is closed.")
         failpoints.reach("database")
+        if self._file is not None:
+            self._file.check()
         with engine.connect() as connection, contextlib.ExitStack() as stack:
+            attempt.hold(connection.connection.dbapi_connection)  # type: ignore[arg-type]
+            stack.callback(attempt.hold, None)
             if self.dialect == "postgresql":
-                attempt.hold(connection.connection.dbapi_connection)  # type: ignore[arg-type]
                 connection.info["attempt"] = attempt
-                stack.callback(attempt.hold, None)
                 if read_only:
                     # READ COMMITTED would let each statement see another revision.
                     connection.execution_options(
                         isolation_level="REPEATABLE READ", postgresql_readonly=True
                     )
             with contextlib.closing(connection.begin()) as transaction:
+                if lane is self._long and self.dialect == "postgresql":
+                    # A cut connection alone would have PostgreSQL work on, for nobody.
+                    left = round(attempt.seconds_left * 1000) if attempt.seconds_left else 0
+                    connection.exec_driver_sql(f"SET LOCAL statement_timeout = {left}")
                 result = fn(connection)
                 if not read_only:
                     attempt.begin_commit()
                 transaction.commit()
+            if self._file is not None and not read_only:
+                self._check_committed(self._file)
             if committed is not None:
                 with contextlib.suppress(Exception):
                     committed(result)
         return result
 
-    def _make_engine(self) -> Engine:
-        if self.dialect == "sqlite":
-            return sqlite_engine(self.url, self._lock_timeout_seconds)
+    @staticmethod
+    def _check_committed(file: SqliteFile) -> None:
+        try:
+            file.check()
+        except DatabaseUnavailable as error:
+            # It is in a file that no name stands for any more.
+            raise OutcomeUnknown(error.detail) from None
+
+    def _open(self) -> None:
+        """Make the engines and look at the database once."""
+        assert self._main is not None and self._long is not None  # noqa: S101, PT018 - for mypy
+        try:
+            if self.dialect == "sqlite":
+                engines = sqlite_engines(
+                    self.url,
+                    self._file,
+                    lock_timeout_seconds=self._lock_timeout_seconds,
+                    readers=LONG_READERS,
+                )
+                self._main.engine, self._long.engine = engines.writing, engines.reading
+            else:
+                self._main.engine = self._postgresql_engine(self._workers)
+                self._long.engine = self._postgresql_engine(LONG_READERS)
+            with self._main.engine.begin() as connection:
+                connection.exec_driver_sql("SELECT 1")
+            if self._file is not None and self._long.engine is not None:
+                # Opened later, it might find another file under the name, or none.
+                with self._long.engine.begin() as connection:
+                    connection.exec_driver_sql("SELECT count(*) FROM sqlite_master")
+        except (SQLAlchemyError, sqlite3.Error) as error:
+            raise why_not_opened(error, self.name) from None
+
+    def _postgresql_engine(self, pool_size: int) -> Engine:
         return postgresql_engine(
             self.url,
             lock_timeout_seconds=self._lock_timeout_seconds,
             idle_in_transaction_seconds=self._idle_in_transaction_seconds,
-            pool_size=self._workers,
+            pool_size=pool_size,
         )
 
-    def _first_look(self) -> None:
-        assert self._engine is not None  # noqa: S101 - for the type checker
+
+class _Lane:
+    """Threads and the connections that they use.
+
+    Args:
+        workers: how many threads there are at most.
+        name: theirs.
+
+    Attributes:
+        engine: None before it is opened, where there is none, and after it was closed.
+    """
+
+    def __init__(self, workers: int, name: str) -> None:
+        self.threads = ThreadPoolExecutor(workers, thread_name_prefix=name)
+        self.engine: Engine | None = None
+
+    def close(self) -> None:
+        """Wait for the threads, then close every connection."""
+        engine, self.engine = self.engine, None
+        self.threads.shutdown()
+        if engine is not None:
+            engine.dispose()
+
+
+def _outside(lane: _Lane, statement: str, *parameters: str) -> None:
+    """Run one of SQLite's statements that work outside a transaction only."""
+    with _raw(lane) as connection:
+        connection.execute(statement, parameters)
+
+
+def _copy(lane: _Lane, path: Path) -> None:
+    """Copy a SQLite database by way of one of its reading connections."""
+
+    def go_on() -> None:
+        if lane.engine is None:
+            raise DatabaseUnavailable("The database is closed.")
+
+    with _raw(lane) as connection:
         try:
-            with self._engine.begin() as connection:
-                connection.exec_driver_sql("SELECT 1")
-        except (SQLAlchemyError, sqlite3.Error) as error:
-            raise why_not_opened(error, self.name) from None
+            copy_in_steps(connection, path, go_on)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise InsufficientStorage from error
+            raise DatabaseUnavailable("The copy cannot be written.") from error
+
+
+@contextlib.contextmanager
+def _raw(lane: _Lane) -> Iterator[sqlite3.Connection]:
+    """Give SQLite's own connection, outside a transaction; its errors become problems."""
+    if lane.engine is None:
+        raise DatabaseUnavailable("The database is closed.")
+    try:
+        connection = lane.engine.raw_connection()
+        try:
+            yield connection.dbapi_connection  # type: ignore[misc]
+        finally:
+            connection.close()
+    except (SQLAlchemyError, sqlite3.Error) as error:
+        problem = problem_of(error, committing=False)
+        if problem is None:
+            raise
+        raise problem from error
 
 
 def _in_loop(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:

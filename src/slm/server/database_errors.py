@@ -23,6 +23,14 @@ from slm.errors import (
 class DatabaseHeld(StartupError):
     """Another process has the SQLite file."""
 
+    @classmethod
+    def of(cls, name: str) -> DatabaseHeld:
+        """Return the one sentence about the file of this name."""
+        return cls(
+            f"Another process holds {name}: a SQLite database has one server; stop the other,"
+            " or use PostgreSQL."
+        )
+
 
 def why_not_opened(error: SQLAlchemyError | sqlite3.Error, name: str) -> StartupError:
     """Return one sentence on why a database cannot be opened.
@@ -36,12 +44,9 @@ def why_not_opened(error: SQLAlchemyError | sqlite3.Error, name: str) -> Startup
         # libpq's own words: they name host, user and reason, and no password.
         words = str(cause).strip().splitlines() or [type(cause).__name__]
         return StartupError(f"The database {name} cannot be opened: {words[0]}")
-    match _primary_code(cause):
+    match primary_code(cause):
         case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:
-            return DatabaseHeld(
-                f"Another process holds {name}: a SQLite database has one server; stop the other,"
-                " or use PostgreSQL."
-            )
+            return DatabaseHeld.of(name)
         case sqlite3.SQLITE_NOTADB | sqlite3.SQLITE_CORRUPT:
             return StartupError(f"{name} is not a SQLite database, or is damaged.")
         case sqlite3.SQLITE_READONLY | sqlite3.SQLITE_PERM | sqlite3.SQLITE_CANTOPEN:
@@ -83,7 +88,10 @@ _SQLITE_AWAY: Final = frozenset(
 
 
 def _sqlite_problem(cause: sqlite3.Error, committing: bool) -> ProblemError | None:
-    code = _primary_code(cause)
+    code = primary_code(cause)
+    if code == sqlite3.SQLITE_INTERRUPT:
+        # By `Attempt`, when its time was over.
+        return DatabaseUnavailable("The database did not answer in time.")
     if code == sqlite3.SQLITE_FULL:
         return InsufficientStorage()
     if code == sqlite3.SQLITE_IOERR and committing:
@@ -99,6 +107,8 @@ def _postgresql_problem(
     state = getattr(cause, "sqlstate", None) or ""
     if state == "53100":
         return InsufficientStorage()
+    if state == "57014":
+        return DatabaseUnavailable("The database did not answer in time.")
     if state == "55P03":
         return DatabaseUnavailable("Another write holds the database. Try again.")
     lost = not state or state[:2] == "08" or state[:3] == "57P"
@@ -114,7 +124,7 @@ def _postgresql_problem(
     return None
 
 
-def _primary_code(error: sqlite3.Error) -> int | None:
+def primary_code(error: sqlite3.Error) -> int | None:
     """Return SQLite's primary result code: the low byte of the extended one."""
     code = getattr(error, "sqlite_errorcode", None)
     return None if code is None else code & 0xFF

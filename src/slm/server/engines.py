@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-import os
 import sqlite3
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
+from urllib.parse import quote
 
 from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.engine import URL
-from sqlalchemy.pool import StaticPool
+from sqlalchemy.pool import QueuePool, StaticPool
 
 from slm.errors import StartupError
+from slm.server.database_errors import primary_code
+from slm.server.sqlite_file import SqliteFile
 
 MIN_SQLITE: Final = (3, 35, 0)
 """The first SQLite that has RETURNING."""
+
+
+WAL_BYTES: Final = 64 * 2**20
+"""How large the WAL stays once everything in it was copied into the database."""
 
 
 def sqlite_path(url: URL) -> Path | None:
@@ -22,47 +29,123 @@ def sqlite_path(url: URL) -> Path | None:
     return Path(url.database) if url.database not in (None, "", ":memory:") else None
 
 
-def sqlite_engine(url: URL, lock_timeout_seconds: float) -> Engine:
-    """Return an engine of one connection that holds the file to itself.
+_NO_SHARED_MEMORY: Final = (
+    *(sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY),
+)
 
-    A file that is not there is made, readable by us alone.
+
+@dataclass(frozen=True)
+class SqliteEngines:
+    """The two ways into one SQLite file.
+
+    Attributes:
+        writing: the engine of the one connection that writes.
+        reading: an engine whose connections only read, beside the one that writes; None where they
+            cannot: in memory, or on a file system without shared memory.
+    """
+
+    writing: Engine
+    reading: Engine | None
+
+
+def sqlite_engines(
+    url: URL, file: SqliteFile | None, *, lock_timeout_seconds: float, readers: int
+) -> SqliteEngines:
+    """Open a SQLite file, which from then on no other process can open.
 
     Args:
         url: `sqlite:///…`.
+        file: what holds it; None where it is in memory. One that is not there is made.
         lock_timeout_seconds: how long opening waits for another process to let go of the file.
+        readers: how many connections may read beside the one that writes.
 
     Raises:
         StartupError: this SQLite is too old, or the file cannot be opened.
+        sqlite3.Error: it is no database, or damaged.
     """
     if sqlite3.sqlite_version_info < MIN_SQLITE:
         raise StartupError(f"SQLite {sqlite3.sqlite_version} is too old; 3.35 or newer is needed.")
-    if (path := sqlite_path(url)) is not None:
-        _make_private(path)
-    engine = create_engine(
-        url,
-        poolclass=StaticPool,
-        hide_parameters=True,
-        connect_args={"timeout": lock_timeout_seconds},
-    )
+    path = sqlite_path(url)
+    if file is None or path is None:
+        return SqliteEngines(_sqlite_engine(url, _writer(":memory:", 0.0, shared=True)), None)
+    file.make()
+    shared = True
+    try:
+        connection = _writer(str(path), lock_timeout_seconds, shared=True)
+    except sqlite3.OperationalError as error:
+        if primary_code(error) not in _NO_SHARED_MEMORY:
+            raise
+        # No shared memory there, as on some network file systems: the index of the WAL is in the
+        # memory of the one connection, which then is the only one.
+        shared = False
+        connection = _writer(str(path), lock_timeout_seconds, shared=False)
+    file.hold(lock_timeout_seconds)
+    writing = _sqlite_engine(url, connection)
+    if not shared:
+        return SqliteEngines(writing, None)
+    return SqliteEngines(writing, _sqlite_reading_engine(url, path, readers))
 
-    @event.listens_for(engine, "connect")
-    def _connected(connection: sqlite3.Connection, _: object) -> None:
+
+def _writer(path: str, timeout: float, *, shared: bool) -> sqlite3.Connection:
+    # In one thread at a time, which need not be the one that opened it.
+    connection = sqlite3.connect(path, timeout=timeout, check_same_thread=False)
+    try:
         # The driver opens deferred transactions by itself, which lose updates; we begin.
         connection.isolation_level = None
         # Text that is not UTF-8 would otherwise fail the whole SELECT.
         connection.text_factory = _decoded
         for pragma in (
-            # Before the first access: then the WAL needs no shared memory, and no other
-            # process can open the file (docs/decisions/0001-sqlite-journal.md).
-            "locking_mode=EXCLUSIVE",
+            # Before the first access: only then is the WAL's index in the memory of the connection.
+            f"locking_mode={'NORMAL' if shared else 'EXCLUSIVE'}",
             "journal_mode=WAL",
             "synchronous=FULL",
             "foreign_keys=ON",
+            # A WAL that grew beside a long read or a backup gives the place back.
+            f"journal_size_limit={WAL_BYTES}",
         ):
             connection.execute(f"PRAGMA {pragma}").fetchall()
+        # The first access: it takes the lock that `SqliteFile.hold` makes exclusive, and fails
+        # where there is no shared memory.
+        connection.execute("BEGIN IMMEDIATE")
+        connection.execute("COMMIT")
+    except BaseException:
+        connection.close()
+        raise
+    return connection
 
+
+def _sqlite_engine(url: URL, connection: sqlite3.Connection) -> Engine:
+    engine = create_engine(
+        url, poolclass=StaticPool, hide_parameters=True, creator=lambda: connection
+    )
     # The dialect's own place for it: a listener would have every statement look for listeners.
     engine.dialect.do_begin = _begin_immediate  # type: ignore[method-assign,assignment]
+    return engine
+
+
+def sqlite_reader(path: Path) -> sqlite3.Connection:
+    """Return a connection that cannot write, and so neither commits nor checkpoints.
+
+    Only for a file that this process holds with shared memory.
+    """
+    connection = sqlite3.connect(
+        f"file:{quote(str(path))}?mode=ro", uri=True, check_same_thread=False
+    )
+    connection.isolation_level = None
+    connection.text_factory = _decoded
+    return connection
+
+
+def _sqlite_reading_engine(url: URL, path: Path, readers: int) -> Engine:
+    engine = create_engine(
+        url,
+        poolclass=QueuePool,
+        pool_size=readers,
+        max_overflow=0,
+        hide_parameters=True,
+        creator=lambda: sqlite_reader(path),
+    )
+    engine.dialect.do_begin = _begin  # type: ignore[method-assign,assignment]
     return engine
 
 
@@ -122,22 +205,12 @@ def postgresql_engine(
     return engine
 
 
-def _make_private(path: Path) -> None:
-    """Make the file with mode 0600 if it is not there; SQLite gives its WAL the same mode."""
-    try:
-        os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
-    except IsADirectoryError:
-        raise StartupError(f"{path} is a folder, not a SQLite database.") from None
-    except FileNotFoundError:
-        raise StartupError(f"The folder of {path} does not exist.") from None
-    except OSError as error:
-        raise StartupError(
-            f"{path} cannot be opened for writing: {error.strerror or error}."
-        ) from None
-
-
 def _begin_immediate(connection: Any) -> None:
     connection.execute("BEGIN IMMEDIATE")
+
+
+def _begin(connection: Any) -> None:
+    connection.execute("BEGIN")
 
 
 def _decoded(raw: bytes) -> str:

@@ -7,7 +7,6 @@ PostgreSQL. No key is in either (docs/protocol.md section 4).
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import logging
 import secrets
@@ -31,6 +30,12 @@ CHANNEL: Final = "slm_explain"
 ANSWER_SECONDS: Final = 5.0
 _PIECE: Final = 7900
 """What PostgreSQL takes in a NOTIFY, in bytes, less a few for a piece's number."""
+
+MAX_PIECES: Final = 100
+"""Of one message, some 800 kB: a report is bounded by what a frame of a backend may hold."""
+
+MAX_ANSWERS: Final = 100
+"""How many questions of other replicas are under way at once; more are not heard."""
 
 _MAX_NAMED: Final = 5
 
@@ -113,12 +118,18 @@ class Explanations:
         """
         place, _, piece = payload.partition(" ")
         number, _, count = place.partition("/")
-        self._pieces = [*(self._pieces if number != "1" else []), piece]
+        if number == "1":
+            self._pieces = []
+        self._pieces.append(piece)
         if number != count:
+            # Whoever may connect to the database can send pieces that never end.
+            del self._pieces[:-MAX_PIECES]
             return
         try:
             told = json.loads("".join(self._pieces))
             if told.get("replica") == self._fleet.replica:
+                if len(self._tasks) >= MAX_ANSWERS:
+                    return
                 task = asyncio.create_task(self._answer_for(told), name="slm-explain")
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
@@ -126,17 +137,22 @@ class Explanations:
                 report = Explanation.model_validate(told["report"])
                 if asked[0] is None and not asked[1].done():
                     asked[1].set_result(report)
-        except (ValueError, ValidationError, KeyError, AttributeError):
+        except (ValueError, ValidationError, KeyError, AttributeError, TypeError, RecursionError):
             logger.warning("a notification about an explanation cannot be read")
 
     async def _answer_for(self, told: dict[str, Any]) -> None:
         """Ask a backend of ours for another replica."""
-        backend = next((b for b in self._fleet.backends() if b.id == told["backend"]), None)
-        if backend is None or self._fleet.subscriber(backend.id) is None:
-            return
-        with contextlib.suppress(ProblemError):
+        try:
+            backend = next((b for b in self._fleet.backends() if b.id == told["backend"]), None)
+            if backend is None or self._fleet.subscriber(backend.id) is None:
+                return
             report = await self.ask(backend, told["agent_id"])
             await self._notify({"answer": told["ask"], "report": report.model_dump(mode="json")})
+        except ProblemError as error:
+            logger.debug("not now: %s", error.code)
+        except Exception as error:
+            # The question was anybody's notification; its text is not logged.
+            logger.warning("a question of another server failed with %s", type(error).__name__)
 
     def _send(self, subscriber: Subscriber, question: str, agent_id: str) -> None:
         text = protocol.encode(Explain(id=question, agent_id=agent_id))

@@ -25,6 +25,7 @@ from slm.server.database import Database
 from slm.server.fleet import KEEP_GONE_SECONDS, Fleet
 from slm.server.models import BACKENDS, REPLICAS
 from slm.server.replicas import database_time
+from slm.server.supervisor import Supervisor
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +76,12 @@ class FleetSync:
     """
 
     def __init__(
-        self, database: Database, fleet: Fleet, interval_seconds: float, lease_seconds: float
+        self,
+        database: Database,
+        fleet: Fleet,
+        interval_seconds: float,
+        lease_seconds: float,
+        supervisor: Supervisor | None = None,
     ) -> None:
         self._database = database
         self._fleet = fleet
@@ -88,20 +94,23 @@ class FleetSync:
         self._cleaned_at = 0.0
         self._seen: dict[str, int] = {}
         self._reading = asyncio.Lock()
-        self._tasks: list[asyncio.Task[None]] = []
+        supervisor = supervisor or Supervisor()
+        self._tasks = [
+            supervisor.task("fleet-write", lambda: self._for_ever(self._write), needed=False),
+            supervisor.task(
+                "fleet-read", lambda: self._for_ever(self._read_while_waiting), needed=False
+            ),
+        ]
 
     async def start(self) -> None:
         """Begin."""
-        self._tasks = [
-            asyncio.create_task(self._for_ever(self._write), name="slm-fleet-write"),
-            asyncio.create_task(self._for_ever(self._read_while_waiting), name="slm-fleet-read"),
-        ]
+        for task in self._tasks:
+            task.start()
 
     async def stop(self) -> None:
         """Stop, after telling that this server's backends are gone."""
         for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+            await task.stop()
         with contextlib.suppress(ProblemError):
             await self._flush()
 

@@ -27,10 +27,12 @@ class Frames:
     Attributes:
         texts: one message each.
         head: the revision that a subscriber has reached with the last one.
+        head_id: which change that is; of no account where `head` moves nobody.
     """
 
     texts: tuple[str, ...]
     head: int
+    head_id: str = ""
 
     @cached_property
     def encoded(self) -> bytes:
@@ -44,37 +46,43 @@ def encode_change(change: CommittedChange, view: View = EVERYTHING) -> str:
     A change outside the view is a heartbeat that names its revision, and an agent that leaves the
     view by it is deleted (docs/protocol.md section 4, point 8).
     """
-    agent = change.agent
+    agent, change_id = change.agent, change.change_id or None
     message: AgentChanged | AgentDeleted | Heartbeat
     seen_before = view.sees(agent.agent_id, change.was_default)
     seen_after = not change.deletes and view.sees(agent.agent_id, agent.is_default)
     if not (seen_before or seen_after):
-        message = Heartbeat(revision=change.revision)
+        message = Heartbeat(revision=change.revision, change_id=change_id)
     elif not seen_after:
         message = AgentDeleted(
-            agent_id=agent.agent_id, revision=change.revision, traceparent=change.traceparent
+            agent_id=agent.agent_id,
+            revision=change.revision,
+            change_id=change_id,
+            traceparent=change.traceparent,
         )
     else:
         message = AgentChanged(
             type="agent_created" if change.type == "agent_created" else "agent_config_changed",
             agent_id=agent.agent_id,
             revision=change.revision,
+            change_id=change_id,
             config=agent,
             traceparent=change.traceparent,
         )
     return protocol.encode(message)
 
 
-def in_writes(encoded: Iterable[tuple[int, str]]) -> Iterator[Frames]:
-    """Join (revision, text) pairs into writes of at most `MAX_WRITE_BYTES`, in order."""
+def in_writes(changes: Iterable[CommittedChange], view: View = EVERYTHING) -> Iterator[Frames]:
+    """Encode the changes and join them into writes of at most `MAX_WRITE_BYTES`, in order."""
     texts: list[str] = []
-    size = head = 0
-    for revision, text in encoded:
-        if texts and size + len(text) > MAX_WRITE_BYTES:
-            yield Frames(tuple(texts), head)
+    size = 0
+    last: CommittedChange | None = None
+    for change in changes:
+        text = encode_change(change, view)
+        if last is not None and size + len(text) > MAX_WRITE_BYTES:
+            yield Frames(tuple(texts), last.revision, last.change_id)
             texts, size = [], 0
         texts.append(text)
         size += len(text)
-        head = revision
-    if texts:
-        yield Frames(tuple(texts), head)
+        last = change
+    if last is not None:
+        yield Frames(tuple(texts), last.revision, last.change_id)

@@ -15,15 +15,16 @@ from typing import Final, Literal, Protocol
 
 from slm import protocol, tracing
 from slm.protocol import ClientInfo, Heartbeat, Resync, Subscribed
-from slm.server.catalog import CommittedChange
+from slm.server.catalog import CommittedChange, Position
 from slm.server.frames import MAX_WRITE_BYTES, Frames, encode_change
 from slm.server.pulse import Pulse
 from slm.server.settings import Settings
+from slm.server.supervisor import Supervisor
 from slm.server.view import EVERYTHING, View
 
 logger = logging.getLogger(__name__)
 
-ResyncReason = Literal["compacted", "epoch", "ahead"]
+ResyncReason = Literal["compacted", "epoch", "ahead", "forked", "far-behind"]
 
 ONE_TURN: Final = 1000
 """A broadcast to no more than these is one turn of the loop, some ten milliseconds."""
@@ -42,7 +43,7 @@ class Sink(Protocol):
         """Write without waiting; return how many bytes wait for the peer, -1 once it is closed."""
 
     def waiting_bytes(self) -> int:
-        """Return how many bytes wait for the peer to read."""
+        """Return how many bytes wait for the peer to read, or of what it sends for the rest."""
 
     async def drained(self) -> None:
         """Wait until the peer has read most of it, or is gone."""
@@ -74,6 +75,7 @@ class Subscriber:
         sink: where its frames go.
         position: the last revision it was sent, or started at.
         epoch: the epoch of that position; empty before it subscribed.
+        change_id: which change that position is.
         live: whether the hub's broadcast includes it.
         view: what its token may see.
         token_id: whose token it is; None where no token opened it.
@@ -81,7 +83,7 @@ class Subscriber:
     """
 
     # A broadcast visits thousands; each line of memory less is seen in its time.
-    __slots__ = ("client", "epoch", "live", "position", "sink", "token_id", "view")
+    __slots__ = ("change_id", "client", "epoch", "live", "position", "sink", "token_id", "view")
 
     def __init__(self, sink: Sink, view: View = EVERYTHING, token_id: int | None = None) -> None:
         self.sink = sink
@@ -89,6 +91,7 @@ class Subscriber:
         self.token_id = token_id
         self.position = 0
         self.epoch = ""
+        self.change_id = ""
         self.live = False
         self.client: ClientInfo | None = None
 
@@ -100,6 +103,7 @@ class _Restart:
     epoch: str
     revision: int
     reason: ResyncReason
+    change_id: str
 
 
 @dataclass
@@ -122,16 +126,22 @@ class Hub:
     Attributes:
         head: the last revision that was taken out of the queue; whoever reached it can join.
         epoch: the epoch that `head` belongs to.
+        head_id: which change `head` is.
         is_behind: asked for each heartbeat; set by the feed.
         counts: for `/metrics`.
         committed_at: when the changes that wait here were committed, where this server did it.
         on_pushed: told how long after its commit a change was written to every live stream.
     """
 
-    def __init__(self, settings: Settings, observer: Observer) -> None:
+    def __init__(
+        self, settings: Settings, observer: Observer, supervisor: Supervisor | None = None
+    ) -> None:
         self._observer = observer
         self.head = 0
         self.epoch = ""
+        self.head_id = ""
+        # The last revision that was put into the queue.
+        self._queued_head = 0
         self.is_behind: Callable[[], bool] = lambda: False
         self.counts = HubCounts()
         self.committed_at: dict[int, float] = {}
@@ -142,37 +152,42 @@ class Hub:
         self._connections: set[Subscriber] = set()
         # In the order of joining, which is nearly that of memory.
         self._live: dict[Subscriber, None] = {}
+        # Who holds memory here, those that are closing too, as it was when last looked at.
         self._waiting: dict[Subscriber, int] = {}
+        self._waiting_bytes = 0
         self._queue: deque[tuple[CommittedChange, str] | _Restart] = deque()
         self._queued = asyncio.Event()
         self._beat = asyncio.Event()
         self._moved = Pulse()
-        self._tasks: list[asyncio.Task[None]] = []
         self._closing = False
+        self._broadcasting = False
+        supervisor = supervisor or Supervisor()
+        self._tasks = [
+            supervisor.task("broadcast", self._broadcast),
+            supervisor.task("heartbeats", self._heartbeats),
+        ]
 
     # --- its life ---
 
-    def start(self, revision: int, epoch: str) -> None:
+    def start(self, revision: int, epoch: str, change_id: str = "") -> None:
         """Begin at the catalog's revision."""
-        self.head, self.epoch = revision, epoch
+        self.head, self.epoch, self.head_id = revision, epoch, change_id
+        self._queued_head = revision
         self._observer.moved(revision, restarted=True)
-        self._tasks = [
-            asyncio.create_task(self._broadcast(), name="slm-broadcast"),
-            asyncio.create_task(self._heartbeats(), name="slm-heartbeats"),
-        ]
+        for task in self._tasks:
+            task.start()
 
     async def stop(self) -> None:
         """Stop sending; connections that are left are cut."""
         for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+            await task.stop()
         for subscriber in list(self._connections):
             subscriber.sink.abort()
 
     @property
     def running(self) -> bool:
         """Whether both tasks are at work."""
-        return bool(self._tasks) and not any(task.done() for task in self._tasks)
+        return all(task.running for task in self._tasks)
 
     async def close_streams(self, seconds: float) -> None:
         """Close every connection with 1012, spread over `seconds`: not all return at once."""
@@ -209,7 +224,7 @@ class Hub:
         """Forget a connection that is gone."""
         self._connections.discard(subscriber)
         self._leave(subscriber)
-        self._waiting.pop(subscriber, None)
+        self._measure(subscriber)
         self._observer.left(subscriber)
 
     def subscribers(self) -> list[Subscriber]:
@@ -221,25 +236,48 @@ class Hub:
         return len(self._live)
 
     def buffered_bytes(self) -> int:
-        """Return how many bytes wait for slow readers."""
+        """Return how many bytes wait for slow readers and slow writers."""
         return sum(self.buffers())
 
     def buffers(self) -> list[int]:
-        """Return how many bytes wait for each reader that was slow when it was last written to."""
-        return [subscriber.sink.waiting_bytes() for subscriber in list(self._waiting)]
+        """Return how many bytes wait for each of them."""
+        for subscriber in list(self._waiting):
+            self._measure(subscriber)
+        return list(self._waiting.values())
 
     # --- the way into the live stream ---
 
-    def begin(self, subscriber: Subscriber, revision: int, epoch: str) -> None:
-        """Say `subscribed`: what follows starts after `revision`."""
+    def begin(
+        self, subscriber: Subscriber, revision: int, epoch: str, change_id: str | None = None
+    ) -> None:
+        """Say `subscribed`: what follows starts after `revision`.
+
+        Args:
+            subscriber: the connection.
+            revision: the position that it stands at.
+            epoch: of the position.
+            change_id: which change is there; None: that of the head.
+        """
         subscriber.position, subscriber.epoch = revision, epoch
+        subscriber.change_id = self.head_id if change_id is None else change_id
         self._observer.joined(subscriber)
-        message = Subscribed(revision=revision, epoch=epoch, heartbeat=self.heartbeat_seconds)
+        message = Subscribed(
+            revision=revision,
+            epoch=epoch,
+            heartbeat=self.heartbeat_seconds,
+            head=max(self.head, revision),
+            change_id=subscriber.change_id or None,
+        )
         self.send(subscriber, Frames((protocol.encode(message),), revision))
+
+    def is_at(self, revision: int, epoch: str, change_id: str | None) -> bool:
+        """Whether the head is this very position; without an id, of this number and epoch."""
+        here = (revision, epoch) == (self.head, self.epoch)
+        return here and change_id in (None, self.head_id)
 
     def join(self, subscriber: Subscriber) -> bool:
         """Make the subscriber live if it has everything up to the head; one step of the loop."""
-        if subscriber.epoch != self.epoch or subscriber.position != self.head:
+        if not self.is_at(subscriber.position, subscriber.epoch, subscriber.change_id):
             return False
         if subscriber in self._connections and not self._closing:
             subscriber.live = True
@@ -250,14 +288,33 @@ class Hub:
         """Tell one subscriber to take a snapshot, and make it live from the head on."""
         if not subscriber.epoch:
             self.begin(subscriber, self.head, self.epoch)
-        subscriber.position, subscriber.epoch = self.head, self.epoch
+        self._move_to_head(subscriber)
         self._send_resync(subscriber, reason)
         self.join(subscriber)
+
+    def _move_to_head(self, subscriber: Subscriber) -> None:
+        subscriber.position, subscriber.epoch = self.head, self.epoch
+        subscriber.change_id = self.head_id
 
     async def reached(self, revision: int, epoch: str, timeout: float) -> bool:
         """Wait until the stream is at `revision` of `epoch`; return whether it is in time."""
         return await self._moved.until(
             lambda: self.epoch == epoch and self.head >= revision, timeout
+        )
+
+    async def can_go_on(self, at: Position, timeout: float) -> bool:
+        """Wait until the stream is at a position or beyond it, or gets another epoch.
+
+        Return whether it is in time.
+        """
+        before = self.epoch
+        return await self._moved.until(
+            lambda: (
+                self.is_at(*at)
+                or (self.epoch == at.epoch and self.head > at.revision)
+                or self.epoch != before
+            ),
+            timeout,
         )
 
     def send(self, subscriber: Subscriber, frames: Frames) -> bool:
@@ -275,33 +332,59 @@ class Hub:
         if waiting < 0:
             self._leave(subscriber)
             return False
-        subscriber.position = frames.head
+        if subscriber.position != frames.head:
+            subscriber.position, subscriber.change_id = frames.head, frames.head_id
         self.counts.frames += len(frames.texts)
-        if not waiting:
-            if self._waiting:
-                self._waiting.pop(subscriber, None)
+        if not waiting and (not self._waiting or subscriber not in self._waiting):
             return True
-        self._waiting[subscriber] = waiting
-        if waiting > self._buffer_bytes:
+        return self._account(subscriber, waiting)
+
+    def note_waiting(self, subscriber: Subscriber, unsent_bytes: int) -> None:
+        """Hear of bytes that wait for a peer, or from it, and that the hub did not send."""
+        self._account(subscriber, unsent_bytes)
+        self._keep_to_total()
+
+    def _account(self, subscriber: Subscriber, unsent_bytes: int) -> bool:
+        """Note what waits; return whether the subscriber is still there."""
+        self._measure(subscriber)
+        if unsent_bytes <= self._buffer_bytes:
+            return True
+        if subscriber in self._connections:
             self.counts.evicted += 1
             self._leave(subscriber)
             subscriber.sink.end(1013, "too slow")
-            return False
-        return True
+        return False
+
+    def _measure(self, subscriber: Subscriber) -> None:
+        waiting = subscriber.sink.waiting_bytes()
+        self._waiting_bytes += waiting - self._waiting.pop(subscriber, 0)
+        if waiting:
+            self._waiting[subscriber] = waiting
 
     # --- from the feed ---
 
     def publish(self, changes: Iterable[CommittedChange]) -> None:
-        """Queue committed changes, in order, all or none; each is encoded once, here."""
-        encoded = [(change, encode_change(change)) for change in changes]
+        """Queue committed changes, in order, all or none; each is encoded once, here.
+
+        What is in the queue already is left out: a feed that failed after this comes again.
+        """
+        encoded = [
+            (change, encode_change(change))
+            for change in changes
+            if change.revision > self._queued_head
+        ]
+        if not encoded:
+            return
         self._queue.extend(encoded)
+        self._queued_head = encoded[-1][0].revision
         self.counts.changes += len(encoded)
         self._queued.set()
 
-    def restart(self, epoch: str, revision: int, reason: ResyncReason) -> None:
+    def restart(self, epoch: str, revision: int, reason: ResyncReason, change_id: str = "") -> None:
         """Send everyone to a snapshot: another epoch counts, or changes are missing."""
         self.committed_at.clear()
-        self._queue.append(_Restart(epoch, revision, reason))
+        self._queue.append(_Restart(epoch, revision, reason, change_id))
+        self._queued_head = revision
         self._queued.set()
 
     def beat_now(self) -> None:
@@ -311,20 +394,29 @@ class Hub:
     # --- the two tasks ---
 
     async def _broadcast(self) -> None:
+        if self._broadcasting:
+            # The task was ended in the middle of one and started again.
+            self._send_everyone_back()
         while True:
-            await self._queued.wait()
-            self._queued.clear()
             while self._queue:
+                self._broadcasting = True
                 try:
                     await self._broadcast_next()
                 except Exception as error:
-                    # Nobody knows who has it: everyone comes back and resumes, so no hole is left.
                     logger.error("a broadcast failed with %s", type(error).__name__)
-                    for subscriber in list(self._live):
-                        self._leave(subscriber)
-                        subscriber.sink.end(1011, "internal error")
+                    self._send_everyone_back()
+                self._broadcasting = False
                 self._moved.fire()
                 await asyncio.sleep(0)
+            self._queued.clear()
+            await self._queued.wait()
+
+    def _send_everyone_back(self) -> None:
+        """Close the live streams: nobody knows who has the change; they resume without a hole."""
+        self._broadcasting = False
+        for subscriber in list(self._live):
+            self._leave(subscriber)
+            subscriber.sink.end(1011, "internal error")
 
     async def _broadcast_next(self) -> None:
         if isinstance(self._queue[0], _Restart):
@@ -349,11 +441,11 @@ class Hub:
             changes.append(item[0])
             texts.append(item[1])
             size += len(item[1])
-        return Frames(tuple(texts), changes[-1].revision), changes
+        return Frames(tuple(texts), changes[-1].revision, changes[-1].change_id), changes
 
     async def _broadcast_frames(self, frames: Frames, changes: Sequence[CommittedChange]) -> None:
         # Before the first write: whoever joins from here on must already have these.
-        self.head = frames.head
+        self.head, self.head_id = frames.head, frames.head_id
         self._observer.moved(frames.head)
         # One encoding for each view that there is.
         limited: dict[View, Frames] = {}
@@ -365,7 +457,7 @@ class Hub:
                     if view is not EVERYTHING:
                         if view not in limited:
                             texts = tuple(encode_change(change, view) for change in changes)
-                            limited[view] = Frames(texts, frames.head)
+                            limited[view] = Frames(texts, frames.head, frames.head_id)
                         seen = limited[view]
                     self.send(subscriber, seen)
             self._keep_to_total()
@@ -382,15 +474,25 @@ class Hub:
     async def _broadcast_restart(self, restart: _Restart) -> None:
         self._observer.moved(restart.revision, restarted=restart.epoch != self.epoch)
         self.head, self.epoch = restart.revision, restart.epoch
+        self.head_id = restart.change_id
+        behind = self.is_behind()
+        encoded: dict[tuple[int, str], Frames] = {}
         async for some in _in_turns(self._live):
             for subscriber in some:
                 if subscriber.live:
-                    subscriber.position, subscriber.epoch = self.head, self.epoch
+                    # Right after `subscribed` a resync would be taken for the answer to `since`.
+                    self.send(subscriber, self._heartbeat(subscriber, behind, encoded))
+                    self._move_to_head(subscriber)
                     self._send_resync(subscriber, restart.reason)
 
     def _send_resync(self, subscriber: Subscriber, reason: ResyncReason) -> None:
         self.counts.resyncs += 1
-        message = Resync(revision=subscriber.position, epoch=subscriber.epoch, reason=reason)
+        message = Resync(
+            revision=subscriber.position,
+            epoch=subscriber.epoch,
+            reason=reason,
+            change_id=subscriber.change_id or None,
+        )
         self.send(subscriber, Frames((protocol.encode(message),), subscriber.position))
 
     async def _heartbeats(self) -> None:
@@ -403,28 +505,32 @@ class Hub:
             self._beat.clear()
             behind = self.is_behind()
             # Nearly all are at one position; each position is encoded once.
-            encoded: dict[int, Frames] = {}
+            encoded: dict[tuple[int, str], Frames] = {}
             async for some in _in_turns(self._connections):
                 for subscriber in some:
                     # During a replay too: the position is what this connection was sent.
                     if subscriber.epoch:
-                        self.send(subscriber, self._heartbeat(subscriber.position, behind, encoded))
+                        self.send(subscriber, self._heartbeat(subscriber, behind, encoded))
                 self._keep_to_total()
 
     @staticmethod
-    def _heartbeat(position: int, behind: bool, encoded: dict[int, Frames]) -> Frames:
+    def _heartbeat(
+        subscriber: Subscriber, behind: bool, encoded: dict[tuple[int, str], Frames]
+    ) -> Frames:
+        position = subscriber.position, subscriber.change_id
         frames = encoded.get(position)
         if frames is None:
-            text = protocol.encode(Heartbeat(revision=position, behind=behind))
-            frames = encoded[position] = Frames((text,), position)
+            revision, change_id = position
+            beat = Heartbeat(revision=revision, behind=behind, change_id=change_id or None)
+            frames = encoded[position] = Frames((protocol.encode(beat),), revision)
         return frames
 
     # --- limits ---
 
-    def expel(self, subscriber: Subscriber, reason: str) -> None:
-        """Close a stream whose token does not count any more."""
+    def expel(self, subscriber: Subscriber, reason: str, code: int = 1008) -> None:
+        """Close a stream whose token does not count any more, or may not."""
         self._leave(subscriber)
-        subscriber.sink.end(1008, reason)
+        subscriber.sink.end(code, reason)
 
     def _leave(self, subscriber: Subscriber) -> None:
         subscriber.live = False
@@ -432,17 +538,16 @@ class Hub:
 
     def _keep_to_total(self) -> None:
         """Cut the largest buffers while all together hold more than the total."""
-        if sum(self._waiting.values()) <= self._buffer_total_bytes:
+        if self._waiting_bytes <= self._buffer_total_bytes:
             return
-        for subscriber in list(self._waiting):
-            self._waiting[subscriber] = subscriber.sink.waiting_bytes()
-        total = sum(self._waiting.values())
+        self.buffers()
         for subscriber in sorted(self._waiting, key=self._waiting.__getitem__, reverse=True):
-            if total <= self._buffer_total_bytes:
+            if self._waiting_bytes <= self._buffer_total_bytes:
                 return
-            total -= self._waiting.pop(subscriber)
-            self.counts.evicted += 1
-            self._leave(subscriber)
+            self._waiting_bytes -= self._waiting.pop(subscriber)
+            if subscriber in self._connections:
+                self.counts.evicted += 1
+                self._leave(subscriber)
             subscriber.sink.abort()
 
 

@@ -7,11 +7,12 @@ Every key that is handed out is in the audit before it leaves. Nothing keyed is 
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
 from pydantic import SecretStr
-from sqlalchemy import Connection, bindparam, select
+from sqlalchemy import Connection, bindparam, func, select
 
 from slm.endpoints import origin
 from slm.errors import AgentInactive, AgentNotFound, KeyUndecryptable
@@ -19,11 +20,23 @@ from slm.schemas import Agent, LLMConfig, LLMConfigWithKey, Snapshot
 from slm.server.audit import Event, Who, append
 from slm.server.database import Database
 from slm.server.keyring import Keyring
-from slm.server.models import AGENTS, SELECT_AGENTS, STATE, agent_of
+from slm.server.models import AGENTS, CHANGES, SELECT_AGENTS, STATE, agent_of
 from slm.server.vault import KeyBinding
 from slm.server.view import View
 
-_HEAD: Final = select(STATE.c.revision, STATE.c.epoch, STATE.c.keyring_version)
+_HEAD: Final = select(
+    STATE.c.revision,
+    STATE.c.epoch,
+    STATE.c.keyring_version,
+    STATE.c.tokens_version,
+    func.coalesce(
+        select(CHANGES.c.change_id)
+        .where(CHANGES.c.revision == STATE.c.revision)
+        .correlate(STATE)
+        .scalar_subquery(),
+        STATE.c.head_id,
+    ).label("change_id"),
+)
 _ALL: Final = SELECT_AGENTS.order_by(AGENTS.c.id)
 # One statement is one view of the database even under READ COMMITTED, where a read may also write.
 _ONE: Final = (
@@ -31,6 +44,7 @@ _ONE: Final = (
         STATE.c.revision.label("head_revision"),
         STATE.c.epoch.label("head_epoch"),
         STATE.c.keyring_version,
+        STATE.c.tokens_version,
         *SELECT_AGENTS.selected_columns,
     )
     .select_from(STATE.outerjoin(AGENTS, AGENTS.c.agent_id == bindparam("agent_id")))
@@ -69,6 +83,7 @@ class KeyedReads:
         """Return an agent with its key, and the revision and epoch it was read at.
 
         Raises:
+            Unauthorized: the token does not count any more.
             AgentNotFound: there is no such agent, or the view does not see it.
             AgentInactive: it is switched off.
             KeyUndecryptable: its key does not decrypt, or belongs to another place.
@@ -80,6 +95,7 @@ class KeyedReads:
 
         def work(connection: Connection) -> _Found:
             row = connection.execute(_ONE, {"agent_id": agent_id}).one()
+            who.require_counts(connection, row.tokens_version)
             if row.id is None:
                 raise AgentNotFound
             agent = agent_of(row)
@@ -109,7 +125,8 @@ class KeyedReads:
             EncryptionKeyMissing: this replica has not the encryption key that is in use now.
             DatabaseUnavailable: it cannot be read, or the audit cannot be written.
         """
-        (revision, epoch, _), rows = await self._database.read(self._read_all)
+        head, rows = await self._database.read(functools.partial(self._read_all, who))
+        revision, epoch = head.revision, head.epoch
         # Decrypting thousands of keys takes a while, and nothing may wait for it.
         agents = await asyncio.to_thread(self._all_with_keys, rows, view)
         keys = sum(agent.llm_api_key is not None for agent in agents)
@@ -117,10 +134,15 @@ class KeyedReads:
             detail = {"revision": revision, "agents": len(agents), "keys": keys}
             detail |= {"limited_to": view.patterns} if view.is_limited else {}
             event = Event(who, "key.read_all", detail=detail)
-            await self._database.run(lambda connection: append(connection, event))
+
+            def record(connection: Connection) -> None:
+                who.require_counts(connection)
+                append(connection, event)
+
+            await self._database.run(record)
         if not view.is_limited:
             self._note(agents)
-        return Snapshot(revision=revision, epoch=epoch, agents=agents)
+        return Snapshot(revision=revision, epoch=epoch, change_id=head.change_id, agents=agents)
 
     async def check(self) -> None:
         """Try every stored key, so that `undecryptable` is right; hands none out.
@@ -128,11 +150,13 @@ class KeyedReads:
         Raises:
             DatabaseUnavailable: the database does not answer.
         """
-        _, rows = await self._database.read(self._read_all)
+        _, rows = await self._database.read(functools.partial(self._read_all, None))
         self._note(await asyncio.to_thread(self._all_with_keys, rows, View()))
 
-    def _read_all(self, connection: Connection) -> tuple[Any, Sequence[Any]]:
+    def _read_all(self, who: Who | None, connection: Connection) -> tuple[Any, Sequence[Any]]:
         head = connection.execute(_HEAD).one()
+        if who is not None:
+            who.require_counts(connection, head.tokens_version)
         self._keyring.follow(connection, head.keyring_version)
         return head, connection.execute(_ALL).all()
 

@@ -14,13 +14,14 @@ from typing import Any, Final
 
 from sqlalchemy.engine import URL
 
+from slm.server.supervisor import FIRST_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS, Supervisor
+
 logger = logging.getLogger(__name__)
 
 CHANNEL: Final = "slm_changes"
 """A commit that others should look at; the payload is the new revision, or empty."""
 
-FIRST_BACKOFF_SECONDS: Final = 0.05
-MAX_BACKOFF_SECONDS: Final = 5.0
+_BIGINT_DIGITS: Final = 19
 
 
 class ChangeListener:
@@ -42,24 +43,23 @@ class ChangeListener:
         url: URL,
         wake: Callable[[int | None], None],
         others: Mapping[str, Callable[[str], None]] | None = None,
+        supervisor: Supervisor | None = None,
     ) -> None:
         self.connections = 0
         self.listening = False
         self._url = url
         self._wake = wake
         self._others = others or {}
-        self._task: asyncio.Task[None] | None = None
+        self._refused: set[tuple[str, str]] = set()
+        self._following = (supervisor or Supervisor()).task("listener", self._run, needed=False)
 
     async def start(self) -> None:
         """Begin to listen in the background; a database that is away is tried again."""
-        self._task = asyncio.create_task(self._run(), name="slm-listener")
+        self._following.start()
 
     async def stop(self) -> None:
         """Stop listening."""
-        task, self._task = self._task, None
-        if task is not None:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+        await self._following.stop()
 
     async def _run(self) -> None:
         import psycopg
@@ -106,11 +106,29 @@ class ChangeListener:
             # by its notification.
             self._wake(None)
             async for note in connection.notifies():
-                if note.channel in self._others:
-                    self._others[note.channel](note.payload)
-                    continue
-                self._wake(int(note.payload) if note.payload.isdecimal() else None)
+                self._hear(note.channel, note.payload)
         finally:
             # A broken connection may raise on its way out, and has nothing left to say.
             with contextlib.suppress(Exception):
                 await connection.close()
+
+    def _hear(self, channel: str, payload: str) -> None:
+        """Take one notification. Whoever may connect can send any: none ends the listening."""
+        try:
+            if channel in self._others:
+                self._others[channel](payload)
+            else:
+                self._wake(_revision(payload))
+        except Exception as error:
+            cause = (channel, type(error).__name__)
+            if cause not in self._refused:
+                # Once for each cause: whoever sends one can send a million.
+                self._refused.add(cause)
+                logger.error("a notification on %s failed with %s; it is ignored", *cause)
+
+
+def _revision(payload: str) -> int | None:
+    """Return the revision that a payload names; None where it is not one of PostgreSQL's bigint."""
+    if not (payload.isascii() and payload.isdigit() and len(payload) <= _BIGINT_DIGITS):
+        return None
+    return int(payload)

@@ -97,6 +97,8 @@ class Change(Base):
     """One committed change: the feed and the history (docs/protocol.md section 2).
 
     `agent` is the JSON of `schemas.Agent`, without the key; for a delete, the agent as it was.
+    `change_id` is random: another commit of the same revision, such as one made after a failover
+    that lost this one, has another.
     """
 
     __tablename__ = "changes"
@@ -109,6 +111,7 @@ class Change(Base):
     actor: Mapped[str] = mapped_column(String(128))
     comment: Mapped[str | None] = mapped_column(Text)
     created_at: Mapped[datetime] = mapped_column(DateTime(timezone=True))
+    change_id: Mapped[str] = mapped_column(String(16), server_default="")
 
 
 class State(Base):
@@ -120,6 +123,10 @@ class State(Base):
         epoch: the random id of this life of the database.
         tokens_version: counts changes of `tokens`, so that every replica notices one.
         keyring_version: the same for `encryption_keys`.
+        head_id: the change id of `revision`.
+        before_id: that of the revision before it.
+        floor_id: that of `floor`, whose row is gone.
+        timeline: the PostgreSQL cluster and its timeline that this epoch was made on.
     """
 
     __tablename__ = "state"
@@ -130,6 +137,10 @@ class State(Base):
     epoch: Mapped[str] = mapped_column(String(64))
     tokens_version: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
     keyring_version: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
+    head_id: Mapped[str] = mapped_column(String(16), server_default="")
+    before_id: Mapped[str] = mapped_column(String(16), server_default="")
+    floor_id: Mapped[str] = mapped_column(String(16), server_default="")
+    timeline: Mapped[str | None] = mapped_column(String(64))
 
 
 class Token(Base):
@@ -203,7 +214,8 @@ class AuditHead(Base):
 class Replica(Base):
     """One server process that serves this database: a lease, and the encryption keys it has.
 
-    `seen_at` is seconds since 1970 by the database's clock, the only one that replicas share.
+    `seen_at` is seconds since 1970 by the database's clock, the only one that replicas share;
+    `tokens_version` is that of the tokens it has in force.
     """
 
     __tablename__ = "replicas"
@@ -212,6 +224,7 @@ class Replica(Base):
     name: Mapped[str] = mapped_column(String(255))
     fingerprints: Mapped[str] = mapped_column(Text)
     seen_at: Mapped[float] = mapped_column(Double)
+    tokens_version: Mapped[int] = mapped_column(BigInteger, server_default=text("-1"))
 
 
 class Backend(Base):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
@@ -39,6 +39,7 @@ from slm.server.agent_rows import (
     update_agent,
 )
 from slm.server.audit import Event, Who, append
+from slm.server.auth import Caller
 from slm.server.bodies import AgentCreate, AgentUpdate
 from slm.server.catalog import CommittedChange
 from slm.server.database import Database
@@ -47,6 +48,9 @@ from slm.server.keyring import Keyring
 from slm.server.models import agent_of, utc_now
 from slm.server.vault import KeyBinding, Vault
 from slm.server.view import EVERYTHING, View
+
+IfMatch = int | Collection["Version"] | None
+"""The revision that an agent must be at, or several of which it must be one; None: any."""
 
 ITSELF: Final = Who("slm")
 """The actor of what nobody asked for over HTTP."""
@@ -80,6 +84,7 @@ class Written:
         changed: False where nothing was altered, so that there is no revision and no change.
         api_key_cleared: the stored key was dropped, since it was bound to another place.
         changes: what it wrote into the history, in order.
+        follows: the change id of the revision before the first of them.
     """
 
     agent: Agent | None
@@ -88,6 +93,19 @@ class Written:
     changed: bool = True
     api_key_cleared: bool = False
     changes: tuple[CommittedChange, ...] = ()
+    follows: str = ""
+
+    @property
+    def change_id(self) -> str | None:
+        """The id of the last change that this write made; None where it made none."""
+        return self.changes[-1].change_id if self.changes else None
+
+
+class Version(NamedTuple):
+    """What an If-Match names: the revision of an agent, in an epoch; None: in that of now."""
+
+    revision: int
+    epoch: str | None = None
 
 
 class _Unchanged(Exception):
@@ -134,15 +152,18 @@ class AgentRegistry:
         actor: str,
         comment: str | None = None,
         address: str | None = None,
+        caller: Caller | None = None,
     ) -> Written:
-        """Create an agent.
+        """Create an agent; the arguments are those of `update`.
 
         Raises:
             AgentExists: its agent_id is taken.
             AgentIsDefault: it would be the default and inactive.
         """
         return await self._write(
-            functools.partial(self._create, agent=agent, author=Author(actor, comment, address))
+            functools.partial(
+                self._create, agent=agent, author=Author(Who(actor, address, caller), comment)
+            )
         )
 
     async def update(
@@ -152,8 +173,9 @@ class AgentRegistry:
         *,
         actor: str,
         comment: str | None = None,
-        if_match: int | None = None,
+        if_match: IfMatch = None,
         address: str | None = None,
+        caller: Caller | None = None,
     ) -> Written:
         """Change the fields that were sent; the others stay.
 
@@ -162,10 +184,12 @@ class AgentRegistry:
             update: `model_fields_set` says which fields were sent.
             actor: who does it, for the change's row.
             comment: why, for the change's row.
-            if_match: the revision that the agent must still have.
+            if_match: the revision that the agent must still have, or several.
             address: where it came from, for the audit.
+            caller: whose token must still count inside the transaction; None: nobody's.
 
         Raises:
+            Unauthorized: the token does not count any more.
             AgentNotFound: there is no such agent.
             PreconditionFailed: its revision is another one.
             InvalidRequest: the body names another agent, or an endpoint that is refused here.
@@ -177,7 +201,7 @@ class AgentRegistry:
                 self._update,
                 agent_id=agent_id,
                 sent={name: getattr(update, name) for name in update.model_fields_set},
-                author=Author(actor, comment, address),
+                author=Author(Who(actor, address, caller), comment),
                 if_match=if_match,
             )
         )
@@ -191,17 +215,18 @@ class AgentRegistry:
         *,
         actor: str,
         comment: str | None = None,
-        if_match: int | None = None,
+        if_match: IfMatch = None,
         address: str | None = None,
+        caller: Caller | None = None,
     ) -> Written:
-        """Delete an agent.
+        """Delete an agent; the arguments are those of `update`.
 
         Raises:
             AgentNotFound: there is no such agent.
             PreconditionFailed: its revision is another one.
             AgentIsDefault: it is the default.
         """
-        author = Author(actor, comment, address)
+        author = Author(Who(actor, address, caller), comment)
         written = await self._write(
             functools.partial(self._delete, agent_id=agent_id, author=author, if_match=if_match)
         )
@@ -249,14 +274,18 @@ class AgentRegistry:
         await failpoints.reach_async("after_commit")
         return written
 
-    def _next(self, connection: Connection) -> Head:
-        """Begin a write: the state row locked, the next revision taken, the active key at hand."""
+    def _next(self, connection: Connection, author: Author) -> Head:
+        """Begin a write: the state row locked, the next revision taken, the active key at hand.
+
+        Whoever writes must still be allowed to: no token can be revoked while the row is locked.
+        """
         head = next_head(connection)
+        author.who.require_counts(connection, head.tokens_version)
         self._keyring.follow(connection, head.keyring_version)
         return head
 
     def _create(self, connection: Connection, *, agent: AgentCreate, author: Author) -> Written:
-        head = self._next(connection)
+        head = self._next(connection, author)
         if agent_row(connection, agent.agent_id) is not None:
             raise AgentExists
         if agent.is_default and not agent.is_active:
@@ -282,7 +311,7 @@ class AgentRegistry:
             values["api_key_revision"] = head.revision
         values["id"] = insert_agent(connection, values)
         created = agent_of(values)
-        change = record_change(connection, CREATED, created, head.revision, False, author)
+        change = record_change(connection, CREATED, created, head, False, author)
         _audit(connection, "agent.create", agent.agent_id, head, author, agent.model_fields_set)
         return _written(connection, change, head, demotion, author)
 
@@ -293,10 +322,10 @@ class AgentRegistry:
         agent_id: str,
         sent: Mapping[str, Any],
         author: Author,
-        if_match: int | None,
+        if_match: IfMatch,
     ) -> Written:
-        head = self._next(connection)
-        row = _found(connection, agent_id, if_match)
+        head = self._next(connection, author)
+        row = _found(connection, agent_id, if_match, head.epoch)
         before = agent_of(row)
         if sent.get("agent_id", agent_id) != agent_id:
             raise InvalidRequest(
@@ -317,7 +346,7 @@ class AgentRegistry:
         demotion = _demote(connection, agent_after=head) if promoted else None
         update_agent(connection, values)
         after = agent_of(values)
-        change = record_change(connection, CHANGED, after, head.revision, before.is_default, author)
+        change = record_change(connection, CHANGED, after, head, before.is_default, author)
         _audit(connection, "agent.update", agent_id, head, author, sent)
         return _written(connection, change, head, demotion, author, cleared)
 
@@ -356,17 +385,17 @@ class AgentRegistry:
         return held.get_secret_value() == key.get_secret_value()
 
     def _delete(
-        self, connection: Connection, *, agent_id: str, author: Author, if_match: int | None
+        self, connection: Connection, *, agent_id: str, author: Author, if_match: IfMatch
     ) -> Written:
-        head = self._next(connection)
-        row = _found(connection, agent_id, if_match)
+        head = self._next(connection, author)
+        row = _found(connection, agent_id, if_match, head.epoch)
         agent = agent_of(row)
         if agent.is_default:
             raise AgentIsDefault("The default agent cannot be deleted; make another the default.")
         delete_agent(connection, agent.id)
-        change = record_change(connection, DELETED, agent, head.revision, False, author)
+        change = record_change(connection, DELETED, agent, head, False, author)
         _audit(connection, "agent.delete", agent_id, head, author)
-        return Written(None, head.revision, head.epoch, changes=(change,))
+        return Written(None, head.revision, head.epoch, changes=(change,), follows=head.before_id)
 
     def _check_endpoint(self, provider: str, endpoint: str | None) -> None:
         reason = self._endpoints.refused(provider, endpoint)
@@ -377,15 +406,18 @@ class AgentRegistry:
 
 class _Demotion(NamedTuple):
     agent: Agent
-    revision: int
+    head: Head
 
 
-def _found(connection: Connection, agent_id: str, if_match: int | None) -> dict[str, Any]:
+def _found(connection: Connection, agent_id: str, if_match: IfMatch, epoch: str) -> dict[str, Any]:
     row = agent_row(connection, agent_id)
     if row is None:
         raise AgentNotFound
-    if if_match is not None and if_match != row["revision"]:
-        raise PreconditionFailed(f"The agent is at revision {row['revision']}.")
+    if if_match is None:
+        return row
+    wanted = (Version(if_match),) if isinstance(if_match, int) else if_match
+    if not any(each.revision == row["revision"] and each.epoch in (None, epoch) for each in wanted):
+        raise PreconditionFailed(f"The agent is at revision {row['revision']} of epoch {epoch}.")
     return row
 
 
@@ -422,12 +454,15 @@ def _demote(connection: Connection, *, agent_after: Head) -> _Demotion | None:
     row = default_row(connection)
     if row is None:
         return None
-    revision = next_head(connection).revision
-    now = utc_now()
-    values = dict(row._mapping) | {"is_default": False, "revision": revision, "updated_at": now}
+    head = next_head(connection)
+    values = dict(row._mapping) | {
+        "is_default": False,
+        "revision": head.revision,
+        "updated_at": utc_now(),
+    }
     update_agent(connection, values)
-    assert revision == agent_after.revision + 1  # noqa: S101 - nobody else writes meanwhile
-    return _Demotion(agent_of(values), revision)
+    assert head.revision == agent_after.revision + 1  # noqa: S101 - nobody else writes meanwhile
+    return _Demotion(agent_of(values), head)
 
 
 def _written(
@@ -441,7 +476,7 @@ def _written(
     changes = [change]
     if demotion is not None:
         changes.append(
-            record_change(connection, CHANGED, demotion.agent, demotion.revision, True, author)
+            record_change(connection, CHANGED, demotion.agent, demotion.head, True, author)
         )
     return Written(
         change.agent,
@@ -449,6 +484,7 @@ def _written(
         head.epoch,
         api_key_cleared=api_key_cleared,
         changes=tuple(changes),
+        follows=head.before_id,
     )
 
 
@@ -464,4 +500,4 @@ def _audit(
     detail: dict[str, Any] = {"revision": head.revision}
     if fields:
         detail["fields"] = sorted(set(fields) - {"comment"})
-    append(connection, Event(Who(author.actor, author.address), action, agent_id, detail))
+    append(connection, Event(author.who, action, agent_id, detail))

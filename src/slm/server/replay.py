@@ -10,9 +10,11 @@ import logging
 
 from slm.errors import ProblemError
 from slm.protocol import Subscribe
+from slm.server.catalog import Position
 from slm.server.feed import ChangeFeed
-from slm.server.frames import encode_change, in_writes
+from slm.server.frames import in_writes
 from slm.server.hub import Hub, ResyncReason, Subscriber
+from slm.server.news import Page
 from slm.server.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -43,52 +45,51 @@ async def _open(
         hub.begin(subscriber, hub.head, hub.epoch)
         hub.join(subscriber)
         return
-    if (wanted.since, wanted.epoch) != (hub.head, hub.epoch):
-        reason = await _not_resumable(wanted.since, wanted.epoch, feed)
+    at = Position(wanted.since, wanted.epoch, wanted.change_id)
+    seconds = settings.min_revision_wait_seconds
+    while not hub.is_at(*at):
+        # Read before `subscribed` is said: only then is it known where the stream can start.
+        # Not beyond the head: frames never go ahead of the catalog.
+        upto = hub.head
+        page = await feed.read(at.revision, settings.replay_page, upto=upto)
+        reason = _not_resumable(at, page, upto, feed.replay_limit)
         if reason is not None:
+            if reason not in ("compacted", "far-behind"):
+                # This replica may not have noticed yet; it should name a position that is there.
+                await feed.look_again(seconds)
+                await hub.reached(feed.position, feed.epoch, seconds)
             hub.resync(subscriber, reason)
             return
-        # The database has it, so this replica will too.
-        feed.wake()
-        seconds = settings.min_revision_wait_seconds
-        if not await hub.reached(wanted.since, wanted.epoch, seconds):
-            subscriber.sink.end(1013, "this replica is behind")
-            return
-    hub.begin(subscriber, wanted.since, wanted.epoch)
-    await _replay(subscriber, hub, feed, settings.replay_page)
-
-
-async def _not_resumable(since: int, epoch: str, feed: ChangeFeed) -> ResyncReason | None:
-    """Say why the database itself cannot resume there, or None where it can."""
-    horizon = await feed.horizon()
-    if horizon.epoch != epoch:
-        return "epoch"
-    if since > horizon.revision:
-        return "ahead"
-    return "compacted" if since < horizon.floor else None
-
-
-async def _replay(subscriber: Subscriber, hub: Hub, feed: ChangeFeed, page_size: int) -> None:
-    if hub.join(subscriber):
-        return
-    hub.counts.replays += 1
-    while not hub.join(subscriber):
-        since = subscriber.position
-        if subscriber.epoch != hub.epoch or since > hub.head:
-            hub.resync(subscriber, "epoch")
-            return
-        # Not beyond the head: frames never go ahead of the catalog.
-        page = await feed.read(since, page_size, upto=hub.head)
-        if page.horizon.epoch != subscriber.epoch:
+        if hub.epoch != at.epoch or not page.changes:
+            # The database has that position, so this replica will too.
             feed.wake()
-            hub.resync(subscriber, "epoch")
-            return
-        if not page.changes or not page.continues(since):
-            hub.resync(subscriber, "compacted")
-            return
-        for frames in in_writes(
-            (c.revision, encode_change(c, subscriber.view)) for c in page.changes
-        ):
+            if not await hub.can_go_on(at, seconds):
+                subscriber.sink.end(1013, "this replica is behind")
+                return
+            continue
+        if not subscriber.epoch:
+            hub.counts.replays += 1
+            hub.begin(subscriber, at.revision, at.epoch, page.id_here or at.change_id or "")
+        for frames in in_writes(page.changes, subscriber.view):
             if not hub.send(subscriber, frames):
                 return
             await subscriber.sink.drained()
+        at = Position(subscriber.position, subscriber.epoch, subscriber.change_id)
+    if not subscriber.epoch:
+        hub.begin(subscriber, at.revision, at.epoch)
+    hub.join(subscriber)
+
+
+def _not_resumable(at: Position, page: Page, upto: int, limit: int) -> ResyncReason | None:
+    """Say why the database itself cannot resume there, or None where it can."""
+    horizon = page.horizon
+    if horizon.epoch != at.epoch:
+        return "epoch"
+    if at.revision > horizon.revision:
+        return "ahead"
+    if horizon.lost(at, page.id_here):
+        return "forked"
+    hole = not page.changes and at.revision < min(upto, horizon.revision)
+    if hole or not page.continues(at.revision):
+        return "compacted"
+    return "far-behind" if horizon.revision - at.revision > limit else None

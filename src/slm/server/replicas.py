@@ -5,18 +5,24 @@ On SQLite there is one process, which holds the file, so its row needs no renewa
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import secrets
 import socket
+import time
 from dataclasses import dataclass
 from typing import Any, Final
 
 from sqlalchemy import Connection, Double, delete, func, insert, select, text, update
 
+from slm.errors import ProblemError
+from slm.server.auth import TokenTable
 from slm.server.database import Database
 from slm.server.models import REPLICAS
 from slm.server.vault import Vault
+
+_ASK_AGAIN_SECONDS: Final = 0.05
 
 _NOW: Final[dict[str, Any]] = {
     # The database's clock: the one that all replicas share.
@@ -51,18 +57,26 @@ class Lease:
         database: of all the replicas.
         vault: whose keys are reported.
         lease_seconds: after how long without a word this process counts as gone.
+        tokens: whose version is reported; None: no door asks them.
     """
 
-    def __init__(self, database: Database, vault: Vault, lease_seconds: float) -> None:
+    def __init__(
+        self,
+        database: Database,
+        vault: Vault,
+        lease_seconds: float,
+        tokens: TokenTable | None = None,
+    ) -> None:
         self.id = secrets.token_hex(16)
         self.name = f"{socket.gethostname()}:{os.getpid()}"[:255]
         self._database = database
         self._vault = vault
         self._lease_seconds = lease_seconds
+        self._tokens = TokenTable() if tokens is None else tokens
         self._reported: tuple[str, ...] | None = None
 
     async def renew(self) -> None:
-        """Report that this process is live, and its keys.
+        """Report that this process is live, its keys, and which tokens it has in force.
 
         Raises:
             DatabaseUnavailable: the database does not answer.
@@ -77,6 +91,7 @@ class Lease:
                 "name": self.name,
                 "fingerprints": json.dumps(fingerprints),
                 "seen_at": now,
+                "tokens_version": self._tokens.version,
             }
             if connection.dialect.name == "sqlite":
                 # Whoever held the file before is gone.
@@ -95,6 +110,41 @@ class Lease:
         """Take the row away, at an orderly stop."""
         mine = delete(REPLICAS).where(REPLICAS.c.id == self.id)
         await self._database.run(lambda connection: connection.execute(mine) and None)
+
+    async def unconfirmed(
+        self, version: int, *, wait_seconds: float, heard_within_seconds: float
+    ) -> list[str] | None:
+        """Return the other processes that do not have the tokens of `version` in force yet.
+
+        Args:
+            version: a tokens_version.
+            wait_seconds: how long the live ones have to confirm it.
+            heard_within_seconds: one that was not heard for longer serves nobody any more.
+
+        Returns:
+            Their names; None where the database could not say.
+        """
+        if self._database.dialect == "sqlite":
+            return []
+        behind = select(REPLICAS.c.name, REPLICAS.c.seen_at).where(
+            REPLICAS.c.id != self.id, REPLICAS.c.tokens_version < version
+        )
+
+        def read(connection: Connection) -> tuple[list[str], bool]:
+            now = database_time(connection)
+            rows = connection.execute(behind.order_by(REPLICAS.c.name)).all()
+            names = [row.name for row in rows if now - row.seen_at <= heard_within_seconds]
+            return names, any(now - row.seen_at <= self._lease_seconds for row in rows)
+
+        until = time.monotonic() + wait_seconds
+        try:
+            names, some_live = await self._database.read(read)
+            while some_live and time.monotonic() < until:
+                await asyncio.sleep(_ASK_AGAIN_SECONDS)
+                names, some_live = await self._database.read(read)
+        except ProblemError:
+            return None
+        return names
 
 
 def replicas(connection: Connection, lease_seconds: float) -> list[ReplicaInfo]:

@@ -26,7 +26,9 @@ from slm.server.replicas import Lease, ReplicaInfo, replicas
 from slm.server.settings import Settings
 from slm.server.vault import Vault, fingerprint
 
-_LOCK_STATE: Final = select(STATE.c.keyring_version).where(STATE.c.id == 1).with_for_update()
+_LOCK_STATE: Final = (
+    select(STATE.c.keyring_version, STATE.c.tokens_version).where(STATE.c.id == 1).with_for_update()
+)
 _BUMP: Final = (
     update(STATE).where(STATE.c.id == 1).values(keyring_version=STATE.c.keyring_version + 1)
 )
@@ -152,6 +154,8 @@ class KeyRotation:
         Raises:
             Conflict: the keys are not in the data directory.
         """
+        # Before the file is touched, which no transaction undoes.
+        await self._database.read(who.require_counts)
         if self.source is not KeySource.FILE:
             raise Conflict(
                 "The encryption keys are not in the data directory; add it where they are."
@@ -169,7 +173,7 @@ class KeyRotation:
         """Tell the database of every key that is here and new to it."""
 
         def work(connection: Connection) -> None:
-            connection.execute(_LOCK_STATE)
+            _lock_state(connection, who)
             register(connection, self._vault, who)
 
         await self._database.run(work)
@@ -194,7 +198,7 @@ class KeyRotation:
         await self._lease.renew()
 
         def work(connection: Connection) -> str:
-            connection.execute(_LOCK_STATE)
+            _lock_state(connection, who)
             keys = {key.fingerprint: key for key in connection.execute(select(ENCRYPTION_KEYS))}
             active: str = next(name for name, key in keys.items() if key.is_active)
             name: str = wanted or newest_inactive(connection) or active
@@ -218,17 +222,17 @@ class KeyRotation:
         await self._keyring.refresh(self._database)
         return name
 
-    async def reencrypt(self, after_id: int, limit: int) -> Progress:
+    async def reencrypt(self, after_id: int, limit: int, *, who: Who) -> Progress:
         """Re-encrypt some rows under the active key, leaving their revisions as they are.
 
         Args:
             after_id: rows up to here are done.
             limit: how many rows to look at, in one short transaction.
+            who: who asks for it.
         """
 
         def work(connection: Connection) -> Progress:
-            version = connection.execute(_LOCK_STATE).scalar_one()
-            self._keyring.follow(connection, version)
+            self._keyring.follow(connection, _lock_state(connection, who))
             rows = connection.execute(_ENCRYPTED.where(AGENTS.c.id > after_id).limit(limit)).all()
             changed = 0
             for row in rows:
@@ -242,6 +246,8 @@ class KeyRotation:
                         "mark": mark or row.key_state,
                     }
                     connection.execute(_REPLACE, values)
+            detail = {"after_id": after_id, "rows": len(rows), "changed": changed}
+            append(connection, Event(who, "encryption_key.reencrypt", detail=detail))
             return Progress(rows[-1].id if len(rows) == limit else None, changed)
 
         return await self._database.run(work)
@@ -269,7 +275,7 @@ class KeyRotation:
             )
 
         def work(connection: Connection) -> list[str]:
-            if connection.execute(_LOCK_STATE).scalar_one() != version:
+            if _lock_state(connection, who) != version:
                 raise KeysNotReady("The encryption keys changed just now; try again.")
             old = select(ENCRYPTION_KEYS.c.fingerprint).where(
                 ENCRYPTION_KEYS.c.is_active.is_(False), ENCRYPTION_KEYS.c.retired_at.is_(None)
@@ -330,6 +336,17 @@ class KeyRotation:
             if len(found) < _PAGE:
                 return rows, unreadable
             after_id = found[-1].id
+
+
+def _lock_state(connection: Connection, who: Who) -> int:
+    """Lock the state row and return the key ring's version; whoever asks must still be allowed to.
+
+    Raises:
+        Unauthorized: the token does not count any more.
+    """
+    row = connection.execute(_LOCK_STATE).one()
+    who.require_counts(connection, row.tokens_version)
+    return int(row.keyring_version)
 
 
 def _ring_of(connection: Connection) -> tuple[int, str, set[str]]:

@@ -19,12 +19,14 @@ from fastapi import FastAPI
 from slm.errors import StartupError
 from slm.protocol import MAX_ACK_BYTES
 from slm.server import failpoints
+from slm.server.acceptor import Acceptor
 from slm.server.app import create_app
 from slm.server.handshake import handshake_protocol
 from slm.server.prepare import Prepared, prepare
-from slm.server.process import forbid_core_dumps, tune_interpreter
+from slm.server.process import forbid_core_dumps, raise_open_files, tune_interpreter
 from slm.server.services import Services
 from slm.server.settings import Settings
+from slm.server.supervisor import SupervisedTask
 from slm.server.tls import ServerTls
 from slm.server.transport import http_protocol
 
@@ -69,6 +71,7 @@ async def serve(
         StartupError: it cannot start; one sentence says why.
     """
     forbid_core_dumps()
+    raise_open_files()
     server = SLMServer(settings)
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
@@ -104,7 +107,7 @@ class SLMServer:
         self._prepared: Prepared | None = None
         self._app: FastAPI | None = None
         self._server: _Uvicorn | None = None
-        self._loop: asyncio.Task[None] | None = None
+        self._ticking: SupervisedTask | None = None
 
     @property
     def services(self) -> Services:
@@ -141,11 +144,15 @@ class SLMServer:
     async def stop(self) -> None:
         """Close the streams one by one, finish the requests, and close the database."""
         server, self._server = self._server, None
-        loop, self._loop = self._loop, None
+        ticking, self._ticking = self._ticking, None
+        if ticking is not None:
+            await ticking.stop()
         if server is not None:
-            server.should_exit = True
-        if loop is not None:
-            await asyncio.gather(loop, return_exceptions=True)
+            try:
+                await server.stop_in_order()
+            except Exception as error:
+                # The database is closed whatever became of the connections.
+                logger.error("stopping the connections failed with %s", type(error).__name__)
         prepared, self._prepared = self._prepared, None
         if prepared is not None:
             await prepared.database.close()
@@ -154,7 +161,11 @@ class SLMServer:
         settings = self.settings
         config = uvicorn.Config(
             app,
-            http=http_protocol(settings.max_header_bytes, settings.header_timeout_seconds),
+            http=http_protocol(
+                settings.max_header_bytes,
+                settings.header_timeout_seconds,
+                app.state.services.connections,
+            ),
             ws=handshake_protocol(settings.ping_interval_seconds, settings.ping_timeout_seconds),
             # The largest message is an ack; the application holds others to 64 KiB.
             ws_max_size=MAX_ACK_BYTES,
@@ -170,13 +181,13 @@ class SLMServer:
             server_header=False,
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=FINISH_SECONDS,
-            ssl_context_factory=None if self._tls is None else _existing(self._tls),
         )
         config.load()
         server = _Uvicorn(config, self)
-        await server.begin(listener)
+        await server.begin(listener, None if self._tls is None else self._tls.context())
         self._server = server
-        self._loop = asyncio.create_task(server.serve_until_stopped(), name="slm-uvicorn")
+        self._ticking = self.services.supervisor.task("uvicorn", server.main_loop)
+        self._ticking.start()
 
 
 class _Uvicorn(uvicorn.Server):
@@ -186,30 +197,49 @@ class _Uvicorn(uvicorn.Server):
         super().__init__(config)
         self._slm = server
 
-    async def begin(self, listener: socket.socket) -> None:
+    async def begin(self, listener: socket.socket, tls: ssl.SSLContext | None) -> None:
         """Start the application and accept connections.
 
         Raises:
             StartupError: the application did not start.
         """
         self.lifespan = self.config.lifespan_class(self.config)
-        try:
-            await self.startup(sockets=[listener])
-        except SystemExit:
-            raise StartupError("The server could not start; its log says why.") from None
+        self.servers = []
+        await self.lifespan.startup()
+        if self.lifespan.should_exit:
+            raise StartupError("The server could not start; its log says why.")
+        self.started = True
         # uvicorn sets the Date header in its loop, which has not run yet.
         await self.on_tick(0)
+        services, settings = self._slm.services, self._slm.settings
+        connections, openings = services.connections, services.openings
+        connections.open = self.server_state.connections
+        self._acceptor = Acceptor(
+            listener,
+            self._protocol,
+            connections,
+            is_busy=lambda: openings.is_busy,
+            tls=tls,
+            handshake_seconds=settings.tls_handshake_seconds,
+        )
+        openings.on_free = self._acceptor.get_on
+        connections.watch(settings.header_timeout_seconds / 4)
 
-    async def serve_until_stopped(self) -> None:
-        """Run until `should_exit` is set, then stop in order."""
-        await self.main_loop()
-        for server in self.servers:
-            server.close()
+    def _protocol(self) -> asyncio.Protocol:
+        made: asyncio.Protocol = self.config.http_protocol_class(  # type: ignore[call-arg]
+            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+        )
+        return made
+
+    async def stop_in_order(self) -> None:
+        """Accept nobody more, close the streams one by one, finish the requests, cut the rest."""
+        self._acceptor.close()
         answers = self._slm.services.feed.current
         self._slm.services.database.give_up_in(GIVE_UP_SECONDS if answers else 0)
         self._slm.services.fleet.close()
         await self._slm.services.hub.close_streams(self._slm.settings.shutdown_seconds)
         await self.shutdown()
+        self._slm.services.connections.stop_watching()
         for connection in list(self.server_state.connections):
             connection.transport.abort()
 
@@ -254,10 +284,6 @@ def _tls_of(settings: Settings) -> ServerTls | None:
     # Before the database is touched: a wrong file is the quickest thing to tell.
     tls.context()
     return tls
-
-
-def _existing(tls: ServerTls) -> Callable[..., ssl.SSLContext]:
-    return lambda config, default: tls.context()
 
 
 def _url(settings: Settings, listener: socket.socket) -> str:

@@ -8,6 +8,7 @@ from slm.server.audit import AuditLog
 from slm.server.auth import TokenTable
 from slm.server.caretaker import Caretaker
 from slm.server.catalog import Catalog
+from slm.server.connections import Connections, connection_limit
 from slm.server.database import Database
 from slm.server.doorkeeper import Doorkeeper
 from slm.server.explanations import Explanations
@@ -18,12 +19,16 @@ from slm.server.hub import Hub
 from slm.server.keyring import Keyring, read_keys
 from slm.server.limits import Gauge, Rate, TokenBuckets
 from slm.server.metrics import Metrics
+from slm.server.openings import Openings
 from slm.server.prepare import Prepared
+from slm.server.process import open_files_limit
 from slm.server.receipts import Receipts
 from slm.server.registry import AgentRegistry
 from slm.server.rotation import KeyRotation
 from slm.server.settings import Settings
+from slm.server.supervisor import Supervisor
 from slm.server.token_store import TokenStore
+from slm.server.token_watch import TokenWatch
 
 
 @dataclass
@@ -59,27 +64,36 @@ class Services:
     failed_logins: TokenBuckets
     writes: TokenBuckets
     streams: Gauge
-    openings: Gauge
+    waits: Gauge
+    openings: Openings
+    connections: Connections
     snapshots: Gauge
     doorkeeper: Doorkeeper
+    token_watch: TokenWatch
     caretaker: Caretaker
+    supervisor: Supervisor
     counts: RequestCounts = field(default_factory=RequestCounts)
 
 
 def make_services(settings: Settings, prepared: Prepared) -> Services:
     """Put the parts together; nothing runs yet."""
-    catalog, tokens = Catalog(), TokenTable()
+    catalog, tokens, supervisor = Catalog(), TokenTable(), Supervisor()
     database = prepared.database
     keyring = Keyring(prepared.vault, lambda: read_keys(settings).keys)
     registry = AgentRegistry(database, prepared.vault, keyring, settings.endpoint_policy)
-    token_store = TokenStore(database)
-    caretaker = Caretaker(settings, database, keyring, registry.reads, tokens, token_store)
+    tokens.max_age_seconds = settings.max_outage_seconds
+    token_store = TokenStore(database, tokens)
+    caretaker = Caretaker(
+        settings, database, keyring, registry.reads, tokens, token_store, supervisor
+    )
     lease = caretaker.lease
     fleet = Fleet(lease.id, lease.name, tokens.name_of, settings.behind_after_seconds)
-    fleet_sync = FleetSync(database, fleet, settings.fleet_interval_seconds, settings.lease_seconds)
-    hub, metrics = Hub(settings, fleet), Metrics()
+    fleet_sync = FleetSync(
+        database, fleet, settings.fleet_interval_seconds, settings.lease_seconds, supervisor
+    )
+    hub, metrics = Hub(settings, fleet, supervisor), Metrics()
     hub.on_pushed = metrics.pushed
-    feed = ChangeFeed(database, catalog, hub, tokens, settings, metrics)
+    feed = ChangeFeed(database, catalog, hub, tokens, settings, metrics, supervisor)
     registry.committed = feed.committed
     return Services(
         settings=settings,
@@ -103,8 +117,12 @@ def make_services(settings: Settings, prepared: Prepared) -> Services:
         ),
         writes=TokenBuckets(Rate(settings.writes_per_second, settings.writes_burst)),
         streams=Gauge(settings.streams_per_token),
-        openings=Gauge(settings.max_opening_streams),
+        waits=Gauge(settings.waits_per_token),
+        openings=Openings(settings.max_opening_streams, settings.header_timeout_seconds),
+        connections=Connections(connection_limit(settings.max_connections, open_files_limit())),
         snapshots=Gauge(settings.max_snapshots),
-        doorkeeper=Doorkeeper(tokens, hub),
+        doorkeeper=Doorkeeper(tokens, hub, supervisor),
+        token_watch=TokenWatch(database, tokens, settings.poll_interval_seconds, supervisor),
         caretaker=caretaker,
+        supervisor=supervisor,
     )

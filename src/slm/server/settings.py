@@ -52,6 +52,8 @@ class Settings(BaseSettings):
         ping_timeout_seconds: how long a peer has to answer a ping.
         behind_after_seconds: after how long without a good look at the database the feed is behind.
         poll_interval_seconds: how often the feed looks without being woken.
+        max_outage_seconds: how long plain reads and streams go on without the database, which
+            alone knows of a revoked token.
         min_revision_wait_seconds: how long a read waits for `min_revision`.
         lock_timeout_seconds: how long a transaction waits for a lock.
         database_timeout_seconds: how long a whole transaction may take before it is given up.
@@ -68,14 +70,19 @@ class Settings(BaseSettings):
         writes_per_second: how often one token may write, in the long run.
         writes_burst: how often at once.
         streams_per_token: how many streams one token may have open here; none: any number.
+        waits_per_token: how many requests with `?wait=` one token may have under way here.
+        max_connections: how many connections may be open at once; none, or more than there are
+            file descriptors for: as many as those. 256 of them are kept for plain HTTP.
         max_opening_streams: how many streams may be on their way from handshake to live at once;
-            the rest are told to come back (503).
+            the rest wait, and one token has half of the places at most.
         max_snapshots: how many snapshots may be made at once.
         buffer_bytes: how much may wait for one slow reader.
         buffer_total_bytes: how much may wait for all of them.
         max_body_bytes: the largest request body.
         max_header_bytes: the largest request head.
-        header_timeout_seconds: how long a request's head may take, and then its body.
+        header_timeout_seconds: how long a request's head may take, then its body, and how long a
+            peer may read nothing of its answer.
+        tls_handshake_seconds: how long a TLS handshake may take.
         shutdown_seconds: over how long a stopping server spreads the closing of its streams.
         replay_page: how many changes one page of a replay holds.
         testing: allows what only a test may do.
@@ -111,6 +118,7 @@ class Settings(BaseSettings):
     ping_timeout_seconds: Seconds = 20
     behind_after_seconds: Seconds = 5
     poll_interval_seconds: Seconds = 1
+    max_outage_seconds: Seconds = 300
     min_revision_wait_seconds: Seconds = 2
     lock_timeout_seconds: Seconds = 2
     database_timeout_seconds: Seconds = 10
@@ -122,6 +130,7 @@ class Settings(BaseSettings):
     key_check_seconds: Seconds = 300
     last_used_seconds: Seconds = 60
     header_timeout_seconds: Seconds = 10
+    tls_handshake_seconds: Annotated[float, Field(gt=0, le=10)] = 5
     shutdown_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 3
 
     auth_failures_per_second: PerSecond = 10
@@ -129,7 +138,9 @@ class Settings(BaseSettings):
     writes_per_second: PerSecond = 1000
     writes_burst: Burst = 5000
     streams_per_token: Annotated[int, Field(gt=0)] | None = None
+    waits_per_token: Annotated[int, Field(gt=0)] = 100
 
+    max_connections: Annotated[int, Field(gt=0)] | None = None
     max_opening_streams: Annotated[int, Field(gt=0)] = 500
     max_snapshots: Annotated[int, Field(gt=0)] = 50
     buffer_bytes: Bytes = 1024 * 1024

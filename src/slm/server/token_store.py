@@ -6,7 +6,8 @@ at the door.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
@@ -16,6 +17,7 @@ from sqlalchemy import Connection, func, insert, select, update
 
 from slm.errors import Conflict, TokenNotFound
 from slm.server.audit import Event, Who, append
+from slm.server.auth import TokenTable, read_tokens
 from slm.server.database import Database
 from slm.server.listener import CHANNEL
 from slm.server.models import STATE, TOKENS, utc_now
@@ -70,17 +72,30 @@ class TokenInfo:
 
 @dataclass(frozen=True)
 class TokenWritten:
-    """A token as it is after a write, and the tokens_version from which a replica knows of it."""
+    """A token as it is after a write.
+
+    Attributes:
+        token: what is known of it.
+        version: the tokens_version from which a replica knows of it.
+        known: every token that counts from then on.
+    """
 
     token: TokenInfo
     version: int
+    known: TokenTable
 
 
 class TokenStore:
-    """Creates, lists and revokes tokens; every replica notices through the state row."""
+    """Creates, lists and revokes tokens; other replicas notice through the state row.
 
-    def __init__(self, database: Database) -> None:
+    Args:
+        database: where the tokens are.
+        tokens: what this server's doors ask; it knows of each write before that is answered.
+    """
+
+    def __init__(self, database: Database, tokens: TokenTable) -> None:
         self._database = database
+        self._tokens = tokens
 
     async def create(
         self,
@@ -101,7 +116,7 @@ class TokenStore:
         lifetime = expires_in_seconds and timedelta(seconds=expires_in_seconds)
 
         def work(connection: Connection) -> TokenWritten:
-            version = _notice(connection)
+            version = _notice(connection, who)
             if any(known.name == name and known.counts for known in _all(connection)):
                 raise Conflict("A token of this name is there already; revoke it first.")
             values = {
@@ -117,9 +132,9 @@ class TokenStore:
             detail = {"token_id": token_id, "name": name, "scopes": list(scopes)}
             detail |= {"agents": view.patterns, "expires_in_seconds": expires_in_seconds}
             append(connection, Event(who, "token.create", detail=detail))
-            return TokenWritten(_one(connection, token_id), version)
+            return _written(connection, token_id, version)
 
-        return await self._database.run(work), token
+        return await self._write(work), token
 
     async def all(self) -> list[TokenInfo]:
         """Return every token that ever was, in the order in which they were made."""
@@ -134,10 +149,10 @@ class TokenStore:
         """
 
         def work(connection: Connection) -> TokenWritten:
-            version = _notice(connection)
+            version = _notice(connection, who)
             token = _one(connection, token_id)
             if token.revoked_at is not None:
-                return TokenWritten(token, version)
+                return _written(connection, token_id, version)
             others = [t for t in _all(connection) if t.id != token_id and t.counts]
             if token.counts and _administers(token) and not any(map(_administers, others)):
                 raise Conflict(
@@ -147,9 +162,16 @@ class TokenStore:
             connection.execute(statement)
             detail = {"token_id": token_id, "name": token.name}
             append(connection, Event(who, "token.revoke", detail=detail))
-            return TokenWritten(_one(connection, token_id), version)
+            return _written(connection, token_id, version)
 
-        return await self._database.run(work)
+        return await self._write(work)
+
+    async def _write(self, work: Callable[[Connection], TokenWritten]) -> TokenWritten:
+        """Run the transaction and put what it left in force here, whatever the feed is at."""
+        asked_at = time.monotonic()
+        written = await self._database.run(work)
+        self._tokens.take(written.known, asked_at)
+        return written
 
     async def note_used(self, used: Mapping[int, datetime]) -> None:
         """Write down when tokens were last used; of several replicas the latest counts."""
@@ -168,13 +190,23 @@ def _administers(token: TokenInfo) -> bool:
     return "admin" in token.scopes and token.expires_at is None
 
 
-def _notice(connection: Connection) -> int:
-    """Lock the state row, as every writer does first, and let every replica see the change."""
+def _written(connection: Connection, token_id: int, version: int) -> TokenWritten:
+    return TokenWritten(_one(connection, token_id), version, read_tokens(connection, version))
+
+
+def _notice(connection: Connection, who: Who) -> int:
+    """Lock the state row, as every writer does first, and let every replica see the change.
+
+    Raises:
+        Unauthorized: the token of whoever asks does not count any more.
+    """
     statement: Any = _BUMP.returning(STATE.c.tokens_version)
     if connection.dialect.name == "postgresql":
         # With no revision: there is none, and a replica that has them all must look even so.
         statement = _BUMP.returning(STATE.c.tokens_version, func.pg_notify(CHANNEL, ""))
     version: int = connection.execute(statement).one()[0]
+    # The version before: this very transaction raised it.
+    who.require_counts(connection, version - 1)
     return version
 
 

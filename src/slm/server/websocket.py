@@ -10,13 +10,13 @@ import asyncio
 import itertools
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final, Protocol
 
 from websockets import protocol as sans_io
 from websockets.frames import Frame, Opcode
 
-from slm.server.transport import LINGER_SECONDS
+from slm.server.transport import LINGER_SECONDS, beneath_tls
 
 try:
     from websockets.speedups import apply_mask
@@ -28,6 +28,25 @@ SHORT_BYTES: Final = 4096
 
 CLOSE_SECONDS: Final = 10.0
 """How long a peer may take to answer a close frame, at most."""
+
+MAX_FRAGMENTS: Final = 1024
+"""How many pieces a message may come in; empty ones take memory too."""
+
+TURN_FRAMES: Final = 64
+"""After so many frames of one peer everyone else in the loop has a turn."""
+
+PIECE_BYTES: Final = 1024
+"""How much the library's parser is fed at once: it takes all the frames of what it is fed."""
+
+BURST: Final = 1000
+PER_SECOND: Final = 200
+"""How many frames a peer may send at once, and a second; 4 KiB count as one.
+
+One that sends more is read as slowly as that. A backend that acks is at ten a second.
+"""
+
+PONGS_WAIT_BYTES: Final = 16 * 1024
+"""One that reads nothing gets no pongs beyond these (RFC 6455 section 5.5.3)."""
 
 _TEXT, _PING, _PONG = 0x81, 0x89, 0x8A
 """The first byte of a whole message in one frame, a ping and a pong (RFC 6455 section 5.2)."""
@@ -80,10 +99,15 @@ class WebSocketConnection(asyncio.Protocol):
 
     # There are thousands, and a broadcast visits each.
     __slots__ = (
+        "_beneath",
         "_connections",
+        "_credit",
+        "_credit_at",
+        "_go_on",
         "_keepalive",
         "_listener",
         "_max_message_bytes",
+        "_on_waiting",
         "_parser",
         "_timer",
         "_unread",
@@ -109,10 +133,22 @@ class WebSocketConnection(asyncio.Protocol):
         self._parser: _Parser | None = None
         self._writable: asyncio.Event | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._go_on: asyncio.TimerHandle | None = None
+        self._on_waiting: Callable[[int], object] | None = None
+        self._beneath = beneath_tls(transport)
+        self._credit = float(BURST)
+        self._credit_at = 0.0
 
-    def listen(self, listener: Listener) -> None:
-        """Begin to hear the peer, and to ping it; once, before anything is read."""
+    def listen(self, listener: Listener, on_waiting: Callable[[int], object] | None = None) -> None:
+        """Begin to hear the peer, and to ping it; once, before anything is read.
+
+        Args:
+            listener: who hears it.
+            on_waiting: called with how many bytes wait for the peer after it was sent anything
+                but a push, and when much of what it sent waits here.
+        """
         self._listener = listener
+        self._on_waiting = on_waiting
         self._connections.add(self)
         if not self.closed:
             self._keepalive.watch(self)
@@ -124,13 +160,32 @@ class WebSocketConnection(asyncio.Protocol):
         """Write without waiting; return how many bytes wait for the peer, -1 once it is closed."""
         if self.closed:
             return -1
+        return self._write(frames.encoded)
+
+    def _write(self, data: bytes) -> int:
+        """Write, as only this does; return how many bytes wait for the peer."""
         transport = self.transport
-        transport.write(frames.encoded)
-        return transport.get_write_buffer_size()
+        transport.write(data)
+        waiting = transport.get_write_buffer_size()
+        if self._beneath is not None:
+            waiting += self._beneath.get_write_buffer_size()
+        return waiting
+
+    def _answer(self, data: bytes) -> None:
+        """Write something of our own, and account for it."""
+        if data and not self.transport.is_closing():
+            waiting = self._write(data)
+            if waiting and self._on_waiting is not None and not self.closed:
+                self._on_waiting(waiting)
+
+    def _unsent(self) -> int:
+        waiting = self.transport.get_write_buffer_size()
+        return waiting if self._beneath is None else waiting + self._beneath.get_write_buffer_size()
 
     def waiting_bytes(self) -> int:
-        """Return how many bytes wait for the peer to read."""
-        return self.transport.get_write_buffer_size()
+        """Return how many bytes wait for the peer to read, or of what it sends for the rest."""
+        held = self._parser.held_bytes if self._parser is not None else 0
+        return self._unsent() + len(self._unread) + held
 
     async def drained(self) -> None:
         """Wait until the peer has read most of what was written, or is gone."""
@@ -142,20 +197,23 @@ class WebSocketConnection(asyncio.Protocol):
         if self.closed or self.transport.is_closing():
             return
         parser = self._parser_from_now_on()
+        if parser.state is not sans_io.State.OPEN:
+            return  # The peer has closed; its frame is answered when its turn comes.
         parser.send_close(code, reason)
-        self._write(parser)
         self._close()
+        self._send_of(parser)
 
     def abort(self) -> None:
         """Cut the connection, throwing away what waits."""
         self.closed = True
+        self._unread = b""
         self._keepalive.forget(self)
         self.transport.abort()
 
     def ping(self, frame: bytes) -> None:
         """Write a ping, unless this is closing."""
         if not self.closed and not self.transport.is_closing():
-            self.transport.write(frame)
+            self._answer(frame)
 
     def shutdown(self) -> None:
         """Close as a restarting server does (1012); uvicorn calls it."""
@@ -164,19 +222,26 @@ class WebSocketConnection(asyncio.Protocol):
     # --- reading; the transport calls these ---
 
     def data_received(self, data: bytes) -> None:
-        """Take what the peer sent."""
-        if self._parser is None:
-            data = self._read_short(self._unread + data if self._unread else data)
-        if data:
-            self._read(data)
+        """Take what the peer sent, as far as its turn goes."""
+        self._unread = self._unread + data if self._unread else data
+        if self._go_on is None:
+            self._take_turn()
+
+    def eof_received(self) -> None:
+        """End when the peer will send no more."""
+        if not self.closed:
+            self._close(LINGER_SECONDS)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Let go of everything."""
         self.closed = True
         self._keepalive.forget(self)
         self._connections.discard(self)
-        if self._timer is not None:
-            self._timer.cancel()
+        self._unread = b""
+        self._parser = self._on_waiting = None
+        for timer in (self._timer, self._go_on):
+            if timer is not None:
+                timer.cancel()
         self.resume_writing()
         self._say_gone()
 
@@ -190,44 +255,80 @@ class WebSocketConnection(asyncio.Protocol):
             self._writable.set()
             self._writable = None
 
+    # --- turns ---
+
+    def _take_turn(self) -> None:
+        """Take some frames; where more are there, or there were too many, reading waits."""
+        data = self._unread
+        start = frames = 0
+        if self._parser is None:
+            start, frames = self._read_short(data)
+        while self._parser is not None and start < len(data) and frames < TURN_FRAMES:
+            frames += self._read(data[start : start + PIECE_BYTES])
+            start += PIECE_BYTES
+        self._unread = data[start:] if not self.transport.is_closing() else b""
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        credit = min(BURST, self._credit + (now - self._credit_at) * PER_SECOND)
+        # A read costs something too, whatever it brings.
+        credit -= frames + min(start, len(data)) / 4096 + 0.1
+        self._credit, self._credit_at = credit, now
+        if credit < 0 or (frames >= TURN_FRAMES and self._unread):
+            self.transport.pause_reading()
+            self._go_on = loop.call_later(max(0.0, -credit / PER_SECOND), self._next_turn)
+        holds = self._parser is not None or self._go_on is not None
+        if holds and self._on_waiting is not None and self.waiting_bytes() > SHORT_BYTES:
+            self._on_waiting(self._unsent())
+
+    def _next_turn(self) -> None:
+        self._go_on = None
+        self.transport.resume_reading()
+        if self._unread:
+            self._take_turn()
+
     # --- the short way ---
 
-    def _read_short(self, data: bytes) -> bytes:
-        """Take whole short messages, pings and pongs; return the rest if it is anything else."""
-        self._unread = b""
-        start, size = 0, len(data)
-        while self._parser is None and size - start >= 2:
+    def _read_short(self, data: bytes) -> tuple[int, int]:
+        """Take whole short messages, pings and pongs; the parser takes anything else from there.
+
+        Returns:
+            How far it read, and how many frames there were.
+        """
+        start, size, frames = 0, len(data), 0
+        while self._parser is None and size - start >= 2 and frames < TURN_FRAMES:
             first, length = data[start], data[start + 1] & 0x7F
             mask = start + 2
+            is_short = first in (_TEXT, _PING, _PONG) and data[start + 1] & 0x80
             if length == 126 and first == _TEXT:
                 if size - start < 4:
                     break
                 length = int.from_bytes(data[mask : mask + 2], "big")
                 mask += 2
-                if not 126 <= length <= SHORT_BYTES:
-                    return data[start:]
+                is_short = is_short and 126 <= length <= SHORT_BYTES
             elif length > 125:
-                return data[start:]
-            if first not in (_TEXT, _PING, _PONG) or not data[start + 1] & 0x80:
-                return data[start:]
+                is_short = False
+            if not is_short:
+                self._parser_from_now_on()
+                break
             payload = mask + 4
             if payload + length > size:
                 break
             start = payload + length
+            frames += 1
             self._take(first, apply_mask(data[payload:start], data[mask:payload]))
-        if self._parser is not None:
-            return data[start:]
-        self._unread = data[start:]
-        return b""
+        return start, frames
 
     def _take(self, first: int, payload: bytes) -> None:
         if first == _TEXT:
             self._hear_text(payload)
         elif first == _PONG:
             self._keepalive.answered(self, payload)
-        elif self._writable is None:
-            # One that reads nothing gets no answers that would wait for it (section 5.5.3).
-            self.transport.write(_frame(Opcode.PONG, payload))
+        else:
+            self._pong(payload)
+
+    def _pong(self, payload: bytes) -> None:
+        if not self.closed and self._unsent() < PONGS_WAIT_BYTES:
+            self._answer(_frame(Opcode.PONG, payload))
 
     def _hear_text(self, payload: bytes) -> None:
         try:
@@ -246,61 +347,61 @@ class WebSocketConnection(asyncio.Protocol):
     def _parser_from_now_on(self) -> _Parser:
         if self._parser is None:
             self._parser = _Parser(self._max_message_bytes)
-            unread, self._unread = self._unread, b""
-            if unread:
-                self._parser.receive_data(unread)
         return self._parser
 
-    def _read(self, data: bytes) -> None:
+    def _read(self, data: bytes) -> int:
+        """Have the parser read; return how many frames there were."""
         parser = self._parser_from_now_on()
         if parser.parser_exc is not None:
-            return  # It was told so already, and what it still sends is thrown away.
+            return 0  # It was told so already, and what it still sends is thrown away.
         parser.receive_data(data)
         if parser.parser_exc is not None:
             self._fail(parser)
-            return
-        for frame in parser.frames_received():
+            return 1
+        frames = parser.frames_received()
+        for frame in frames:
             if frame.opcode is Opcode.CLOSE:
                 self._answer_close(parser)
-                return
+                break
+            if self.closed:
+                continue
             if frame.opcode is Opcode.PING:
-                self._write(parser)
+                self._pong(bytes(frame.data))
             elif frame.opcode is Opcode.PONG:
                 self._keepalive.answered(self, bytes(frame.data))
             else:
                 self._assemble(parser, frame)
+        return len(frames)
 
     def _assemble(self, parser: _Parser, frame: Frame) -> None:
         if frame.opcode is not Opcode.CONT:
             parser.opcode = frame.opcode
-        parser.parts.append(bytes(frame.data))
-        if not frame.fin:
-            return
-        whole, parser.parts = b"".join(parser.parts), []
-        if parser.opcode is Opcode.TEXT:
+        whole = parser.add(frame)
+        if len(parser.parts) > MAX_FRAGMENTS:
+            parser.parts = []
+            self.end(1009, "too many fragments")
+        elif whole is not None and parser.opcode is Opcode.TEXT:
             self._hear_text(whole)
-        else:
+        elif whole is not None:
             self._hear(whole)
 
     def _answer_close(self, parser: _Parser) -> None:
         """Answer the peer's close, or take its answer to ours; one that reads nothing is cut."""
-        self._write(parser)
+        self._send_of(parser)
         self.transport.close()
         if not self.closed:
             self._close()
 
     def _fail(self, parser: _Parser) -> None:
         """Tell why (1002, 1007, 1009) and end, reading on for a moment so that it arrives."""
-        self._write(parser)
-        if self.transport.can_write_eof():
+        self._send_of(parser)
+        if self.transport.can_write_eof() and not self.transport.is_closing():
             self.transport.write_eof()
         if not self.closed:
             self._close(LINGER_SECONDS)
 
-    def _write(self, parser: _Parser) -> None:
-        data = b"".join(parser.data_to_send())
-        if data and not self.transport.is_closing():
-            self.transport.write(data)
+    def _send_of(self, parser: _Parser) -> None:
+        self._answer(b"".join(parser.data_to_send()))
 
     # --- the end ---
 
@@ -388,6 +489,8 @@ class _Parser(sans_io.Protocol):
     The library calls it a protocol error (1002), so plain uvicorn fails Autobahn's case 7.1.5; a
     control frame may stand there (RFC 6455 section 5.4), and each close is answered (5.5.1).
 
+    It answers no pings: what is sent is the connection's to decide.
+
     Attributes:
         opcode: of the message under way.
         parts: what came of it.
@@ -403,6 +506,25 @@ class _Parser(sans_io.Protocol):
     def frames_received(self) -> list[Frame]:
         """Return what came since the last call; after the handshake all events are frames."""
         return [event for event in self.events_received() if isinstance(event, Frame)]
+
+    def add(self, frame: Frame) -> bytes | None:
+        """Take a piece of a message; return the message once it is whole."""
+        if frame.fin and not self.parts:
+            return bytes(frame.data)
+        self.parts.append(bytes(frame.data))
+        if not frame.fin:
+            return None
+        whole, self.parts = b"".join(self.parts), []
+        return whole
+
+    @property
+    def held_bytes(self) -> int:
+        """How many bytes wait for the rest of their frame or message."""
+        return len(self.reader.buffer) + (self.current_size or 0)
+
+    def send_frame(self, frame: Frame) -> None:
+        if frame.opcode is not Opcode.PONG:
+            super().send_frame(frame)
 
     def recv_frame(self, frame: Frame) -> None:
         if frame.opcode is Opcode.CLOSE:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import BinaryIO, Final
 
 from fastapi import APIRouter, Request
@@ -50,10 +50,13 @@ async def make_backup(request: Request, services: Parts, caller: Admin) -> Strea
         await asyncio.to_thread(path.unlink, missing_ok=True)
     size = os.fstat(copy.fileno()).st_size
     headers = {"cache-control": "no-store", "content-length": str(size)}
-    return StreamingResponse(_chunks(copy), headers=headers, media_type="application/vnd.sqlite3")
+    chunks = _chunks(copy, lambda: services.tokens.require(caller))
+    return StreamingResponse(chunks, headers=headers, media_type="application/vnd.sqlite3")
 
 
-async def _chunks(copy: BinaryIO) -> AsyncIterator[bytes]:
+async def _chunks(copy: BinaryIO, check: Callable[[], None]) -> AsyncIterator[bytes]:
+    """Yield the copy; `check` raises, and so cuts it off, where the token does not count now."""
     with copy:
         while chunk := await asyncio.to_thread(copy.read, _CHUNK_BYTES):
+            check()
             yield chunk

@@ -42,18 +42,18 @@ from slm.server.api.common import (
     body_of,
     catalog_headers,
     catch_up,
-    if_match_revision,
     json_response,
     none_match,
     not_modified,
     problem_responses,
     revision_headers,
+    versions_matched,
     who_of,
 )
 from slm.server.api.waiting import Wait, receipt_of
 from slm.server.auth import Caller
 from slm.server.bodies import AgentCreate, AgentUpdate
-from slm.server.catalog import AgentFilter, Entry
+from slm.server.catalog import AgentFilter, Entry, agent_etag
 from slm.server.peer import require_private
 from slm.server.registry import Written
 from slm.server.services import Services
@@ -97,7 +97,7 @@ async def _whole_list(request: Request, services: Services, caller: Caller) -> R
     # What is sent compressed is another representation, with a tag of its own (RFC 9110 8.8.3).
     etag = f'"{catalog.epoch}-{catalog.revision}-gzip"'
     headers = catalog_headers(services) | {"vary": "accept-encoding"}
-    if not none_match(request.headers.get("if-none-match"), etag):
+    if not none_match(request.headers, etag):
         return not_modified(etag, headers)
     body = await catalog.compressed_list()
     return json_response(body, headers=headers | {"etag": etag, "content-encoding": "gzip"})
@@ -122,7 +122,7 @@ def _list_answer(
     catalog = services.catalog
     headers = catalog_headers(services) | {"vary": "accept-encoding"}
     etag = f'"{catalog.epoch}-{catalog.revision}"'
-    if not none_match(request.headers.get("if-none-match"), etag):
+    if not none_match(request.headers, etag):
         return not_modified(etag, headers)
     body = catalog.list_body(wanted, limit=limit, offset=offset)
     return json_response(body, headers=headers | {"etag": etag})
@@ -189,7 +189,7 @@ def _agent_answer(
     if entry is None or not caller.view.sees(entry.agent.agent_id, entry.agent.is_default):
         raise AgentNotFound
     headers = catalog_headers(services)
-    if not none_match(request.headers.get("if-none-match"), entry.etag):
+    if not none_match(request.headers, entry.etag):
         return not_modified(entry.etag, headers)
     return json_response(entry.body, headers=headers | {"etag": entry.etag})
 
@@ -235,9 +235,9 @@ async def create_agent(
         require_private(request, services.settings.trusted_proxies)
     who = who_of(request, caller)
     written = await services.registry.create(
-        agent, actor=who.actor, comment=agent.comment, address=who.address
+        agent, actor=who.actor, comment=agent.comment, address=who.address, caller=caller
     )
-    return await written_answer(services, written, 201, wait)
+    return await written_answer(services, caller, written, 201, wait)
 
 
 async def _update_at_once(request: Request, services: Services, caller: Caller) -> Response:
@@ -269,10 +269,11 @@ async def update_agent(
         update,
         actor=who.actor,
         comment=update.comment,
-        if_match=if_match(request, services, agent_id),
+        if_match=versions_matched(request.headers),
         address=who.address,
+        caller=caller,
     )
-    return await written_answer(services, written, 200, wait)
+    return await written_answer(services, caller, written, 200, wait)
 
 
 @router.delete(
@@ -297,20 +298,16 @@ async def delete_agent(
         agent_id,
         actor=who.actor,
         comment=comment,
-        if_match=if_match(request, services, agent_id),
+        if_match=versions_matched(request.headers),
         address=who.address,
+        caller=caller,
     )
-    return await written_answer(services, written, 204 if wait is None else 200, wait)
-
-
-def if_match(request: Request, services: Services, agent_id: str) -> int | None:
-    """Return the revision that If-Match asks for, or None where it asks for none."""
-    entry = services.catalog.get(agent_id)
-    return if_match_revision(request.headers, None if entry is None else entry.agent.revision)
+    return await written_answer(services, caller, written, 204 if wait is None else 200, wait)
 
 
 async def written_answer(
     services: Services,
+    caller: Caller,
     written: Written,
     status: int,
     wait: float | None = None,
@@ -320,6 +317,7 @@ async def written_answer(
 
     Args:
         services: the parts of the server.
+        caller: who wrote.
         written: what the registry did.
         status: of the answer.
         wait: how long to wait for every backend's answer; None: not at all, and no receipt.
@@ -327,17 +325,17 @@ async def written_answer(
     """
     services.counts.writes += written.changed
     headers = revision_headers(written.revision, written.epoch)
-    if not await catch_up(services, written.revision):
+    if not await catch_up(services, written.revision, written.change_id):
         # It is committed; only this replica's reads do not know of it yet.
         headers["slm-stale"] = "true"
     agent = written.agent
     if wait is not None:
-        more["receipt"] = await receipt_of(services, written, wait)
+        more["receipt"] = await receipt_of(services, caller, written, wait)
     if agent is None:
         if status == 204:
             return Response(None, status, headers)
         return json_response(json.dumps(more, ensure_ascii=False).encode(), status, headers)
-    headers["etag"] = f'"{agent.revision}"'
+    headers["etag"] = agent_etag(written.epoch, agent.revision)
     if status == 201:
         headers["location"] = f"/api/agents/{quote(agent.agent_id, safe='')}"
     if written.api_key_cleared:

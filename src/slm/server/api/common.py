@@ -6,8 +6,9 @@ and size, and strict JSON. So nobody without a token has a body read, and no err
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from typing import Annotated, Any, Final, TypeVar
 
 from fastapi import Depends, Path, Query, Request, Response
@@ -40,10 +41,12 @@ from slm.errors import (
 from slm.server.audit import Who
 from slm.server.auth import Caller
 from slm.server.catalog import Catalog
+from slm.server.connections import TOKEN_SHOWN
 from slm.server.edge import ENCODED_SLASH, STAMP
 from slm.server.limits import network_of
 from slm.server.peer import client_address
 from slm.server.problems import broken_rules, documented
+from slm.server.registry import Version
 from slm.server.services import Services
 from slm.server.strict_json import MAX_INTEGER, NotStrictJSON, loads
 
@@ -70,6 +73,7 @@ class Requires:
 
         Raises:
             Unauthorized: the token is not known.
+            DatabaseUnavailable: nobody can know any more which tokens count.
             Forbidden: it lacks the scope.
             TooManyRequests: this address failed too often, or this token writes too often. Who has
                 a token that counts is never refused for what others of its address do.
@@ -77,6 +81,8 @@ class Requires:
         parts = services_of(connection)
         try:
             caller = parts.tokens.authenticate(connection.headers)
+            # Whoever has one is not closed to make room for others.
+            connection.scope.setdefault("state", {})[TOKEN_SHOWN] = True
             caller.require(self.scope)
         except Forbidden:
             parts.counts.auth_failures += 1
@@ -104,7 +110,7 @@ def note_failed_login(connection: HTTPConnection) -> None:
 def who_of(connection: HTTPConnection, caller: Caller) -> Who:
     """Return who asks, and from where, for the audit."""
     proxies = services_of(connection).settings.trusted_proxies
-    return Who(caller.name, client_address(connection, proxies))
+    return Who(caller.name, client_address(connection, proxies), caller)
 
 
 def requirement_of(dependant: Dependant) -> Requires | None:
@@ -189,8 +195,9 @@ class SLMRoute(APIRoute):
         }
 
         async def through_the_doors(request: Request) -> Response:
+            caller: Caller | None = None
             if requirement is not None:
-                request.scope[_CALLER] = requirement.check(request)
+                caller = request.scope[_CALLER] = requirement.check(request)
             if ENCODED_SLASH in request.scope["path"]:
                 request.scope["path_params"] = {
                     name: value.replace(ENCODED_SLASH, "/")
@@ -198,13 +205,39 @@ class SLMRoute(APIRoute):
                 }
             if request.scope["query_string"]:
                 _refuse_unknown(request, parameters)
-            elif at_once is not None:
-                return await at_once(request, services_of(request), request.scope[_CALLER])
+            elif at_once is not None and caller is not None:
+                return await at_once(request, services_of(request), caller)
             if takes_body:
                 request = await _read_strictly(request)
-            return await handler(request)
+            if caller is None:
+                return await handler(request)
+            with _place_to_wait(request, caller):
+                if request.method != "GET":
+                    # What it writes stands, so it is answered; it asks about the token by itself.
+                    return await handler(request)
+                async with services_of(request).doorkeeper.while_it_counts(caller):
+                    return await handler(request)
 
         return through_the_doors
+
+
+@contextlib.contextmanager
+def _place_to_wait(request: Request, caller: Caller) -> Iterator[None]:
+    """Hold one of the token's places among the requests that wait, if this one does.
+
+    Raises:
+        TooManyRequests: there is none left.
+    """
+    if not request.scope["query_string"] or "wait" not in request.query_params:
+        yield
+        return
+    waits = services_of(request).waits
+    if not waits.take(caller.token_id):
+        raise TooManyRequests("This token has as many requests waiting as it may.")
+    try:
+        yield
+    finally:
+        waits.release(caller.token_id)
 
 
 def _refuse_unknown(request: Request, parameters: set[str]) -> None:
@@ -223,7 +256,12 @@ async def _read_strictly(request: Request) -> Request:
     content_type = request.headers.get("content-type", "")
     if not _JSON_TYPE.fullmatch(content_type):
         raise UnsupportedMediaType("Send the body as application/json.")
-    body = await _read_bounded(request, services_of(request).settings.max_body_bytes)
+    services = services_of(request)
+    body = await _read_bounded(request, services.settings.max_body_bytes)
+    caller: Caller | None = request.scope.get(_CALLER)
+    if caller is not None:
+        # A body may take its time, and the token may have been revoked meanwhile.
+        services.tokens.require(caller)
     try:
         value = loads(body)
     except NotStrictJSON as error:
@@ -297,11 +335,17 @@ Admin = Annotated[Caller, Depends(Requires("admin"))]
 UpToDate = Annotated[Services, Depends(_at_least)]
 AgentIdPath = Annotated[str, Path(), AfterValidator(_known_agent_id)]
 
-READ_PROBLEMS: Final = (Unauthorized, Forbidden, InvalidRequest, InternalError, Behind)
+READ_PROBLEMS: Final = (
+    Unauthorized,
+    Forbidden,
+    InvalidRequest,
+    InternalError,
+    Behind,
+    DatabaseUnavailable,
+)
 # A key read is a row in the audit, so it can fail as a write does.
 KEYED_PROBLEMS: Final = (
     *READ_PROBLEMS,
-    DatabaseUnavailable,
     EncryptionKeyMissing,
     InsufficientStorage,
     OutcomeUnknown,
@@ -320,9 +364,12 @@ def not_modified(etag: str, headers: Mapping[str, str]) -> Response:
     return Response(None, 304, {**headers, "etag": etag})
 
 
-async def catch_up(services: Services, revision: int) -> bool:
-    """Wait until this replica's other answers are not older than one that is of `revision`."""
-    return await services.feed.settled(revision)
+async def catch_up(services: Services, revision: int, change_id: str | None = None) -> bool:
+    """Wait until this replica's other answers are not older than one that is of `revision`.
+
+    With the id of the change: until they are of the database that it was committed to, too.
+    """
+    return await services.feed.settled(revision, change_id)
 
 
 def revision_headers(revision: int, epoch: str) -> dict[str, str]:
@@ -341,42 +388,45 @@ def catalog_headers(services: Services) -> dict[str, str]:
 
 _ETAGS: Final = re.compile(r'\s*(?:(W/)?"([\x21\x23-\x7e\x80-\xff]*)"\s*(?:,|$)\s*)+')
 _ETAG: Final = re.compile(r'(W/)?"([\x21\x23-\x7e\x80-\xff]*)"')
+# As `catalog.agent_etag` makes it; without an epoch it is what a person types.
+_AGENT_ETAG: Final = re.compile(r"(?:([0-9A-Za-z._-]{1,64})-)?([0-9]{1,18})")
 
 
-def none_match(header: str | None, etag: str) -> bool:
-    """Say whether If-None-Match lets a full answer through (RFC 9110 section 13.1.2)."""
-    if header is None:
+def none_match(headers: Headers, etag: str) -> bool:
+    """Say whether If-None-Match lets a full answer through (RFC 9110 section 13.1.2).
+
+    A weak tag is as good as a strong one here; several headers count as one list.
+    """
+    values = headers.getlist("if-none-match")
+    if not values:
         return True
+    header = ", ".join(values)
     if header.strip() == "*":
         return False
     return etag.strip('"') not in (tag for _, tag in _ETAG.findall(header))
 
 
-def if_match_revision(headers: Headers, current: int | None) -> int | None:
-    """Return the revision that the agent must have, from If-Match (RFC 9110 section 13.1.1).
-
-    Args:
-        headers: the request's; several If-Match count as one list.
-        current: the agent's revision as the catalog knows it; chooses among several tags.
+def versions_matched(headers: Headers) -> list[Version] | None:
+    """Return the versions of an agent that If-Match allows (RFC 9110 section 13.1.1); None: any.
 
     Raises:
         BadRequest: it is not a list of entity tags.
-        PreconditionFailed: no tag of it can be a revision; a weak tag never matches.
+        PreconditionFailed: no tag of it can be an agent's; a weak tag never matches.
     """
     values = headers.getlist("if-match")
     header = ", ".join(values)
     if not values or header.strip() == "*":
         return None
     if not _ETAGS.fullmatch(header):
-        raise BadRequest('If-Match takes entity tags, such as "43" with its quotes.')
-    named = {
-        int(tag)
+        raise BadRequest("If-Match takes entity tags, such as an ETag with its quotes.")
+    named = [
+        Version(int(found[2]), found[1])
         for weak, tag in _ETAG.findall(header)
-        if not weak and re.fullmatch(r"[0-9]{1,19}", tag)
-    }
+        if not weak and (found := _AGENT_ETAG.fullmatch(tag))
+    ]
     if not named:
         raise PreconditionFailed
-    return current if current in named else max(named)
+    return named
 
 
 def problem_responses(*classes: type[ProblemError]) -> dict[int | str, dict[str, Any]]:

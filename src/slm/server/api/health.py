@@ -5,12 +5,14 @@ from __future__ import annotations
 import hmac
 import json
 from collections.abc import Iterator
+from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
+from pydantic import BaseModel
 
 from slm.errors import Unauthorized
 from slm.server.api.common import (
@@ -32,23 +34,56 @@ async def get_health() -> Response:
     return json_response(b'{"status":"ok"}')
 
 
-@router.get("/readyz", response_model=dict[str, bool | int | str], responses={503: {}})
+class Background(BaseModel):
+    """One background task of this server, as its supervisor sees it."""
+
+    running: bool
+    needed: bool
+    restarts: int
+    restarting_seconds: float
+    last_error: str
+
+
+@router.get(
+    "/readyz",
+    response_model=dict[str, bool | int | str | dict[str, Background]],
+    responses={503: {}},
+)
 async def get_readiness(services: Parts) -> Response:
     """Answer 200 when migrated, the database answers, and the feed runs and is current."""
     feed = services.feed
-    checks: dict[str, bool | int | str] = {
+    checks = {
         # A server whose database is not migrated does not start.
         "migrated": True,
-        "database": feed.current,
+        "database": feed.database_answers,
         "feed": feed.running and feed.current and services.hub.running,
         "encryption_key": services.caretaker.keys_usable,
+        "tasks": not services.supervisor.down,
     }
     ready = all(checks.values())
-    body = {"ready": ready} | checks | {"revision": feed.position, "epoch": feed.epoch}
+    body: dict[str, Any] = {"ready": ready} | checks
+    body |= {"revision": feed.position, "epoch": feed.epoch}
+    if not feed.current:
+        body["reason"] = feed.trouble or "the database does not answer"
     # An agent whose key is of no use is told, and does not take the server out of service.
     body["keys_undecryptable"] = len(services.registry.reads.undecryptable)
+    body["background"] = _background(services)
     headers = {"cache-control": "no-store"}
     return json_response(json.dumps(body).encode(), 200 if ready else 503, headers)
+
+
+def _background(services: Services) -> dict[str, dict[str, Any]]:
+    """Return the state of each background task; an error's class alone, this needs no token."""
+    return {
+        state.name: {
+            "running": state.running,
+            "needed": state.needed,
+            "restarts": state.restarts,
+            "restarting_seconds": round(state.restarting_seconds, 1),
+            "last_error": state.last_error,
+        }
+        for state in services.supervisor.states()
+    }
 
 
 @router.get("/metrics", response_class=Response, responses=problem_responses(Unauthorized))
@@ -117,3 +152,14 @@ class _Metrics(Collector):
             yield GaugeMetricFamily(name, text, value=float(value))
         for name, text, value in counters:
             yield CounterMetricFamily(name, text, value=float(value))
+        running = GaugeMetricFamily(
+            "slm_task_running", "1 while a background task runs", labels=("task",)
+        )
+        restarts = CounterMetricFamily(
+            "slm_task_restarts", "Times a background task was started again", labels=("task",)
+        )
+        for state in self._services.supervisor.states():
+            running.add_metric((state.name,), float(state.running))
+            restarts.add_metric((state.name,), float(state.restarts))
+        yield running
+        yield restarts

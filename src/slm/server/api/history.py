@@ -13,7 +13,7 @@ from pydantic import BeforeValidator
 
 from slm.errors import AgentIsDefault, AgentNotFound, PreconditionFailed, RevisionNotFound
 from slm.schemas import Agent, ChangeList
-from slm.server.api.agents import BODY_PROBLEMS, FilterText, if_match, written_answer
+from slm.server.api.agents import BODY_PROBLEMS, FilterText, written_answer
 from slm.server.api.common import (
     KEYED_PROBLEMS,
     AgentIdPath,
@@ -24,6 +24,7 @@ from slm.server.api.common import (
     json_response,
     problem_responses,
     revision_headers,
+    versions_matched,
     who_of,
 )
 from slm.server.api.waiting import Wait
@@ -138,12 +139,13 @@ async def roll_back(
 ) -> Response:
     """Give an agent back what it was at a revision, as a new change; a key is never restored."""
     caller.require_writable(agent_id)
+    await services.database.read(caller.require_counts)
     who = who_of(request, caller)
     old = (await History(services.database).agent_before(agent_id, rollback.to)).agent
     comment = f"restores revision {old.revision}"
     if rollback.comment is not None:
         comment += f": {rollback.comment}"
-    if_revision = if_match(request, services, agent_id)
+    if_match = versions_matched(request.headers)
     registry = services.registry
     try:
         written = await registry.update(
@@ -151,8 +153,9 @@ async def roll_back(
             restoring_update(old, comment),
             actor=who.actor,
             comment=comment,
-            if_match=if_revision,
+            if_match=if_match,
             address=who.address,
+            caller=caller,
         )
     except AgentNotFound:
         written = await registry.create(
@@ -160,7 +163,10 @@ async def roll_back(
             actor=who.actor,
             comment=comment,
             address=who.address,
+            caller=caller,
         )
     if old.has_api_key and written.agent is not None and not written.agent.has_api_key:
         written = replace(written, api_key_cleared=True)
-    return await written_answer(services, written, 200, wait, restored_revision=old.revision)
+    return await written_answer(
+        services, caller, written, 200, wait, restored_revision=old.revision
+    )

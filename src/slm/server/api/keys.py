@@ -129,13 +129,15 @@ async def rotate(request: Request, wanted: RotateTo, services: Parts, caller: Ad
 
 @router.post("/reencrypt", response_model=Reencrypted, responses=problem_responses(*_PROBLEMS))
 async def reencrypt(
+    request: Request,
     services: Parts,
-    _: Admin,
+    caller: Admin,
     after_id: Annotated[int, Query(ge=0, le=MAX_INTEGER)] = 0,
     limit: Annotated[int, Query(ge=1, le=1000)] = 200,
 ) -> Response:
     """Re-encrypt some rows under the active key, in one short transaction."""
-    progress = await services.rotation.reencrypt(after_id, limit)
+    who = who_of(request, caller)
+    progress = await services.rotation.reencrypt(after_id, limit, who=who)
     return _answer({"last_id": progress.last_id, "changed": progress.changed})
 
 

@@ -46,7 +46,7 @@ async def get_snapshot(request: Request, services: UpToDate, caller: KeyReader) 
 async def _snapshot(request: Request, services: Services, caller: Caller) -> Response:
     snapshot = await services.registry.snapshot(who=who_of(request, caller), view=caller.view)
     services.counts.key_reads += len(snapshot.agents)
-    await catch_up(services, snapshot.revision)
+    await catch_up(services, snapshot.revision, snapshot.change_id)
     # In a thread: thousands of agents take long enough to hold up the streams.
     body = await asyncio.to_thread(_encode, snapshot)
     headers = revision_headers(snapshot.revision, snapshot.epoch)
@@ -57,6 +57,7 @@ def _encode(snapshot: Snapshot) -> bytes:
     data = {
         "revision": snapshot.revision,
         "epoch": snapshot.epoch,
+        "change_id": snapshot.change_id,
         "agents": [agent.to_wire() for agent in snapshot.agents],
     }
     return json.dumps(data, ensure_ascii=False).encode()

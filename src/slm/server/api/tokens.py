@@ -29,12 +29,14 @@ from slm.server.api.common import (
     who_of,
 )
 from slm.server.peer import require_private
-from slm.server.services import Services
 from slm.server.strict_json import MAX_INTEGER
-from slm.server.token_store import TokenInfo, TokenWritten
+from slm.server.token_store import TokenInfo
 from slm.server.view import EVERYTHING, parse_patterns
 
 router = APIRouter(prefix="/api/admin", route_class=SLMRoute, tags=["administration"])
+
+CONFIRM_SECONDS = 2.0
+"""How long a revocation's answer waits for every other replica to refuse the token."""
 
 _MAX_LIFE_SECONDS = 100 * 366 * 86_400
 _WRITE_PROBLEMS = (DatabaseUnavailable, InsufficientStorage, OutcomeUnknown, InvalidRequest)
@@ -85,6 +87,15 @@ class TokenMade(TokenRead):
     token: str
 
 
+class TokenRevoked(TokenRead):
+    """A token that is refused, and the servers that have not confirmed it."""
+
+    unconfirmed: list[str] | None = Field(
+        description="servers that may go on accepting it until they reach the database again;"
+        " null where they could not be asked"
+    )
+
+
 class TokenList(BaseModel):
     """Every token that ever was."""
 
@@ -118,13 +129,12 @@ async def create_token(
         expires_in_seconds=wanted.expires_in_seconds,
         who=who_of(request, caller),
     )
-    info = await _known_here(services, written)
-    return _answer(_wire(info) | {"token": token.get_secret_value()}, 201)
+    return _answer(_wire(written.token) | {"token": token.get_secret_value()}, 201)
 
 
 @router.delete(
     "/tokens/{token_id}",
-    response_model=TokenRead,
+    response_model=TokenRevoked,
     responses=problem_responses(*_WRITE_PROBLEMS, TokenNotFound, Conflict),
 )
 async def revoke_token(
@@ -133,18 +143,17 @@ async def revoke_token(
     services: Parts,
     caller: Admin,
 ) -> Response:
-    """Refuse a token from now on, and close its streams."""
+    """Refuse a token from now on, and close its streams.
+
+    `unconfirmed` names the servers that have not said yet that they refuse it; usually none.
+    """
     written = await services.token_store.revoke(token_id, who=who_of(request, caller))
-    info = await _known_here(services, written)
-    services.doorkeeper.look()
-    return _answer(_wire(info))
-
-
-async def _known_here(services: Services, written: TokenWritten) -> TokenInfo:
-    """Wait until this replica's doors know of it; the others follow within a second."""
-    seconds = services.settings.min_revision_wait_seconds
-    await services.feed.knows_tokens(written.version, seconds)
-    return written.token
+    unconfirmed = await services.caretaker.lease.unconfirmed(
+        written.version,
+        wait_seconds=CONFIRM_SECONDS,
+        heard_within_seconds=services.settings.max_outage_seconds,
+    )
+    return _answer(_wire(written.token) | {"unconfirmed": unconfirmed})
 
 
 def _wire(token: TokenInfo) -> dict[str, Any]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from typing import Annotated, Any, Final
 
 from fastapi import Query
 from pydantic import BeforeValidator
 
+from slm.errors import Unauthorized
+from slm.server.auth import Caller
 from slm.server.registry import Written
 from slm.server.services import Services
 
@@ -41,7 +44,18 @@ Wait = Annotated[
 ]
 
 
-async def receipt_of(services: Services, written: Written, wait: float) -> dict[str, Any] | None:
-    """Return the receipt of a write, after waiting for it."""
+async def receipt_of(
+    services: Services, caller: Caller, written: Written, wait: float
+) -> dict[str, Any] | None:
+    """Return the receipt of a write, after waiting for it.
+
+    The write is made, so it is answered even if its token is revoked meanwhile: then with what is
+    known by that time.
+    """
     subject = await services.receipts.subject_of(written)
-    return None if subject is None else await services.receipts.receipt(subject, wait)
+    if subject is None:
+        return None
+    with contextlib.suppress(Unauthorized):
+        async with services.doorkeeper.while_it_counts(caller):
+            return await services.receipts.receipt(subject, wait)
+    return await services.receipts.receipt(subject)

@@ -23,6 +23,7 @@ from slm.server.auth import Caller
 from slm.server.frames import Frames
 from slm.server.handshake import TAKE_OVER
 from slm.server.hub import Sink, Subscriber
+from slm.server.openings import Place
 from slm.server.peer import has_foreign_origin
 from slm.server.problems import problem_response
 from slm.server.replay import open_stream
@@ -43,17 +44,21 @@ async def stream(websocket: WebSocket) -> None:
         if has_foreign_origin(websocket):
             raise Forbidden("The Origin is not this server's own.")
         caller = _REQUIREMENT.check(websocket)
+        if services.connections.has_too_many_streams:
+            raise Overloaded("As many streams are open as may be.")
         if not services.streams.take(caller.token_id):
             raise TooManyRequests(
                 "This token has as many streams open as it may.", retry_after_seconds=5
             )
-        if not services.openings.take(None):
+        try:
+            place = await services.openings.place(caller.token_id)
+        except BaseException:
             services.streams.release(caller.token_id)
-            raise Overloaded("As many streams are being opened as may be at once.")
+            raise
     except ProblemError as problem:
         await _refuse(websocket, problem)
         return
-    conversation = _Conversation(services, caller)
+    conversation = _Conversation(services, caller, place)
     try:
         await websocket.accept()
     except BaseException:
@@ -63,7 +68,7 @@ async def stream(websocket: WebSocket) -> None:
     if take_over is not None:
         connection: WebSocketConnection = take_over()
         conversation.begin(connection, caller.view)
-        connection.listen(conversation)
+        connection.listen(conversation, conversation.note_waiting)
         return
     conversation.begin(ASGISink(websocket), caller.view)
     try:
@@ -82,26 +87,6 @@ async def _refuse(websocket: WebSocket, problem: ProblemError) -> None:
         await websocket.close()
 
 
-class _Opening:
-    """A place among the streams that may be opened at once; given back when it is live.
-
-    A peer that was let in and says nothing gives it back too, so that it keeps nobody out.
-    """
-
-    def __init__(self, services: Services) -> None:
-        self._openings = services.openings
-        self._held = True
-        loop = asyncio.get_running_loop()
-        self._timer = loop.call_later(services.settings.header_timeout_seconds, self.end)
-
-    def end(self, *_: object) -> None:
-        """Give the place back, once."""
-        self._timer.cancel()
-        if self._held:
-            self._held = False
-            self._openings.release(None)
-
-
 class _Conversation:
     """What one peer says, and what it is answered; it holds a place among its token's streams."""
 
@@ -114,10 +99,10 @@ class _Conversation:
         "subscriber",
     )
 
-    def __init__(self, services: Services, caller: Caller) -> None:
+    def __init__(self, services: Services, caller: Caller, place: Place) -> None:
         self._services = services
         self._token_id = caller.token_id
-        self._place: _Opening | None = _Opening(services)
+        self._place: Place | None = place
         self._subscribed = False
         self._opening: asyncio.Task[None] | None = None
         self.subscriber: Subscriber
@@ -133,20 +118,24 @@ class _Conversation:
         else:
             self._take(message)
 
+    def note_waiting(self, unsent_bytes: int) -> None:
+        """Account for what waits for this peer, or of what it sends."""
+        self._services.hub.note_waiting(self.subscriber, unsent_bytes)
+
     def gone(self) -> None:
         """Stop what is under way for this peer and forget it."""
-        self._opened()
+        self._opened(was_silent=not self._subscribed)
         if self._opening is not None:
             self._opening.cancel()
         if hasattr(self, "subscriber"):
             self._services.hub.detach(self.subscriber)
         self._services.streams.release(self._token_id)
 
-    def _opened(self) -> None:
+    def _opened(self, *, was_silent: bool = False) -> None:
         """Give the place among those that are being opened back, once."""
         place, self._place = self._place, None
         if place is not None:
-            place.end()
+            place.end(was_silent=was_silent)
 
     def _take(self, text: str) -> None:
         said: ClientMessage | None = None
@@ -174,6 +163,8 @@ class _Conversation:
             self._complain("this connection is subscribed already")
             return
         self._subscribed = True
+        if self._place is not None:
+            self._place.subscribed()
         services = self._services
         self._opening = asyncio.create_task(
             open_stream(
