@@ -15,13 +15,18 @@ import slm
 
 ROOT = Path(slm.__file__).parent
 
-BASE = frozenset({"errors", "schemas", "protocol", "endpoints", "tracing"})
+BASE = frozenset(
+    {"addresses", "errors", "schemas", "protocol", "endpoints", "files", "scrub", "tracing"}
+)
 
 # A room, and the rooms of the package that its modules may import beside their own.
 LAW: dict[str, frozenset[str]] = {
     "errors": frozenset(),
     "tracing": frozenset(),
-    "endpoints": frozenset(),
+    "addresses": frozenset(),
+    "endpoints": frozenset({"addresses"}),
+    "files": frozenset({"errors"}),
+    "scrub": frozenset(),
     "protocol": BASE,
     "schemas": BASE,
     "client": BASE,

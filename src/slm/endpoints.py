@@ -1,6 +1,7 @@
-"""Where a provider may be reached: default endpoints, origins, and which addresses are refused.
+"""Where a provider may be reached: default endpoints, the one canonical URL of each, its origin.
 
-Pure rules about URLs and IP addresses; knows no HTTP client and resolves no name.
+Pure rules about URLs; knows no HTTP client and resolves no name. Which addresses are refused:
+`slm.addresses`.
 """
 
 from __future__ import annotations
@@ -8,13 +9,31 @@ from __future__ import annotations
 import functools
 import ipaddress
 import re
-import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 from urllib.parse import urlsplit
 
-IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
+from slm.addresses import (
+    METADATA_NAMES,
+    IPAddress,
+    held_addresses,
+    is_public,
+    literal_address,
+    refused_address,
+)
+
+__all__ = [
+    "DEFAULT_ENDPOINTS",
+    "EndpointPolicy",
+    "canonical_url",
+    "effective_endpoint",
+    "literal_address",
+    "origin",
+    "parse_allowed",
+    "refused_address",
+    "refused_endpoint",
+]
 
 DEFAULT_ENDPOINTS: Final[dict[str, str]] = {
     "ollama": "http://localhost:11434",
@@ -27,12 +46,8 @@ _DEFAULT_PORTS: Final = {"http": 80, "https": 443}
 # Anything else is read in one way here and in another there: some readers take `%2e` for a dot or
 # `\` for a slash, some drop what stands before or after the brackets. So it names no place.
 _HOST_AND_PORT: Final = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]*)?")
-_METADATA_NAMES: Final = frozenset({"metadata", "metadata.google.internal", "instance-data"})
-# AWS, Alibaba and Oracle answer on IPv6 or outside 169.254/16 as well.
-_METADATA_ADDRESSES: Final = frozenset(
-    ipaddress.ip_address(text)
-    for text in ("fd00:ec2::254", "fd20:ce::254", "100.100.100.200", "192.0.0.192", "168.63.129.16")
-)
+# Browsers take such a name for an IPv4 address (WHATWG URL, "ends in a number"), resolvers do not.
+_ENDS_IN_A_NUMBER: Final = re.compile(r"(.*\.)?([0-9]+|0[xX][0-9A-Fa-f]*)")
 
 
 def effective_endpoint(provider: str, endpoint: str | None) -> str | None:
@@ -61,34 +76,32 @@ def origin(provider: str, endpoint: str | None) -> str:
     except ValueError:
         return f"unreadable:{url}"
     scheme = parts.scheme.lower()
+    host = (host or "").rstrip(".").lower()
     if not host or scheme not in _DEFAULT_PORTS or not _is_plain(parts.netloc):
         return f"unreadable:{url}"
-    host = host.rstrip(".").lower()
-    address = _literal(host)
+    # Not what a 6to4 or NAT64 address holds: whoever answers there need not be that host.
+    address = literal_address(host)
     if address is not None:
-        # Not what a 6to4 or NAT64 address holds: whoever answers there need not be that host.
-        address = getattr(address, "ipv4_mapped", None) or address
         host = f"[{address}]" if address.version == 6 else str(address)
     return f"{scheme}://{host}:{port or _DEFAULT_PORTS[scheme]}"
 
 
-def literal_address(host: str) -> IPAddress | None:
-    """Return the address that `host` spells, in any form a resolver takes, or None for a name.
+@functools.lru_cache(maxsize=1024)
+def canonical_url(provider: str, endpoint: str | None) -> str | None:
+    """Return the one URL that is given to an SDK, or None where the endpoint cannot be read.
 
-    `http://2852039166/` and `http://0xA9FEA9FE/` reach 169.254.169.254 just as well.
+    It begins with `origin`, so that the place that a key is bound to and the place that is
+    connected to are one text: scheme and host in lower case, an address in its usual spelling, the
+    port always there, no dot at the end of the host. SDKs read what is left out in different ways:
+    ollama's takes `HTTP://host` for port 11434. Path and query are kept.
     """
-    address = _literal(host)
-    return None if address is None else _unwrapped(address)
-
-
-def _literal(host: str) -> IPAddress | None:
-    try:
-        return ipaddress.ip_address(host.strip("[]"))
-    except ValueError:
-        try:
-            return ipaddress.IPv4Address(socket.inet_aton(host))
-        except (OSError, UnicodeEncodeError):
-            return None
+    place = origin(provider, endpoint)
+    if not place.startswith(("http://", "https://")):
+        return None
+    parts = urlsplit(effective_endpoint(provider, endpoint) or "")
+    if not parts.query:
+        return place + parts.path
+    return f"{place}{parts.path or '/'}?{parts.query}"
 
 
 def _is_plain(netloc: str) -> bool:
@@ -96,38 +109,16 @@ def _is_plain(netloc: str) -> bool:
     return _HOST_AND_PORT.fullmatch(netloc) is not None
 
 
-def _unwrapped(address: IPAddress) -> IPAddress:
-    """Return the IPv4 address inside an IPv4-mapped, NAT64 or 6to4 one, else the address itself."""
-    if isinstance(address, ipaddress.IPv6Address):
-        if address.ipv4_mapped is not None:
-            return address.ipv4_mapped
-        if address.sixtofour is not None:
-            return address.sixtofour
-        if address in ipaddress.ip_network("64:ff9b::/96"):
-            return ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
-    return address
-
-
-def refused_address(address: IPAddress) -> str | None:
-    """Say why a request may never go to this address, or None when it may.
-
-    Loopback and private ranges are allowed: that is where an Ollama server lives.
-    """
-    address = _unwrapped(address)
-    if address in _METADATA_ADDRESSES:
-        return "is a cloud metadata address"
-    if address.is_link_local:
-        return "is a link-local or cloud metadata address"
-    if address.is_multicast or address.is_unspecified:
-        return "is not the address of a host"
-    return None
-
-
-def refused_endpoint(url: str) -> str | None:
+def refused_endpoint(url: str, *, stored: bool = False) -> str | None:
     """Say in one clause why `url` may not be an `llm_endpoint`, or None when it may.
 
     The clause never holds the URL, which may carry a secret by mistake.
     The rule: docs/protocol.md section 1, row `llm_endpoint`.
+
+    Args:
+        url: the endpoint.
+        stored: it was saved before; `canonical_url` makes one reading of what is refused today only
+            because several readings exist, such as a dot at the end of the host.
     """
     if len(url) > 256:
         return "is longer than 256 characters"
@@ -135,13 +126,12 @@ def refused_endpoint(url: str) -> str | None:
         return "holds a character that no URL may hold"
     try:
         parts = urlsplit(url)
-        port = parts.port
+        host, port = parts.hostname or "", parts.port
     except ValueError:
         return "is not a URL"
     if parts.scheme.lower() not in _DEFAULT_PORTS:
         return "is not an http or https URL"
-    host = (parts.hostname or "").rstrip(".").lower()
-    if not host or port == 0:
+    if not host.rstrip(".") or port == 0:
         return "names no host"
     if "@" in parts.netloc:
         return "holds a user name or password; use llm_api_key"
@@ -149,10 +139,24 @@ def refused_endpoint(url: str) -> str | None:
         return "holds a fragment"
     if not _is_plain(parts.netloc):
         return "names a host with a character that no host may hold"
-    if host in _METADATA_NAMES:
+    if host.rstrip(".").lower() in METADATA_NAMES:
         return "is a cloud metadata address"
-    address = literal_address(host)
-    return None if address is None else refused_address(address)
+    address = literal_address(host.rstrip("."))
+    if address is not None and (reason := refused_address(address)) is not None:
+        return reason
+    return None if stored else _ambiguous(host, address)
+
+
+def _ambiguous(host: str, address: IPAddress | None) -> str | None:
+    if host.endswith("."):
+        return "has a dot at the end of its host; leave it out"
+    if address is not None:
+        return None
+    if _ENDS_IN_A_NUMBER.fullmatch(host):
+        return "names a host that ends in a number and is no IP address"
+    if any(not 0 < len(label) < 64 for label in host.split(".")) or len(host) > 253:
+        return "names a host that no DNS name can be"
+    return None
 
 
 @dataclass(frozen=True)
@@ -200,8 +204,9 @@ class EndpointPolicy:
         always = refused_address(address)
         if always is not None or not self.strict:
             return always
-        address = _unwrapped(address)
-        if address.is_global or host.rstrip(".").lower() in self.allow or self._allows(address):
+        if host.rstrip(".").lower() in self.allow or self._allows(address):
+            return None
+        if is_public(address) or all(map(self._allows, held_addresses(address))):
             return None
         return "is not a public address, which SLM_ENDPOINTS=strict refuses"
 

@@ -11,10 +11,19 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    StrictBool,
+    StrictInt,
+    ValidationError,
+)
 
 from slm.errors import NotJSON, ProtocolError
-from slm.schemas import AgentConfig
+from slm.schemas import WITHOUT_NUL, AgentConfig
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -31,12 +40,26 @@ MAX_ACK_BYTES: Final = 1024 * 1024
 MAX_REASON: Final = 1024
 """The most characters that say why something is not in force."""
 
+MAX_NAMED: Final = 10_000
+"""The most agents that an ack may name as not in force."""
+
+MAX_STEPS: Final = 64
+"""The most steps that an explanation may have."""
+
 Traceparent = Annotated[str, Field(max_length=128)]
 """The trace that a change was made in, where it is traced (W3C Trace Context)."""
 
 Revision = Annotated[StrictInt, Field(ge=0, le=2**63 - 1)]
 
-ChangeId = Annotated[str, Field(max_length=128)]
+# What a client says is stored, shown and passed on: every text of it, keys included, is one of
+# these. The pattern refuses NUL; with any constraint pydantic refuses lone surrogates as well.
+Name = Annotated[str, Field(max_length=128, pattern=WITHOUT_NUL)]
+ShortText = Annotated[str, Field(max_length=255, pattern=WITHOUT_NUL)]
+Reason = Annotated[str, Field(max_length=MAX_REASON, pattern=WITHOUT_NUL)]
+Text = Annotated[str, Field(max_length=4096, pattern=WITHOUT_NUL)]
+Integer = Annotated[StrictInt, Field(ge=-(2**63), le=2**63 - 1)]
+
+ChangeId = Annotated[str, Field(max_length=128, pattern=WITHOUT_NUL)]
 """Tells the change of a revision from any other of that number, such as after a failover."""
 
 
@@ -53,17 +76,24 @@ class _Message(BaseModel):
 _M = TypeVar("_M", bound=_Message)
 
 
+def _few(named: Any) -> Any:
+    """Refuse more names than an ack may have, before each of them is looked at."""
+    if isinstance(named, dict) and len(named) > MAX_NAMED:
+        raise ValueError("names too many agents")
+    return named
+
+
 # --- client to server ---
 
 
 class ClientInfo(_Message):
     """Who subscribes, as the fleet view shows it."""
 
-    name: Annotated[str, Field(max_length=128)] | None = None
-    instance: Annotated[str, Field(max_length=128)] | None = None
-    version: Annotated[str, Field(max_length=64)] | None = None
-    host: Annotated[str, Field(max_length=255)] | None = None
-    pid: StrictInt | None = None
+    name: Name | None = None
+    instance: Name | None = None
+    version: Annotated[str, Field(max_length=64, pattern=WITHOUT_NUL)] | None = None
+    host: ShortText | None = None
+    pid: Integer | None = None
 
 
 class Subscribe(_Message):
@@ -71,7 +101,7 @@ class Subscribe(_Message):
 
     subscribe: Literal["agent_config"]
     since: Revision | None = None
-    epoch: Annotated[str, Field(max_length=128)] | None = None
+    epoch: Name | None = None
     change_id: ChangeId | None = None
     client: ClientInfo | None = None
 
@@ -80,15 +110,17 @@ class NotInForce(_Message):
     """Why a revision that was received is not what the backend uses."""
 
     revision: Revision
-    reason: Annotated[str, Field(max_length=MAX_REASON)]
+    reason: Reason
 
 
 class Ack(_Message):
     """Everything up to `ack` was received; the full state, each time."""
 
     ack: Revision
-    not_in_force: dict[str, NotInForce] = Field(default_factory=dict)
-    keys: dict[str, Revision | None] = Field(default_factory=dict)
+    not_in_force: Annotated[dict[Text, NotInForce], BeforeValidator(_few)] = Field(
+        default_factory=dict
+    )
+    keys: dict[Text, Revision | None] = Field(default_factory=dict)
 
 
 class ExplainedStep(_Message):
@@ -97,17 +129,17 @@ class ExplainedStep(_Message):
     `answers`: whether this step gave the answer. `said`: in words, and why it was passed over.
     """
 
-    step: Annotated[str, Field(max_length=32)]
+    step: Annotated[str, Field(max_length=32, pattern=WITHOUT_NUL)]
     answers: StrictBool = False
-    said: Annotated[str, Field(max_length=4096)]
-    agent_id: str | None = None
-    llm_provider: str | None = None
-    llm_endpoint: str | None = None
-    llm_model: str | None = None
-    revision: int | None = None
-    age_seconds: float | None = None
+    said: Text
+    agent_id: Text | None = None
+    llm_provider: Text | None = None
+    llm_endpoint: Text | None = None
+    llm_model: Text | None = None
+    revision: Integer | None = None
+    age_seconds: FiniteFloat | None = None
     stale: bool | None = None
-    key: str | None = None
+    key: Text | None = None
 
 
 class Explanation(_Message):
@@ -116,20 +148,20 @@ class Explanation(_Message):
     `answered_by` names the step, or is null where resolving raises `error`.
     """
 
-    agent_id: str
-    answered_by: str | None = None
-    error: str | None = None
-    status: str
+    agent_id: Text
+    answered_by: Text | None = None
+    error: Text | None = None
+    status: Text
     revision: Revision
-    epoch: str | None = None
-    last_error: str | None = None
-    steps: list[ExplainedStep]
+    epoch: Text | None = None
+    last_error: Text | None = None
+    steps: Annotated[list[ExplainedStep], Field(max_length=MAX_STEPS)]
 
 
 class Explained(_Message):
     """The answer to `Explain` of the same id."""
 
-    explained: Annotated[str, Field(max_length=128)]
+    explained: Name
     report: Explanation
 
 
@@ -266,7 +298,8 @@ def parse_client_message(text: str) -> ClientMessage | None:
     Raises:
         NotJSON: it is not JSON.
         ProtocolError: it is not a JSON object, or not of the contract's shape, or has a `since`
-            without an epoch.
+            without an epoch, or holds what cannot be stored: NUL, a lone surrogate, a number
+            beyond 64 bits or one that is not finite.
     """
     data = _json_object(text)
     if "subscribe" in data:
@@ -284,11 +317,24 @@ def parse_client_message(text: str) -> ClientMessage | None:
 def _json_object(text: str) -> dict[str, Any]:
     try:
         data = json.loads(text)
-    except (ValueError, RecursionError):
+    except (json.JSONDecodeError, RecursionError):
         raise NotJSON("a message is not JSON") from None
+    except ValueError:
+        # A number has more digits than Python converts; the rest may still be no JSON.
+        if not _is_json(text):
+            raise NotJSON("a message is not JSON") from None
+        raise ProtocolError("a number in a message is too long") from None
     if not isinstance(data, dict):
         raise ProtocolError("a message is not a JSON object")
     return data
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text, parse_int=len)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _validated(model: type[_M], data: dict[str, Any]) -> _M:

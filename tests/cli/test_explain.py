@@ -52,10 +52,11 @@ async def test_a_backend_explains_itself(server: InLoopServer, admin: Api) -> No
     made = await admin.create("a", llm_provider="openai", llm_model="gpt-4o", llm_api_key=CANARY)
     with backend_process(server, "billing") as process:
         await eventually(lambda: applied(admin, made.revision, "billing"), 30)
+        full_name = (await fleet_of(admin))["billing"]["backend"]
         own = await slm("explain", "a", "--on", "billing", data=server.data_dir)
         assert (own.code, own.err) == (0, "")
         assert own.out.splitlines() == [
-            "a on billing: answered by agent",
+            f"a on {full_name}: answered by agent",
             "the client is live, at revision 2",
             "→ agent        the SLM's present config",
             "               openai/gpt-4o of agent a, revision 2, 0 s old, "
@@ -67,7 +68,6 @@ async def test_a_backend_explains_itself(server: InLoopServer, admin: Api) -> No
             "  hardcoded    the last resort",
             "               ollama/mistral:7b-instruct at http://localhost:11434, no key",
         ]
-        full_name = (await fleet_of(admin))["billing"]["backend"]
         other = await slm("explain", "b", "--on", full_name, "--json", data=server.data_dir)
         assert other.code == 0
         told = Explanation.model_validate(other.json)

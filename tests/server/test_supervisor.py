@@ -13,6 +13,7 @@ import pytest
 
 import slm.server
 from slm.server import explanations, fleet_sync, supervisor
+from slm.server.fleet import Fleet
 from slm.server.fleet_sync import FleetSync
 from slm.server.listener import CHANNEL
 from slm.server.supervisor import SupervisedTask, Supervisor
@@ -259,5 +260,5 @@ async def test_pieces_that_never_end_are_not_kept(postgres_url: str, tmp_path: P
 def test_the_fleet_of_a_server_alone_runs_no_task() -> None:
     """What was not started is not told of."""
     states = Supervisor()
-    FleetSync(None, None, 1, 1, states)  # type: ignore[arg-type]
+    FleetSync(None, Fleet("r", "s", lambda token_id: ""), 1, 1, states)  # type: ignore[arg-type]
     assert states.states() == []

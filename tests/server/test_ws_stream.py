@@ -344,6 +344,7 @@ async def test_a_wrong_message_gets_an_error_and_the_stream_goes_on(admin: Api) 
 async def test_the_last_ack_is_kept(admin: Api) -> None:
     """What a client says that it has, and who it is, is kept."""
     services = admin.server.running.services
+    await admin.create("code-assistant")
     client = {"name": "billing", "instance": "b-1", "version": "1", "host": "h", "pid": 7}
     async with admin.stream(client=client) as socket:
         await socket.frame()

@@ -17,6 +17,7 @@ import typer
 from slm.cli.connection import Target
 from slm.cli.output import UsageError
 from slm.errors import ConfigurationError
+from slm.files import NotTrusted, read_given
 
 Provider = Literal["ollama", "openai", "anthropic"]
 
@@ -163,7 +164,9 @@ def read_key(target: Target, *, prompt: bool, file: Path | None, stdin: bool) ->
         )
     if file is not None:
         try:
-            key = file.read_text()
+            key = read_given(file).decode()
+        except NotTrusted as error:
+            raise ConfigurationError(f"the API key file cannot be used: {error}") from None
         except (OSError, UnicodeDecodeError):
             raise ConfigurationError(f"the API key file {file} cannot be read") from None
     elif stdin:

@@ -9,7 +9,6 @@ import functools
 import inspect
 import ipaddress
 import os
-import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from pydantic import SecretStr
 
 from slm.client.tls import ClientCert
 from slm.errors import ConfigurationError
+from slm.files import NotTrusted, read_given, read_own
 
 DEFAULT_URL: Final = "http://127.0.0.1:8760"
 URL_FILE: Final = "server.url"
@@ -161,25 +161,15 @@ def _find_url(given: str | None, data_dir: Path) -> tuple[str, str]:
         return _checked_url(named, "SLM_URL"), "SLM_URL"
     file = data_dir / URL_FILE
     try:
-        text = file.read_text().strip()
-        _check_nobody_else_writes(file)
-    except OSError:
+        text = read_own(file)[0].decode().strip()
+    except NotTrusted as error:
+        raise ConfigurationError(
+            f"{error}; the address in {file} is not used, since a token is sent to it: name the"
+            " server with --url or SLM_URL"
+        ) from None
+    except (OSError, UnicodeDecodeError):
         return DEFAULT_URL, "the default"
     return _checked_url(text, str(file)), str(file)
-
-
-def _check_nobody_else_writes(file: Path) -> None:
-    """Refuse an address that another user may have put there: a token is sent to it."""
-    if os.name != "posix":
-        return
-    us = os.geteuid()
-    for path in (file.parent, file):
-        status = path.stat()
-        if status.st_mode & stat.S_IWOTH or (us != 0 and status.st_uid not in (us, 0)):
-            raise ConfigurationError(
-                f"{path} can be written by another user, so the address in {file} is not used: "
-                "name the server with --url or SLM_URL, or mend the owner or the mode"
-            )
 
 
 def _checked_url(text: str, source: str) -> str:
@@ -207,11 +197,24 @@ def _find_token(given: Path | None, data_dir: Path, url: str) -> tuple[str, str]
         return read_token(Path(named)), named
     file = data_dir / "admin.token"
     if is_loopback(url) and file.exists():
-        return read_token(file), str(file)
+        return _own_token(file), str(file)
     raise ConfigurationError(
         f"no token for {url}: name a file with --token-file or SLM_TOKEN_FILE, or set SLM_TOKEN "
         f"(a server writes admin.token into its data directory; none is in {data_dir})"
     )
+
+
+def _own_token(file: Path) -> str:
+    """Return the token of a data directory, unless another account could have put it there."""
+    try:
+        read_own(file)
+    except NotTrusted as error:
+        raise ConfigurationError(
+            f"{error}; the token in {file} is not used: name one with --token-file or SLM_TOKEN"
+        ) from None
+    except OSError:
+        pass  # Reading it says so.
+    return read_token(file)
 
 
 def read_token(file: Path) -> str:
@@ -221,7 +224,9 @@ def read_token(file: Path) -> str:
         ConfigurationError: it cannot be read, or holds nothing.
     """
     try:
-        token = file.read_text().strip()
+        token = read_given(file).decode().strip()
+    except NotTrusted as error:
+        raise ConfigurationError(f"the token file cannot be used: {error}") from None
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not text"
         raise ConfigurationError(f"the token file {file} cannot be read: {reason}") from None

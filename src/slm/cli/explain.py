@@ -5,7 +5,7 @@ Asks the server, which asks the backend; shows every step of the chain and never
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 
@@ -15,6 +15,8 @@ from slm.cli.connection import Target, at_a_server
 from slm.cli.http import call, parsed
 from slm.cli.output import Json, escape
 from slm.protocol import ExplainedStep, Explanation
+
+_MAX_NAMED: Final = 5
 
 
 @at_a_server
@@ -37,6 +39,7 @@ def explain(
     [bold]Example[/]
       slm explain code-assistant --on billing
     """
+    on = _whole_name(target, on)
     answer = call(target, "GET", "/api/explain", params={"agent_id": agent, "backend": on})
     if as_json:
         output.print_json(answer.data)
@@ -58,6 +61,22 @@ def explain(
         )
         if step.llm_provider is not None:
             console.print(f"  {'':<{width}}  [dim]{escape(_config(step))}[/]", soft_wrap=True)
+
+
+def _whole_name(target: Target, name: str) -> str:
+    """Return the name of the connected backend that is meant: whole, or how it begins.
+
+    The server asks by the whole name alone, and says which there are where this is none.
+    """
+    backends = call(target, "GET", "/api/fleet").data["backends"]
+    names = [each["backend"] for each in backends if each["state"] != "gone"]
+    meant = [each for each in names if each.startswith(name)]
+    if name in names or not meant:
+        return name
+    if len(meant) > 1:
+        named = ", ".join(meant[:_MAX_NAMED])
+        raise output.UsageError(f"{len(meant)} backends are called so: {escape(named)}")
+    return str(meant[0])
 
 
 def _config(step: ExplainedStep) -> str:

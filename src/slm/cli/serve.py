@@ -15,7 +15,7 @@ import typer
 
 from slm.cli import output
 from slm.cli.connection import URL_FILE
-from slm.errors import SLMError
+from slm.errors import SLMError, StartupError
 
 logger = logging.getLogger(__name__)
 
@@ -147,10 +147,13 @@ def _log_to_stderr(level: str) -> None:
 
 def _leave_url(data_dir: Path, url: str) -> None:
     file = data_dir / URL_FILE
+    from slm.server.files import replace_private
+
     try:
-        file.write_text(f"{_from_here(url)}\n")
-    except OSError as error:
-        output.warning(f"{file} could not be written ({error.strerror}); commands need --url {url}")
+        # For us alone: a command sends its token to the address in it.
+        replace_private(file, f"{_from_here(url)}\n")
+    except StartupError as error:
+        output.warning(f"{error} Commands need --url {url}.")
 
 
 def _take_url_back(data_dir: Path, url: str) -> None:

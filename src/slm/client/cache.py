@@ -131,6 +131,11 @@ class AgentConfigCache:
         gone = self._base if self.synced else -1
         return max(self._tombstones.get(agent_id, -1), gone)
 
+    @property
+    def size(self) -> int:
+        """How many agents are known."""
+        return len(self._agents)
+
     def keys_awaited(self) -> list[str]:
         """Return the agents whose newest config lacks its key."""
         return [agent_id for agent_id, known in self._unsettled.items() if known.awaits_key]
@@ -263,6 +268,11 @@ class AgentConfigCache:
         if agent.llm_api_key is None and agent.api_key_revision is not None and error is None:
             error = "the SLM did not send it"
         key = agent.llm_api_key
+        old = self._agents.get(agent.agent_id)
+        if old is not None and old.holds(agent.revision, self.generation, key) and error is None:
+            # Nothing new, as for most agents of a snapshot that was fetched for a few keys.
+            old.freshness.confirmed_at, old.freshness.superseded_at = self.clock(), None
+            return False
         return self._put(
             agent.agent_id,
             agent.revision,

@@ -112,5 +112,6 @@ class Chain:
             left = min(asked_at, known.pending_since) + self._key_wait - cache.clock()
             if left <= 0 or sync is None:
                 break
+            sync.hurry_key(agent_id)
             await sync.wait_for_change(left)
         return known

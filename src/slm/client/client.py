@@ -31,7 +31,7 @@ from slm.client.snapshot_file import Contents, Saver, SnapshotFile
 from slm.client.sync import Synchroniser
 from slm.client.timings import Timings, check_seconds
 from slm.client.tls import ClientCert, TlsFiles
-from slm.errors import AgentKeyUnavailable, ConfigurationError
+from slm.errors import ConfigurationError, SLMError
 from slm.protocol import ClientInfo, Explanation
 
 _log = logging.getLogger("slm.client")
@@ -281,8 +281,9 @@ class SLMClient:
         answer, error = None, None
         try:
             answer = await self._answer(agent_id)
-        except AgentKeyUnavailable as problem:
-            error = str(problem)
+        except Exception as problem:
+            # Whatever it is, it is what asking for this agent comes to.
+            error = str(problem) if isinstance(problem, SLMError) else type(problem).__name__
         cache = self._cache
         unreachable = self.last_error or f"it is {self.status.value}"
         return Explanation(

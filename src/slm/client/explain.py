@@ -6,6 +6,7 @@ Reads what is known and asks nobody. Says where a key came from, never what it i
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final
 
 from slm.client.cache import AgentConfigCache
@@ -20,11 +21,13 @@ _CAME: Final = {
     "file": "from the snapshot file",
 }
 
+_MAX_SAID: Final = 4096
+
 
 def explain_steps(
     cache: AgentConfigCache, agent_id: str, answer: ResolvedConfig | None, unreachable: str
 ) -> list[ExplainedStep]:
-    """Return what each of the four steps says.
+    """Return what each of the four steps says; raises nothing, whatever is in the cache.
 
     Args:
         cache: what is known.
@@ -34,15 +37,24 @@ def explain_steps(
     """
     answered = answer.step if answer is not None else None
     steps = [
-        _own_step(cache, agent_id, unreachable),
-        _default_step(cache, agent_id, unreachable),
-        _environment_step(agent_id),
-        _step(Step.HARDCODED, "the last resort", hardcoded(agent_id), key="no key"),
+        _told(Step.AGENT, lambda: _own_step(cache, agent_id, unreachable)),
+        _told(Step.DEFAULT, lambda: _default_step(cache, agent_id, unreachable)),
+        _told(Step.ENVIRONMENT, lambda: _environment_step(agent_id)),
+        _told(Step.HARDCODED, lambda: _hardcoded_step(agent_id)),
     ]
     return [
         step.model_copy(update={"answers": answered is not None and step.step == answered.value})
         for step in steps
     ]
+
+
+def _told(step: Step, tell: Callable[[], ExplainedStep]) -> ExplainedStep:
+    """Return what the step says; one that cannot be told hides no other."""
+    try:
+        return tell()
+    except Exception as error:
+        what = type(error).__name__
+    return ExplainedStep(step=step.value, said=f"it cannot be told ({what})")
 
 
 def _own_step(cache: AgentConfigCache, agent_id: str, unreachable: str) -> ExplainedStep:
@@ -69,6 +81,10 @@ def _environment_step(agent_id: str) -> ExplainedStep:
         return _step(Step.ENVIRONMENT, said or f"no {PREFIX}* variable is set")
     key = f"from {PREFIX}API_KEY" if found.config.llm_api_key is not None else "no key"
     return _step(Step.ENVIRONMENT, said or f"{PREFIX}* variables are set", found.config, key=key)
+
+
+def _hardcoded_step(agent_id: str) -> ExplainedStep:
+    return _step(Step.HARDCODED, "the last resort", hardcoded(agent_id), key="no key")
 
 
 def _unknown(what: str, cache: AgentConfigCache, unreachable: str) -> str:
@@ -111,6 +127,7 @@ def _key_of(held: ResolvedConfig, known: KnownAgent) -> str:
 def _step(
     step: Step, said: str, config: ResolvedConfig | None = None, *, key: str | None = None
 ) -> ExplainedStep:
+    said = said[:_MAX_SAID]  # reasons are the words of a server, a validator or a file
     if config is None:
         return ExplainedStep(step=step.value, said=said)
     return ExplainedStep(

@@ -9,10 +9,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import TypeVar
+from typing import Final, TypeVar
 from urllib.parse import quote, urlsplit
 
 import aiohttp
@@ -41,10 +41,19 @@ from slm.errors import (
     Unavailable,
     problem_classes,
 )
+from slm.files import NotTrusted, read_given
 from slm.schemas import Agent, LLMConfigWithKey
+from slm.scrub import MAX_TEXT, scrubbed
 
 _T = TypeVar("_T")
 _M = TypeVar("_M", bound=BaseModel)
+
+MAX_ANSWER_BYTES: Final = 1024 * 1024
+"""The largest answer about one agent, and the largest error."""
+
+MAX_SNAPSHOT_BYTES: Final = 256 * 1024 * 1024
+"""The largest snapshot: that of 100,000 agents has about a third of it."""
+
 _PROBLEMS = problem_classes()
 _BY_STATUS: dict[int, type[ProblemError]] = {
     401: Unauthorized,
@@ -136,10 +145,16 @@ class TokenSource:
                 self._token = self._read(self._file)
         return {"Authorization": f"Bearer {self._token.get_secret_value()}"}
 
+    def hide(self, text: str) -> str:
+        """Return the text without the token, which a server may repeat."""
+        return scrubbed(text, self._token.get_secret_value())
+
     @staticmethod
     def _read(path: Path) -> SecretStr:
         try:
-            text = path.read_text()
+            text = read_given(path).decode()
+        except NotTrusted as error:
+            raise ConfigurationError(f"the token file cannot be used: {error}") from None
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "it is not text"
             raise ConfigurationError(f"the token file {path} cannot be read: {reason}") from None
@@ -206,6 +221,7 @@ class Connection:
             None,
             min_revision,
             timeout=self._timings.snapshot_timeout_seconds,
+            max_bytes=MAX_SNAPSHOT_BYTES,
         )
 
     async def open_stream(self) -> DirectWebSocket:
@@ -230,11 +246,12 @@ class Connection:
         epoch: str | None,
         min_revision: int | None = None,
         timeout: float | None = None,
+        max_bytes: int = MAX_ANSWER_BYTES,
     ) -> _M:
         query = "" if min_revision is None else f"?min_revision={min_revision}"
         url = URL(self._base_url + path + query, encoded=True)
         status, headers, body = await _translated(
-            self._read(url), path, timeout or self._timings.request_timeout_seconds
+            self._read(url, max_bytes), path, timeout or self._timings.request_timeout_seconds
         )
         told = headers.get("SLM-Epoch")
         if epoch is not None and told is not None and told != epoch:
@@ -245,15 +262,23 @@ class Connection:
                 return model.model_validate_json(body)
             failure = ProtocolError(f"the SLM's answer to {path} is not of the contract's shape")
         else:
-            failure = _problem(status, headers, body)
+            failure = _problem(status, headers, body, self._token.hide)
         # The body may hold keys. The validation error knows it, so this is outside the handler; and
         # a crash reporter sends the variables of each frame along.
         del body
         raise failure
 
-    async def _read(self, url: URL) -> tuple[int, Mapping[str, str], bytes]:
+    async def _read(self, url: URL, max_bytes: int) -> tuple[int, Mapping[str, str], bytes]:
         async with self._session.get(url, headers=self._token.headers()) as answer:
-            return answer.status, answer.headers, await answer.read()
+            pieces, size = [], 0
+            # Counted as it is decompressed: a few bytes on the wire may stand for gigabytes.
+            async for piece in answer.content.iter_any():
+                pieces.append(piece)
+                size += len(piece)
+                if size > max_bytes:
+                    answer.close()
+                    raise SLMUnavailable(f"the SLM's answer is larger than {max_bytes} bytes")
+            return answer.status, answer.headers, b"".join(pieces)
 
 
 async def _refuse_redirects(
@@ -275,22 +300,39 @@ class _Redirected(aiohttp.ClientError):
 
 async def _translated(call: Awaitable[_T], what: str, timeout: float) -> _T:
     """Turn the HTTP library's exceptions into ours: theirs know the request, and so the token."""
-    failure: SLMError
     try:
         async with asyncio.timeout(timeout):
             return await call
-    except aiohttp.WSServerHandshakeError as error:
-        failure = _problem(error.status, error.headers or {}, b"")
-    except (aiohttp.ClientConnectorCertificateError, aiohttp.ClientConnectorSSLError) as error:
-        failure = TLSError(f"the SLM's certificate was not accepted: {_tls_reason(error)}")
-    except TimeoutError:
-        failure = SLMUnavailable(f"no answer to {what} within {timeout:g} s")
-    except aiohttp.ClientResponseError as error:
-        failure = SLMUnavailable(f"the SLM broke HTTP: {type(error).__name__}")
-    except (aiohttp.ClientError, OSError) as error:
-        failure = SLMUnavailable(f"the SLM did not answer: {error or type(error).__name__}")
-    # Outside the handlers, so that the original is not carried along as its context.
+    except Exception as error:
+        failed = error
+    except BaseException as error:
+        # A cancellation, without the library's frames, whose variables hold the token.
+        error.__context__ = error.__cause__ = None
+        raise error.with_traceback(None)  # noqa: B904 - it is the same one
+    # Outside the handler, so that the original is not carried along as its context.
+    try:
+        failure = _failure_of(failed, what, timeout)
+    finally:
+        del failed
     raise failure
+
+
+def _failure_of(error: Exception, what: str, timeout: float) -> SLMError:
+    if isinstance(error, SLMError):
+        return error.with_traceback(None)
+    if isinstance(error, aiohttp.WSServerHandshakeError):
+        return _problem(error.status, error.headers or {}, b"")
+    if isinstance(error, aiohttp.ClientConnectorCertificateError | aiohttp.ClientConnectorSSLError):
+        return TLSError(f"the SLM's certificate was not accepted: {_tls_reason(error)}")
+    if isinstance(error, TimeoutError):
+        return SLMUnavailable(f"no answer to {what} within {timeout:g} s")
+    if isinstance(error, aiohttp.ClientResponseError):
+        return SLMUnavailable(f"the SLM broke HTTP: {type(error).__name__}")
+    if isinstance(error, aiohttp.ClientError | OSError):
+        said = "".join(char for char in str(error) if char.isprintable())[:300]
+        return SLMUnavailable(f"the SLM did not answer: {said or type(error).__name__}")
+    # Whatever else an answer makes the library raise, the client must go on.
+    return SLMUnavailable(f"the SLM's answer cannot be read: {type(error).__name__}")
 
 
 def _tls_reason(error: Exception) -> str:
@@ -298,8 +340,13 @@ def _tls_reason(error: Exception) -> str:
     return getattr(cause, "verify_message", None) or getattr(cause, "reason", None) or str(cause)
 
 
-def _problem(status: int, headers: Mapping[str, str], body: bytes) -> SLMError:
-    """Return the error that an answer other than success stands for."""
+def _problem(
+    status: int,
+    headers: Mapping[str, str],
+    body: bytes,
+    hide: Callable[[str], str] = lambda text: text,
+) -> SLMError:
+    """Return the error that an answer other than success stands for, its words with `hide`."""
     code, detail = "", ""
     with contextlib.suppress(ValidationError):
         told = _Problem.model_validate_json(body)
@@ -307,7 +354,8 @@ def _problem(status: int, headers: Mapping[str, str], body: bytes) -> SLMError:
     cls = _PROBLEMS.get(code)
     if cls is None or cls.status != status:
         cls = _BY_STATUS.get(status)
-    detail = "".join(char for char in detail if char.isprintable())[:300] or f"HTTP {status}"
+    detail = "".join(char for char in hide(detail[:MAX_TEXT]) if char.isprintable())[:300]
+    detail = detail or f"HTTP {status}"
     if cls is None:
         cls = InternalError if status >= 500 else BadRequest
     if issubclass(cls, InvalidRequest):
@@ -330,5 +378,5 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
     try:
         until = parsedate_to_datetime(text)
         return max(0.0, (until - parsedate_to_datetime(headers.get("Date", ""))).total_seconds())
-    except (ValueError, TypeError):
+    except Exception:  # ValueError is the usual one; years and zones overflow in several ways
         return None

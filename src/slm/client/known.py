@@ -80,6 +80,19 @@ class KnownAgent:
     refused_config: ResolvedConfig | None = None
     key_from: str = ""
 
+    def holds(self, revision: int, generation: int, key: SecretStr | None) -> bool:
+        """Whether exactly this is in force: the same revision of the same life, with this key."""
+        return (
+            self.config is not None
+            and (self.revision, self.generation) == (revision, generation)
+            and self.pending is None
+            and self.key_error is None
+            and self.refused is None
+            and self.refused_config is None
+            and self.config.revision == revision
+            and self.config.llm_api_key == key
+        )
+
     @property
     def newest(self) -> ResolvedConfig | None:
         """The newest config that is known, in force or not."""

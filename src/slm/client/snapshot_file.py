@@ -13,7 +13,6 @@ import hashlib
 import json
 import logging
 import os
-import stat
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -25,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, SecretStr, ValidationError
 from slm.client.config import ResolvedConfig
 from slm.client.received import ReceivedAgent
 from slm.errors import ConfigurationError
+from slm.files import NotTrusted, read_own
 
 _log = logging.getLogger("slm.client")
 
@@ -127,19 +127,12 @@ class SnapshotFile:
             _log.warning("the snapshot file %s was not written: %s", self.path, error.strerror)
 
     def _load(self) -> Loaded:
-        # Without waiting: a FIFO that somebody put there would hold up the start for ever.
-        flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-        with open(self.path, "rb", opener=lambda path, _: os.open(path, flags)) as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise Refused("it is not a regular file")
-            if hasattr(os, "geteuid") and status.st_uid not in (os.geteuid(), 0):
-                raise Refused("it belongs to another user")
-            if os.name == "posix" and status.st_mode & 0o077:
-                raise Refused("others may read or change it; its mode must be 0600")
-            if status.st_size > MAX_FILE_BYTES:
-                raise Refused("it is far too large")
-            raw = file.read()
+        try:
+            raw, mode = read_own(self.path, MAX_FILE_BYTES)
+        except NotTrusted as error:
+            raise Refused(str(error)) from None
+        if os.name == "posix" and mode & 0o077:
+            raise Refused("others may read or change it; its mode must be 0600")
         try:
             envelope = json.loads(raw)
             version = envelope["format"]

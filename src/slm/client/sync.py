@@ -7,7 +7,6 @@ the chain. Runs in one event loop.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Final
@@ -17,6 +16,7 @@ from slm.client.acks import Acks
 from slm.client.cache import AgentConfigCache
 from slm.client.http import Connection, EpochChanged, TokenSource
 from slm.client.in_use import KeysInUse
+from slm.client.keys import KeyFetcher
 from slm.client.retry import Backoff, ClientStatus, status_after
 from slm.client.stream import Resume, Stream
 from slm.client.timings import Timings
@@ -26,7 +26,6 @@ from slm.errors import (
     AgentNotFound,
     KeyUndecryptable,
     SLMError,
-    SLMUnavailable,
 )
 from slm.protocol import (
     AgentChanged,
@@ -44,7 +43,7 @@ from slm.protocol import (
 
 _log = logging.getLogger("slm.client")
 
-_KEYS_AT_ONCE: Final = 8
+_EXPLAINED_AT_ONCE: Final = 32
 _REMEMBERED: Final = 10_000
 _DEFAULT: Final = "/default"  # no agent_id: those are tried as they are, this is the alias
 
@@ -93,14 +92,16 @@ class Synchroniser:
         self.acks = Acks(cache, in_use, timings, key_wait, self._stream.send)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._snapshot: asyncio.Task[None] | None = None
-        self._key_awaited: dict[str, asyncio.Event] = {}
-        self._key_slots = asyncio.Semaphore(_KEYS_AT_ONCE)
+        self._keys = KeyFetcher(
+            cache, timings, self._ask_for_key, self._ask_for_all_keys, self._spawn
+        )
         self._asked: dict[str, asyncio.Task[Any]] = {}
         self._waiting: set[asyncio.Future[None]] = set()
         self._not_before: dict[str, float] = {}
         self._away_until = 0.0
         self._connected = False
         self._behind = False
+        self._explaining = 0
         # The revision that a resumed stream must reach before it counts as live; 0: it has.
         self._live_from = 0
         self._failed: ClientStatus | None = None
@@ -120,8 +121,9 @@ class Synchroniser:
         """Start the stream; it goes on until `close`."""
         self._spawn(self._stream.run())
         self._spawn(self.acks.run())
+        self._spawn(self._keys.run())
         for agent_id in self._cache.keys_awaited():
-            self._await_key(agent_id)
+            self._keys.want(agent_id)
 
     async def close(self) -> None:
         """Stop everything and close every connection."""
@@ -152,6 +154,10 @@ class Synchroniser:
         """Ask for an agent in the background."""
         if self._may_ask(agent_id):
             self._asking(agent_id)
+
+    def hurry_key(self, agent_id: str) -> None:
+        """Ask for an agent's awaited key at once: a call waits for it."""
+        self._keys.hurry(agent_id)
 
     async def wait_for_change(self, timeout: float) -> None:
         """Return when anything in the cache changed, or after the timeout."""
@@ -207,14 +213,21 @@ class Synchroniser:
         elif isinstance(message, Resync):
             _log.info("the SLM asks for a resync (%s)", message.reason)
             self._begin(message)
-        elif isinstance(message, Explain):
+        elif isinstance(message, Explain) and self._explaining < _EXPLAINED_AT_ONCE:
+            self._explaining += 1
             self._spawn(self._answer(message))
         if self._live_from:
             self._reached()
 
     async def _answer(self, question: Explain) -> None:
-        report = await self._explain(question.agent_id)
-        await self._stream.send(encode(Explained(explained=question.id, report=report)))
+        """Answer the SLM's question; one that cannot be answered harms nothing."""
+        try:
+            report = await self._explain(question.agent_id)
+            await self._stream.send(encode(Explained(explained=question.id, report=report)))
+        except Exception as error:
+            _log.warning("a question of the SLM was not answered (%s)", type(error).__name__)
+        finally:
+            self._explaining -= 1
 
     def lost(self, error: SLMError) -> None:
         """Note that nothing is heard any more."""
@@ -286,7 +299,7 @@ class Synchroniser:
         for agent_id in self._cache.apply_snapshot(snapshot):
             self._swapped(agent_id)
         for agent_id in self._cache.keys_awaited():
-            self._await_key(agent_id)
+            self._keys.want(agent_id)
         if other_life:
             # The stream is of a replica that does not know of it yet.
             self._connected = False
@@ -382,39 +395,29 @@ class Synchroniser:
             self._swapped(agent_id)
         known = self._cache.find(agent_id)
         if see_to_key and known is not None and known.awaits_key:
-            self._await_key(agent_id)
+            self._keys.want(agent_id)
 
-    def _await_key(self, agent_id: str) -> None:
-        changed = self._key_awaited.get(agent_id)
-        if changed is not None:
-            changed.set()
-        else:
-            self._key_awaited[agent_id] = asyncio.Event()
-            self._spawn(self._until_key(agent_id))
+    async def _ask_for_key(self, agent_id: str) -> SLMError | None:
+        return await self._ask_once(agent_id, for_key=True)
 
-    async def _until_key(self, agent_id: str) -> None:
-        changed = self._key_awaited[agent_id]
-        backoff = Backoff(self._timings)
-        missing = SLMUnavailable("the key did not come")
+    async def _ask_for_all_keys(self) -> SLMError | None:
+        """Fetch a snapshot for the keys in it, while the stream goes on; return why none came."""
+        cache = self._cache
+        generation = cache.generation
         try:
-            while (known := self._cache.find(agent_id)) is not None and known.awaits_key:
-                changed.clear()
-                async with self._key_slots:
-                    failure = await self._ask_once(agent_id, for_key=True)
-                changed_meanwhile = changed.is_set()
-                known = self._cache.find(agent_id)
-                if known is None or not known.awaits_key or changed_meanwhile:
-                    continue
-                if known.key_error is not None:
-                    # An operator's change comes over the stream; this is for a mended server.
-                    delay = self._timings.refused_retry_seconds
-                else:
-                    delay = backoff.delay_after(failure or missing)
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(delay):
-                        await changed.wait()
-        finally:
-            del self._key_awaited[agent_id]
+            snapshot = await self._connection.get_snapshot(min_revision=cache.position)
+        except SLMError as error:
+            self._could_not_ask(error)
+            return error
+        if generation != cache.generation:
+            return None  # a snapshot for the new beginning is under way
+        if cache.contradicts(snapshot):
+            self._take_other_life()
+            return None
+        for agent_id in cache.apply_snapshot(snapshot):
+            self._swapped(agent_id)
+        self._wake()
+        return None
 
     # --- tasks ---
 

@@ -33,6 +33,9 @@ class Timings:
         ack_delay_seconds: how long a loop that is behind with its work may put an ack off, so that
             callbacks come before it.
         ack_interval_seconds: the shortest time between two acks; an idle client acks at once.
+        key_jitter_seconds: over how long the fetching of a changed key is spread: a thousand
+            backends must not ask in one millisecond. A call that waits for the key asks at once.
+        key_pause_max_seconds: the longest pause between two fetches of keys from a busy SLM.
         close_timeout_seconds: how long the SLM has to answer the closing of the stream.
     """
 
@@ -48,6 +51,8 @@ class Timings:
     save_interval_seconds: float = 1.0
     ack_delay_seconds: float = 0.04
     ack_interval_seconds: float = 0.1
+    key_jitter_seconds: float = 0.1
+    key_pause_max_seconds: float = 1.0
     close_timeout_seconds: float = 1.0
 
     def __post_init__(self) -> None:

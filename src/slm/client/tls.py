@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from slm.errors import ConfigurationError
+from slm.files import NotTrusted, check_given
 
 ClientCert = str | os.PathLike[str] | tuple[str | os.PathLike[str], str | os.PathLike[str]]
 """A PEM file with a certificate and its private key, or one file for each."""
@@ -35,6 +36,8 @@ class TlsFiles(NamedTuple):
         """
         if self.ca_file is None and self.client_cert is None:
             return True
+        if self.ca_file is not None:
+            _check("ca_file", self.ca_file)
         try:
             context = ssl.create_default_context(cafile=self.ca_file and str(self.ca_file))
         except (OSError, ssl.SSLError) as error:
@@ -49,6 +52,9 @@ class TlsFiles(NamedTuple):
     @staticmethod
     def _load(context: ssl.SSLContext, files: ClientCert) -> None:
         cert, key = files if isinstance(files, tuple) else (files, None)
+        for path in (cert, key):
+            if path is not None:
+                _check("client_cert", path)
         try:
             # An empty password, or OpenSSL would ask for one on the terminal.
             context.load_cert_chain(cert, key, password="")  # nosec B106
@@ -61,3 +67,15 @@ class TlsFiles(NamedTuple):
             raise ConfigurationError(
                 f"client_cert {os.fspath(cert)!s} cannot be used: {reason}"
             ) from None
+
+
+def _check(argument: str, path: str | os.PathLike[str]) -> None:
+    """Refuse a file that another account could have put there."""
+    try:
+        check_given(path)
+    except NotTrusted as error:
+        raise ConfigurationError(f"{argument} cannot be used: {error}") from None
+    except OSError as error:
+        raise ConfigurationError(
+            f"{argument} {os.fspath(path)!s} cannot be used: {error.strerror}"
+        ) from None

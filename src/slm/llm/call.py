@@ -5,18 +5,19 @@ Knows no transport; resolves no agent. Nothing here outlives the call.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from slm.client.config import ResolvedConfig
-from slm.endpoints import effective_endpoint
+from slm.endpoints import canonical_url, effective_endpoint
 from slm.errors import (
     ConfigurationError,
     LLMAuthError,
+    LLMBadResponse,
     LLMEndpointRefused,
     LLMError,
     LLMStreamBroken,
@@ -26,10 +27,12 @@ from slm.llm.providers.base import ChatRequest, Completion, Message, Provider
 from slm.llm.providers.failures import Failure
 from slm.llm.results import ChatResult, Overrides, result_of
 from slm.llm.validator import refused_address
+from slm.scrub import MAX_TEXT, scrubbed
 
 _logger = logging.getLogger(__name__)
 
 MAX_DETAIL: Final = 500
+_MAX_TIMEOUT_SECONDS: Final = 30 * 86400
 
 # Named in llm_options, these would turn a request into another one or send it, or its key,
 # elsewhere; the first line is set by the interface, the rest are arguments of SDKs.
@@ -63,7 +66,9 @@ class Call:
         self.provider = provider
         self.config = config
         self.model = overrides.get("model", config.llm_model)
-        self.timeout_seconds = float(overrides.get("timeout", config.llm_timeout))
+        # A number that no clock knows may come from the SLM's database, which others write to.
+        timeout = overrides.get("timeout", config.llm_timeout)
+        self.timeout_seconds = float(min(max(timeout, 0), _MAX_TIMEOUT_SECONDS))
         self._stale = config.stale
         self.request = self._request(messages, overrides)
 
@@ -72,15 +77,21 @@ class Call:
         return result_of(completion, self.config, self.model, self._stale)
 
     def failure(self, error: Exception, *, timed_out: bool = False) -> LLMError:
-        """Return our error for what the SDK raised; to be raised outside the `except` block.
+        """Return our error for what the SDK raised; raises nothing, whatever the provider sent.
 
-        There it has no `__context__`: the key can be reached through the SDK's exception, as
-        `exc.request.headers`.
+        To be raised outside the `except` block. There it has no `__context__`: the key can be
+        reached through the SDK's exception, as `exc.request.headers`.
         """
         if timed_out:
             detail = f"no answer within llm_timeout ({self.timeout_seconds:g} s)"
             return self._error(Failure(LLMTimeout, detail))
-        return self._error(self.provider.explain(error), type(error).__name__)
+        return self._error(self._explained(error), type(error).__name__)
+
+    def _explained(self, error: Exception) -> Failure:
+        # What an adapter reads of an exception is the provider's words, of any type and length.
+        with contextlib.suppress(Exception):
+            return self.provider.explain(error)
+        return Failure(LLMBadResponse, "the provider's error is not of its own protocol")
 
     def broken(self, text: str, error: LLMError | None = None) -> LLMError:
         """Return the error of a stream that ended too soon after it had begun to answer."""
@@ -89,7 +100,7 @@ class Call:
         detail = "the stream ended before the provider said that it was finished"
         return LLMStreamBroken(
             detail if error is None else f"the stream broke: {error.detail}",
-            partial=text,
+            partial=self._without_key(text),
             **context_of(self.config, self.model),
             status=error and error.status,
             provider_error=error and error.provider_error,
@@ -97,29 +108,36 @@ class Call:
         )
 
     def _error(self, failure: Failure, provider_error: str | None = None) -> LLMError:
+        status = failure.status
         return failure.kind(
-            self._scrubbed(failure.detail)[:MAX_DETAIL],
+            self._scrubbed(failure.detail),
             **context_of(self.config, self.model),
-            status=failure.status,
+            status=status if isinstance(status, int) and 100 <= status < 600 else None,
             provider_error=provider_error,
             retry_after_seconds=failure.retry_after_seconds,
         )
 
-    def _scrubbed(self, text: str) -> str:
+    def _scrubbed(self, text: object) -> str:
         """Return the provider's words on one line, without the key, which some of them echo."""
-        key = self.config.llm_api_key
-        if key is not None and key.get_secret_value():
-            for form in _forms(key.get_secret_value()):
-                text = text.replace(form, "***")
+        if not isinstance(text, str):
+            text = "the provider's error has no text"
+        text = self._without_key(text[:MAX_TEXT])
         # Errors are logged: nobody else's words are a further line there, or steer a terminal.
-        return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+        line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+        return line[:MAX_DETAIL]
+
+    def _without_key(self, text: str) -> str:
+        key = self.config.llm_api_key
+        return text if key is None else scrubbed(text, key.get_secret_value())
 
     def _request(self, messages: Sequence[Message], overrides: Overrides) -> ChatRequest:
         config = self.config
-        endpoint = effective_endpoint(config.llm_provider, config.llm_endpoint) or ""
-        reason = refused_address(endpoint)
-        if reason is not None:
-            raise self._error(Failure(LLMEndpointRefused, f"the endpoint {reason}"))
+        reason = refused_address(effective_endpoint(config.llm_provider, config.llm_endpoint) or "")
+        endpoint = canonical_url(config.llm_provider, config.llm_endpoint)
+        if reason is not None or endpoint is None:
+            raise self._error(
+                Failure(LLMEndpointRefused, f"the endpoint {reason or 'names no host'}")
+            )
         key = config.llm_api_key
         if key is not None and not _KEY.fullmatch(key.get_secret_value()):
             if key.get_secret_value():
@@ -220,9 +238,3 @@ def _max_tokens(
                 options[name] = overrides["max_tokens"]
             return None
     return overrides.get("max_tokens", limit)
-
-
-def _forms(key: str) -> set[str]:
-    """Return the key in the spellings in which an error may quote it."""
-    quoted = json.dumps(key)[1:-1]
-    return {key, quoted, repr(key)[1:-1], repr(quoted)[1:-1]}

@@ -158,12 +158,12 @@ class LLMInterface:
             # In a thread: an SDK takes up to a second to import, and the loop has others to serve.
             provider = await asyncio.to_thread(self._make, name)
         except ModuleNotFoundError as error:
-            missing = error.name
+            why = f"{error.name} is not installed"
+        except ImportError:
+            why = "its SDK is of a version that does not work here"
         else:
             return self._providers.setdefault(name, provider)
-        raise LLMProviderMissing(
-            f"{missing} is not installed: pip install 'autobot-slm[{name}]'", **context
-        )
+        raise LLMProviderMissing(f"{why}: pip install 'autobot-slm[{name}]'", **context)
 
     def _make(self, name: str) -> Provider:
         module_name, class_name, _ = PROVIDERS[name]
@@ -316,7 +316,13 @@ async def _answer(call: Call, deadline: float) -> ChatResult | LLMError:
         async with limit:
             return call.result(await call.provider.chat(call.request))
     except Exception as error:
-        return call.failure(error, timed_out=limit.expired())
+        failed = error
+    except BaseException as error:
+        raise _without_way_back(error)  # noqa: B904 - it is the same one
+    try:
+        return call.failure(failed, timed_out=limit.expired())
+    finally:
+        del failed
 
 
 async def _next(
@@ -328,4 +334,16 @@ async def _next(
         async with limit:
             return await anext(pieces, None)
     except Exception as error:
-        return call.failure(error, timed_out=limit.expired())
+        failed = error
+    except BaseException as error:
+        raise _without_way_back(error)  # noqa: B904 - it is the same one
+    try:
+        return call.failure(failed, timed_out=limit.expired())
+    finally:
+        del failed
+
+
+def _without_way_back(error: BaseException) -> BaseException:
+    """Return a cancellation without the frames of the SDK, whose variables hold the key."""
+    error.__context__ = error.__cause__ = None
+    return error.with_traceback(None)

@@ -1,7 +1,8 @@
-"""HTTP clients for the provider SDKs: one set an event loop, addresses checked, no redirects.
+"""HTTP clients for the provider SDKs: one set an event loop, each bound to one origin.
 
-Knows nothing of providers' protocols, agents or keys. Neither HTTP library is imported before it is
-used: openai and anthropic stand on httpx2, ollama on httpx.
+Addresses are checked, no redirect is followed. Knows nothing of providers' protocols or agents.
+Neither HTTP library is imported before it is used: openai and anthropic stand on httpx2, ollama on
+httpx.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections.abc import AsyncGenerator, Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from slm.endpoints import EndpointPolicy
+from slm.endpoints import EndpointPolicy, origin
 from slm.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ _MAX_SDK_CLIENTS: Final = 256
 
 
 class AddressRefused(Exception):
-    """The endpoint's name resolved to an address that no request may go to."""
+    """A request would go to a place that it may not go to; nothing was sent."""
 
 
 def _policy_of_environment() -> EndpointPolicy:
@@ -115,7 +116,7 @@ class LoopConnections:
     def __init__(self, settings: TransportSettings, context: ssl.SSLContext) -> None:
         self._settings = settings
         self._context = context
-        self._httpx2: httpx2.AsyncClient | None = None
+        self._httpx2: httpx2.AsyncHTTPTransport | None = None
         self._httpx: httpx.AsyncHTTPTransport | None = None
         self._sdk_clients: OrderedDict[tuple[str, str, str], Any] = OrderedDict()
         self._closer = self._close_at_the_end()
@@ -144,32 +145,34 @@ class LoopConnections:
         found: T = client
         return found
 
-    def httpx2_client(self) -> httpx2.AsyncClient:
-        """Return the client that openai and anthropic share."""
+    def httpx2_client(self, endpoint: str) -> httpx2.AsyncClient:
+        """Return a client for openai or anthropic that sends to the endpoint's origin alone."""
+        import httpx2
+
         if self._httpx2 is None:
             import httpcore2
-            import httpx2
 
-            transport = httpx2.AsyncHTTPTransport(verify=self._context, trust_env=False)
-            transport._pool = self._pool(httpcore2)
-            self._httpx2 = httpx2.AsyncClient(
-                transport=transport,
-                follow_redirects=False,
-                trust_env=False,
-                timeout=None,  # the interface has a deadline of its own
-                cookies=no_cookies(),
-            )
-        return self._httpx2
+            self._httpx2 = httpx2.AsyncHTTPTransport(verify=self._context, trust_env=False)
+            self._httpx2._pool = self._pool(httpcore2)
+        bound: Any = BoundTransport(self._httpx2, origin("", endpoint))
+        return httpx2.AsyncClient(
+            transport=bound,
+            follow_redirects=False,
+            trust_env=False,
+            timeout=None,  # the interface has a deadline of its own
+            cookies=no_cookies(),
+        )
 
-    def httpx_transport(self) -> httpx.AsyncHTTPTransport:
-        """Return the transport under every client of ollama."""
+    def httpx_transport(self, endpoint: str) -> httpx.AsyncBaseTransport:
+        """Return a transport for ollama that sends to the endpoint's origin alone."""
         if self._httpx is None:
             import httpcore
             import httpx
 
             self._httpx = httpx.AsyncHTTPTransport(verify=self._context, trust_env=False)
             self._httpx._pool = self._pool(httpcore)
-        return self._httpx
+        bound: Any = BoundTransport(self._httpx, origin("", endpoint))
+        return bound  # type: ignore[no-any-return]
 
     def _pool(self, core: Any) -> Any:
         """Return a connection pool that checks addresses; `core` is httpcore or httpcore2."""
@@ -192,6 +195,45 @@ class LoopConnections:
                 await self._httpx2.aclose()
             if self._httpx is not None:
                 await self._httpx.aclose()
+
+
+class BoundTransport:
+    """Passes on requests to one origin, and refuses any other before a byte is sent.
+
+    What it compares is what the pool below connects to: the URL as the SDK and its HTTP library
+    read it. So no disagreement of theirs with `slm.endpoints`, and no redirect, takes a key
+    elsewhere. Connections are shared by all, so closing one of these closes none.
+    """
+
+    def __init__(self, inner: Any, bound_to: str) -> None:
+        self._inner = inner
+        self._bound_to = bound_to
+
+    async def handle_async_request(self, request: Any) -> Any:
+        """Send the request.
+
+        Raises:
+            AddressRefused: it would go to another origin.
+        """
+        if _destination(request.url) != self._bound_to:
+            raise AddressRefused("the request would go to another place than the endpoint's origin")
+        return await self._inner.handle_async_request(request)
+
+    async def aclose(self) -> None:
+        """Do nothing."""
+
+    async def __aenter__(self) -> BoundTransport:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        pass
+
+
+def _destination(url: Any) -> str:
+    """Return where httpx or httpx2 would connect to, as `slm.endpoints.origin` words it."""
+    scheme, host = url.raw_scheme.decode("ascii"), url.raw_host.decode("ascii")
+    port = url.port or {"http": 80, "https": 443}.get(scheme)
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 class CheckedBackend:

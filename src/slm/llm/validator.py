@@ -20,7 +20,11 @@ PROVIDERS: Final = {
 }
 """By name: our module, its class, and the SDK that the extra of the same name installs."""
 
-refused_address = functools.lru_cache(maxsize=1024)(refused_endpoint)
+
+@functools.lru_cache(maxsize=1024)
+def refused_address(url: str) -> str | None:
+    """Say why no call may be made to `url`, which was saved once, or None when it may."""
+    return refused_endpoint(url, stored=True)
 
 
 def reason_against(config: ResolvedConfig, policy: EndpointPolicy) -> str | None:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from sqlalchemy import Connection, bindparam, insert, select, update
+from sqlalchemy import Connection, Integer, bindparam, insert, select, update
 
 from slm.server.auth import Caller
 from slm.server.database import Database
@@ -25,7 +25,7 @@ GENESIS: Final = "0" * 64
 _NEXT: Final = Prepared(
     update(AUDIT_HEAD)
     .where(AUDIT_HEAD.c.id == 1)
-    .values(seq=AUDIT_HEAD.c.seq + 1)
+    .values(seq=AUDIT_HEAD.c.seq + bindparam("count", type_=Integer))
     .returning(AUDIT_HEAD.c.seq, AUDIT_HEAD.c.hash)
 )
 _INSERT: Final = Prepared(insert(AUDIT))
@@ -126,20 +126,31 @@ def append(connection: Connection, event: Event) -> None:
     The row that is locked here orders all appends, so the chain has one end on any number of
     replicas. It is always locked last, after `state`, so nobody waits in a circle.
     """
-    [(seq, before)] = _NEXT.run(connection)
-    entry = Entry(
-        seq=seq,
-        at=utc_now().isoformat(timespec="microseconds").replace("+00:00", "Z"),
-        actor=event.who.actor,
-        action=event.action,
-        agent_id=event.agent_id,
-        address=event.who.address,
-        detail=json.dumps(event.detail, ensure_ascii=True, sort_keys=True),
-        hash="",
-    )
-    after = entry.hash_after(before)
-    _INSERT.run(connection, vars(entry) | {"hash": after})
-    _MOVE.run(connection, {"new_hash": after})
+    append_all(connection, (event,))
+
+
+def append_all(connection: Connection, events: Sequence[Event]) -> None:
+    """Record several events, in their order; as `append`, with one look at the chain's end."""
+    if not events:
+        return
+    [(last, before)] = _NEXT.run(connection, {"count": len(events)})
+    at = utc_now().isoformat(timespec="microseconds").replace("+00:00", "Z")
+    rows = []
+    for seq, event in enumerate(events, last - len(events) + 1):
+        entry = Entry(
+            seq=seq,
+            at=at,
+            actor=event.who.actor,
+            action=event.action,
+            agent_id=event.agent_id,
+            address=event.who.address,
+            detail=json.dumps(event.detail, ensure_ascii=True, sort_keys=True),
+            hash="",
+        )
+        before = entry.hash_after(before)
+        rows.append(vars(entry) | {"hash": before})
+    _INSERT.run_each(connection, rows)
+    _MOVE.run(connection, {"new_hash": before})
 
 
 class AuditLog:

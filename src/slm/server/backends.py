@@ -5,134 +5,42 @@ Values and rules only; knows no connection, no database and no clock (docs/proto
 
 from __future__ import annotations
 
+import json
 import math
-from array import array
-from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from operator import itemgetter
-from typing import Any, Final, NamedTuple
+from typing import Annotated, Any, Final, NamedTuple
 
-from slm.protocol import ClientInfo, NotInForce
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, StrictBool, TypeAdapter
+
+from slm.protocol import ClientInfo, Integer, NotInForce, Reason, Revision, ShortText, Text
+from slm.server.ack_log import NOTHING, RECEIPT_REVISIONS, Acked, AckLog, Outcome
 from slm.server.view import EVERYTHING, View
 
-RECEIPT_REVISIONS: Final = 1000
-"""A receipt can be asked for this many revisions back."""
+__all__ = [
+    "RECEIPT_REVISIONS",
+    "AckLog",
+    "Acked",
+    "Backend",
+    "Outcome",
+    "Stretch",
+    "Subject",
+    "Told",
+    "identity",
+    "outcome_of",
+]
 
 SHARED_ACKS: Final = 32
 """So many of a backend's last acks other replicas are told."""
 
-_SPARE: Final = 64
-"""So many acks more may be kept, so that not every one moves them all."""
+MAX_KEYS_BYTES: Final = 1024 * 1024
+"""The memory that the keys which one backend holds may take; what is beyond is not kept."""
 
 _MAX_STRETCHES: Final = 20
-_NOTHING: Final[Mapping[str, NotInForce]] = {}
-
-
-class Acked(NamedTuple):
-    """One ack.
-
-    Attributes:
-        revision: up to where everything was received.
-        at: when it came, seconds since 1970.
-        not_in_force: what of it is not in use.
-        after_gap: whether acks right before it are not known here: then what it says may have been
-            so for longer.
-    """
-
-    revision: int
-    at: float
-    not_in_force: Mapping[str, NotInForce]
-    after_gap: bool = False
-
-
-class AckLog:
-    """The last acks of a backend, by revision; sixteen bytes each, since there are many.
-
-    Attributes:
-        count: how many there ever were.
-    """
-
-    __slots__ = ("_dropped", "_gaps", "_refusals", "_revisions", "_times", "count")
-
-    def __init__(self) -> None:
-        self.count = 0
-        self._revisions = array("q")
-        self._times = array("d")
-        # What few acks have is kept apart, by the number of the ack; the first here has this one.
-        self._dropped = 0
-        self._gaps: list[int] = []
-        # From which ack on this was refused, until the next.
-        self._refusals: list[tuple[int, Mapping[str, NotInForce]]] = []
-
-    def __len__(self) -> int:
-        return len(self._revisions)
-
-    def __iter__(self) -> Iterator[Acked]:
-        return map(self._at, range(len(self)))
-
-    @property
-    def last(self) -> Acked | None:
-        """The newest ack."""
-        return self._at(len(self) - 1) if self._revisions else None
-
-    def add(self, ack: Acked) -> None:
-        """Take in an ack that is newer in time than all before it."""
-        if self._revisions and ack.revision < self._revisions[-1]:
-            # Another epoch moved it back: what it acked of the old one means nothing now.
-            self.clear()
-        self.count += 1
-        number = self._dropped + len(self)
-        if ack.after_gap:
-            self._gaps.append(number)
-        if ack.not_in_force != (self._refusals[-1][1] if self._refusals else _NOTHING):
-            self._refusals.append((number, ack.not_in_force))
-        self._revisions.append(ack.revision)
-        self._times.append(ack.at)
-        if len(self) >= RECEIPT_REVISIONS + _SPARE:
-            self._drop(_SPARE)
-            if self._gaps[:1] != [self._dropped]:
-                self._gaps.insert(0, self._dropped)
-
-    def clear(self) -> None:
-        """Forget what was acked; the count goes on."""
-        self._drop(len(self))
-        self._refusals.clear()
-
-    def newest(self, count: int) -> AckLog:
-        """Return a log of the newest ones alone, which nobody changes."""
-        log = AckLog()
-        log.count, log._dropped = self.count, self._dropped
-        log._revisions, log._times = self._revisions[:], self._times[:]
-        log._gaps, log._refusals = self._gaps[:], self._refusals[:]
-        log._drop(max(0, len(self) - count))
-        return log
-
-    def since(self, revision: int) -> Iterator[Acked]:
-        """Yield the acks of `revision` and later ones, the oldest first."""
-        return map(self._at, range(bisect_left(self._revisions, revision), len(self)))
-
-    def _at(self, index: int) -> Acked:
-        number = self._dropped + index
-        return Acked(
-            self._revisions[index],
-            self._times[index],
-            self._refused_at(number),
-            number in self._gaps,
-        )
-
-    def _refused_at(self, number: int) -> Mapping[str, NotInForce]:
-        place = bisect_right(self._refusals, number, key=itemgetter(0))
-        return self._refusals[place - 1][1] if place else _NOTHING
-
-    def _drop(self, gone: int) -> None:
-        """Forget the oldest."""
-        del self._revisions[:gone], self._times[:gone]
-        self._dropped += gone
-        held = self._refused_at(self._dropped)
-        later = [each for each in self._refusals if each[0] > self._dropped]
-        self._refusals = [(self._dropped, held), *later] if held or later else []
-        self._gaps = [number for number in self._gaps if number >= self._dropped]
+_KEY_BYTES: Final = 120
+_LAST_SECOND: Final = 253_402_300_000.0
+"""In the year 9999: what is later is no time."""
 
 
 @dataclass
@@ -156,9 +64,13 @@ class Backend:
         server: that server's name, for people.
         view: what its token may see.
         since: when it came or went, seconds since 1970.
+        known_since: when it came first: whoever was first has the name.
         stretches: its connections, the newest last.
         acks: what it said it received.
         keys: agents whose held key is not that of its last ack, with the key's revision.
+        keys_partial: whether it named more keys than are kept.
+        heard: how many acks its server has told of, where that is another one.
+        in_step: whether all that it told is here, so that differences can be added.
     """
 
     id: str
@@ -168,15 +80,19 @@ class Backend:
     server: str
     view: View = EVERYTHING
     since: float = 0.0
+    known_since: float = math.inf
     stretches: list[Stretch] = field(default_factory=list)
     acks: AckLog = field(default_factory=AckLog)
     keys: Mapping[str, int | None] = field(default_factory=dict)
+    keys_partial: bool = False
+    heard: int = 0
+    in_step: bool = True
 
     @property
     def name(self) -> str:
-        """What to call it: its name and instance as it gave them, else its token's name."""
+        """What it calls itself: its name and instance, else its token's name; others may, too."""
         named = [part for part in (self.client.name, self.client.instance) if part]
-        return "/".join(named) or f"{self.token}#{self.id.rpartition('#')[2]}"
+        return "/".join(named) or self.token + "#" + self.id.rpartition("#")[2].rstrip('"]')
 
     @property
     def connected(self) -> bool:
@@ -186,14 +102,18 @@ class Backend:
     @property
     def applied(self) -> int | None:
         """The highest revision it acked; None as long as it never did."""
-        last = self.acks.last
-        return None if last is None else last.revision
+        return self.acks.revision
 
     @property
     def not_in_force(self) -> Mapping[str, NotInForce]:
         """What it last said is not in force, by agent."""
         last = self.acks.last
-        return _NOTHING if last is None else last.not_in_force
+        return NOTHING if last is None else last.not_in_force
+
+    @property
+    def bytes(self) -> int:
+        """About how much memory what it said takes."""
+        return self.acks.bytes + _KEY_BYTES * len(self.keys)
 
     def begin(self, head: int, now: float) -> None:
         """Note that it subscribed."""
@@ -204,6 +124,7 @@ class Backend:
             self.stretches = [Stretch(first.first, second.last, second.ended_at), *later]
         self.stretches = [*self.stretches, Stretch(head)]
         self.since = now
+        self.known_since = min(self.known_since, now)
 
     def end(self, head: int, now: float) -> None:
         """Note that its connection is gone, if it has one."""
@@ -211,6 +132,31 @@ class Backend:
             self.stretches[-1].last = head
             self.stretches[-1].ended_at = now
             self.since = now
+
+    def hold(self, keys: Mapping[str, int | None]) -> None:
+        """Note which keys it says it holds, as many as are kept."""
+        self.keys_partial = False
+        size = 0
+        for agent_id in keys:
+            size += _KEY_BYTES + sys.getsizeof(agent_id)
+            if size > MAX_KEYS_BYTES:
+                self.keys_partial = True
+                most = MAX_KEYS_BYTES // (2 * _KEY_BYTES)
+                keys = dict(list(keys.items())[:most])
+                break
+        self.keys = keys
+
+    def gone_with(self, head: int, at: float) -> Backend:
+        """Return it as it is while its server's lease has lapsed: gone since then, unless before.
+
+        Args:
+            head: how far that server's stream had come.
+            at: when the lease ran out.
+        """
+        if not self.connected:
+            return self
+        *earlier, last = self.stretches
+        return replace(self, stretches=[*earlier, Stretch(last.first, head, at)], since=at)
 
     def was_there(self, revision: int, committed_at: float) -> bool:
         """Whether it listened when `revision` was committed: then a receipt expects it."""
@@ -228,84 +174,145 @@ class Backend:
     def together_with(self, other: Backend) -> Backend:
         """Return one backend out of what two replicas know of it."""
         newer = max(self, other, key=lambda each: (each.connected, each.since))
-        whole = Backend(
-            **{name: getattr(newer, name) for name in ("id", "client", "token", "replica")},
-            server=newer.server,
-            view=newer.view,
-            since=newer.since,
-            keys=max(self, other, key=_last_ack_at).keys,
-        )
         older = other if newer is self else self
-        whole.stretches = [*older.stretches, *newer.stretches]
+        said_last = max(self, other, key=lambda each: each.acks.last_at)
         # What a replica hears from a connection that has been given up for another is no news.
         until = newer.since if newer.connected else math.inf
-        acks = [*newer.acks, *(each for each in older.acks if each.at < until)]
-        for ack in sorted(acks, key=lambda each: each.at):
-            whole.acks.add(ack)
-        return whole
+        return replace(
+            newer,
+            known_since=min(self.known_since, other.known_since),
+            stretches=[*older.stretches, *newer.stretches],
+            acks=newer.acks.merged_with(older.acks, until),
+            keys=said_last.keys,
+            keys_partial=said_last.keys_partial,
+        )
 
-    def told(self) -> Backend:
-        """Return a copy for other replicas, to be written while further acks come in."""
-        return replace(self, acks=self.acks.newest(SHARED_ACKS))
+    def to_json(self, offset_seconds: float, told: int | None = None) -> dict[str, Any]:
+        """Return it for other replicas.
 
-    def to_json(self, offset_seconds: float) -> dict[str, Any]:
-        """Return it for other replicas; `offset_seconds` makes our times the database's."""
+        Args:
+            offset_seconds: what makes our times the database's.
+            told: of how many acks they know already; None: they may know nothing.
+        """
+        acks = self.acks
+        oldest = max(acks.number - SHARED_ACKS, acks.number - len(acks))
+        after = told is not None and oldest < told < acks.number
+        if told is not None:
+            oldest = max(oldest, told)
+        said = list(acks.told(oldest, after=after)) if oldest < acks.number else []
         return {
             "client": self.client.model_dump(exclude_none=True),
             "token": self.token,
             "server": self.server,
             "view": self.view.to_text(),
             "since": self.since + offset_seconds,
+            "known_since": self.known_since + offset_seconds,
             "stretches": [
                 [s.first, s.last, None if s.ended_at is None else s.ended_at + offset_seconds]
                 for s in self.stretches
             ],
             "acks": [
-                [a.revision, a.at + offset_seconds]
-                + ([{k: [v.revision, v.reason] for k, v in a.not_in_force.items()}])
-                * bool(a.not_in_force)
-                for a in self.acks
+                [a.revision, round(a.at + offset_seconds, 6), *([c] if c else [])] for a, c in said
             ],
-            "acked": self.acks.count,
+            "after": after,
+            "partial": acks.partial or any(a.partial for a, _ in said),
+            "acked": acks.number,
             "keys": dict(self.keys),
+            "keys_partial": self.keys_partial,
         }
 
-    def take_over(self, data: Mapping[str, Any], offset_seconds: float) -> None:
+    def take_over(self, data: Mapping[str, Any] | Told, offset_seconds: float) -> None:
         """Take in what its replica tells of it; acks that are here already stay."""
-        self.client = ClientInfo.model_validate(data["client"])
-        self.token, self.server = data["token"], data["server"]
-        self.view = View.from_text(data["view"])
-        self.since = data["since"] - offset_seconds
+        told = data if isinstance(data, Told) else Told.of(data)
+        self.client, self.token, self.server = told.client, told.token, told.server
+        self.view = View.from_text(told.view)
+        self.since = told.since - offset_seconds
+        known_since = told.since if told.known_since is None else told.known_since
+        self.known_since = known_since - offset_seconds
         self.stretches = [
             Stretch(first, last, None if ended is None else ended - offset_seconds)
-            for first, last, ended in data["stretches"]
+            for first, last, ended in told.stretches
         ]
-        self.keys = data["keys"]
-        acks = [
-            Acked(
+        self.keys, self.keys_partial = told.keys, told.keys_partial
+        self._take_acks(told, offset_seconds)
+
+    def _take_acks(self, told: Told, offset_seconds: float) -> None:
+        missed = told.acked - self.heard
+        if missed < 0 or (not told.after and not self.in_step):
+            # Its server started its log anew, or tells all of it after something was lost.
+            self.acks.clear()
+            self.in_step, missed = True, told.acked
+        whole = missed >= len(told.acks)
+        lost = missed > len(told.acks)
+        if lost and told.after:
+            self.in_step = False
+        for place, (revision, at, *changes) in enumerate(
+            told.acks if whole else told.acks[len(told.acks) - missed :]
+        ):
+            first = place == 0
+            ack = Acked(
                 revision,
                 at - offset_seconds,
-                {k: NotInForce(revision=r, reason=t) for k, (r, t) in refused[0].items()}
-                if refused
-                else _NOTHING,
+                NOTHING,
+                after_gap=first and lost,
+                partial=told.partial or not self.in_step,
             )
-            for revision, at, *refused in data["acks"]
-        ]
-        missed = data["acked"] - self.acks.count
-        if missed < 0:
-            # Its server started its log anew.
-            self.acks.clear()
-            missed = data["acked"]
-        if missed > len(acks):
-            acks[:1] = [ack._replace(after_gap=True) for ack in acks[:1]]
-        for ack in acks[max(0, len(acks) - missed) :]:
-            self.acks.add(ack)
-        self.acks.count = data["acked"]
+            anew = first and whole and not told.after
+            self.acks.add_difference(ack, changes[0] if changes else {}, anew=anew)
+        self.heard = told.acked
 
 
-def _last_ack_at(backend: Backend) -> float:
-    last = backend.acks.last
-    return 0.0 if last is None else last.at
+def identity(token: str, client: ClientInfo, otherwise: str) -> str:
+    """Return the id of a backend: it outlives a reconnect, and a token's rotation under one name.
+
+    Args:
+        token: its name.
+        client: who the backend says it is.
+        otherwise: what tells it from others where it names no instance.
+    """
+    if client.instance:
+        return json.dumps([token, client.name or "", client.instance])
+    return json.dumps([token, otherwise])
+
+
+_SharedAck = (
+    tuple[Integer, FiniteFloat]
+    | tuple[Integer, FiniteFloat, dict[Text, tuple[Annotated[Integer, Field(ge=-1)], Reason]]]
+)
+
+
+class Told(BaseModel):
+    """What another replica tells of a backend: the shape of a row, and the bounds of all in it."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, hide_input_in_errors=True)
+
+    client: ClientInfo
+    token: ShortText
+    server: ShortText
+    view: Annotated[str, Field(max_length=64 * 1024)] | None
+    since: Annotated[FiniteFloat, Field(ge=0, le=_LAST_SECOND)]
+    known_since: Annotated[FiniteFloat, Field(ge=0, le=_LAST_SECOND)] | None = None
+    stretches: Annotated[
+        list[tuple[Integer, Integer | None, FiniteFloat | None]], Field(max_length=_MAX_STRETCHES)
+    ]
+    acks: Annotated[list[_SharedAck], Field(max_length=SHARED_ACKS)]
+    after: StrictBool = False
+    partial: StrictBool = False
+    acked: Revision
+    keys: dict[Text, Revision | None]
+    keys_partial: StrictBool = False
+
+    @classmethod
+    def of(cls, data: Any) -> Told:
+        """Return what a row says.
+
+        Raises:
+            ValidationError: it is not of this shape.
+        """
+        return _TOLD.validate_python(data)
+
+
+_TOLD: Final = TypeAdapter(Told)
 
 
 class Subject(NamedTuple):
@@ -326,26 +333,6 @@ class Subject(NamedTuple):
     changed: bool = True
 
 
-class Outcome(NamedTuple):
-    """How a backend took a change.
-
-    Attributes:
-        answered: whether it did so at all.
-        at: when, where that is known.
-        reason: why it refused; None where it applied the change.
-    """
-
-    answered: bool
-    at: float | None = None
-    reason: str | None = None
-
-
 def outcome_of(backend: Backend, subject: Subject) -> Outcome:
     """Return how `backend` took the change: the first ack that has it in force, else the last."""
-    refused: Outcome | None = None
-    for ack in backend.acks.since(subject.revision):
-        held_up = ack.not_in_force.get(subject.agent_id)
-        if held_up is None or held_up.revision < subject.revision:
-            return Outcome(True, None if ack.after_gap else ack.at)
-        refused = Outcome(True, ack.at, held_up.reason)
-    return refused or Outcome(False)
+    return backend.acks.outcome(subject.agent_id, subject.revision)

@@ -170,6 +170,11 @@ class Catalog:
         """Return the agent of exactly this agent_id."""
         return self._entries.get(agent_id)
 
+    def agent(self, agent_id: str) -> Agent | None:
+        """Return the agent of exactly this agent_id, without its ready answers."""
+        entry = self._entries.get(agent_id)
+        return None if entry is None else entry.agent
+
     def default(self) -> Entry | None:
         """Return the agent that is the default now."""
         return None if self._default_id is None else self._entries.get(self._default_id)

@@ -100,6 +100,8 @@ def _writer(path: str, timeout: float, *, shared: bool) -> sqlite3.Connection:
             "journal_mode=WAL",
             "synchronous=FULL",
             "foreign_keys=ON",
+            # A file may come from anybody: its schema may call nothing that does something.
+            "trusted_schema=OFF",
             # A WAL that grew beside a long read or a backup gives the place back.
             f"journal_size_limit={WAL_BYTES}",
         ):

@@ -12,12 +12,12 @@ import logging
 import secrets
 from typing import Any, Final
 
-from pydantic import ValidationError
+from pydantic import BaseModel, TypeAdapter
 from sqlalchemy import Connection, func, select
 
 from slm import protocol
-from slm.errors import BackendNotFound, BackendSilent, InvalidRequest, ProblemError
-from slm.protocol import Explain, Explained, Explanation
+from slm.errors import BackendNotFound, BackendSilent, ProblemError
+from slm.protocol import Explain, Explained, Explanation, Name, ShortText, Text
 from slm.server.backends import Backend
 from slm.server.database import Database
 from slm.server.fleet import Fleet
@@ -40,6 +40,25 @@ MAX_ANSWERS: Final = 100
 _MAX_NAMED: Final = 5
 
 
+class _Ask(BaseModel):
+    """A question of another replica, about a backend of the one it names."""
+
+    ask: Name
+    replica: ShortText
+    backend: Text
+    agent_id: Text
+
+
+class _Answer(BaseModel):
+    """The answer to one, by its id."""
+
+    answer: Name
+    report: Explanation
+
+
+_TOLD: Final = TypeAdapter[_Ask | _Answer](_Ask | _Answer)
+
+
 class Explanations:
     """Questions under way."""
 
@@ -52,25 +71,20 @@ class Explanations:
         self._pieces: list[str] = []
 
     def find(self, name: str) -> Backend:
-        """Return the connected backend of this name: whole, its first part, or how it begins.
+        """Return the connected backend that is shown under this name, the whole of it.
 
         Raises:
-            BackendNotFound: none is connected under it.
-            InvalidRequest: it is the name of several.
+            BackendNotFound: none is; the text names those that it may have meant.
         """
-        backends = [each for each in self._fleet.backends() if each.connected]
-        for found in (
-            [each for each in backends if each.name == name],
-            [each for each in backends if each.client.name == name],
-            [each for each in backends if each.name.startswith(name)],
-        ):
-            if len(found) == 1:
-                return found[0]
-            if found:
-                raise InvalidRequest(f"{len(found)} backends are called so: {_named(found)}.")
-        if not backends:
+        names = {
+            self._fleet.name_of(each): each for each in self._fleet.backends() if each.connected
+        }
+        if name in names:
+            return names[name]
+        if not names:
             raise BackendNotFound("No backend is connected.")
-        raise BackendNotFound(f"No connected backend is called so; there is {_named(backends)}.")
+        meant = [each for each in names if each.startswith(name)] or list(names)
+        raise BackendNotFound(f"No connected backend is called so; there is {_named(meant)}.")
 
     async def ask(self, backend: Backend, agent_id: str) -> Explanation:
         """Return what the backend says about an agent.
@@ -99,8 +113,8 @@ class Explanations:
                 return await answer
         except TimeoutError:
             raise BackendSilent(
-                f"{backend.name} did not answer within {ANSWER_SECONDS:g} s; it hangs, or its SDK"
-                " is older than this question."
+                f"{self._fleet.name_of(backend)} did not answer within {ANSWER_SECONDS:g} s;"
+                " it hangs, or its SDK is older than this question."
             ) from None
         finally:
             del self._asked[question]
@@ -114,40 +128,43 @@ class Explanations:
     def hear(self, payload: str) -> None:
         """Take a piece of what another replica asks or answers; the last one makes it whole.
 
-        One message's pieces are of one transaction, so nothing comes between them.
+        One message's pieces are of one transaction, so nothing comes between them. Anybody who
+        may connect to the database can send one: what makes no sense is left out.
         """
         place, _, piece = payload.partition(" ")
         number, _, count = place.partition("/")
         if number == "1":
             self._pieces = []
+        if number != str(len(self._pieces) + 1) or len(self._pieces) >= MAX_PIECES:
+            # Whoever may connect to the database can send pieces that never end.
+            self._pieces = []
+            return
         self._pieces.append(piece)
         if number != count:
-            # Whoever may connect to the database can send pieces that never end.
-            del self._pieces[:-MAX_PIECES]
             return
+        pieces, self._pieces = self._pieces, []
         try:
-            told = json.loads("".join(self._pieces))
-            if told.get("replica") == self._fleet.replica:
-                if len(self._tasks) >= MAX_ANSWERS:
-                    return
-                task = asyncio.create_task(self._answer_for(told), name="slm-explain")
-                self._tasks.add(task)
-                task.add_done_callback(self._tasks.discard)
-            elif (asked := self._asked.get(told.get("answer", ""))) is not None:
-                report = Explanation.model_validate(told["report"])
-                if asked[0] is None and not asked[1].done():
-                    asked[1].set_result(report)
-        except (ValueError, ValidationError, KeyError, AttributeError, TypeError, RecursionError):
+            told = _TOLD.validate_json("".join(pieces))
+        except ValueError:
             logger.warning("a notification about an explanation cannot be read")
+            return
+        if isinstance(told, _Answer):
+            asked = self._asked.get(told.answer)
+            if asked is not None and asked[0] is None and not asked[1].done():
+                asked[1].set_result(told.report)
+        elif told.replica == self._fleet.replica and len(self._tasks) < MAX_ANSWERS:
+            task = asyncio.create_task(self._answer_for(told), name="slm-explain")
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
 
-    async def _answer_for(self, told: dict[str, Any]) -> None:
+    async def _answer_for(self, told: _Ask) -> None:
         """Ask a backend of ours for another replica."""
         try:
-            backend = next((b for b in self._fleet.backends() if b.id == told["backend"]), None)
+            backend = next((b for b in self._fleet.own() if b.id == told.backend), None)
             if backend is None or self._fleet.subscriber(backend.id) is None:
                 return
-            report = await self.ask(backend, told["agent_id"])
-            await self._notify({"answer": told["ask"], "report": report.model_dump(mode="json")})
+            report = await self.ask(backend, told.agent_id)
+            await self._notify({"answer": told.ask, "report": report.model_dump(mode="json")})
         except ProblemError as error:
             logger.debug("not now: %s", error.code)
         except Exception as error:
@@ -170,8 +187,8 @@ class Explanations:
         await self._database.run(notify)
 
 
-def _named(backends: list[Backend]) -> str:
-    names = [each.name for each in backends[:_MAX_NAMED]]
-    if len(backends) > _MAX_NAMED:
-        names.append(f"and {len(backends) - _MAX_NAMED} more")
-    return ", ".join(names)
+def _named(names: list[str]) -> str:
+    named = names[:_MAX_NAMED]
+    if len(names) > _MAX_NAMED:
+        named.append(f"and {len(names) - _MAX_NAMED} more")
+    return ", ".join(named)

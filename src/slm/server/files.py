@@ -1,16 +1,17 @@
 """The data directory, and files in it that hold a secret: written whole, once, for us alone.
 
-Knows nothing of what the secrets are for.
+Which files and folders may be used at all is `slm.files`'s. Knows nothing of what the secrets are
+for.
 """
 
 from __future__ import annotations
 
 import os
 import secrets
-import stat
 from pathlib import Path
 from typing import BinaryIO
 
+from slm import files
 from slm.errors import StartupError
 
 
@@ -18,18 +19,42 @@ def make_data_dir(path: Path) -> None:
     """Make the data directory, for us alone, if it is not there.
 
     Raises:
-        StartupError: it cannot be made or written to.
+        StartupError: it cannot be made or written to, or another account has a hand in it.
     """
     try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except FileExistsError:
-        raise StartupError(f"The data directory {path} is not a folder.") from None
+        files.make_folder(path)
+    except files.NotTrusted as error:
+        raise StartupError(f"The data directory cannot be used: {error}.") from None
     except OSError as error:
+        if isinstance(error, NotADirectoryError) and path.exists():
+            raise StartupError(f"The data directory {path} is not a folder.") from None
         raise StartupError(
             f"The data directory {path} cannot be made: {error.strerror or error}."
         ) from None
     if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
         raise StartupError(f"The data directory {path} cannot be read and written by this user.")
+
+
+def check_database_file(path: Path) -> None:
+    """Refuse a SQLite file, or what lies beside it, in which another account has a hand.
+
+    Raises:
+        StartupError: it, its journal or its folder belongs to another account or can be written by
+            one.
+    """
+    try:
+        try:
+            files.check_own_folder(path.parent)
+        except FileNotFoundError:
+            return  # Opening it says so.
+        for beside in ("", "-wal", "-journal", "-shm"):
+            part = Path(f"{path}{beside}")
+            if os.path.lexists(part):
+                files.check_own_file(part)
+    except files.NotTrusted as error:
+        raise StartupError(f"The database cannot be used: {error}.") from None
+    except OSError as error:
+        raise StartupError(f"{path} cannot be opened: {error.strerror or error}.") from None
 
 
 def create_private(path: Path) -> BinaryIO:
@@ -100,17 +125,19 @@ def read_private(path: Path, notes: list[str]) -> str | None:
     """Return a secret file's text without its white space, or None where there is no such file.
 
     Raises:
-        StartupError: it cannot be read.
+        StartupError: it cannot be read, or another account has a hand in it.
     """
     try:
-        mode = path.stat().st_mode
-        content = path.read_text("ascii").strip()
+        content, mode = files.read_own(path)
+        text = content.decode("ascii").strip()
     except FileNotFoundError:
         return None
+    except files.NotTrusted as error:
+        raise StartupError(f"A secret cannot be used: {error}.") from None
     except UnicodeDecodeError:
         raise StartupError(f"{path} cannot be used: it is not text.") from None
     except OSError as error:
         raise StartupError(f"{path} cannot be read: {error.strerror or error}.") from None
-    if stat.S_IMODE(mode) & 0o077:
+    if mode & 0o077:
         notes.append(f"{path} can be read by other users; chmod 600 it.")
-    return content
+    return text

@@ -10,22 +10,58 @@ import asyncio
 import contextlib
 import functools
 import itertools
+import json
+import logging
 import math
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
-from typing import Any, Final
+from typing import Any, Final, NamedTuple, TypeVar
 
 from slm.protocol import Ack, ClientInfo
-from slm.server.backends import RECEIPT_REVISIONS, Acked, Backend, Subject, outcome_of
+from slm.schemas import Agent
+from slm.server.backend_names import names_of
+from slm.server.backends import (
+    RECEIPT_REVISIONS,
+    Acked,
+    AckLog,
+    Backend,
+    Subject,
+    Told,
+    identity,
+    outcome_of,
+)
 from slm.server.hub import Subscriber
+from slm.server.slices import in_slices
+from slm.server.view import View
+
+logger = logging.getLogger(__name__)
 
 KEEP_GONE_SECONDS: Final = 3600.0
 """How long a backend that went away is still told of."""
 
+MAX_ACK_BYTES_OF_ALL: Final = 256 * 1024 * 1024
+"""The memory that what all backends said may take; beyond it the largest are cut down."""
+
+MAX_TOLD: Final = 50_000
+"""So many backends of another replica are taken in."""
+
 _MAX_GONE: Final = 10_000
 _FORGET_EVERY_SECONDS: Final = 10.0
+_T = TypeVar("_T")
+
+
+class Lapse(NamedTuple):
+    """That a replica's lease has run out.
+
+    Attributes:
+        head: how far its stream had come.
+        at: when the lease ran out, seconds since 1970.
+    """
+
+    head: int
+    at: float
 
 
 class Waiter:
@@ -69,6 +105,8 @@ class Fleet:
         token_name: what a token is called, by its id.
         stale_after_seconds: how long a backend may lag before it counts as stale.
         clock: seconds since 1970.
+        agent: the agent of an agent_id; of one that there is not nothing is kept.
+        max_ack_bytes: how much memory what all backends said may take.
 
     Attributes:
         head: the revision that the stream has reached here.
@@ -77,6 +115,8 @@ class Fleet:
         waiters: who waits for a receipt here.
         news: set when there is something to tell other replicas.
         asked: set when somebody began to wait.
+        unreadable: how often a backend could not be described, and was left out.
+        ack_bytes: about how much memory what all backends said takes.
     """
 
     def __init__(
@@ -86,6 +126,9 @@ class Fleet:
         token_name: Callable[[int | None], str],
         stale_after_seconds: float = 5.0,
         clock: Callable[[], float] = time.time,
+        *,
+        agent: Callable[[str], Agent | None] | None = None,
+        max_ack_bytes: int = MAX_ACK_BYTES_OF_ALL,
     ) -> None:
         self.replica = replica
         self.server = server
@@ -95,14 +138,22 @@ class Fleet:
         self.waiters: set[Waiter] = set()
         self.news = asyncio.Event()
         self.asked = asyncio.Event()
+        self.unreadable = 0
+        self.ack_bytes = 0
         self._token_name = token_name
         self._stale_after_seconds = stale_after_seconds
         self._clock = clock
+        self._agent = agent
+        self._max_ack_bytes = max_ack_bytes
         self._own: dict[str, Backend] = {}
         self._others: dict[str, dict[str, Backend]] = {}
+        self._told_of: dict[str, int] = {}
+        self._lapsed: dict[str, Lapse] = {}
         self._by_subscriber: dict[Subscriber, Backend] = {}
         self._current: dict[str, Subscriber] = {}
-        self._heads: deque[tuple[int, float]] = deque(maxlen=RECEIPT_REVISIONS)
+        self._names: dict[str, str] | None = None
+        self._heads: list[int] = []
+        self._head_times: list[float] = []
         self._numbers = itertools.count(1)
         self._forgot_at = 0.0
         self._is_anew = False
@@ -114,27 +165,30 @@ class Fleet:
         """Note that the stream has reached `head`; `restarted`: positions began anew there."""
         if restarted or not self._heads:
             self._is_anew = bool(self._heads)
-            self._heads.clear()
+            del self._heads[:], self._head_times[:]
             self.started_at_revision = head
             for backend in self._own.values():
+                self.ack_bytes -= backend.acks.bytes
                 backend.acks.clear()
                 if backend.connected:
                     backend.stretches[-1].first = head
         self.head = head
-        self._heads.append((head, self._clock()))
+        self._heads.append(head)
+        self._head_times.append(self._clock())
+        if len(self._heads) >= 2 * RECEIPT_REVISIONS:
+            del self._heads[:RECEIPT_REVISIONS], self._head_times[:RECEIPT_REVISIONS]
         self.news.set()
 
     def joined(self, subscriber: Subscriber) -> None:
         """Take in a connection that has subscribed; it may be a backend that was here before."""
         client = subscriber.client or ClientInfo()
-        if client.instance:
-            key = f"{subscriber.token_id}:{client.name or ''}/{client.instance}"
-        else:
-            key = f"{subscriber.token_id}:{self.replica}#{next(self._numbers)}"
         token = self._token_name(subscriber.token_id)
+        number = "" if client.instance else f"{self.replica}#{next(self._numbers)}"
+        key = identity(token, client, number)
         backend = self._own.get(key)
         if backend is None:
             backend = self._own[key] = Backend(key, client, token, self.replica, self.server)
+            self._names = None
         backend.client, backend.token, backend.view = client, token, subscriber.view
         backend.begin(self.head, self._clock())
         self._by_subscriber[subscriber] = backend
@@ -142,14 +196,28 @@ class Fleet:
         self._changed(backend)
         self._forget_long_gone()
 
-    def acked(self, subscriber: Subscriber, ack: Ack) -> None:
-        """Take in what a backend says it received, and what of it is not in force."""
+    def acked(
+        self, subscriber: Subscriber, ack: Ack, at: float | None = None, *, missed: int = 0
+    ) -> None:
+        """Take in what a backend says it received, and what of it is not in force.
+
+        Args:
+            subscriber: its connection.
+            ack: what it says.
+            at: when that came, where it was not just now.
+            missed: how many acks right before it were thrown away.
+        """
         backend = self._by_subscriber.get(subscriber)
         # A connection that was found dead too late has nothing to say any more.
         if backend is None or self._current.get(backend.id) is not subscriber:
             return
-        backend.acks.add(Acked(ack.ack, self._clock(), ack.not_in_force))
-        backend.keys = ack.keys
+        before = backend.bytes
+        refused = self._known_agents(ack.not_in_force, backend.view)
+        when = self._clock() if at is None else at
+        backend.acks.missed += missed
+        backend.acks.add(Acked(ack.ack, when, refused, after_gap=missed > 0))
+        backend.hold(self._known_agents(ack.keys, backend.view))
+        self._grown(backend.bytes - before)
         self._changed(backend)
 
     def left(self, subscriber: Subscriber) -> None:
@@ -167,6 +235,43 @@ class Fleet:
         for waiter in self.waiters:
             waiter.done.set()
 
+    def _known_agents(self, said: Mapping[str, _T], view: View) -> Mapping[str, _T]:
+        """Leave out the agents that there are not, and those that the backend's token cannot see.
+
+        Whoever names them says nothing that anybody asks for, and could name any number.
+        """
+        if not said or self._agent is None:
+            return said
+        known: dict[str, _T] = {}
+        for agent_id, value in said.items():
+            agent = self._agent(agent_id)
+            if agent is not None and view.sees(agent_id, agent.is_default):
+                # The agent's own text: one for all backends.
+                known[agent.agent_id] = value
+        return known
+
+    def _grown(self, size: int) -> None:
+        """Keep to the bound of all; who said most is cut down first, history before the state."""
+        self.ack_bytes += size
+        if self.ack_bytes <= self._max_ack_bytes:
+            return
+        told = [backend for each in self._others.values() for backend in each.values()]
+        largest = sorted([*self._own.values(), *told], key=lambda b: b.bytes, reverse=True)
+        self.ack_bytes = sum(each.bytes for each in largest)
+        for forget in (AckLog.forget_older, AckLog.forget_refusals):
+            for backend in largest:
+                if self.ack_bytes <= self._max_ack_bytes * 3 // 4:
+                    return
+                before = backend.bytes
+                forget(backend.acks)
+                self.ack_bytes += backend.bytes - before
+        for backend in largest:
+            if self.ack_bytes <= self._max_ack_bytes * 3 // 4:
+                return
+            self.ack_bytes -= backend.bytes
+            backend.keys, backend.keys_partial = {}, True
+            self.ack_bytes += backend.bytes
+
     def _changed(self, backend: Backend) -> None:
         self.dirty.add(backend.id)
         self.news.set()
@@ -182,40 +287,82 @@ class Fleet:
     # --- what other replicas know ---
 
     def take_dirty(self) -> list[Backend]:
-        """Return copies of this server's backends that changed since the last call."""
+        """Return this server's backends that changed since the last call."""
         keys, self.dirty = self.dirty, set()
-        return [self._own[key].told() for key in keys if key in self._own]
+        return [self._own[key] for key in keys if key in self._own]
 
-    def merge(self, replica: str, key: str, data: Mapping[str, Any], offset_seconds: float) -> None:
-        """Take in what another replica tells of a backend."""
-        at_replicas = self._others.setdefault(key, {})
+    def own(self) -> list[Backend]:
+        """Return all of this server's backends."""
+        return list(self._own.values())
+
+    def merge(
+        self, replica: str, key: str, data: Mapping[str, Any] | Told, offset_seconds: float
+    ) -> None:
+        """Take in what another replica tells of a backend.
+
+        Raises:
+            ValidationError: it is not of the shape that replicas tell.
+        """
+        told = data if isinstance(data, Told) else Told.of(data)
+        at_replicas = self._others.get(key, {})
         backend = at_replicas.get(replica)
         if backend is None:
-            backend = at_replicas[replica] = Backend(key, ClientInfo(), "", replica, "")
-        backend.take_over(data, offset_seconds)
+            if self._told_of.get(replica, 0) >= MAX_TOLD:
+                return
+            self._told_of[replica] = self._told_of.get(replica, 0) + 1
+            backend = Backend(key, told.client, told.token, replica, told.server)
+            self._others.setdefault(key, {})[replica] = backend
+            self._names = None
+        before, known_since = backend.bytes, backend.known_since
+        backend.take_over(told, offset_seconds)
+        if backend.known_since != known_since:
+            self._names = None
+        self._grown(backend.bytes - before)
         self._tell(key)
 
-    def keep_replicas(self, live: Iterable[str]) -> None:
-        """Note which replicas live: the backends of one whose lease ran out are gone."""
-        alive = set(live)
-        for at_replicas in self._others.values():
-            for replica, backend in at_replicas.items():
-                if replica not in alive:
-                    backend.end(self.head, self._clock())
+    def keep_replicas(self, live: Iterable[str], lapsed: Mapping[str, Lapse] | None = None) -> None:
+        """Note which replicas live; what the others said stays, and counts again if they return.
+
+        Args:
+            live: their leases.
+            lapsed: what is known of those that do not live; else they lapsed when first missed.
+        """
+        alive, said = set(live), lapsed or {}
+        now = Lapse(self.head, self._clock())
+        self._lapsed = {
+            replica: said.get(replica) or self._lapsed.get(replica) or now
+            for replica in self._told_of
+            if replica not in alive
+        }
+
+    def forget_replica(self, replica: str) -> None:
+        """Forget what a replica told that has been away for too long."""
+        for key, at_replicas in list(self._others.items()):
+            backend = at_replicas.pop(replica, None)
+            if backend is not None:
+                self.ack_bytes -= backend.bytes
+                if not at_replicas:
+                    del self._others[key]
+                self._names = None
+        self._told_of.pop(replica, None)
 
     def look(self, waiter: Waiter) -> None:
         """Have someone who waits look at all who are expected, once everyone is known."""
         if not waiter.has_looked:
-            waiter.look(self.expected(waiter.subject))
+            waiter.look(self._expected(waiter.subject))
 
     # --- who asks ---
 
     def backends(self) -> list[Backend]:
         """Return every backend that is here or went away within the last hour, by name."""
         self._forget_long_gone()
-        return sorted(
-            map(self._whole, self._known()), key=lambda backend: (backend.name, backend.id)
-        )
+        return sorted(self._wholes(), key=self.name_of)
+
+    def name_of(self, backend: Backend) -> str:
+        """Return what a backend is shown as: its own name, unless another token had it first."""
+        if self._names is None or backend.id not in self._names:
+            self._names = names_of(self._wholes())
+        return self._names.get(backend.id, backend.name)
 
     def subscriber(self, key: str) -> Subscriber | None:
         """Return the connection of a backend that listens here."""
@@ -233,17 +380,19 @@ class Fleet:
         return not alone and not self._is_anew and self._clock() < told_until
 
     def expected(self, subject: Subject) -> list[Backend]:
-        """Return who listened when the change was committed and was entitled to see it."""
-        return [
-            backend
-            for backend in self.backends()
-            if backend.view.sees(subject.agent_id, subject.is_default)
-            and (
+        """Return who listened when the change was committed and was entitled to see it, by name."""
+        self._forget_long_gone()
+        return sorted(self._expected(subject), key=self.name_of)
+
+    def _expected(self, subject: Subject) -> Iterator[Backend]:
+        for backend in self._wholes():
+            there = (
                 backend.was_there(subject.revision, subject.committed_at)
                 if subject.changed
                 else backend.connected
             )
-        ]
+            if there and backend.view.sees(subject.agent_id, subject.is_default):
+                yield backend
 
     @contextlib.contextmanager
     def _waiting(self, subject: Subject) -> Any:
@@ -264,7 +413,7 @@ class Fleet:
         """
         with self._waiting(subject) as waiter:
             if alone:
-                waiter.look(self.expected(subject))
+                waiter.look(self._expected(subject))
             self.asked.set()
             if not self._closed:
                 with contextlib.suppress(TimeoutError):
@@ -281,17 +430,17 @@ class Fleet:
         times: list[float] = []
         refused, pending, unknown = [], [], []
         for backend in self.expected(subject):
-            outcome = outcome_of(backend, subject)
+            outcome, name = outcome_of(backend, subject), self.name_of(backend)
             if outcome.reason is not None:
-                refused.append({"backend": backend.name, "reason": outcome.reason})
+                refused.append({"backend": name, "reason": outcome.reason})
             elif outcome.answered:
-                applied.append(backend.name)
+                applied.append(name)
                 if outcome.at is not None:
                     times.append(_milliseconds(outcome.at, subject))
             elif backend.acks:
-                pending.append(backend.name)
+                pending.append(name)
             else:
-                unknown.append(backend.name)
+                unknown.append(name)
         if len(times) < len(applied):
             # One that is not known any more may be that of the slowest.
             times = []
@@ -319,7 +468,7 @@ class Fleet:
         else:
             state = "stale" if lag_seconds > self._stale_after_seconds else "live"
         return {
-            "backend": backend.name,
+            "backend": self.name_of(backend),
             **backend.client.model_dump(),
             "token": backend.token,
             "agents": backend.view.patterns,
@@ -334,39 +483,80 @@ class Fleet:
                 agent_id: held_up.model_dump() for agent_id, held_up in backend.not_in_force.items()
             },
             "keys": dict(backend.keys),
+            "truncated": backend.acks.partial or backend.keys_partial,
         }
+
+    async def described(self) -> bytes:
+        """Return the list of `GET /api/fleet` as JSON; who cannot be described is left out."""
+        texts: list[str] = []
+        async for backend in in_slices(self.backends()):
+            try:
+                texts.append(json.dumps(self.describe(backend), allow_nan=False))
+            except Exception as error:
+                # One must not keep all others from being seen. The class alone: the text may hold
+                # what was said.
+                if not self.unreadable:
+                    logger.error("a backend cannot be described: %s", type(error).__name__)
+                self.unreadable += 1
+        return ("[" + ",".join(texts) + "]").encode()
 
     def _lag_seconds(self, revision: int) -> float:
         """Return since when there is something newer than `revision`."""
-        for head, at in self._heads:
-            if head > revision:
-                return max(0.0, self._clock() - at)
-        return 0.0
+        place = bisect_right(self._heads, revision)
+        if place == len(self._heads):
+            return 0.0
+        return max(0.0, self._clock() - self._head_times[place])
+
+    def _wholes(self) -> Iterator[Backend]:
+        """Yield each backend as all replicas together know it."""
+        for key, own in list(self._own.items()):
+            yield own if key not in self._others else self._whole(key)
+        for key in self._others.keys() - self._own.keys():
+            yield self._whole(key)
 
     def _whole(self, key: str) -> Backend:
-        """Return a backend as all replicas together know it."""
         own = self._own.get(key)
         at_replicas = self._others.get(key)
         if own is not None and not at_replicas:
             return own
-        known = [*(at_replicas or {}).values(), *([own] if own is not None else [])]
+        known = [self._as_it_is(each) for each in (at_replicas or {}).values()]
+        if own is not None:
+            known.append(own)
         return functools.reduce(Backend.together_with, known)
+
+    def _as_it_is(self, backend: Backend) -> Backend:
+        lapse = self._lapsed.get(backend.replica)
+        return backend if lapse is None else backend.gone_with(*lapse)
 
     def _forget_long_gone(self) -> None:
         now = self._clock()
         if now - self._forgot_at < _FORGET_EVERY_SECONDS:
             return
         self._forgot_at = now
-        gone = [each for each in map(self._whole, self._known()) if not each.connected]
+        gone = [
+            each for each in self._wholes() if not each.connected and not self._may_return(each)
+        ]
         gone.sort(key=lambda backend: backend.since, reverse=True)
         for number, backend in enumerate(gone):
             if backend.since < now - KEEP_GONE_SECONDS or number >= _MAX_GONE:
-                self._own.pop(backend.id, None)
-                self._others.pop(backend.id, None)
-                self.dirty.discard(backend.id)
+                self._forget(backend.id)
 
-    def _known(self) -> list[str]:
-        return [*self._own, *(self._others.keys() - self._own.keys())]
+    def _may_return(self, backend: Backend) -> bool:
+        """Whether it is gone only as long as its server's lease is."""
+        at_replicas = self._others.get(backend.id, {})
+        return any(r in self._lapsed and each.connected for r, each in at_replicas.items())
+
+    def _forget(self, key: str) -> None:
+        own = self._own.pop(key, None)
+        at_replicas = self._others.pop(key, {})
+        for replica in at_replicas:
+            self._told_of[replica] -= 1
+            if not self._told_of[replica]:
+                del self._told_of[replica]
+        for backend in (*at_replicas.values(), *([own] if own is not None else [])):
+            self.ack_bytes -= backend.bytes
+        self.dirty.discard(key)
+        self._names = None
 
 
 def _milliseconds(at: float, subject: Subject) -> float:

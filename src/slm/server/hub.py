@@ -131,6 +131,7 @@ class Hub:
         counts: for `/metrics`.
         committed_at: when the changes that wait here were committed, where this server did it.
         on_pushed: told how long after its commit a change was written to every live stream.
+        on_written: told when they are written.
     """
 
     def __init__(
@@ -146,6 +147,7 @@ class Hub:
         self.counts = HubCounts()
         self.committed_at: dict[int, float] = {}
         self.on_pushed: Callable[[float], None] = lambda seconds: None
+        self.on_written: Callable[[], None] = lambda: None
         self.heartbeat_seconds = settings.heartbeat_seconds
         self._buffer_bytes = settings.buffer_bytes
         self._buffer_total_bytes = settings.buffer_total_bytes
@@ -406,14 +408,21 @@ class Hub:
                     logger.error("a broadcast failed with %s", type(error).__name__)
                     self._send_everyone_back()
                 self._broadcasting = False
+                self.on_written()
                 self._moved.fire()
                 await asyncio.sleep(0)
             self._queued.clear()
             await self._queued.wait()
 
+    @property
+    def is_writing(self) -> bool:
+        """Whether changes are on their way to the live streams."""
+        return self._broadcasting
+
     def _send_everyone_back(self) -> None:
         """Close the live streams: nobody knows who has the change; they resume without a hole."""
         self._broadcasting = False
+        self.on_written()
         for subscriber in list(self._live):
             self._leave(subscriber)
             subscriber.sink.end(1011, "internal error")

@@ -8,46 +8,50 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
 from pydantic import SecretStr
 from sqlalchemy import Connection, bindparam, func, select
 
 from slm.endpoints import origin
-from slm.errors import AgentInactive, AgentNotFound, KeyUndecryptable
+from slm.errors import AgentInactive, AgentNotFound, KeyUndecryptable, ProblemError
 from slm.schemas import Agent, LLMConfig, LLMConfigWithKey, Snapshot
-from slm.server.audit import Event, Who, append
+from slm.server.audit import Event, Who, append_all
 from slm.server.database import Database
 from slm.server.keyring import Keyring
 from slm.server.models import AGENTS, CHANGES, SELECT_AGENTS, STATE, agent_of
+from slm.server.read_batches import MAX_ROWS, Asked, Batches
+from slm.server.snapshots import Head, SealedSnapshot, SnapshotStore
 from slm.server.vault import KeyBinding
 from slm.server.view import View
 
 _HEAD: Final = select(
-    STATE.c.revision,
-    STATE.c.epoch,
+    STATE.c.revision.label("head_revision"),
+    STATE.c.epoch.label("head_epoch"),
     STATE.c.keyring_version,
-    STATE.c.tokens_version,
     func.coalesce(
         select(CHANGES.c.change_id)
         .where(CHANGES.c.revision == STATE.c.revision)
         .correlate(STATE)
         .scalar_subquery(),
         STATE.c.head_id,
-    ).label("change_id"),
+    ).label("head_change_id"),
+    STATE.c.tokens_version,
+).where(STATE.c.id == 1)
+_PAGE_OF_AGENTS: Final = (
+    SELECT_AGENTS.where(AGENTS.c.id > bindparam("after")).order_by(AGENTS.c.id).limit(2000)
 )
 _ALL: Final = SELECT_AGENTS.order_by(AGENTS.c.id)
 # One statement is one view of the database even under READ COMMITTED, where a read may also write.
-_ONE: Final = (
+_SOME: Final = (
     select(
-        STATE.c.revision.label("head_revision"),
-        STATE.c.epoch.label("head_epoch"),
-        STATE.c.keyring_version,
-        STATE.c.tokens_version,
+        *_HEAD.selected_columns,
         *SELECT_AGENTS.selected_columns,
     )
-    .select_from(STATE.outerjoin(AGENTS, AGENTS.c.agent_id == bindparam("agent_id")))
+    .select_from(
+        STATE.outerjoin(AGENTS, AGENTS.c.agent_id.in_(bindparam("agent_ids", expanding=True)))
+    )
     .where(STATE.c.id == 1)
 )
 
@@ -76,6 +80,8 @@ class KeyedReads:
         self.undecryptable: frozenset[str] = frozenset()
         self._database = database
         self._keyring = keyring
+        self._snapshots = SnapshotStore(self._read_for_snapshot)
+        self._batches = Batches(database, self._read_batch)
 
     async def llm(
         self, agent_id: str, *, who: Who, view: View
@@ -92,57 +98,105 @@ class KeyedReads:
         """
         if "\x00" in agent_id or any("\ud800" <= c <= "\udfff" for c in agent_id):
             raise AgentNotFound  # no database can even be asked for it
-
-        def work(connection: Connection) -> _Found:
-            row = connection.execute(_ONE, {"agent_id": agent_id}).one()
-            who.require_counts(connection, row.tokens_version)
-            if row.id is None:
-                raise AgentNotFound
-            agent = agent_of(row)
-            if not view.sees(agent.agent_id, agent.is_default):
-                raise AgentNotFound
-            if not agent.is_active:
-                raise AgentInactive
-            self._keyring.follow(connection, row.keyring_version)
-            config = self._with_key(agent, row)
-            if config.llm_api_key is not None:
-                detail = {"revision": agent.revision, "api_key_revision": agent.api_key_revision}
-                append(connection, Event(who, "key.read", agent.agent_id, detail))
-            return _Found(config, row.head_revision, row.head_epoch)
-
         try:
-            found = await self._database.run(work)
+            found: _Found = await self._batches.ask(Asked(who, view, agent_id))
         except KeyUndecryptable:
             self.undecryptable |= {agent_id}
             raise
-        self.undecryptable -= {agent_id}
+        if agent_id in self.undecryptable:
+            self.undecryptable -= {agent_id}
         return found
 
-    async def snapshot(self, *, who: Who, view: View) -> Snapshot:
+    async def sealed_snapshot(self, *, who: Who, view: View) -> SealedSnapshot:
         """Return every agent that the view sees, with its key, all read at one revision.
 
         Raises:
+            Unauthorized: the token does not count any more.
             EncryptionKeyMissing: this replica has not the encryption key that is in use now.
             DatabaseUnavailable: it cannot be read, or the audit cannot be written.
         """
-        head, rows = await self._database.read(functools.partial(self._read_all, who))
-        revision, epoch = head.revision, head.epoch
-        # Decrypting thousands of keys takes a while, and nothing may wait for it.
-        agents = await asyncio.to_thread(self._all_with_keys, rows, view)
-        keys = sum(agent.llm_api_key is not None for agent in agents)
-        if keys:
-            detail = {"revision": revision, "agents": len(agents), "keys": keys}
-            detail |= {"limited_to": view.patterns} if view.is_limited else {}
-            event = Event(who, "key.read_all", detail=detail)
-
-            def record(connection: Connection) -> None:
-                who.require_counts(connection)
-                append(connection, event)
-
-            await self._database.run(record)
+        found: SealedSnapshot | Head = await self._batches.ask(Asked(who, view))
+        if isinstance(found, SealedSnapshot):
+            return found
+        made = await self._snapshots.make(view, found)
         if not view.is_limited:
-            self._note(agents)
-        return Snapshot(revision=revision, epoch=epoch, change_id=head.change_id, agents=agents)
+            self.undecryptable = made.undecryptable
+        answered: SealedSnapshot = await self._batches.ask(Asked(who, view, made=made))
+        return answered
+
+    async def snapshot(self, *, who: Who, view: View) -> Snapshot:
+        """Return the same as a value; see `sealed_snapshot`."""
+        sealed = await self.sealed_snapshot(who=who, view=view)
+        return Snapshot.model_validate_json(b"".join(sealed.chunks()))
+
+    # --- one transaction for all who ask at the same time ---
+
+    def _read_batch(self, connection: Connection, batch: Sequence[Asked]) -> list[Any]:
+        """Return the outcome of each, as far as one transaction goes; a problem is one, too.
+
+        What was read is in the audit before this transaction commits, or nobody gets anything.
+        """
+        ids = sorted({each.agent_id for each in batch if each.agent_id is not None})
+        if ids:
+            rows = connection.execute(_SOME, {"agent_ids": ids}).all()
+        else:
+            rows = connection.execute(_HEAD).all()
+        head, tokens_version = _head_of(rows[0]), rows[0].tokens_version
+        found: dict[str, tuple[Agent, Any]] = {}
+        for row in rows if ids else ():
+            if row.id is not None:
+                agent = agent_of(row)
+                found[agent.agent_id] = agent, row
+        outcomes: list[Any] = []
+        events: list[Event] = []
+        for each in batch:
+            if len(events) >= MAX_ROWS:
+                break  # the rest comes with the next transaction
+            try:
+                each.who.require_counts(connection, tokens_version)
+                if each.agent_id is None:
+                    outcome, of_it = self._snapshot_for(each, head)
+                else:
+                    read = found.get(each.agent_id)
+                    outcome, of_it = self._llm_for(connection, each, read, head)
+            except ProblemError as problem:
+                outcomes.append(problem)
+                continue
+            outcomes.append(outcome)
+            events += of_it
+        append_all(connection, events)
+        return outcomes
+
+    def _snapshot_for(self, asked: Asked, head: Head) -> tuple[Any, list[Event]]:
+        """Return the snapshot, or the state that one has to be made of."""
+        ready = asked.made or self._snapshots.kept(asked.view, head)
+        if ready is None:
+            return head, []
+        return ready, ready.events(asked.who, asked.view)
+
+    def _llm_for(
+        self, connection: Connection, asked: Asked, read: tuple[Agent, Any] | None, head: Head
+    ) -> tuple[_Found, list[Event]]:
+        if read is None:
+            raise AgentNotFound
+        agent, row = read
+        if not asked.view.sees(agent.agent_id, agent.is_default):
+            raise AgentNotFound
+        if not agent.is_active:
+            raise AgentInactive
+        self._keyring.follow(connection, head.keyring_version)
+        config = self._with_key(agent, row)
+        found = _Found(config, head.revision, head.epoch)
+        if config.llm_api_key is None:
+            return found, []
+        detail = {"revision": agent.revision, "api_key_revision": agent.api_key_revision}
+        return found, [Event(asked.who, "key.read", agent.agent_id, detail)]
+
+    # --- all agents ---
+
+    async def _read_for_snapshot(self, view: View) -> tuple[Head, Iterator[LLMConfigWithKey]]:
+        head, rows = await self._database.read(self._read_all)
+        return head, self._all_with_keys(rows, view)
 
     async def check(self) -> None:
         """Try every stored key, so that `undecryptable` is right; hands none out.
@@ -150,27 +204,37 @@ class KeyedReads:
         Raises:
             DatabaseUnavailable: the database does not answer.
         """
-        _, rows = await self._database.read(functools.partial(self._read_all, None))
-        self._note(await asyncio.to_thread(self._all_with_keys, rows, View()))
+        after, lost = 0, set[str]()
+        while True:
+            rows = await self._database.read(functools.partial(self._read_page, after=after))
+            if not rows:
+                break
+            lost |= await asyncio.to_thread(self._undecryptable_of, rows)
+            after = rows[-1].id
+        self.undecryptable = frozenset(lost)
 
-    def _read_all(self, who: Who | None, connection: Connection) -> tuple[Any, Sequence[Any]]:
-        head = connection.execute(_HEAD).one()
-        if who is not None:
-            who.require_counts(connection, head.tokens_version)
+    def _read_page(self, connection: Connection, after: int) -> Sequence[Any]:
+        self._keyring.follow(connection)
+        return connection.execute(_PAGE_OF_AGENTS, {"after": after}).all()
+
+    def _undecryptable_of(self, rows: Sequence[Any]) -> set[str]:
+        agents = self._all_with_keys(rows, View())
+        return {agent.agent_id for agent in agents if agent.key_error is not None}
+
+    def _read_all(self, connection: Connection) -> tuple[Head, Sequence[Any]]:
+        head = _head_of(connection.execute(_HEAD).one())
         self._keyring.follow(connection, head.keyring_version)
         return head, connection.execute(_ALL).all()
 
-    def _all_with_keys(self, rows: Sequence[Any], view: View) -> list[LLMConfigWithKey]:
-        found = []
+    def _all_with_keys(self, rows: Sequence[Any], view: View) -> Iterator[LLMConfigWithKey]:
         for row in rows:
             agent = agent_of(row)
             if not view.sees(agent.agent_id, agent.is_default):
                 continue
             try:
-                found.append(self._with_key(agent, row))
+                yield self._with_key(agent, row)
             except KeyUndecryptable:
-                found.append(_config(agent, None, "undecryptable"))
-        return found
+                yield _config(agent, None, "undecryptable")
 
     def _with_key(self, agent: Agent, row: Any) -> LLMConfigWithKey:
         key = None
@@ -179,8 +243,9 @@ class KeyedReads:
             key = self._keyring.vault.decrypt(token, binding_of(agent))
         return _config(agent, key, None)
 
-    def _note(self, agents: Sequence[LLMConfigWithKey]) -> None:
-        self.undecryptable = frozenset(a.agent_id for a in agents if a.key_error is not None)
+
+def _head_of(row: Any) -> Head:
+    return Head(row.head_revision, row.head_epoch, row.keyring_version, row.head_change_id)
 
 
 def _config(agent: Agent, key: SecretStr | None, error: str | None) -> LLMConfigWithKey:

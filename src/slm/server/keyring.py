@@ -10,10 +10,11 @@ from __future__ import annotations
 import asyncio
 import enum
 import logging
+import os
 import shlex
 import subprocess
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -32,6 +33,11 @@ from slm.server.vault import Vault, fingerprint, parse_keys
 logger = logging.getLogger(__name__)
 
 KEY_FILE: Final = "encryption.key"
+
+_ORDINARY: Final = frozenset(
+    ("PATH", "HOME", "USER", "LOGNAME", "LANG", "LANGUAGE", "TZ", "TMPDIR", "XDG_RUNTIME_DIR")
+)
+_SECRET_PREFIXES: Final = ("SLM_", "AUTOBOT_")
 
 _ACTIVE: Final = select(ENCRYPTION_KEYS.c.fingerprint).where(ENCRYPTION_KEYS.c.is_active)
 _VERSION: Final = select(STATE.c.keyring_version).where(STATE.c.id == 1)
@@ -67,7 +73,11 @@ def read_keys(settings: Settings, notes: list[str] | None = None) -> KeysAtHand:
         text = settings.encryption_keys.get_secret_value()
         return KeysAtHand(KeySource.ENVIRONMENT, _parsed(text, "SLM_ENCRYPTION_KEYS"))
     if settings.encryption_key_command is not None:
-        text = _output_of(settings.encryption_key_command, settings.key_command_seconds)
+        text = _output_of(
+            settings.encryption_key_command,
+            settings.key_command_seconds,
+            _environment(settings.encryption_key_command_env),
+        )
         name = "What SLM_ENCRYPTION_KEY_COMMAND prints"
         return KeysAtHand(KeySource.COMMAND, _parsed(text, name))
     path = key_file(settings)
@@ -91,12 +101,27 @@ def _parsed(text: str, name: str) -> list[SecretStr]:
     return keys
 
 
-def _output_of(command: str, seconds: float) -> str:
+def _environment(wanted: Sequence[str]) -> dict[str, str]:
+    """Return what the command gets: what any program needs, and what the operator names."""
+
+    def is_wanted(name: str) -> bool:
+        if name.upper().startswith(_SECRET_PREFIXES):
+            return False
+        return name in _ORDINARY or any(
+            name == each or (each.endswith("*") and name.startswith(each[:-1]))
+            for each in (*wanted, "LC_*")
+        )
+
+    return {name: value for name, value in os.environ.items() if is_wanted(name)}
+
+
+def _output_of(command: str, seconds: float, environment: Mapping[str, str]) -> str:
     """Run the operator's command, without a shell, and return what it prints."""
     try:
         done = subprocess.run(  # noqa: S603 - what the setting is for # nosec B603
             shlex.split(command),
             stdin=subprocess.DEVNULL,
+            env=environment,
             capture_output=True,
             timeout=seconds,
             check=True,

@@ -228,12 +228,14 @@ class Replica(Base):
 
 
 class Backend(Base):
-    """What one replica tells the others of one backend of its own; see `server/fleet_sync.py`.
+    """What one replica tells the others of some of its backends; see `server/told_rows.py`.
 
     Attributes:
-        id: the backend; empty in the row that says how far the replica's stream has come.
+        id: the batch; of an older version a backend, or empty where the row says how far the
+            replica's stream has come.
         seq: counts the replica's transactions, so that others read what is new alone.
-        data: JSON of `server/backends.py`.
+        data: JSON of `server/fleet_sync.py`.
+        connected: false in a replica's last word.
         written_at: seconds since 1970 by the database's clock.
     """
 
@@ -246,7 +248,10 @@ class Backend(Base):
     connected: Mapped[bool] = mapped_column(Boolean)
     written_at: Mapped[float] = mapped_column(Double)
 
-    __table_args__ = (Index("ix_backends_replica_seq", "replica", "seq"),)
+    __table_args__ = (
+        Index("ix_backends_replica_seq", "replica", "seq"),
+        Index("ix_backends_written_at", "written_at"),
+    )
 
 
 def _table(model: type[Base]) -> Table:

@@ -24,9 +24,15 @@ from slm.server import tokens
 from slm.server.adopt import ACTOR, Adoption, adopt
 from slm.server.audit import Who
 from slm.server.database import Database
-from slm.server.files import make_data_dir, read_private, write_private
+from slm.server.files import (
+    check_database_file,
+    make_data_dir,
+    read_private,
+    write_private,
+)
 from slm.server.keyring import KeysAtHand, KeySource, key_file, read_keys, register
 from slm.server.models import AGENTS, ENCRYPTION_KEYS, STATE, TOKENS, utc_now
+from slm.server.schema_check import refuse_odd_schema
 from slm.server.settings import Settings
 from slm.server.vault import Vault, fingerprint
 
@@ -76,6 +82,8 @@ async def prepare(settings: Settings) -> Prepared:
     )
     if database.dialect == "sqlite":
         make_data_dir(settings.data_dir)
+    if database.path is not None:
+        check_database_file(database.path)
     # A command may take its time, so it runs before anything is locked.
     at_hand = read_keys(settings)
     await database.open()
@@ -127,8 +135,10 @@ def is_ours(connection: Connection, name: str) -> bool:
     """Say whether our migrations ran here before; refuse what they cannot be run on.
 
     Raises:
-        StartupError: a newer version made it, or its table `agents` is not the mission's.
+        StartupError: a newer version made it, its table `agents` is not the mission's, or it holds
+            what acts by itself, such as a trigger.
     """
+    refuse_odd_schema(connection, name)
     script = ScriptDirectory.from_config(_config(connection))
     known = {revision.revision for revision in script.walk_revisions()}
     heads = MigrationContext.configure(connection).get_current_heads()

@@ -53,6 +53,19 @@ class Prepared:
         ).fetchall()
         return rows
 
+    def run_each(self, connection: Connection, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Run it once for each row, in one round trip where there is a network.
+
+        Raises:
+            sqlite3.Error: it failed on SQLite.
+            DBAPIError: it failed on PostgreSQL.
+        """
+        if connection.dialect.name == "sqlite":
+            for values in rows:
+                self.run(connection, values)
+        else:
+            connection.execute(self._statement, list(rows))
+
 
 _Bind = Callable[[Mapping[str, Any]], Any]
 

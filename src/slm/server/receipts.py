@@ -45,7 +45,10 @@ class Receipts:
             revision=revision,
             committed_at=change.created_at.timestamp(),
         )
-        if not fleet.remembers(subject, alone=self._alone):
+        told = fleet.remembers(subject, alone=self._alone)
+        if told and revision <= fleet.started_at_revision:
+            told = await self._sync.covers(subject)
+        if not told:
             raise RevisionNotFound(
                 f"This server started after revision {revision} and does not know who took it;"
                 " who runs what now is in the fleet view."

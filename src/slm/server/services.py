@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from slm.server.ack_queue import AckQueue
 from slm.server.audit import AuditLog
 from slm.server.auth import TokenTable
 from slm.server.caretaker import Caretaker
@@ -54,6 +55,7 @@ class Services:
     fleet_sync: FleetSync
     receipts: Receipts
     explanations: Explanations
+    acks: AckQueue
     feed: ChangeFeed
     metrics: Metrics
     tokens: TokenTable
@@ -87,12 +89,20 @@ def make_services(settings: Settings, prepared: Prepared) -> Services:
         settings, database, keyring, registry.reads, tokens, token_store, supervisor
     )
     lease = caretaker.lease
-    fleet = Fleet(lease.id, lease.name, tokens.name_of, settings.behind_after_seconds)
+    fleet = Fleet(
+        lease.id,
+        lease.name,
+        tokens.name_of,
+        settings.behind_after_seconds,
+        agent=catalog.agent,
+    )
     fleet_sync = FleetSync(
         database, fleet, settings.fleet_interval_seconds, settings.lease_seconds, supervisor
     )
     hub, metrics = Hub(settings, fleet, supervisor), Metrics()
     hub.on_pushed = metrics.pushed
+    acks = AckQueue(lambda: hub.is_writing)
+    hub.on_written = acks.written
     feed = ChangeFeed(database, catalog, hub, tokens, settings, metrics, supervisor)
     registry.committed = feed.committed
     return Services(
@@ -105,6 +115,7 @@ def make_services(settings: Settings, prepared: Prepared) -> Services:
         fleet_sync=fleet_sync,
         receipts=Receipts(database, fleet, fleet_sync),
         explanations=Explanations(database, fleet, hub),
+        acks=acks,
         feed=feed,
         metrics=metrics,
         tokens=tokens,

@@ -41,6 +41,8 @@ class Settings(BaseSettings):
             active one, later the database names it.
         encryption_key_command: a command, run without a shell, that prints such keys; for a vault
             or a KMS.
+        encryption_key_command_env: which variables the command gets besides PATH, HOME and the
+            like; `VAULT_*` stands for all that begin so. Those of SLM itself it never gets.
         endpoints: `strict` refuses an `llm_endpoint` on loopback or in a private range, too.
         endpoint_allow: hosts, addresses and networks that `strict` lets through.
         metrics_token: what `/metrics` asks for; none: it is open.
@@ -75,7 +77,7 @@ class Settings(BaseSettings):
             file descriptors for: as many as those. 256 of them are kept for plain HTTP.
         max_opening_streams: how many streams may be on their way from handshake to live at once;
             the rest wait, and one token has half of the places at most.
-        max_snapshots: how many snapshots may be made at once.
+        max_snapshots: how many snapshots may be asked for at once; one is made at a time.
         buffer_bytes: how much may wait for one slow reader.
         buffer_total_bytes: how much may wait for all of them.
         max_body_bytes: the largest request body.
@@ -106,6 +108,7 @@ class Settings(BaseSettings):
     tls_client_ca: Path | None = None
     encryption_keys: SecretStr | None = None
     encryption_key_command: str | None = None
+    encryption_key_command_env: Annotated[tuple[str, ...], NoDecode] = ()
     endpoints: Literal["open", "strict"] = "open"
     endpoint_allow: Annotated[tuple[str, ...], NoDecode] = ()
     metrics_token: SecretStr | None = None
@@ -142,7 +145,7 @@ class Settings(BaseSettings):
 
     max_connections: Annotated[int, Field(gt=0)] | None = None
     max_opening_streams: Annotated[int, Field(gt=0)] = 500
-    max_snapshots: Annotated[int, Field(gt=0)] = 50
+    max_snapshots: Annotated[int, Field(gt=0)] = 1000
     buffer_bytes: Bytes = 1024 * 1024
     buffer_total_bytes: Bytes = 256 * 1024 * 1024
     max_body_bytes: Bytes = 262_144
@@ -158,6 +161,16 @@ class Settings(BaseSettings):
         """Take `10.0.0.1, 192.168.0.0/16`; a single address is a network of one."""
         if isinstance(value, str):
             value = [part.strip() for part in value.split(",") if part.strip()]
+        return tuple(value)
+
+    @field_validator("encryption_key_command_env", mode="before")
+    @classmethod
+    def _variables(cls, value: Any) -> Any:
+        """Take `VAULT_ADDR, AWS_*`; the server's own variables hold secrets."""
+        if isinstance(value, str):
+            value = [part.strip() for part in value.split(",") if part.strip()]
+        if any(name.upper().startswith(("SLM_", "AUTOBOT_")) for name in value):
+            raise ValueError("names no SLM_ or AUTOBOT_ variable: the command gets none of these")
         return tuple(value)
 
     @field_validator("endpoint_allow", mode="before")

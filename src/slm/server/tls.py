@@ -10,6 +10,7 @@ import ssl
 from pathlib import Path
 
 from slm.errors import StartupError
+from slm.files import NotTrusted, check_given
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +65,15 @@ class ServerTls:
         return context
 
     def _load(self, context: ssl.SSLContext) -> None:
+        for path in filter(None, (self._cert, self._key, self._client_ca)):
+            try:
+                check_given(path)
+            except NotTrusted as error:
+                raise StartupError(f"A TLS file cannot be used: {error}.") from None
+            except OSError as error:
+                raise StartupError(
+                    f"The TLS file {path} cannot be used: {_reason(error, 'it is no file')}."
+                ) from None
         try:
             # An empty password, or OpenSSL would ask for one on the terminal.
             context.load_cert_chain(self._cert, self._key, password="")  # nosec B106

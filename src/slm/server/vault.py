@@ -18,6 +18,7 @@ from cryptography.fernet import Fernet, InvalidToken, MultiFernet
 from pydantic import SecretStr
 
 from slm.errors import ConfigurationError, KeyUndecryptable
+from slm.server.sealed import SealedTexts
 
 # Starts with a control character, which no API key holds: a bare key never looks like a bound one.
 _BOUND: Final = b"\x01slm-key-1\x01"
@@ -45,6 +46,9 @@ class Vault:
     Its keys can be changed while it is in use (`replace`, `activate`): one call sees either all the
     old ones or all the new ones.
 
+    A stored key that was decrypted once is kept in memory, sealed under a key of this process, for
+    this token and binding alone: a thousand backends that fetch it cost one Fernet decryption.
+
     Args:
         keys: Fernet keys (32 bytes in URL-safe base64), the active one first.
 
@@ -54,6 +58,7 @@ class Vault:
 
     def __init__(self, keys: Sequence[SecretStr | str]) -> None:
         self._ring = _ring_of(keys)
+        self._opened = SealedTexts()
 
     def __repr__(self) -> str:
         return f"<Vault {', '.join(self.fingerprints)}>"
@@ -71,6 +76,8 @@ class Vault:
         """
         ring, active = _ring_of(keys), self.fingerprints[0]
         self._ring = _with_first(ring, active) if active in ring else ring
+        # After the ring: what a call of before decrypts goes into the one that is dropped here.
+        self._opened = SealedTexts()
 
     def activate(self, name: str) -> bool:
         """Encrypt with the key of this fingerprint from now on; return whether it is here."""
@@ -104,13 +111,27 @@ class Vault:
         Raises:
             KeyUndecryptable: no key of this vault opens it, it is not bound, or bound elsewhere.
         """
+        opened = self._opened
+        name = hashlib.sha256(
+            "\0".join((token, binding.agent_id, binding.provider, binding.origin)).encode(
+                "utf-8", "surrogatepass"
+            )
+        ).digest()
+        known = opened.get(name)
+        if known is not None:
+            return SecretStr(known)
+        key = self._bound_key(token, binding)
+        opened.put(name, key)
+        return SecretStr(key)
+
+    def _bound_key(self, token: str, binding: KeyBinding) -> str:
         plain = self._plaintext(token)
         if not plain.startswith(_BOUND):
             _refuse("The stored key is not bound to an agent and an endpoint. Set it again.")
         data = json.loads(plain[len(_BOUND) :])
         if KeyBinding(data["agent_id"], data["provider"], data["origin"]) != binding:
             _refuse("The stored key belongs to another agent, provider or endpoint. Set it again.")
-        return SecretStr(data["key"])
+        return str(data["key"])
 
     def decrypt_unbound(self, token: str) -> SecretStr:
         """Return the key of a token that holds the bare key, as a table not made by us has it.

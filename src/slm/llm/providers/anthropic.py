@@ -23,6 +23,7 @@ from slm.llm.providers.base import (
     ToolCallDelta,
     Usage,
     arguments_of,
+    counted,
     data_url,
     text_of,
     translated,
@@ -149,7 +150,7 @@ class AnthropicProvider:
                 base_url=request.endpoint,
                 webhook_key="",
                 open_telemetry=False,
-                http_client=connections.httpx2_client(),
+                http_client=connections.httpx2_client(request.endpoint),
                 max_retries=0,
                 timeout=None,
             )
@@ -283,13 +284,14 @@ def _finish(reason: str | None) -> str | None:
     return _FINISH.get(reason, reason) if reason else None
 
 
-def _usage(usage: Any, output_tokens: int) -> Usage | None:
+def _usage(usage: Any, output_tokens: Any) -> Usage | None:
     """Return the usage; `input_tokens` counts only what was not cached, ours counts all."""
     if usage is None:
         return None
-    cached = usage.cache_read_input_tokens or 0
+    cached = counted(usage.cache_read_input_tokens)
+    uncached = counted(usage.input_tokens) + counted(usage.cache_creation_input_tokens)
     return Usage(
-        input_tokens=(usage.input_tokens or 0) + cached + (usage.cache_creation_input_tokens or 0),
-        output_tokens=output_tokens or usage.output_tokens or 0,
+        input_tokens=uncached + cached,
+        output_tokens=counted(output_tokens or usage.output_tokens),
         cached_input_tokens=cached,
     )

@@ -38,6 +38,9 @@ class ToolCall:
     name: str
     arguments_json: str
 
+    def __post_init__(self) -> None:
+        texts(self.id, self.name, self.arguments_json)
+
     @property
     def arguments(self) -> dict[str, Any]:
         """The arguments as a dict.
@@ -80,6 +83,11 @@ class ToolCallDelta:
     name: str = ""
     arguments_json: str = ""
 
+    def __post_init__(self) -> None:
+        texts(self.id, self.name, self.arguments_json)
+        if not isinstance(self.index, int):
+            raise TypeError("the index of a tool call is not a number")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StreamChunk:
@@ -99,6 +107,9 @@ class StreamChunk:
     finish_reason: str | None = None
     usage: Usage | None = None
 
+    def __post_init__(self) -> None:
+        texts(self.text, self.reasoning, self.finish_reason or "")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
@@ -109,6 +120,9 @@ class Completion:
     tool_calls: tuple[ToolCall, ...]
     finish_reason: str
     usage: Usage | None
+
+    def __post_init__(self) -> None:
+        texts(self.text, self.reasoning, self.finish_reason)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -220,9 +234,29 @@ def translated(build: Callable[[ChatRequest], T], request: ChatRequest) -> T:
     """
     try:
         return build(request)
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
+    except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         what = type(error).__name__
     raise Unsupported(f"the messages, tools or options are not of the common form ({what})")
+
+
+def texts(*values: object) -> None:
+    """Refuse what is not text where the protocol has text; the SDKs pass on what came.
+
+    Raises:
+        TypeError: one of the values is not a string.
+    """
+    for value in values:
+        if not isinstance(value, str):
+            raise TypeError("a member of the answer is not text")
+
+
+def counted(number: object) -> int:
+    """Return a number of tokens as an integer, 0 for what is no such number."""
+    if isinstance(number, str):
+        number = int(number) if len(number) < 19 and number.isdecimal() else 0
+    if not isinstance(number, int | float) or not 0 <= number < 2**63:
+        return 0
+    return int(number)
 
 
 def json_text(arguments: Any) -> str:

@@ -6,9 +6,11 @@ Knows HTTP's statuses and what lies below an SDK; each SDK's own exceptions are 
 from __future__ import annotations
 
 import email.utils
+import math
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Final
 
 from slm.errors import (
     LLMAuthError,
@@ -20,6 +22,8 @@ from slm.errors import (
     LLMUnavailable,
 )
 from slm.llm.transport import AddressRefused
+
+_MAX_WAIT_SECONDS: Final = 365 * 86400.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +38,13 @@ class Failure:
 
 class Unsupported(Exception):
     """The request asks for something that the provider's protocol has no word for."""
+
+
+def status_of(code: object) -> int | None:
+    """Return the HTTP status that an error's own `code` stands for, where it is one."""
+    if isinstance(code, str) and len(code) == 3 and code.isascii() and code.isdecimal():
+        code = int(code)
+    return code if isinstance(code, int) and 400 <= code < 600 else None
 
 
 def by_status(status: int) -> type[LLMError]:
@@ -68,6 +79,12 @@ def connection_failure(error: BaseException) -> Failure:
     return Failure(LLMUnavailable, ": ".join(["no connection, or it broke", *reason]))
 
 
+_OF_NO_PROTOCOL: Final = (
+    *(ValueError, LookupError, TypeError, AttributeError),
+    *(ArithmeticError, AssertionError, RecursionError),
+)
+
+
 def other_failure(error: Exception) -> Failure:
     """Return the failure for an exception of no SDK's own: what came was not of the protocol."""
     if isinstance(error, Unsupported):
@@ -76,7 +93,7 @@ def other_failure(error: Exception) -> Failure:
         return Failure(LLMBadRequest, "the request holds a value that JSON cannot carry")
     if isinstance(error, OSError | AddressRefused):
         return connection_failure(error)
-    if isinstance(error, ValueError | LookupError | TypeError | AttributeError):
+    if isinstance(error, _OF_NO_PROTOCOL):
         return Failure(LLMBadResponse, "the answer is not of the provider's protocol")
     return Failure(LLMError, "failed in a way that is not known")
 
@@ -99,18 +116,30 @@ def causes(error: BaseException) -> Iterable[BaseException]:
 
 
 def retry_after_seconds(headers: Mapping[str, str]) -> float | None:
-    """Return how long the answer asks to be left alone (RFC 9110 section 10.2.3)."""
-    milliseconds = headers.get("retry-after-ms")
+    """Return how long the answer asks to be left alone (RFC 9110 section 10.2.3).
+
+    None where it does not say so, or in no way that makes sense; a year at most.
+    """
+    milliseconds = _number(headers.get("retry-after-ms"))
+    if milliseconds is not None:
+        return _wait(milliseconds / 1000)
     text = headers.get("retry-after")
+    seconds = _number(text)
+    if seconds is None and text is not None:
+        try:
+            seconds = email.utils.parsedate_to_datetime(text).timestamp() - time.time()
+        except Exception:  # ValueError is the usual one; years and zones overflow in several ways
+            seconds = None
+    return None if seconds is None else _wait(seconds)
+
+
+def _number(text: str | None) -> float | None:
     try:
-        if milliseconds is not None:
-            return max(0.0, float(milliseconds) / 1000)
-        if text is None:
-            return None
-        return max(0.0, float(text))
-    except ValueError:
-        pass
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(text or "").timestamp() - time.time())
+        number = float(text or "")
     except ValueError:
         return None
+    return None if math.isnan(number) else number
+
+
+def _wait(seconds: float) -> float:
+    return min(max(0.0, seconds), _MAX_WAIT_SECONDS)

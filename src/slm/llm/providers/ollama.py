@@ -22,6 +22,7 @@ from slm.llm.providers.base import (
     ToolCallDelta,
     Usage,
     arguments_of,
+    counted,
     data_url,
     text_of,
     translated,
@@ -128,7 +129,7 @@ class OllamaProvider:
                 follow_redirects=False,
                 trust_env=False,
                 timeout=None,
-                transport=connections.httpx_transport(),
+                transport=connections.httpx_transport(request.endpoint),
                 cookies=no_cookies(),
             )
 
@@ -219,4 +220,6 @@ def _format(wanted: Mapping[str, Any]) -> Any:
 def _usage(answer: ollama.ChatResponse) -> Usage | None:
     if answer.prompt_eval_count is None and answer.eval_count is None:
         return None
-    return Usage(input_tokens=answer.prompt_eval_count or 0, output_tokens=answer.eval_count or 0)
+    return Usage(
+        input_tokens=counted(answer.prompt_eval_count), output_tokens=counted(answer.eval_count)
+    )

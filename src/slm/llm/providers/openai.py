@@ -13,6 +13,7 @@ import openai
 from openai.types import CompletionUsage
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
+from slm.endpoints import origin
 from slm.errors import LLMBadResponse
 from slm.llm.providers.base import (
     NO_KEY,
@@ -22,6 +23,7 @@ from slm.llm.providers.base import (
     ToolCall,
     ToolCallDelta,
     Usage,
+    counted,
     json_text,
     text_of,
     translated,
@@ -33,10 +35,11 @@ from slm.llm.providers.failures import (
     connection_failure,
     other_failure,
     status_failure,
+    status_of,
 )
 from slm.llm.transport import Connections
 
-_OPENAI: Final = "https://api.openai.com/"
+_OPENAI: Final = origin("openai", None)
 
 
 class OpenAIProvider:
@@ -66,7 +69,7 @@ class OpenAIProvider:
         message = choice.message
         calls = tuple(
             ToolCall(
-                id=call.id or f"call_{index}",
+                id=str(call.id or f"call_{index}"),
                 name=call.function.name,
                 arguments_json=json_text(call.function.arguments),
             )
@@ -108,7 +111,7 @@ class OpenAIProvider:
             return Failure(LLMBadResponse, "the answer is not of the provider's protocol")
         if isinstance(error, openai.APIError):
             # An error inside the stream has no HTTP status; vLLM and others give it as `code`.
-            status = int(error.code) if error.code and error.code.isdecimal() else 500
+            status = status_of(error.code) or 500
             return Failure(by_status(status), error.message, status)
         if any(isinstance(cause, httpx2.HTTPError) for cause in causes(error)):
             return connection_failure(error)
@@ -121,7 +124,7 @@ class OpenAIProvider:
             client = openai.AsyncOpenAI(
                 api_key=request.secret(),
                 base_url=request.endpoint,
-                http_client=connections.httpx2_client(),
+                http_client=connections.httpx2_client(request.endpoint),
                 max_retries=0,
                 timeout=None,
             )
@@ -146,7 +149,7 @@ def _body(request: ChatRequest) -> dict[str, Any]:
         body["temperature"] = request.temperature
     if request.max_tokens is not None:
         # OpenAI's newer models refuse max_tokens; most compatible servers know only that.
-        ours = request.endpoint.startswith(_OPENAI)
+        ours = origin("openai", request.endpoint) == _OPENAI
         body["max_completion_tokens" if ours else "max_tokens"] = request.max_tokens
     if request.tools:
         body["tools"] = list(request.tools)
@@ -184,7 +187,7 @@ def _chunk(event: ChatCompletionChunk, calls: int) -> StreamChunk:
             ToolCallDelta(
                 # Some servers send each call whole and without an index.
                 index=calls + offset if call.index is None else call.index,
-                id=call.id or "",
+                id=str(call.id or ""),
                 name=(call.function and call.function.name) or "",
                 arguments_json=json_text((call.function and call.function.arguments) or ""),
             )
@@ -206,9 +209,9 @@ def _usage(usage: CompletionUsage | None) -> Usage | None:
         return None
     details = usage.prompt_tokens_details
     return Usage(
-        input_tokens=int(usage.prompt_tokens or 0),
-        output_tokens=int(usage.completion_tokens or 0),
-        cached_input_tokens=(details and details.cached_tokens) or 0,
+        input_tokens=counted(usage.prompt_tokens),
+        output_tokens=counted(usage.completion_tokens),
+        cached_input_tokens=counted(details and details.cached_tokens),
     )
 
 

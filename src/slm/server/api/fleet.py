@@ -27,18 +27,18 @@ RevisionPath = Annotated[int, Path(ge=1, le=MAX_INTEGER)]
 
 
 @router.get("/fleet", responses=problem_responses(*READ_PROBLEMS))
-async def get_fleet(services: Parts, caller: Reader, response: Response) -> dict[str, Any]:
+async def get_fleet(services: Parts, caller: Reader) -> Response:
     """List every connected backend, and those that went away within the last hour."""
     if caller.view.is_limited:
         raise Forbidden("The token is limited to some agents; backends serve others as well.")
     await services.receipts.refresh()
-    fleet = services.fleet
-    response.headers.update(catalog_headers(services))
-    return {
-        "backends": [fleet.describe(backend) for backend in fleet.backends()],
-        "revision": fleet.head,
-        "epoch": services.catalog.epoch,
-    }
+    head, epoch = services.fleet.head, services.catalog.epoch
+    headers = catalog_headers(services)
+    backends = await services.fleet.described()
+    # An epoch is hexadecimal and needs no escapes.
+    tail = f',"revision":{head},"epoch":"{epoch}"}}'.encode()
+    body = b'{"backends":' + backends + tail
+    return Response(body, headers=headers, media_type="application/json")
 
 
 @router.get(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
+from collections.abc import AsyncIterator
 
 from fastapi import APIRouter, Request, Response
+from fastapi.responses import StreamingResponse
 
 from slm.errors import Overloaded, TlsRequired
 from slm.schemas import Snapshot
@@ -23,6 +23,7 @@ from slm.server.api.common import (
 from slm.server.auth import Caller
 from slm.server.peer import require_private
 from slm.server.services import Services
+from slm.server.snapshots import CHUNK_BYTES, SealedSnapshot
 
 router = APIRouter(prefix="/api", route_class=SLMRoute, tags=["agents"])
 
@@ -36,7 +37,7 @@ async def get_snapshot(request: Request, services: UpToDate, caller: KeyReader) 
     """Return every agent that the token sees, with its key, read in one transaction."""
     require_private(request, services.settings.trusted_proxies)
     if not services.snapshots.take(None):
-        raise Overloaded("As many snapshots are being made as may be at once.")
+        raise Overloaded("As many snapshots are asked for as may be at once.")
     try:
         return await _snapshot(request, services, caller)
     finally:
@@ -44,20 +45,19 @@ async def get_snapshot(request: Request, services: UpToDate, caller: KeyReader) 
 
 
 async def _snapshot(request: Request, services: Services, caller: Caller) -> Response:
-    snapshot = await services.registry.snapshot(who=who_of(request, caller), view=caller.view)
-    services.counts.key_reads += len(snapshot.agents)
-    await catch_up(services, snapshot.revision, snapshot.change_id)
-    # In a thread: thousands of agents take long enough to hold up the streams.
-    body = await asyncio.to_thread(_encode, snapshot)
-    headers = revision_headers(snapshot.revision, snapshot.epoch)
-    return json_response(body, headers=headers | {"cache-control": "no-store"})
+    who = who_of(request, caller)
+    sealed = await services.registry.reads.sealed_snapshot(who=who, view=caller.view)
+    services.counts.key_reads += sealed.agents
+    await catch_up(services, sealed.head.revision, sealed.head.change_id)
+    headers = revision_headers(sealed.head.revision, sealed.head.epoch)
+    headers["cache-control"] = "no-store"
+    if sealed.size <= CHUNK_BYTES:
+        return json_response(b"".join(sealed.chunks()), headers=headers)
+    headers["content-length"] = str(sealed.size)
+    return StreamingResponse(_stream(sealed), headers=headers, media_type="application/json")
 
 
-def _encode(snapshot: Snapshot) -> bytes:
-    data = {
-        "revision": snapshot.revision,
-        "epoch": snapshot.epoch,
-        "change_id": snapshot.change_id,
-        "agents": [agent.to_wire() for agent in snapshot.agents],
-    }
-    return json.dumps(data, ensure_ascii=False).encode()
+async def _stream(sealed: SealedSnapshot) -> AsyncIterator[bytes]:
+    """Open one piece after the other: a slow reader has no more than one in memory."""
+    for chunk in sealed.chunks():
+        yield chunk

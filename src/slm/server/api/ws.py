@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from typing import Final
 
 from starlette.websockets import WebSocket
@@ -18,6 +19,7 @@ from slm.errors import (
     TooManyRequests,
 )
 from slm.protocol import MAX_FRAME_BYTES, Ack, ClientMessage, Explained, Subscribe
+from slm.server.ack_queue import Waiting
 from slm.server.api.common import Requires, services_of
 from slm.server.auth import Caller
 from slm.server.frames import Frames
@@ -35,6 +37,8 @@ from slm.server.websocket import WebSocketConnection
 logger = logging.getLogger(__name__)
 
 _REQUIREMENT: Final = Requires("config:read")
+
+_BEGINS_AN_ACK: Final = re.compile(r'\s*\{\s*"ack"')
 
 
 async def stream(websocket: WebSocket) -> None:
@@ -115,6 +119,8 @@ class _Conversation:
         """Take one message."""
         if isinstance(message, bytes):
             self.subscriber.sink.end(1003, "text frames only")
+        elif _BEGINS_AN_ACK.match(message):
+            self._services.acks.put(self, message)
         else:
             self._take(message)
 
@@ -128,6 +134,7 @@ class _Conversation:
         if self._opening is not None:
             self._opening.cancel()
         if hasattr(self, "subscriber"):
+            self._services.acks.finish(self)
             self._services.hub.detach(self.subscriber)
         self._services.streams.release(self._token_id)
 
@@ -137,7 +144,11 @@ class _Conversation:
         if place is not None:
             place.end(was_silent=was_silent)
 
-    def _take(self, text: str) -> None:
+    def take_ack(self, ack: Waiting) -> None:
+        """Read an ack that has waited."""
+        self._take(ack.text, ack)
+
+    def _take(self, text: str, waited: Waiting | None = None) -> None:
         said: ClientMessage | None = None
         wrong = "a message is neither a subscription nor an ack"
         try:
@@ -148,7 +159,11 @@ class _Conversation:
         except ProtocolError as error:
             wrong = str(error)
         if isinstance(said, Ack):
-            self._services.fleet.acked(self.subscriber, said)
+            if waited is None:
+                self._services.acks.finish(self)
+                self._services.fleet.acked(self.subscriber, said)
+            else:
+                self._services.fleet.acked(self.subscriber, said, waited.at, missed=waited.missed)
         elif len(text.encode()) > MAX_FRAME_BYTES:
             self.subscriber.sink.end(1009, "too big")
         elif said is None:

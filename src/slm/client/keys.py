@@ -1,0 +1,180 @@
+"""Fetches the keys that come after their change: a few one by one, many with one snapshot.
+
+An event carries no key, so every backend asks for it at the same moment. Requests are spread over a
+short time and one client has one under way; a call that waits for its key is not put off. Knows
+when to ask; asking is `sync`'s.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any, Final
+
+from slm.client.cache import AgentConfigCache
+from slm.client.retry import Backoff
+from slm.client.timings import Timings
+from slm.errors import SLMError, SLMUnavailable
+
+MAX_SINGLE: Final = 8
+"""With more keys than this to fetch, one snapshot brings them all."""
+
+_SHARE: Final = 64
+"""A snapshot of more than so many times what is awaited would be waste."""
+
+_PATIENCE: Final = 4
+"""After an answer a client waits about so many times as long as that took: a server that is busy
+is asked less often."""
+
+
+@dataclass(slots=True, eq=False)
+class _Awaited:
+    """One agent whose key is missing.
+
+    Attributes:
+        backoff: for its further attempts.
+        not_before: when it is asked for next, by the loop's clock.
+        again: whether it changed since it was last asked for.
+        hurried: whether a call waits for it.
+        failed: whether an attempt brought nothing.
+    """
+
+    backoff: Backoff
+    not_before: float
+    again: bool = False
+    hurried: bool = False
+    failed: bool = False
+
+
+class KeyFetcher:
+    """Belongs to one loop; `run` goes on until it is cancelled.
+
+    Args:
+        cache: says which keys are awaited.
+        timings: how long to wait for what.
+        fetch_one: fetches one agent into the cache; returns why nothing came.
+        fetch_all: the same with a snapshot.
+        spawn: runs a request that does not wait for its turn.
+        uniform: draws a number between two.
+    """
+
+    def __init__(
+        self,
+        cache: AgentConfigCache,
+        timings: Timings,
+        fetch_one: Callable[[str], Awaitable[SLMError | None]],
+        fetch_all: Callable[[], Awaitable[SLMError | None]],
+        spawn: Callable[[Coroutine[Any, Any, None]], object],
+        uniform: Callable[[float, float], float] = random.uniform,
+    ) -> None:
+        self._cache = cache
+        self._timings = timings
+        self._fetch_one = fetch_one
+        self._fetch_all = fetch_all
+        self._spawn = spawn
+        self._uniform = uniform
+        self._loop = asyncio.get_running_loop()
+        self._awaited: dict[str, _Awaited] = {}
+        self._asking: set[str] = set()
+        self._free_at = 0.0
+        self._changed = asyncio.Event()
+
+    def want(self, agent_id: str) -> None:
+        """Note that this agent's key is awaited, or awaited anew since it changed again."""
+        soon = self._loop.time() + self._uniform(0, self._timings.key_jitter_seconds)
+        awaited = self._awaited.get(agent_id)
+        if awaited is None:
+            self._awaited[agent_id] = _Awaited(Backoff(self._timings), soon)
+        else:
+            awaited.not_before = min(awaited.not_before, soon)
+            awaited.again, awaited.failed = True, False
+        self._changed.set()
+
+    def hurry(self, agent_id: str) -> None:
+        """Ask for this agent's key now: a call waits for it."""
+        awaited = self._awaited.get(agent_id)
+        # One that failed is tried again in its time.
+        if awaited is None or awaited.failed:
+            return
+        awaited.hurried = True
+        if agent_id not in self._asking:
+            self._spawn(self._fetch([agent_id]))
+
+    async def run(self) -> None:
+        """Fetch what is due, until cancelled."""
+        loop = self._loop
+        while True:
+            self._changed.clear()
+            began = loop.time()
+            due = self._due(began)
+            if due and began >= self._free_at:
+                await self._fetch(due)
+                took = loop.time() - began
+                pause = took * self._uniform(_PATIENCE / 2, _PATIENCE * 1.5)
+                self._free_at = loop.time() + min(pause, self._timings.key_pause_max_seconds)
+                continue
+            times = [a.not_before for i, a in self._awaited.items() if i not in self._asking]
+            until = max(min(times), self._free_at) if times else None
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(until):
+                    await self._changed.wait()
+
+    def _due(self, now: float) -> list[str]:
+        for agent_id in list(self._awaited):
+            if not self._is_awaited(agent_id):
+                del self._awaited[agent_id]
+        return [
+            agent_id
+            for agent_id, each in self._awaited.items()
+            if each.not_before <= now and agent_id not in self._asking
+        ]
+
+    def _is_awaited(self, agent_id: str) -> bool:
+        known = self._cache.find(agent_id)
+        return known is not None and known.awaits_key
+
+    async def _fetch(self, agent_ids: list[str]) -> None:
+        """Ask for these, and say of each that is still missing when it is asked for again."""
+        cache = self._cache
+        many = len(agent_ids) > MAX_SINGLE and len(agent_ids) * _SHARE >= cache.size
+        if not (many and cache.synced):
+            # With no snapshot yet, the one under way brings the others.
+            agent_ids = agent_ids[:MAX_SINGLE]
+        for agent_id in agent_ids:
+            if (awaited := self._awaited.get(agent_id)) is not None:
+                awaited.again = False
+        self._asking.update(agent_ids)
+        try:
+            if many and cache.synced:
+                failures = [await self._fetch_all()] * len(agent_ids)
+            else:
+                failures = list(await asyncio.gather(*map(self._fetch_one, agent_ids)))
+        finally:
+            self._asking.difference_update(agent_ids)
+        for agent_id, failure in zip(agent_ids, failures, strict=True):
+            self._plan(agent_id, failure)
+        self._changed.set()
+
+    def _plan(self, agent_id: str, failure: SLMError | None) -> None:
+        awaited = self._awaited.get(agent_id)
+        if awaited is None:
+            return
+        if not self._is_awaited(agent_id):
+            del self._awaited[agent_id]
+            return
+        known = self._cache.find(agent_id)
+        now = self._loop.time()
+        awaited.failed = not awaited.again or failure is not None
+        if not awaited.failed:
+            awaited.not_before = now
+            if awaited.hurried:
+                self._spawn(self._fetch([agent_id]))
+        elif known is not None and known.key_error is not None:
+            # An operator's change comes over the stream; this is for a mended server.
+            awaited.not_before = now + self._timings.refused_retry_seconds
+        else:
+            missing = failure or SLMUnavailable("the key did not come")
+            awaited.not_before = now + awaited.backoff.delay_after(missing)

@@ -1,0 +1,162 @@
+"""Takes a secret out of somebody else's words, in whatever encoding they repeat it.
+
+Knows no provider and no protocol. Runs where an error is made, never on the way of an answer.
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Iterator
+from typing import Final
+
+HIDDEN: Final = "***"
+PIECE: Final = 8
+"""A piece of the secret of this many characters is hidden, too: texts are cut at either end."""
+
+MAX_TEXT: Final = 2048
+"""What is longer is searched for the plain secret alone, but for so many characters at its end."""
+
+_ROUNDS: Final = 8
+# One character as HTML, URLs, JSON and other languages spell it, or one that only lays out text.
+_ESCAPE: Final = re.compile(
+    r"%([0-9a-f]{2})|\\+u\{?0*([0-9a-f]{2})\}?|\\+x([0-9a-f]{2})"
+    r"|\\+([0-7]{3})|&#0*([0-9]{2,3});?|&#x0*([0-9a-f]{2});?|&([a-z]{2,8});"
+    r"|(\\+[nrtbfv]?)|(.)",
+    re.IGNORECASE | re.DOTALL,
+)
+# Of letters that are more than one character in lower case, none is in an API key.
+_LOWER: Final = str.maketrans({chr(code): chr(code + 32) for code in range(65, 91)})
+
+Folded = list[tuple[str, int, int]]
+
+
+def scrubbed(text: str, secret: str) -> str:
+    """Return the text with `***` where it repeats the secret or a piece of it.
+
+    Found are the secret and every piece of 8 or more of its characters: plain, in either case, with
+    line breaks inside, as URLs, JSON, HTML and Python escape it, once or twice over, in hexadecimal
+    and in base64 at any offset. A secret of fewer than 8 characters is hidden where it stands as a
+    word of its own, so that one of a single letter does not take every such letter out.
+
+    Args:
+        text: somebody else's words.
+        secret: what must not be seen; an empty one hides nothing.
+    """
+    if not secret:
+        return text
+    long, text = text[:-MAX_TEXT], text[-MAX_TEXT:]
+    if long and len(secret) >= PIECE:
+        long = re.sub(re.escape(secret), HIDDEN, long, flags=re.IGNORECASE)
+    folded = _folded([(char, at, at + 1) for at, char in enumerate(text)])
+    found = [*_plain(text.translate(_LOWER), secret.translate(_LOWER)), *_within(folded, secret)]
+    return long + _without(text, found)
+
+
+def _plain(text: str, secret: str) -> Iterator[tuple[int, int]]:
+    if len(secret) < PIECE:
+        for found in re.finditer(re.escape(secret), text):
+            start, end = found.span()
+            if not (text[start - 1 : start].isalnum() or text[end : end + 1].isalnum()):
+                yield start, end
+        return
+    pieces = _pieces(secret, PIECE)
+    for at in range(len(text) - PIECE + 1):
+        if text[at : at + PIECE] in pieces:
+            yield at, at + PIECE
+
+
+def _within(folded: Folded, secret: str) -> Iterator[tuple[int, int]]:
+    plain = "".join(char for char, _, _ in folded)
+    short, pieces = _searched(secret)
+    for found in short.finditer(plain) if short is not None else ():
+        start, end = found.span()
+        before, after = plain[start - 1 : start], plain[end : end + 1]
+        # A word ends at white space, too, which is not in the folded text.
+        apart = start == 0 or folded[start - 1][2] < folded[start][1]
+        ends = end == len(folded) or folded[end - 1][2] < folded[end][1]
+        if (apart or not before.isalnum()) and (ends or not after.isalnum()):
+            yield folded[start][1], folded[end - 1][2]
+    for length, known in pieces.items():
+        for at in range(len(plain) - length + 1):
+            if plain[at : at + length] in known:
+                yield folded[at][1], folded[at + length - 1][2]
+
+
+def _searched(secret: str) -> tuple[re.Pattern[str] | None, dict[int, frozenset[str]]]:
+    """Return a short secret as a pattern, or all pieces of a longer one by their length."""
+    raw = secret.encode()
+    plain = _fold(secret)
+    if len(plain) < PIECE:
+        forms = {plain, *((raw.hex(), _fold(base64.b64encode(raw).decode())) if raw[3:] else ())}
+        words = "|".join(re.escape(form) for form in sorted(forms - {""}, key=len, reverse=True))
+        return re.compile(words) if words else None, {}
+    # The bytes beside it change the first and the last characters of its base64.
+    codes: set[str] = set()
+    for offset in range(3):
+        code = base64.b64encode(b"\0" * offset + raw).decode().rstrip("=")
+        inner = code[-(-offset * 8 // 6) : len(code) - (1 if (offset + len(raw)) % 3 else 0)]
+        codes |= {inner.lower(), inner.lower().replace("+", "-").replace("/", "_")}
+    coded = PIECE * 4 // 3
+    return None, {
+        PIECE: _pieces(plain, PIECE),
+        2 * PIECE: _pieces(raw.hex(), 2 * PIECE),
+        coded: frozenset().union(*(_pieces(code, coded) for code in codes)),
+    }
+
+
+def _pieces(text: str, length: int) -> frozenset[str]:
+    return frozenset(text[at : at + length] for at in range(len(text) - length + 1))
+
+
+def _fold(text: str) -> str:
+    return "".join(char for char, _, _ in _folded([(c, i, i + 1) for i, c in enumerate(text)]))
+
+
+def _folded(chars: Folded) -> Folded:
+    """Undo escapes, case and layout; keep for each character where it stood in the text."""
+    for _ in range(_ROUNDS):
+        text = "".join(char for char, _, _ in chars)
+        folded = []
+        for match in _ESCAPE.finditer(text):
+            char = _meaning(match)
+            if char:
+                folded.append((char, chars[match.start()][1], chars[match.end() - 1][2]))
+        done = len(folded) == len(chars)
+        chars = folded
+        if done:
+            break
+    return [item for item in chars if item[0] != "\\"]
+
+
+def _meaning(match: re.Match[str]) -> str:
+    """Return the character that is meant, in lower case; nothing for one that lays out text."""
+    percent, four, two, octal, decimal, hexadecimal, name, slashes, plain = match.groups()
+    if plain is not None:
+        char = plain
+    elif slashes is not None:
+        # Left in until nothing is escaped any more: what comes out beside it may be an escape.
+        char = "\\" if slashes[-1] == "\\" else ""
+    elif name is not None:
+        # Imported here: it holds every name there is.
+        from html import unescape
+
+        char = unescape(f"&{name};")[0]
+    elif octal is not None:
+        char = chr(int(octal, 8) & 0xFF)
+    elif decimal is not None:
+        char = chr(int(decimal) & 0xFF)
+    else:
+        char = chr(int(percent or four or two or hexadecimal, 16))
+    char = char.translate(_LOWER)
+    return char if char.isprintable() and not char.isspace() else ""
+
+
+def _without(text: str, found: list[tuple[int, int]]) -> str:
+    parts: list[str] = []
+    end = 0
+    for start, stop in sorted(found):
+        if start > end or not parts:
+            parts += [text[end:start], HIDDEN]
+        end = max(end, stop)
+    return "".join(parts) + text[end:]

@@ -1,0 +1,409 @@
+"""The acks of one backend: when each came and what it refused, as differences and within a bound.
+
+Values and rules only; knows no connection, no database and no clock (docs/protocol.md section 4).
+"""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Mapping
+from operator import itemgetter
+from typing import Final, NamedTuple
+
+from slm.protocol import NotInForce
+
+RECEIPT_REVISIONS: Final = 1000
+"""A receipt can be asked for this many revisions back."""
+
+MAX_LOG_BYTES: Final = 1024 * 1024
+"""The memory that one backend's acks may take; at the bound the older half is forgotten."""
+
+MAX_STATE_BYTES: Final = MAX_LOG_BYTES // 2
+"""The memory that one ack's refusals may take; what is beyond is not kept, and that is noted."""
+
+_SPARE: Final = 64
+"""So many acks more may be kept, so that not every one moves them all."""
+
+_ACK_BYTES: Final = 16
+_SPAN_BYTES: Final = 160
+_AGENT_BYTES: Final = 240
+_IN_FORCE: Final = -1
+NOTHING: Final[Mapping[str, NotInForce]] = {}
+
+Span = tuple[int, int, str]
+"""From which ack on, the revision that is refused (-1: none is), and why."""
+
+Changes = dict[str, tuple[int, str]]
+"""By agent, the revision that is refused from here on (-1: none is), and why."""
+
+_number_of = itemgetter(0)
+
+
+class Acked(NamedTuple):
+    """One ack.
+
+    Attributes:
+        revision: up to where everything was received.
+        at: when it came, seconds since 1970.
+        not_in_force: what of it is not in use.
+        after_gap: whether acks right before it are not known here: then what it says may have been
+            so for longer.
+        partial: whether it refused more than is kept: then an agent that it does not name may be
+            one of those.
+    """
+
+    revision: int
+    at: float
+    not_in_force: Mapping[str, NotInForce]
+    after_gap: bool = False
+    partial: bool = False
+
+
+class Outcome(NamedTuple):
+    """How a backend took a change.
+
+    Attributes:
+        answered: whether it did so at all.
+        at: when, where that is known.
+        reason: why it refused; None where it applied the change.
+    """
+
+    answered: bool
+    at: float | None = None
+    reason: str | None = None
+
+
+class AckLog:
+    """The last acks of a backend, by revision; sixteen bytes each, since there are many.
+
+    Attributes:
+        number: of the next ack, counted from the first that there ever was.
+        missed: how many came besides that were not read.
+        bytes: about how much memory it takes.
+    """
+
+    __slots__ = ("_gaps", "_partial", "_revisions", "_spans", "_times", "bytes", "missed", "number")
+
+    def __init__(self) -> None:
+        self.number = 0
+        self.missed = 0
+        self.bytes = 0
+        self._revisions = array("q")
+        self._times = array("d")
+        # What few acks have is kept apart, by the number of the ack.
+        self._gaps: set[int] = set()
+        self._partial: list[tuple[int, bool]] = []
+        self._spans: dict[str, list[Span]] = {}
+
+    def __len__(self) -> int:
+        return len(self._revisions)
+
+    def __iter__(self) -> Iterator[Acked]:
+        return map(self._at, range(self._first, self.number))
+
+    @property
+    def count(self) -> int:
+        """How many acks there ever were."""
+        return self.number + self.missed
+
+    @property
+    def last(self) -> Acked | None:
+        """The newest ack."""
+        return self._at(self.number - 1) if self._revisions else None
+
+    @property
+    def revision(self) -> int | None:
+        """The revision of the newest ack."""
+        return self._revisions[-1] if self._revisions else None
+
+    @property
+    def last_at(self) -> float:
+        """When the newest ack came; 0 where there is none."""
+        return self._times[-1] if self._times else 0.0
+
+    @property
+    def partial(self) -> bool:
+        """Whether the newest ack refused more than is kept."""
+        return bool(self._partial) and self._partial[-1][1]
+
+    # --- taking in ---
+
+    def add(self, ack: Acked) -> None:
+        """Take in an ack that is newer in time than all before it."""
+        refused, partial = _bounded(ack.not_in_force)
+        self._append(ack.revision, ack.at, after_gap=ack.after_gap)
+        self._refuse(refused, self.number - 1)
+        self._note_partial(partial or ack.partial, self.number - 1)
+        self._keep_to_bounds()
+
+    def add_difference(self, ack: Acked, changes: Changes, *, anew: bool = False) -> None:
+        """Take in an ack by what differs from the one before; `anew`: from none at all.
+
+        Args:
+            ack: without its refusals.
+            changes: how its refusals differ.
+            anew: what was refused before is not any more, unless it is among the changes.
+        """
+        self._append(ack.revision, ack.at, after_gap=ack.after_gap)
+        number = self.number - 1
+        if anew:
+            self._refuse(changes, number)
+        else:
+            for agent_id, (revision, reason) in changes.items():
+                self._begin_span(agent_id, (number, revision, reason))
+        self._note_partial(ack.partial, number)
+        self._keep_to_bounds()
+
+    def clear(self) -> None:
+        """Forget what was acked; the count goes on."""
+        del self._revisions[:], self._times[:]
+        self._gaps.clear()
+        self._partial.clear()
+        self._spans.clear()
+        self.bytes = 0
+
+    def forget_older(self, keep: int = 1) -> None:
+        """Forget all but the newest acks, and that there is a gap before them."""
+        gone = len(self) - keep
+        if gone > 0:
+            self._drop(gone)
+            self._gaps.add(self._first)
+
+    def forget_refusals(self) -> None:
+        """Forget what is refused too: nobody is then said to have applied what it may refuse."""
+        if self._revisions:
+            self.forget_older()
+            self._spans.clear()
+            self._partial = [(self._first, True)]
+            self.bytes = _ACK_BYTES
+
+    def merged_with(self, other: AckLog, until: float) -> AckLog:
+        """Return one log of this and of what the other had before a time, in the order of time.
+
+        Nobody changes what is returned; where the other has nothing to add it is this log itself.
+        """
+        end = other._first + bisect_left(other._times, until)
+        if end == other._first:
+            return self
+        log = AckLog()
+        mine, its = self._first, other._first
+        while mine < self.number and its < end:
+            # Whole runs: a backend is at one server for a while, then at another.
+            at, its_at = self._times[mine - self._first], other._times[its - other._first]
+            if at <= its_at:
+                stop = self._first + bisect_right(self._times, its_at, mine - self._first)
+                self._copy_into(log, mine, stop)
+                mine = stop
+            else:
+                stop = other._first + bisect_right(other._times, at, its - other._first)
+                stop = min(stop, end)
+                other._copy_into(log, its, stop)
+                its = stop
+        self._copy_into(log, mine, self.number)
+        other._copy_into(log, its, end)
+        return log
+
+    # --- asking ---
+
+    def outcome(self, agent_id: str, revision: int) -> Outcome:
+        """Return how a change was taken: the first ack that has it in force, else the last."""
+        number = self._first + bisect_left(self._revisions, revision)
+        refused: Outcome | None = None
+        spans = self._spans.get(agent_id, ())
+        while number < self.number:
+            place = bisect_right(spans, number, key=_number_of)
+            _, refused_revision, reason = spans[place - 1] if place else (0, _IN_FORCE, "")
+            until = spans[place][0] if place < len(spans) else self.number
+            if refused_revision >= revision:
+                refused = Outcome(True, self._times[until - 1 - self._first], reason)
+            else:
+                whole = self._first_whole(number)
+                if whole < until:
+                    exact = whole == number and number not in self._gaps
+                    return Outcome(True, self._times[whole - self._first] if exact else None)
+            number = until
+        return refused or Outcome(False)
+
+    def since(self, revision: int) -> Iterator[Acked]:
+        """Yield the acks of `revision` and later ones, the oldest first."""
+        first = self._first + bisect_left(self._revisions, revision)
+        return map(self._at, range(first, self.number))
+
+    def newest(self, count: int) -> AckLog:
+        """Return a log of the newest ones alone, which nobody changes."""
+        log = AckLog()
+        log.number = max(self._first, self.number - count)
+        self._copy_into(log, log.number, self.number)
+        return log
+
+    def told(self, number: int, *, after: bool) -> Iterator[tuple[Acked, Changes]]:
+        """Yield each ack from this number on, without its refusals, and how those differ.
+
+        Args:
+            number: of the first, which is here.
+            after: the first is told by its difference from the one before, else whole.
+        """
+        changes: dict[int, Changes] = {}
+        before = self._state_at(number - 1) if after else {}
+        state = self._state_at(number)
+        changes[number] = {a: told for a, told in state.items() if before.get(a) != told}
+        changes[number] |= {a: (_IN_FORCE, "") for a in before if a not in state}
+        for agent_id, spans in self._spans.items():
+            for span in spans[bisect_right(spans, number, key=_number_of) :]:
+                changes.setdefault(span[0], {})[agent_id] = span[1:]
+        for each in range(number, self.number):
+            index = each - self._first
+            revision, at = self._revisions[index], self._times[index]
+            ack = Acked(revision, at, NOTHING, each in self._gaps, self._partial_at(each))
+            yield ack, changes.get(each, {})
+
+    # --- within ---
+
+    @property
+    def _first(self) -> int:
+        """The number of the oldest ack that is here."""
+        return self.number - len(self._revisions)
+
+    def _at(self, number: int) -> Acked:
+        index = number - self._first
+        state = self._state_at(number)
+        return Acked(
+            self._revisions[index],
+            self._times[index],
+            {a: NotInForce(revision=r, reason=t) for a, (r, t) in state.items()}
+            if state
+            else NOTHING,
+            number in self._gaps,
+            self._partial_at(number),
+        )
+
+    def _state_at(self, number: int) -> dict[str, tuple[int, str]]:
+        state = {}
+        for agent_id, spans in self._spans.items():
+            place = bisect_right(spans, number, key=_number_of)
+            if place and spans[place - 1][1] != _IN_FORCE:
+                state[agent_id] = spans[place - 1][1:]
+        return state
+
+    def _partial_at(self, number: int) -> bool:
+        place = bisect_right(self._partial, number, key=_number_of)
+        return bool(place) and self._partial[place - 1][1]
+
+    def _first_whole(self, number: int) -> int:
+        """Return the first ack from here on of which all refusals are kept."""
+        if self._partial_at(number):
+            later = self._partial[bisect_right(self._partial, number, key=_number_of) :]
+            return next((each for each, partial in later if not partial), self.number)
+        return number
+
+    def _append(self, revision: int, at: float, *, after_gap: bool) -> None:
+        if self._revisions and revision < self._revisions[-1]:
+            # Another epoch moved it back: what it acked of the old one means nothing now.
+            self.clear()
+        if after_gap:
+            self._gaps.add(self.number)
+        # A clock that was set back must not make the order another one.
+        self._times.append(max(at, self.last_at))
+        self._revisions.append(revision)
+        self.number += 1
+        self.bytes += _ACK_BYTES
+
+    def _refuse(self, refused: Mapping[str, tuple[int, str]], number: int) -> None:
+        """Note what differs from the ack before."""
+        if not refused and not self._spans:
+            return
+        for agent_id, spans in self._spans.items():
+            if spans[-1][1] != _IN_FORCE and agent_id not in refused:
+                spans.append((number, _IN_FORCE, ""))
+                self.bytes += _SPAN_BYTES
+        for agent_id, (revision, reason) in refused.items():
+            self._begin_span(agent_id, (number, revision, reason))
+
+    def _begin_span(self, agent_id: str, span: Span) -> None:
+        number, revision, reason = span
+        spans = self._spans.get(agent_id)
+        if spans is None:
+            if revision == _IN_FORCE:
+                return
+            spans = self._spans[agent_id] = []
+            self.bytes += _AGENT_BYTES + sys.getsizeof(agent_id)
+        elif spans[-1][1:] == (revision, reason):
+            return
+        elif spans[-1][0] == number:
+            self.bytes -= _span_bytes(spans.pop())
+        # A few reasons are given by many.
+        spans.append((number, revision, sys.intern(reason)))
+        self.bytes += _span_bytes(span)
+
+    def _note_partial(self, partial: bool, number: int) -> None:
+        if partial != self.partial:
+            self._partial.append((number, partial))
+
+    def _keep_to_bounds(self) -> None:
+        if len(self) >= RECEIPT_REVISIONS + _SPARE:
+            self.forget_older(RECEIPT_REVISIONS)
+        while self.bytes > MAX_LOG_BYTES and len(self) > 1:
+            self.forget_older(len(self) // 2)
+
+    def _drop(self, gone: int) -> None:
+        """Forget the oldest."""
+        del self._revisions[:gone], self._times[:gone]
+        first = self._first
+        if self._gaps:
+            self._gaps = {number for number in self._gaps if number >= first}
+        if self._partial:
+            later = [each for each in self._partial if each[0] > first]
+            self._partial = [(first, self._partial_at(first)), *later]
+        self.bytes = _ACK_BYTES * len(self)
+        for agent_id, spans in [*self._spans.items()] if self._spans else ():
+            place = bisect_right(spans, first, key=_number_of)
+            if place:
+                held = spans[place - 1]
+                spans[:place] = [(first, held[1], held[2])] if held[1] != _IN_FORCE else []
+            if not spans:
+                del self._spans[agent_id]
+                continue
+            self.bytes += _AGENT_BYTES + sys.getsizeof(agent_id) + sum(map(_span_bytes, spans))
+
+    def _copy_into(self, log: AckLog, start: int, stop: int) -> None:
+        """Add the acks with these numbers to a log whose acks are all older."""
+        if start >= stop:
+            return
+        first, end = start - self._first, stop - self._first
+        if log._revisions and self._revisions[first] < log._revisions[-1]:
+            log.clear()
+        shift = log.number - start
+        log._revisions.extend(self._revisions[first:end])
+        log._times.extend(self._times[first:end])
+        log.number += stop - start
+        log.bytes += _ACK_BYTES * (stop - start)
+        log._gaps.update(each + shift for each in self._gaps if start <= each < stop)
+        log._note_partial(self._partial_at(start), start + shift)
+        for number, partial in self._partial:
+            if start < number < stop:
+                log._note_partial(partial, number + shift)
+        log._refuse(self._state_at(start), start + shift)
+        for agent_id, spans in self._spans.items():
+            for number, revision, reason in spans:
+                if start < number < stop:
+                    log._begin_span(agent_id, (number + shift, revision, reason))
+        log._keep_to_bounds()
+
+
+def _bounded(refused: Mapping[str, NotInForce]) -> tuple[dict[str, tuple[int, str]], bool]:
+    """Return what is kept of an ack's refusals, and whether that is not all."""
+    kept: dict[str, tuple[int, str]] = {}
+    size = 0
+    for agent_id, held_up in refused.items():
+        size += _AGENT_BYTES + _SPAN_BYTES
+        size += sys.getsizeof(agent_id) + sys.getsizeof(held_up.reason)
+        if size > MAX_STATE_BYTES:
+            return kept, True
+        kept[agent_id] = (held_up.revision, held_up.reason)
+    return kept, False
+
+
+def _span_bytes(span: Span) -> int:
+    return _SPAN_BYTES + (sys.getsizeof(span[2]) if span[2] else 0)

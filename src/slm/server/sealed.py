@@ -1,0 +1,73 @@
+"""Text kept in memory under a random key of this process, so that no plain key lies about.
+
+A core dump, a heap that is read or a page that is swapped out shows ciphertext, but for the moment
+of an answer. Knows no database and no agent.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from typing import Final
+
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+MAX_BYTES: Final = 32 * 1024 * 1024
+_NONCE_BYTES: Final = 12
+_ENTRY_BYTES: Final = 300
+"""What an entry takes besides its text: two objects and its place in the table."""
+
+
+class Sealer:
+    """Seals bytes under a key that this process made and that ends with it."""
+
+    def __init__(self) -> None:
+        self._cipher = AESGCM(os.urandom(32))
+        # The key is used by this object alone, so a number that never repeats is enough.
+        self._numbers = itertools.count()
+
+    def seal(self, plain: bytes, name: bytes) -> bytes:
+        """Return it sealed; only the same name opens it again."""
+        nonce = next(self._numbers).to_bytes(_NONCE_BYTES, "big")
+        return nonce + self._cipher.encrypt(nonce, plain, name)
+
+    def open(self, sealed: bytes, name: bytes) -> bytes:
+        """Return what was sealed under this name.
+
+        Raises:
+            InvalidTag: it is another's, or was altered.
+        """
+        return self._cipher.decrypt(sealed[:_NONCE_BYTES], sealed[_NONCE_BYTES:], name)
+
+
+class SealedTexts:
+    """A table of sealed texts, bounded in bytes: when it is full it begins anew.
+
+    Args:
+        max_bytes: what it may take.
+    """
+
+    def __init__(self, max_bytes: int = MAX_BYTES) -> None:
+        self._sealer = Sealer()
+        self._max_bytes = max_bytes
+        self._texts: dict[bytes, bytes] = {}
+        self.bytes_held = 0
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+    def get(self, name: bytes) -> str | None:
+        """Return the text of this name, or None."""
+        sealed = self._texts.get(name)
+        return None if sealed is None else self._sealer.open(sealed, name).decode()
+
+    def put(self, name: bytes, text: str) -> None:
+        """Keep a text; one that is larger than the table is not kept."""
+        sealed = self._sealer.seal(text.encode(), name)
+        size = len(sealed) + _ENTRY_BYTES
+        if size > self._max_bytes:
+            return
+        if self.bytes_held + size > self._max_bytes:
+            self._texts, self.bytes_held = {}, 0
+        self._texts[name] = sealed
+        self.bytes_held += size
