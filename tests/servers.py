@@ -162,6 +162,11 @@ class ServerProcess:
         self._env = env or {}
         self._process: subprocess.Popen[bytes] | None = None
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What it was started with."""
+        return dict(self._settings)
+
     admin_token = property(lambda self: read_token(self.data_dir, "admin"))
     backend_token = property(lambda self: read_token(self.data_dir, "backend"))
 

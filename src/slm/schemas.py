@@ -241,10 +241,12 @@ class Change(_Read):
 class ChangeList(_Read):
     """The answer of GET /api/changes and GET /api/agents/{agent_id}/history.
 
-    `floor` is the revision up to which changes may have been compacted away.
+    `floor` is the revision up to which changes may have been compacted away. `next` is where the
+    next page starts, as `since`, or as `upto` of a list whose newest come first; None at the end.
     """
 
     changes: list[Change]
     floor: int
     revision: int
     epoch: str
+    next: int | None = None

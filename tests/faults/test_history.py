@@ -9,7 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.faults.history import Connection, Frame, disagreements, final_position, violations
+from tests.faults.history import (
+    Connection,
+    Frame,
+    disagreements,
+    final_position,
+    untold_losses,
+    violations,
+)
 
 pytestmark = pytest.mark.history(streams=False)
 
@@ -199,3 +206,36 @@ def test_every_change_dropped_doubled_or_swapped_is_found(
             return
         frames[n], frames[following[0]] = frames[following[0]], frames[n]
     assert violations(broken) != []
+
+
+def test_a_position_is_one_change() -> None:
+    """A change, a heartbeat and a start that name one revision name one change id."""
+    right = connection(
+        subscribed(4) | {"change_id": "i4", "head": 5},
+        changed(5) | {"change_id": "i5"},
+        heartbeat(5) | {"change_id": "i5"},
+        since=4,
+    )
+    right.change_id = "i4"
+    assert violations([right]) == []
+    right.change_id = "another"
+    assert "starts after another change" in violations([right])[0]
+    right.change_id = None
+    right.frames[2]["change_id"] = "another"
+    assert "names another change as 5" in violations([right])[0]
+    right.frames[1:] = [resync(4) | {"change_id": "another"}]
+    assert "different positions" in violations([right], resyncs=["compacted"])[0]
+    right.frames[0]["head"] = 3
+    assert "the head 3 is before the start at 4" in violations([right], resyncs=["compacted"])[0]
+
+
+def test_a_loss_that_no_resync_followed_is_found() -> None:
+    """What was shown and is in the database no more must be taken back, on whichever connection."""
+    shown = connection(subscribed(4), changed(5) | {"change_id": "lost"})
+    survived = {4: "i4", 5: "new"}
+    assert "revision 5 was lost" in untold_losses([shown], survived)[0]
+    assert untold_losses([shown], survived, floor=5) == []
+    assert untold_losses([shown], {5: "lost"}) == []
+    again = connection(subscribed(4, "b"), resync(4, "b"), since=5)
+    assert untold_losses([shown, again], survived) == []
+    assert untold_losses([again, shown], survived) != []

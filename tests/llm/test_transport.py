@@ -68,7 +68,11 @@ def resolving(monkeypatch: pytest.MonkeyPatch, **names: list[str]) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "address", ["169.254.169.254", "fd00:ec2::254", "::ffff:169.254.169.254", "fe80::1", "0.0.0.0"]
+    "address",
+    [
+        *("169.254.169.254", "fd00:ec2::254", "::ffff:169.254.169.254", "fe80::1", "0.0.0.0"),
+        *("fd00:ec2::23", "fd00:c1::a9fe:a9fe", "fd00:42::42", "fec0::1", "64:ff9b:1::a9fe:a9fe"),
+    ],
 )
 async def test_a_name_that_leads_to_a_metadata_address_is_refused(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, address: str

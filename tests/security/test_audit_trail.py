@@ -53,6 +53,7 @@ async def test_who_did_what_to_which_agent_from_where(ask: Caller, server: InLoo
         ("admin", "token.revoke", None),
         ("admin", "encryption_key.add", None),
         ("admin", "encryption_key.rotate", None),
+        ("admin", "encryption_key.reencrypt", None),
         ("admin", "encryption_key.prune", None),
         ("admin", "database.backup", None),
     ]
@@ -174,3 +175,44 @@ async def test_the_commands_for_tokens_and_audit(ask: Caller, server: InLoopServ
     )
     broken = await slm("audit", "verify", "--expect", head, **where)
     assert (broken.code, "entry 2" in broken.error) == (1, True)
+
+
+ALTERED = [
+    *(f"UPDATE audit SET {name} = CAST('x' AS BLOB) WHERE seq = 2" for name in
+      ("at", "actor", "action", "agent_id", "address", "detail", "hash")),
+    *("UPDATE audit SET address = 9e999 WHERE seq = 2", "UPDATE audit SET at = 5 WHERE seq = 2"),
+    *("UPDATE audit_head SET seq = 'abc'", "UPDATE audit_head SET hash = CAST(hash AS BLOB)"),
+    *("UPDATE audit_head SET cut_seq = 'abc'", "UPDATE audit_head SET cut_hash = x'00'"),
+]  # fmt: skip
+
+
+async def test_a_value_of_another_type_is_shown_and_found(
+    ask: Caller, server: InLoopServer
+) -> None:
+    """Whoever alters a column's type makes the chain broken, and no route fail."""
+    await ask("POST", "/api/agents", agent("a"))
+    database = server.running.services.database
+    for statement in ALTERED:
+        rows: list[dict[str, Any]] = []
+
+        def alter(connection: Any, statement: str = statement, rows: Any = rows) -> None:
+            for table in ("audit", "audit_head"):
+                found = connection.exec_driver_sql(f"SELECT * FROM {table}").mappings().all()
+                rows += [{"table": table, **row} for row in found]
+            connection.exec_driver_sql(statement)
+
+        def put_back(connection: Any, rows: Any = rows) -> None:
+            for row in map(dict, rows):
+                table, key = row.pop("table"), "seq" if "actor" in row else "id"
+                columns = ", ".join(f"{name} = ?" for name in row)
+                where = f" WHERE {key} = {row[key]}" if key == "seq" else ""
+                connection.exec_driver_sql(
+                    f"UPDATE {table} SET {columns}{where}", tuple(row.values())
+                )
+
+        await database.run(alter)
+        assert (await ask("GET", "/api/admin/audit")).status == 200, statement
+        verdict = await ask("GET", "/api/admin/audit/verify")
+        assert (verdict.status, verdict.body["whole"]) == (200, False), statement
+        await database.run(put_back)
+    assert (await ask("GET", "/api/admin/audit/verify")).body["whole"]

@@ -161,7 +161,9 @@ class Doors:
 @pytest.fixture
 async def server(tmp_path: Path) -> AsyncIterator[InLoopServer]:
     """A server that lets one address, which all of a test comes from, fail often."""
-    async with running_server(tmp_path / "data", auth_failures_burst=10_000) as running:
+    # Making the API's document takes the loop a while, which is no outage.
+    more = {"auth_failures_burst": 10_000, "behind_after_seconds": 5}
+    async with running_server(tmp_path / "data", **more) as running:
         yield running
 
 
@@ -286,3 +288,57 @@ async def test_answers_say_nothing_of_the_server_and_are_safe_in_a_browser(doors
             assert headers["Referrer-Policy"] == "no-referrer"
             assert headers["Cache-Control"] in ("no-store", "no-cache")
     assert (await doors.ask("GET", "/api/snapshot")).headers["Cache-Control"] == "no-store"
+
+
+PROTOCOL: Final = Path(__file__).parents[2] / "docs" / "protocol.md"
+
+
+def documented_rules() -> dict[tuple[str, str], str | None]:
+    """What the tables of docs/protocol.md section 3 say of each route's scope."""
+    section = PROTOCOL.read_text().split("\n## 3. HTTP")[1].split("\n## 4.")[0]
+    found: dict[tuple[str, str], str | None] = {}
+    scope: str | None = None
+    for line in section.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split(" | ")]
+        methods = re.match(r"((?:GET|POST|PUT|DELETE)(?:, )?)+", cells[0].lstrip("| "))
+        if not line.startswith("| ") or methods is None:
+            continue
+        if len(cells) == 2:
+            scope = "admin"
+        elif not cells[1].startswith("the same"):
+            scope = None if cells[1].startswith("none") else cells[1].partition(",")[0]
+        first, *others = re.findall(r"`([^`]+)`", cells[0])
+        paths = [first, *(other.replace("…", first) for other in others)]
+        for method in methods[0].rstrip(" ").split(", "):
+            found |= {(method, re.sub(r"{\w+}", "{}", path)): scope for path in paths}
+    return found
+
+
+async def test_the_protocol_says_which_scope_each_route_asks_for() -> None:
+    """Every route and its scope are in the tables of docs/protocol.md, and nothing else is."""
+    rules = {
+        (method, re.sub(r"{\w+}", "{}", path)): scope
+        for (method, path), scope in RULES.items()
+        if method != "WEBSOCKET"
+    }
+    assert documented_rules() == rules
+
+
+async def test_the_api_document_says_nothing_of_what_a_server_holds(doors: Doors) -> None:
+    """Whoever reads /openapi.json without a token learns the API, and no agent and no setting."""
+    document = (await doors.ask.as_(None)("GET", "/openapi.json")).body
+    text = str(document)
+    assert HIDDEN not in text
+    assert document.keys() == {"openapi", "info", "paths", "components"}
+    assert (await doors.ask("GET", "/openapi.json")).body == document
+
+
+async def test_the_first_admin_token_has_every_scope_and_no_scope_has_another(
+    doors: Doors,
+) -> None:
+    """admin.token reads keys; a token with the scope `admin` alone reads no agent and no key."""
+    assert (await doors.ask("GET", "/api/snapshot")).status == 200
+    alone = await make_token(doors.ask, "admin alone", "admin")
+    for path in ("/api/agents", "/api/snapshot", f"/api/agents/{HIDDEN}/llm", "/api/changes"):
+        assert (await alone("GET", path)).status == 403, path
+    assert (await alone("PUT", f"/api/agents/{HIDDEN}", {})).status == 403

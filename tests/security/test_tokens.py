@@ -165,7 +165,10 @@ async def test_what_a_limited_stream_hears(ask: Caller) -> None:
     async with limited.stream(since=r, epoch=start["epoch"]) as stream:
         replayed = await stream.upto(head)
     again = [(m["revision"] - r, m["type"], m.get("agent_id")) for m in replayed]
-    assert [t for t in again if t[0] > 0] == told, "a replay tells the same"
+    # A replay tells the same, without the configuration of what is not visible any more.
+    hidden = [(3, "agent_config_changed", "secret-x"), (5, "agent_config_changed", "secret-x")]
+    told = [(t[0], "heartbeat", None) if t in hidden else t for t in told]
+    assert [t for t in again if t[0] > 0] == told
 
 
 async def test_revocation_closes_open_streams_and_refuses_the_next_request(ask: Caller) -> None:

@@ -123,6 +123,30 @@ async def test_one_snapshot_serves_all_who_ask_until_something_changes(
     assert (await _audit(store, "key.read_all"))[0]["agents"] == ["b"]
 
 
+async def test_who_read_an_agents_key_is_found_in_snapshots_too(
+    store: Store, reads: KeyedReads
+) -> None:
+    """The audit asked for one agent has the snapshots that held its key, and no others."""
+    for agent_id in ("agents", "keys"):  # words of the row itself
+        await store.registry.create(new_agent(agent_id), actor="tester")
+    await reads.llm("a", who=ADA, view=EVERYTHING)
+    await reads.sealed_snapshot(who=ADA, view=EVERYTHING)
+    await reads.sealed_snapshot(who=ADA, view=View(("b",)))
+    log = AuditLog(store.database)
+
+    async def actions(agent_id: str, **more: Any) -> list[str]:
+        found = await log.entries(agent_id=agent_id, actor="ada", **more)
+        return [each.action for each in found]
+
+    assert await actions("a") == ["key.read_all", "key.read"]
+    assert await actions("b") == ["key.read_all", "key.read_all"]
+    assert await actions("a", action="key.") == ["key.read_all", "key.read"]
+    assert await actions("a", action="key.read") == ["key.read"]
+    assert await actions("b", limit=1) == ["key.read_all"]
+    for agent_id in ("agents", "keys", "A", 'a", "b'):
+        assert await actions(agent_id) == []
+
+
 async def test_a_snapshot_of_a_thousand_agents_has_several_rows(store: Store) -> None:
     """A row of the audit names a few hundred agents, so a large snapshot has several."""
     count = MAX_NAMED + 1
@@ -132,9 +156,9 @@ async def test_a_snapshot_of_a_thousand_agents_has_several_rows(store: Store) ->
         )
     await store.registry.reads.sealed_snapshot(who=ADA, view=EVERYTHING)
     rows = await _audit(store, "key.read_all")
-    assert [(len(row["agents"]), row["part"]) for row in rows] == [
-        (1, "2 of 2"),
-        (MAX_NAMED, "1 of 2"),
+    assert [(len(row["agents"]), row["part"], row["parts"]) for row in rows] == [
+        (1, 2, 2),
+        (MAX_NAMED, 1, 2),
     ]
 
 

@@ -17,13 +17,22 @@ from alembic.script import ScriptDirectory
 from pydantic import SecretStr
 from sqlalchemy import Connection, inspect
 
+from slm.server.audit import AuditLog
+from slm.server.database import Database
 from slm.server.models import Base
-from slm.server.prepare import MIGRATIONS
+from slm.server.prepare import MIGRATIONS, migrate
 from slm.server.settings import Settings
-from tests.server.store import KEY, Store, new_agent
+from tests.postgres import connect
+from tests.server.store import KEY, OTHER_KEY, Store, new_agent
 from tests.server.test_adoption import MISSION
 
 ROOT = Path(__file__).parents[2]
+OLD = ROOT / "tests" / "fixtures" / "9a5197c"
+SINCE_OLD = [
+    revision.revision
+    for revision in reversed(list(ScriptDirectory(str(MIGRATIONS)).walk_revisions()))
+    if revision.revision > "0003"
+]
 
 
 async def test_the_migrated_tables_are_the_declared_ones(store: Store) -> None:
@@ -132,3 +141,80 @@ async def test_migrations_of_a_path_with_any_name(tmp_path: Path) -> None:
     await store.check_laws()
     await store.close()
     assert (folder / "slm.db").exists()
+
+
+# --- from a database that a server of 9a5197c made ---
+
+
+def load_old(url: str, path: Path) -> None:
+    """Make the database of 9a5197c as its dump has it."""
+    if url.startswith("sqlite"):
+        with contextlib.closing(sqlite3.connect(path)) as connection:
+            connection.executescript((OLD / "sqlite.sql").read_text())
+        path.chmod(0o600)
+    else:
+        with connect(url) as connection_:
+            connection_.execute((OLD / "postgresql.sql").read_text().encode())
+
+
+async def rows(store: Store, table: str, columns: str, order: str) -> list[tuple[Any, ...]]:
+    """Return a table's rows."""
+    statement = f"SELECT {columns} FROM {table} ORDER BY {order}"
+    return [tuple(row) for row in await store.sql(statement)]
+
+
+@pytest.mark.parametrize("revision", SINCE_OLD)
+async def test_every_migration_keeps_what_an_old_database_holds(
+    database_url: str, tmp_path: Path, revision: str
+) -> None:
+    """Agents, keys, history, tokens and the audit's chain are whole, from 9a5197c on.
+
+    The database is brought to this migration, closed, and opened by this version.
+    """
+    load_old(database_url, tmp_path / "test.db")
+    database = Database(database_url)
+    await database.open()
+    await database.run(lambda connection: migrate(connection, revision))
+    await database.close()
+    settings = Settings(
+        data_dir=tmp_path / "data",
+        database_url=SecretStr(database_url),
+        encryption_keys=SecretStr(f"{KEY},{OTHER_KEY}"),
+    )
+    store = await Store.open(settings)
+    try:
+        agents = await store.agents()
+        assert set(agents) == {"default", "billing", "support", "local", "asleep"}
+        assert [each for each, agent in agents.items() if agent.is_default] == ["support"]
+        assert agents["billing"].description == "Zürich 日本 🎉"
+        assert agents["support"].llm_options == {"top_p": 0.5, "stop": ["ENDE"]}
+        local = agents["local"]
+        assert (local.llm_model, local.llm_timeout, local.llm_max_tokens) == ("llama3.1", 7, 99)
+        assert not agents["asleep"].is_active
+        for agent_id, key in (("billing", "billing"), ("support", "support-2")):
+            found = (await store.registry.llm(agent_id))[0].llm_api_key
+            assert found == SecretStr(f"sk-fixture-{key}")
+        await store.registry.reads.check()
+        assert not store.registry.reads.undecryptable
+        told = await rows(store, "changes", "revision, type, agent_id", "revision")
+        assert [revision for revision, *_ in told] == list(range(1, await store.head() + 1))
+        assert [(kind, agent) for _, kind, agent in told if agent == "gone"] == [
+            ("agent_created", "gone"),
+            ("agent_deleted", "gone"),
+        ]
+        await store.check_laws()
+        tokens = await rows(store, "tokens", "name, agents, revoked_at IS NULL", "id")
+        assert [(name, agents) for name, agents, _ in tokens] == [
+            *(("admin", None), ("backend", None), ("limited", '["bill*", "local"]')),
+            *(("revoked", None), ("brief", None)),
+        ]
+        assert [bool(counts) for *_, counts in tokens] == [True, True, True, False, True]
+        verdict = await AuditLog(store.database).verify()
+        assert (verdict.whole, verdict.reason) == (True, "")
+        [(hashed,)] = await rows(store, "audit WHERE seq = 19", "hash", "seq")
+        assert hashed in (OLD / f"{store.database.dialect}.sql").read_text()
+        written = await store.registry.create(new_agent("later"), actor="tester")
+        assert written.revision == len(told) + 1
+        await store.check_laws()
+    finally:
+        await store.close()

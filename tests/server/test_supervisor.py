@@ -25,10 +25,12 @@ from tests.servers import InLoopServer, eventually, running_server
 NEEDED = ["feed", "broadcast", "heartbeats", "caretaker", "doorkeeper", "uvicorn"]
 
 SHORT_TASKS = {
+    "acceptor.py": "one connection's beginning, bounded by the time of its TLS handshake",
     "api/ws.py": "the opening of one stream, which the stream awaits",
     "catalog.py": "one compression, which its callers await",
     "explanations.py": "one answer to another replica, over after seconds",
     "fleet_sync.py": "two waits, cancelled by the function that began them",
+    "read_batches.py": "it lasts while somebody waits; whatever ends it, each gets an answer",
     "sinks.py": "one stream of an ASGI server that is not ours, ended with the stream",
 }
 """Where else the server starts tasks, and why none of them lives as long as the server."""

@@ -14,6 +14,7 @@ from slm.cli import output
 from slm.cli.connection import Target, at_a_server
 from slm.cli.http import call
 from slm.cli.output import Json, escape
+from slm.cli.pages import collect
 
 app = typer.Typer(help="The audit: list, verify.", no_args_is_help=True, rich_markup_mode="rich")
 
@@ -45,9 +46,12 @@ def list_entries(
       slm audit list --agent billing
       slm audit list --action key. --actor backend-1
     """
-    given = {"agent": agent, "actor": actor, "action": action, "before": before, "limit": limit}
+    given = {"agent": agent, "actor": actor, "action": action, "before": before}
     params = {name: value for name, value in given.items() if value is not None}
-    entries = call(target, "GET", "/api/admin/audit", params=params).data["entries"]
+    answer = collect(
+        target, "/api/admin/audit", params, rows="entries", cursor="before", limit=limit
+    )
+    entries = answer.data["entries"]
     if as_json:
         output.print_json(entries)
         return

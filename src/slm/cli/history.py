@@ -14,8 +14,9 @@ import typer
 from slm.cli import output
 from slm.cli.agent_options import AgentId
 from slm.cli.connection import Target, at_a_server
-from slm.cli.http import Answer, Api, agent_path, call, parsed
+from slm.cli.http import Answer, Api, agent_path, parsed
 from slm.cli.output import Json, escape
+from slm.cli.pages import collect, collect_from
 from slm.errors import RevisionNotFound
 from slm.schemas import Agent, Change, ChangeList
 
@@ -62,11 +63,12 @@ def history(
     """
     path = f"{agent_path(agent)}/history"
     if at is not None:
-        answer = call(target, "GET", path, params={"at": _utc(at), "limit": 1})
-        _show_then(agent, at, answer, as_json)
+        then = collect(target, path, {"at": _utc(at)}, rows="changes", cursor="upto", limit=1)
+        _show_then(agent, at, then, as_json)
         return
     # One more, to tell what the oldest of them changed.
-    answer = call(target, "GET", path, params={"limit": min(limit + 1, 1000)})
+    asked = min(limit + 1, 1000)
+    answer = collect(target, path, {}, rows="changes", cursor="upto", limit=asked)
     found = parsed(ChangeList, answer)
     if not found.changes:
         raise RevisionNotFound(f"the history holds nothing of {agent}")
@@ -128,11 +130,12 @@ def changes(
     [bold]Example[/]
       slm changes --actor deploy --limit 5
     """
-    params: dict[str, str | int] = {"limit": limit, "since": since or 0}
+    params: dict[str, str | int] = {"since": since or 0}
     params |= {k: v for k, v in (("agent", agent), ("actor", actor)) if v is not None}
     if since is None:
         params["newest_first"] = "true"
-    answer = call(target, "GET", "/api/changes", params=params)
+    cursor = "upto" if since is None else "since"
+    answer = collect(target, "/api/changes", params, rows="changes", cursor=cursor, limit=limit)
     if as_json:
         output.print_json(answer.data)
         return
@@ -253,8 +256,9 @@ async def _two(
 
 
 async def _at(api: Api, path: str, upto: int | None) -> Change:
-    params: dict[str, Any] = {"limit": 1} | ({} if upto is None else {"upto": upto})
-    told = parsed(ChangeList, await api.call("GET", path, params=params))
+    params: dict[str, Any] = {} if upto is None else {"upto": upto}
+    answer = await collect_from(api, path, params, rows="changes", cursor="upto", limit=1)
+    told = parsed(ChangeList, answer)
     found = told.changes
     if upto is not None and upto > told.revision:
         raise RevisionNotFound(f"there is no revision {upto} yet; the last is {told.revision}")

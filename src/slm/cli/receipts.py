@@ -79,7 +79,7 @@ def finish(
         return
     if told is None:
         _show(receipt)
-    if receipt["refused"] or receipt["pending"]:
+    if _count(receipt, "refused") or _count(receipt, "pending"):
         raise typer.Exit(1)
 
 
@@ -104,13 +104,22 @@ async def _follow(target: Target, revision: int, seconds: float) -> dict[str, An
                 receipt = (await api.call("GET", path, params={"wait": wait})).data
                 applied, total = _counts(receipt)
                 bar.update(task, completed=applied, total=total)
-                if not receipt["pending"] or not left:
+                if not _count(receipt, "pending") or not left:
                     return receipt
 
 
 def _counts(receipt: dict[str, Any]) -> tuple[int, int]:
-    applied = len(receipt["applied"])
-    return applied, applied + len(receipt["refused"]) + len(receipt["pending"])
+    applied = _count(receipt, "applied")
+    return applied, applied + _count(receipt, "refused") + _count(receipt, "pending")
+
+
+def _count(receipt: dict[str, Any], kind: str) -> int:
+    """Return how many backends did so, those that a limited token is not told by name included."""
+    return len(receipt[kind]) + _others(receipt, kind)
+
+
+def _others(receipt: dict[str, Any], kind: str) -> int:
+    return int(receipt.get("others", {}).get(kind, 0))
 
 
 def _show(receipt: dict[str, Any]) -> None:
@@ -131,6 +140,9 @@ def _show(receipt: dict[str, Any]) -> None:
     lines = [f"[red]refused[/]    {escape(r['backend'])}: {escape(r['reason'])}"
              for r in receipt["refused"]]  # fmt: skip
     lines += [f"[yellow]no answer[/]  {escape(name)}" for name in receipt["pending"]]
+    for kind, told in (("refused", "[red]refused[/]    "), ("pending", "[yellow]no answer[/]  ")):
+        if count := _others(receipt, kind):
+            lines.append(f"{told}{count} of other tokens, which this one is not told of by name")
     output.some(lines)
     if unknown := receipt["unknown"]:
         output.note(f"{len(unknown)} connected without ever acking: {', '.join(unknown[:5])}")

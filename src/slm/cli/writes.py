@@ -40,7 +40,7 @@ from slm.cli.connection import Target, at_a_server
 from slm.cli.http import Answer, Api, agent_path, call, parsed
 from slm.cli.output import Json, escape
 from slm.cli.receipts import Wait, WaitLimit
-from slm.errors import PreconditionFailed
+from slm.errors import PreconditionFailed, SLMUnavailable
 from slm.schemas import Agent
 
 _RETRIES_ON_CONFLICT: Final = 5
@@ -95,13 +95,15 @@ def create(
         llm_api_key=read_key(target, prompt=api_key, file=api_key_file, stdin=api_key_stdin),
     )
     answer = call(target, "POST", "/api/agents", body={"agent_id": agent} | body)
-    made = parsed(Agent, answer)
+    revision = _revision_of(answer)
     if not as_json:
-        output.out().print(
-            f"[bold]{escape(made.agent_id)}[/] created at revision {made.revision}: "
-            f"{escape(made.llm_provider)}/{escape(made.llm_model)}, {key_state(made)}"
-        )
-    receipts.finish(target, made.revision, wait, wait_limit, answer.data if as_json else None)
+        said = f"[bold]{escape(agent)}[/] created at revision {revision}"
+        # A token without the scope config:read is told no more.
+        if "llm_model" in answer.data:
+            made = parsed(Agent, answer)
+            said += f": {escape(made.llm_provider)}/{escape(made.llm_model)}, {key_state(made)}"
+        output.out().print(said)
+    receipts.finish(target, revision, wait, wait_limit, answer.data if as_json else None)
 
 
 @at_a_server
@@ -243,14 +245,14 @@ def rollback(
     """
     path, body = f"{agent_path(agent)}/rollback", sent(to=to, comment=comment)
     answer = call(target, "POST", path, body=body, if_match=if_match)
-    restored = parsed(Agent, answer)
+    revision = _revision_of(answer)
     if not as_json:
         output.out().print(
             f"[bold]{escape(agent)}[/] is as it was at revision {answer.data['restored_revision']},"
-            f" by revision [bold]{restored.revision}[/]"
+            f" by revision [bold]{revision}[/]"
         )
     _warned_of_cleared_key(answer)
-    receipts.finish(target, restored.revision, wait, wait_limit, answer.data if as_json else None)
+    receipts.finish(target, revision, wait, wait_limit, answer.data if as_json else None)
 
 
 def key_state(agent: Agent) -> str:
@@ -258,6 +260,14 @@ def key_state(agent: Agent) -> str:
     if not agent.has_api_key:
         return "no API key"
     return f"has an API key [dim](set at revision {agent.api_key_revision})[/]"
+
+
+def _revision_of(answer: Answer) -> int:
+    """Return the revision of the agent that was written."""
+    revision = answer.data.get("revision")
+    if not isinstance(revision, int):
+        raise SLMUnavailable("the server's answer is not of the shape that was expected")
+    return revision
 
 
 def _warned_of_cleared_key(answer: Answer) -> bool:

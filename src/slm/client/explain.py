@@ -21,7 +21,7 @@ _CAME: Final = {
     "file": "from the snapshot file",
 }
 
-_MAX_SAID: Final = 4096
+_MAX_TEXT: Final = 4096
 
 
 def explain_steps(
@@ -46,6 +46,11 @@ def explain_steps(
         step.model_copy(update={"answers": answered is not None and step.step == answered.value})
         for step in steps
     ]
+
+
+def shown(text: str) -> str:
+    """Return the text as a report may hold it: it may be a server's, a validator's or a file's."""
+    return text[:_MAX_TEXT].replace("\x00", " ").encode("utf-8", "replace").decode()
 
 
 def _told(step: Step, tell: Callable[[], ExplainedStep]) -> ExplainedStep:
@@ -127,17 +132,17 @@ def _key_of(held: ResolvedConfig, known: KnownAgent) -> str:
 def _step(
     step: Step, said: str, config: ResolvedConfig | None = None, *, key: str | None = None
 ) -> ExplainedStep:
-    said = said[:_MAX_SAID]  # reasons are the words of a server, a validator or a file
+    said = shown(said)
     if config is None:
         return ExplainedStep(step=step.value, said=said)
     return ExplainedStep(
         step=step.value,
         said=said,
-        agent_id=config.source_agent_id,
-        llm_provider=config.llm_provider,
+        agent_id=config.source_agent_id and shown(config.source_agent_id),
+        llm_provider=shown(config.llm_provider),
         # A query may hold what nobody should see twice.
-        llm_endpoint=config.llm_endpoint and config.llm_endpoint.partition("?")[0],
-        llm_model=config.llm_model,
+        llm_endpoint=config.llm_endpoint and shown(config.llm_endpoint.partition("?")[0]),
+        llm_model=shown(config.llm_model),
         revision=config.revision,
         age_seconds=round(config.age, 3),
         stale=config.stale,

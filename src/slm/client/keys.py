@@ -126,11 +126,11 @@ class KeyFetcher:
         for agent_id in list(self._awaited):
             if not self._is_awaited(agent_id):
                 del self._awaited[agent_id]
-        return [
-            agent_id
-            for agent_id, each in self._awaited.items()
-            if each.not_before <= now and agent_id not in self._asking
-        ]
+        free = {i: each for i, each in self._awaited.items() if i not in self._asking}
+        if all(each.not_before > now for each in free.values()):
+            return []
+        # With the first that is due go all that only waited for a moment: many are one request.
+        return [i for i, each in free.items() if each.not_before <= now or not each.failed]
 
     def _is_awaited(self, agent_id: str) -> bool:
         known = self._cache.find(agent_id)

@@ -68,13 +68,14 @@ class Stream:
         self._ws: DirectWebSocket | None = None
         self._subscribed_at: float | None = None
         self._caught_up_at: float | None = None
+        self._healthy = False
 
     async def run(self) -> None:
         """Connect, and connect again with backoff, for ever."""
-        loop = asyncio.get_running_loop()
         backoff = Backoff(self._timings)
         while True:
             self._subscribed_at = self._caught_up_at = None
+            self._healthy = False
             failure: SLMError
             try:
                 failure = await self._live_once()
@@ -85,15 +86,20 @@ class Stream:
                 _log.exception("the stream failed; connecting again")
                 failure = SLMUnavailable("the stream failed on our side; the log has more")
             self._listener.lost(failure)
-            since = self._caught_up_at
-            if since is not None and loop.time() - since >= self._timings.healthy_seconds:
+            self.note_caught_up(False)
+            if self._healthy:
                 backoff.reset()
             await asyncio.sleep(backoff.delay_after(failure))
 
-    def caught_up(self) -> None:
-        """Note that all that the SLM has is here; only such a connection is ever healthy."""
-        if self._caught_up_at is None and self._subscribed_at is not None:
-            self._caught_up_at = asyncio.get_running_loop().time()
+    def note_caught_up(self, caught_up: bool) -> None:
+        """Note whether all that the SLM has is here; a connection that keeps it so is healthy."""
+        now, since = asyncio.get_running_loop().time(), self._caught_up_at
+        if since is not None and now - since >= self._timings.healthy_seconds:
+            self._healthy = True
+        if not caught_up:
+            self._caught_up_at = None
+        elif since is None:
+            self._caught_up_at = now
 
     async def send(self, text: str) -> bool:
         """Send a message; return whether there is a subscription to send it on."""

@@ -225,7 +225,7 @@ class Synchroniser:
             report = await self._explain(question.agent_id)
             await self._stream.send(encode(Explained(explained=question.id, report=report)))
         except Exception as error:
-            _log.warning("a question of the SLM was not answered (%s)", type(error).__name__)
+            _log.debug("a question of the SLM was not answered (%s)", type(error).__name__)
         finally:
             self._explaining -= 1
 
@@ -254,8 +254,7 @@ class Synchroniser:
         reached = self._cache.revision >= self._live_from
         live = self._connected and self._cache.synced and reached and not self._behind
         self._cache.set_live(live)
-        if live:
-            self._stream.caught_up()
+        self._stream.note_caught_up(live)
         self._liveness()
         self._wake()
 

@@ -78,6 +78,8 @@ class Acceptor:
             else:
                 self._pause.cancel()
             self._listener.close()
+            for task in list(self._connections.arriving):
+                task.cancel()
 
     def get_on(self) -> None:
         """Hear that the server is less busy: the pause, if there is one, ends now."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import AsyncIterator, Callable
 from importlib.metadata import version
 from typing import Any, Protocol
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
@@ -44,6 +45,17 @@ class _Application(FastAPI):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.own_routes: list[APIRoute] = []
+
+    def setup(self) -> None:
+        """Answer the document from memory: it is open to all, and slow to encode."""
+        encoded = b""
+
+        async def answer_document(_: Request) -> Response:
+            nonlocal encoded
+            encoded = encoded or json.dumps(self.openapi()).encode()
+            return Response(encoded, media_type="application/json")
+
+        self.add_route("/openapi.json", answer_document, include_in_schema=False)
 
     def allowed_methods(self, path: str) -> set[str]:
         """Return the methods that this path takes, for `Allow` (RFC 9110 section 15.5.6)."""

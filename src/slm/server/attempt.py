@@ -58,8 +58,9 @@ class Attempt:
         future.cancel()
 
     def cut(self) -> None:
-        """End the connection under way, so that its thread comes back."""
+        """End the connection under way, so that its thread comes back and does not begin anew."""
         with self._lock:
+            self.late = True
             self._cut()
 
     # --- the thread ---

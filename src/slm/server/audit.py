@@ -6,21 +6,31 @@ secret: a detail names fields, never their values. Knows no HTTP.
 
 from __future__ import annotations
 
-import hashlib
+import asyncio
+import contextlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
-from sqlalchemy import Connection, Integer, bindparam, insert, select, update
+from sqlalchemy import Connection, Integer, bindparam, insert, update
 
+from slm.errors import Overloaded
+from slm.server.audit_chain import GENESIS as GENESIS
+from slm.server.audit_chain import START, Entry, Verdict, Walk, parse_link
+from slm.server.audit_read import (
+    WALK_PAGE,
+    AuditFilter,
+    EntryPage,
+    ends,
+    entries_after,
+    entry_page,
+)
 from slm.server.auth import Caller
 from slm.server.database import Database
 from slm.server.models import AUDIT, AUDIT_HEAD, utc_now
 from slm.server.prepared import Prepared
-
-GENESIS: Final = "0" * 64
-"""What stands for the hash before the first row."""
+from slm.server.vault import Vault
 
 _NEXT: Final = Prepared(
     update(AUDIT_HEAD)
@@ -32,7 +42,11 @@ _INSERT: Final = Prepared(insert(AUDIT))
 _MOVE: Final = Prepared(
     update(AUDIT_HEAD).where(AUDIT_HEAD.c.id == 1).values(hash=bindparam("new_hash"))
 )
-_PAGE: Final = 1000
+
+_TRIES: Final = 100
+_PAUSE_SECONDS: Final = 0.1
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -77,49 +91,6 @@ class Event:
     detail: Mapping[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One row of the audit, as it is read."""
-
-    seq: int
-    at: str
-    actor: str
-    action: str
-    agent_id: str | None
-    address: str | None
-    detail: str
-    hash: str
-
-    def hash_after(self, before: str) -> str:
-        """Return the hash that this row must have after the row whose hash is `before`."""
-        told = (self.seq, self.at, self.actor, self.action, self.agent_id, self.address)
-        text = json.dumps([before, *told, self.detail], ensure_ascii=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What `verify` found.
-
-    Attributes:
-        rows: how many rows the chain has up to its head, or up to where it breaks.
-        head: `seq:hash` of the last row; noted elsewhere, it proves later that nothing before it
-            was altered.
-        broken_at: the first row that is not what was written there; None where all are.
-        reason: in what way; empty where nothing is wrong.
-    """
-
-    rows: int
-    head: str
-    broken_at: int | None = None
-    reason: str = ""
-
-    @property
-    def whole(self) -> bool:
-        """Whether nothing was altered."""
-        return self.broken_at is None
-
-
 def append(connection: Connection, event: Event) -> None:
     """Record an event within the caller's transaction; the last thing it does before it commits.
 
@@ -154,10 +125,16 @@ def append_all(connection: Connection, events: Sequence[Event]) -> None:
 
 
 class AuditLog:
-    """Reads the audit and checks its chain."""
+    """Reads the audit and checks its chain.
 
-    def __init__(self, database: Database) -> None:
+    Args:
+        database: where it is.
+        vault: opens the seal of a cut; without one no cut counts.
+    """
+
+    def __init__(self, database: Database, vault: Vault | None = None) -> None:
         self._database = database
+        self._vault = vault
 
     async def record(self, event: Event) -> None:
         """Record an event in a transaction of its own, for what writes nothing else.
@@ -191,18 +168,30 @@ class AuditLog:
             agent_id: only what was about this agent.
             action: only this, or with a trailing dot every action that begins so.
         """
-        wanted = select(AUDIT).order_by(AUDIT.c.seq.desc()).limit(limit)
-        if before is not None:
-            wanted = wanted.where(AUDIT.c.seq < before)
-        if actor is not None:
-            wanted = wanted.where(AUDIT.c.actor == actor)
-        if agent_id is not None:
-            wanted = wanted.where(AUDIT.c.agent_id == agent_id)
-        if action is not None and action.endswith("."):
-            wanted = wanted.where(AUDIT.c.action.startswith(action, autoescape=True))
-        elif action is not None:
-            wanted = wanted.where(AUDIT.c.action == action)
-        return await self._database.read(lambda connection: _entries(connection, wanted))
+        wanted = AuditFilter(before, actor, agent_id, action)
+        return (await self.page(wanted, limit)).entries
+
+    async def page(self, wanted: AuditFilter, limit: int) -> EntryPage:
+        """Return at most `limit` entries, the newest first, and where the next page starts.
+
+        A page may be short, even empty, and still have a following one: it looks at a bounded
+        number of rows, whatever the filter.
+
+        Raises:
+            DatabaseUnavailable: the database does not answer, or not in time.
+            Overloaded: too many such reads are under way.
+        """
+        return await self._database.read_long(
+            lambda connection: entry_page(connection, wanted, limit)
+        )
+
+    async def _when_free(self, fn: Callable[[Connection], T]) -> T:
+        """Run one step of a long walk; where others read, it waits for its turn."""
+        for _ in range(_TRIES):
+            with contextlib.suppress(Overloaded):
+                return await self._database.read_long(fn)
+            await asyncio.sleep(_PAUSE_SECONDS)
+        return await self._database.read_long(fn)
 
     async def verify(self, expect: str | None = None) -> Verdict:
         """Walk the whole chain in pages and say whether it is what was written.
@@ -213,42 +202,29 @@ class AuditLog:
         Args:
             expect: a `seq:hash` that an earlier verify gave; it must still be in the chain.
         """
-        seq_wanted, _, hash_wanted = (expect or "").partition(":")
-        wanted = int(seq_wanted) if seq_wanted.isdigit() else None
-        last, head = await self._database.read(
-            lambda connection: connection.execute(
-                select(AUDIT_HEAD.c.seq, AUDIT_HEAD.c.hash).where(AUDIT_HEAD.c.id == 1)
-            ).one()
-        )
-        seq, before = 0, GENESIS
-        if expect is not None and (wanted is None or not 0 < wanted <= last):
-            return Verdict(last, f"{last}:{head}", last, "the head that was noted is not there")
-        while seq < last:
-            page = select(AUDIT).where(AUDIT.c.seq > seq, AUDIT.c.seq <= last)
-            page = page.order_by(AUDIT.c.seq).limit(_PAGE)
-            entries = await self._database.read(lambda c, page=page: _entries(c, page))  # type: ignore[misc]
+        noted = None if expect is None else parse_link(expect)
+        cut, head, seal = await self._database.read(ends)
+        if cut != START and (self._vault is None or self._vault.unseal(seal or "") != str(cut)):
+            reason = "the beginning was cut off by somebody without the encryption key"
+            return Verdict(0, str(cut), cut.seq + 1, reason, str(cut))
+        if expect is not None and (noted is None or not cut.seq <= noted.seq <= head.seq):
+            reason = "the head that was noted is not there"
+            return Verdict(head.seq, str(head), head.seq, reason)
+        walk = Walk(cut, noted)
+
+        def go_on(connection: Connection) -> bool:
+            entries = entries_after(connection, walk.at.seq, head.seq, WALK_PAGE)
             if not entries:
-                return Verdict(seq, f"{seq}:{before}", seq + 1, "a row is missing")
-            for entry in entries:
-                reason = _wrong(entry, seq + 1, before)
-                if not reason and entry.seq == wanted and entry.hash != hash_wanted:
-                    reason = "the chain was written anew: the head that was noted is another one"
-                if reason:
-                    return Verdict(seq, f"{seq}:{before}", seq + 1, reason)
-                seq, before = entry.seq, entry.hash
-        if before != head:
-            return Verdict(seq, f"{seq}:{before}", seq, "the chain does not end where it says")
-        return Verdict(seq, f"{seq}:{before}")
+                walk.reason = "a row is missing"
+            # Hashed here, in the database's thread: a million rows are seconds of work.
+            return bool(entries) and walk.go(entries)
 
-
-def _wrong(entry: Entry, expected: int, before: str) -> str:
-    if entry.seq != expected:
-        return "a row is missing"
-    if entry.hash_after(before) != entry.hash:
-        return "the row was altered"
-    return ""
-
-
-def _entries(connection: Connection, wanted: Any) -> list[Entry]:
-    rows: Iterable[Any] = connection.execute(wanted)
-    return [Entry(**row._mapping) for row in rows]
+        while walk.at.seq < head.seq:
+            if not await self._when_free(go_on):
+                if (await self._database.read(ends)).cut != cut:
+                    # It was trimmed meanwhile.
+                    return await self.verify(expect)
+                return walk.verdict()
+        if walk.at != head:
+            return walk.verdict(walk.at.seq, "the chain does not end where it says")
+        return walk.verdict()

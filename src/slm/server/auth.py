@@ -54,6 +54,11 @@ class Caller:
     version: int = -1
 
     @property
+    def sees_fleet(self) -> bool:
+        """Whether it may know of every backend, as GET /api/fleet tells them."""
+        return "config:read" in self.scopes and not self.view.is_limited
+
+    @property
     def has_expired(self) -> bool:
         """Whether its time is over, by this server's clock."""
         return self.expires_at is not None and self.expires_at <= datetime.now(UTC)

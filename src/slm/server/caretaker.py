@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from typing import Final
 
 from slm.errors import EncryptionKeyMissing, ProblemError
 from slm.server.auth import TokenTable
@@ -20,6 +21,9 @@ from slm.server.supervisor import Supervisor
 from slm.server.token_store import TokenStore
 
 logger = logging.getLogger(__name__)
+
+_TRY_AGAIN_SECONDS: Final = 1.0
+"""How often a database that cannot be written is tried again."""
 
 
 class Caretaker:
@@ -81,6 +85,9 @@ class Caretaker:
                 if loop.time() < due:
                     continue
                 due = loop.time() + self._settings.lease_seconds / 3
+                if self._database.unwritable is not None:
+                    due = min(due, loop.time() + _TRY_AGAIN_SECONDS)
+                    await self._database.try_writing()
                 await self._renew()
                 if loop.time() - checked >= self._settings.key_check_seconds:
                     await self._check_keys()

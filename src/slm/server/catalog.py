@@ -170,6 +170,11 @@ class Catalog:
         """Return the agent of exactly this agent_id."""
         return self._entries.get(agent_id)
 
+    @property
+    def default_id(self) -> str | None:
+        """The agent_id of the default of now."""
+        return self._default_id
+
     def agent(self, agent_id: str) -> Agent | None:
         """Return the agent of exactly this agent_id, without its ready answers."""
         entry = self._entries.get(agent_id)

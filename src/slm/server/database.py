@@ -10,29 +10,45 @@ import asyncio
 import contextlib
 import errno
 import functools
+import logging
 import sqlite3
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final, Literal, TypeVar
 
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Connection, Engine, update
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.pool import QueuePool
 
-from slm.errors import DatabaseUnavailable, InsufficientStorage, OutcomeUnknown, Overloaded
+from slm.errors import (
+    DatabaseUnavailable,
+    InsufficientStorage,
+    OutcomeUnknown,
+    Overloaded,
+    ProblemError,
+)
 from slm.server import failpoints
 from slm.server.attempt import Attempt
-from slm.server.database_errors import problem_of, why_not_opened
+from slm.server.database_errors import is_full, is_read_only, problem_of, why_not_opened
 from slm.server.engines import postgresql_engine, sqlite_engines, sqlite_path
+from slm.server.models import STATE
+from slm.server.postgresql import refuse_unfit
 from slm.server.sqlite_copy import copy_in_steps
 from slm.server.sqlite_file import SqliteFile
 
 T = TypeVar("T")
 
+logger = logging.getLogger(__name__)
+
 LONG_READERS: Final = 2
 """How many long reads run at once, each on a connection of its own."""
+
+ASK_AGAIN_SECONDS: Final = 0.2
+"""How soon PostgreSQL is asked again for a connection when it had no more."""
 
 LONG_READS: Final = 32
 """How many may be under way, those that wait included."""
@@ -50,6 +66,9 @@ class Database:
 
     Attributes:
         traces: by revision, the trace of a write that the feed has not passed on yet.
+        unwritable: why the last write failed where the database can be read and not written, such
+            as a standby or a full disk; None where it did not.
+        read_only: whether that is because it is read-only; there may be a newer one elsewhere.
     """
 
     def __init__(
@@ -70,6 +89,8 @@ class Database:
         self._answer_timeout_seconds: float | None = None
         self._workers = 1 if self.dialect == "sqlite" else pool_size
         self.traces: dict[int, str] = {}
+        self.unwritable: str | None = None
+        self.read_only = False
         self._attempts: dict[Attempt, asyncio.Future[Any]] = {}
         self._giving_up: asyncio.TimerHandle | None = None
         self._file: SqliteFile | None = None
@@ -86,7 +107,10 @@ class Database:
         """What to call this database in a message: the file, or the URL without its password."""
         if self.dialect == "sqlite":
             return self.url.database or ":memory:"
-        return self.url.set(query={}).render_as_string(hide_password=True)
+        hosts = self.url.query.get("host", ())
+        hosts = hosts if isinstance(hosts, str) else ",".join(hosts)
+        named = self.url.set(query={}, host=self.url.host or hosts or None)
+        return named.render_as_string(hide_password=True)
 
     @property
     def path(self) -> Path | None:
@@ -260,10 +284,10 @@ class Database:
             raise DatabaseUnavailable("The database is closed.") from None
         future = asyncio.wrap_future(running)
         timeout = self._answer_timeout_seconds if timeout is None else timeout
-        if attempt is None or timeout is None:
+        if attempt is None:
             return await future
         self._attempts[attempt] = future
-        timer = loop.call_later(timeout, attempt.give_up, future)
+        timer = None if timeout is None else loop.call_later(timeout, attempt.give_up, future)
         try:
             return await future
         except asyncio.CancelledError:
@@ -276,7 +300,8 @@ class Database:
         finally:
 
             def over() -> None:
-                timer.cancel()
+                if timer is not None:
+                    timer.cancel()
                 self._attempts.pop(attempt, None)
 
             if running.done():
@@ -309,7 +334,30 @@ class Database:
             problem = problem_of(error, committing=attempt.committing)
             if problem is None:
                 raise
+            if not read_only:
+                self._note_unwritable(error, problem)
             raise problem from error
+
+    def _note_unwritable(self, error: Exception, problem: ProblemError) -> None:
+        """Remember a database that can be read and not written, until a write succeeds again."""
+        read_only = is_read_only(error)
+        if not read_only and not isinstance(problem, InsufficientStorage):
+            return
+        if self.unwritable != problem.detail:
+            logger.error("the database cannot be written: %s", problem.detail)
+        self.unwritable, self.read_only = problem.detail, read_only
+
+    async def try_writing(self) -> None:
+        """Write something that changes nothing, to see whether the database takes writes again.
+
+        Raises:
+            DatabaseUnavailable: it does not.
+            InsufficientStorage: its disk is still full.
+        """
+        same = update(STATE).where(STATE.c.id == 1).values(floor=STATE.c.floor)
+        await self.run(lambda connection: connection.execute(same) and None)
+        logger.info("the database can be written again")
+        self.unwritable, self.read_only = None, False
 
     def _once(
         self,
@@ -327,7 +375,7 @@ class Database:
         failpoints.reach("database")
         if self._file is not None:
             self._file.check()
-        with engine.connect() as connection, contextlib.ExitStack() as stack:
+        with self._connected(engine) as connection, contextlib.ExitStack() as stack:
             attempt.hold(connection.connection.dbapi_connection)  # type: ignore[arg-type]
             stack.callback(attempt.hold, None)
             if self.dialect == "postgresql":
@@ -337,6 +385,10 @@ class Database:
                     connection.execution_options(
                         isolation_level="REPEATABLE READ", postgresql_readonly=True
                     )
+                else:
+                    # SQLAlchemy leaves False behind, which begins READ WRITE even where the
+                    # operator has made the database read-only.
+                    connection.connection.dbapi_connection.read_only = None  # type: ignore[union-attr]
             with contextlib.closing(connection.begin()) as transaction:
                 if lane is self._long and self.dialect == "postgresql":
                     # A cut connection alone would have PostgreSQL work on, for nobody.
@@ -376,14 +428,38 @@ class Database:
             else:
                 self._main.engine = self._postgresql_engine(self._workers)
                 self._long.engine = self._postgresql_engine(LONG_READERS)
-            with self._main.engine.begin() as connection:
+            with self._connected(self._main.engine) as connection, connection.begin():
                 connection.exec_driver_sql("SELECT 1")
+            if self.dialect == "postgresql":
+                self._refuse_unfit(self._main.engine)
             if self._file is not None and self._long.engine is not None:
                 # Opened later, it might find another file under the name, or none.
                 with self._long.engine.begin() as connection:
                     connection.exec_driver_sql("SELECT count(*) FROM sqlite_master")
         except (SQLAlchemyError, sqlite3.Error) as error:
             raise why_not_opened(error, self.name) from None
+
+    def _refuse_unfit(self, engine: Engine) -> None:
+        with self._connected(engine) as one, self._connected(engine) as other:
+            refuse_unfit(
+                one.connection.dbapi_connection, other.connection.dbapi_connection, self.name
+            )
+
+    def _connected(self, engine: Engine) -> Connection:
+        """Return a connection; where the server has no more of them, wait for one of ours."""
+        until = time.monotonic() + self._lock_timeout_seconds
+        while True:
+            try:
+                return engine.connect()
+            except DBAPIError as error:
+                if not is_full(error) or time.monotonic() > until:
+                    raise
+            # Until one of ours comes back, or PostgreSQL may have one more.
+            pool, again_at = engine.pool, time.monotonic() + ASK_AGAIN_SECONDS
+            while isinstance(pool, QueuePool) and not pool.checkedin():
+                if time.monotonic() > min(again_at, until):
+                    break
+                time.sleep(0.005)
 
     def _postgresql_engine(self, pool_size: int) -> Engine:
         return postgresql_engine(

@@ -18,6 +18,7 @@ from slm.errors import (
     ProblemError,
     StartupError,
 )
+from slm.server.postgresql import behind_a_pooler
 
 
 class DatabaseHeld(StartupError):
@@ -43,6 +44,8 @@ def why_not_opened(error: SQLAlchemyError | sqlite3.Error, name: str) -> Startup
     if not isinstance(cause, sqlite3.Error):
         # libpq's own words: they name host, user and reason, and no password.
         words = str(cause).strip().splitlines() or [type(cause).__name__]
+        if "pooling mode" in words[0]:
+            return behind_a_pooler(name)
         return StartupError(f"The database {name} cannot be opened: {words[0]}")
     match primary_code(cause):
         case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:
@@ -69,6 +72,27 @@ def problem_of(error: SQLAlchemyError | sqlite3.Error, *, committing: bool) -> P
     if isinstance(cause, sqlite3.Error):
         return _sqlite_problem(cause, committing)
     return _postgresql_problem(error, cause, committing)
+
+
+# For a connection that was refused libpq has no SQLSTATE, only words; pgbouncer's come last.
+_FULL: Final = (
+    *("too many clients", "too many connections", "remaining connection slots"),
+    "no more connections allowed",
+)
+
+
+def is_full(error: DBAPIError) -> bool:
+    """Say whether PostgreSQL refused a connection because it has as many as it takes."""
+    words = str(error.orig)
+    return any(each in words for each in _FULL)
+
+
+def is_read_only(error: Exception) -> bool:
+    """Say whether a write failed because the database, or its file, is read-only."""
+    cause = getattr(error, "orig", error)
+    if isinstance(cause, sqlite3.Error):
+        return primary_code(cause) == sqlite3.SQLITE_READONLY
+    return getattr(cause, "sqlstate", None) == "25006"
 
 
 _SQLITE_AWAY: Final = frozenset(
@@ -114,8 +138,12 @@ def _postgresql_problem(
     lost = not state or state[:2] == "08" or state[:3] == "57P"
     if isinstance(error, DBAPIError) and error.connection_invalidated and committing and lost:
         return OutcomeUnknown()
-    # 25P03 idle in transaction, 25006 read only (a standby), 40 try again, 53 out of resources.
-    if state in ("25P03", "25006") or state[:2] in ("40", "53", "57"):
+    if state in ("26000", "42P05"):
+        return DatabaseUnavailable("The database's session was another one. Try again.")
+    if state == "25006":
+        return DatabaseUnavailable("The database is read-only.")
+    # 25P03 idle in transaction, 40 try again, 53 out of resources.
+    if state == "25P03" or state[:2] in ("40", "53", "57"):
         return DatabaseUnavailable()
     if isinstance(error, DBAPIError) and (error.connection_invalidated or state[:2] == "08"):
         return DatabaseUnavailable()

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import sqlite3
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote
 
 from sqlalchemy import Connection, Engine, create_engine, event
-from sqlalchemy.engine import URL
+from sqlalchemy.engine import URL, ExceptionContext
 from sqlalchemy.pool import QueuePool, StaticPool
 
 from slm.errors import StartupError
 from slm.server.database_errors import primary_code
 from slm.server.sqlite_file import SqliteFile
+
+logger = logging.getLogger(__name__)
 
 MIN_SQLITE: Final = (3, 35, 0)
 """The first SQLite that has RETURNING."""
@@ -22,6 +27,12 @@ MIN_SQLITE: Final = (3, 35, 0)
 
 WAL_BYTES: Final = 64 * 2**20
 """How large the WAL stays once everything in it was copied into the database."""
+
+
+_ANOTHER_SESSION: Final = ("26000", "42P05")
+"""A prepared statement that is not there, or is there already: the session is not ours alone."""
+
+_READ_ONLY: Final = "25006"
 
 
 def sqlite_path(url: URL) -> Path | None:
@@ -175,6 +186,8 @@ def postgresql_engine(
             isolation_level="READ COMMITTED",
             connect_args={
                 "connect_timeout": 5,
+                # Whatever a role, a database or PGCLIENTENCODING has set.
+                "client_encoding": "utf8",
                 # A peer that vanished without a word is given up in about ten seconds.
                 "keepalives_idle": 5,
                 "keepalives_interval": 2,
@@ -186,6 +199,10 @@ def postgresql_engine(
         raise StartupError(
             "PostgreSQL needs a driver: pip install 'autobot-slm[server,postgres]'."
         ) from None
+    warn_of_pooler = _once_a_minute(
+        "PostgreSQL lost our prepared statements: is a pooler in transaction mode before it now?"
+        " Set it to session mode, or connect to PostgreSQL itself."
+    )
     settings = {
         "lock_timeout": f"{round(lock_timeout_seconds * 1000)}ms",
         "idle_in_transaction_session_timeout": (f"{round(idle_in_transaction_seconds * 1000)}ms"),
@@ -197,6 +214,16 @@ def postgresql_engine(
         if (attempt := connection.info.get("attempt")) is not None:
             attempt.begun = True
 
+    @event.listens_for(engine, "handle_error")
+    def _failed(context: ExceptionContext) -> None:
+        state = getattr(context.original_exception, "sqlstate", None)
+        if state in _ANOTHER_SESSION or state == _READ_ONLY:
+            # The next connection may be to a session, or a host, that can.
+            context.is_disconnect = True
+            context.invalidate_pool_on_disconnect = False
+        if state in _ANOTHER_SESSION:
+            warn_of_pooler()
+
     @event.listens_for(engine, "connect")
     def _connected(connection: Any, _: object) -> None:
         autocommit, connection.autocommit = connection.autocommit, True
@@ -205,6 +232,19 @@ def postgresql_engine(
         connection.autocommit = autocommit
 
     return engine
+
+
+def _once_a_minute(sentence: str) -> Callable[[], None]:
+    """Return what logs the sentence, unless it did within the last minute."""
+    told_at = float("-inf")
+
+    def tell() -> None:
+        nonlocal told_at
+        if time.monotonic() - told_at > 60:
+            told_at = time.monotonic()
+            logger.error(sentence)
+
+    return tell
 
 
 def _begin_immediate(connection: Any) -> None:

@@ -40,6 +40,7 @@ from slm.server.pulse import Pulse
 from slm.server.registry import Written
 from slm.server.settings import Settings
 from slm.server.supervisor import Supervisor
+from slm.server.view import View
 
 logger = logging.getLogger(__name__)
 
@@ -127,6 +128,10 @@ class ChangeFeed:
         """The epoch of `position`."""
         return self._catalog.epoch
 
+    def hides(self, view: View, agent_id: str) -> bool:
+        """Whether a view does not see this agent now: neither by its patterns nor as default."""
+        return not view.sees(agent_id, agent_id == self._catalog.default_id)
+
     @property
     def held(self) -> Position:
         """The position up to which everything was passed on, and which change is there."""
@@ -155,8 +160,12 @@ class ChangeFeed:
 
     @property
     def current(self) -> bool:
-        """Whether the last look whose whole effect was had is recent (protocol section 4)."""
-        return self.seconds_since_look <= self._behind_after_seconds
+        """Whether the last look whose whole effect was had is recent (protocol section 4).
+
+        A database that has become read-only, such as a standby, may be behind another one.
+        """
+        recent = self.seconds_since_look <= self._behind_after_seconds
+        return recent and not self._database.read_only
 
     @property
     def running(self) -> bool:

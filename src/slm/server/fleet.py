@@ -420,37 +420,45 @@ class Fleet:
                     async with asyncio.timeout(seconds):
                         await waiter.done.wait()
 
-    def receipt(self, subject: Subject) -> dict[str, Any]:
+    def receipt(self, subject: Subject, named: str | None = None) -> dict[str, Any]:
         """Return who applied the change, who refused it and why, and who has not answered.
 
         Backends that never ack are `unknown` and are not waited for. Times are counted from the
         commit, in milliseconds.
+
+        Args:
+            subject: the change.
+            named: the token whose backends are named; those of other tokens are counted in
+                `others`. None: all are named.
         """
-        applied: list[str] = []
+        told: dict[str, list[Any]] = {"applied": [], "refused": [], "pending": [], "unknown": []}
+        others = dict.fromkeys(told, 0)
+        applied = 0
         times: list[float] = []
-        refused, pending, unknown = [], [], []
         for backend in self.expected(subject):
-            outcome, name = outcome_of(backend, subject), self.name_of(backend)
+            outcome = outcome_of(backend, subject)
+            entry: Any = self.name_of(backend)
             if outcome.reason is not None:
-                refused.append({"backend": name, "reason": outcome.reason})
+                kind, entry = "refused", {"backend": entry, "reason": outcome.reason}
             elif outcome.answered:
-                applied.append(name)
+                kind = "applied"
+                applied += 1
                 if outcome.at is not None:
                     times.append(_milliseconds(outcome.at, subject))
-            elif backend.acks:
-                pending.append(name)
             else:
-                unknown.append(name)
-        if len(times) < len(applied):
+                kind = "pending" if backend.acks else "unknown"
+            if named is None or backend.token == named:
+                told[kind].append(entry)
+            else:
+                others[kind] += 1
+        if len(times) < applied:
             # One that is not known any more may be that of the slowest.
             times = []
         times.sort()
         return {
             "revision": subject.revision,
-            "applied": applied,
-            "refused": refused,
-            "pending": pending,
-            "unknown": unknown,
+            **told,
+            **({} if named is None else {"others": others}),
             "elapsed_ms": _percentile(times, 1.0),
             "p50_ms": _percentile(times, 0.50),
             "p99_ms": _percentile(times, 0.99),

@@ -5,7 +5,7 @@ Pure: knows no connection (docs/protocol.md section 4).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Final
@@ -40,11 +40,19 @@ class Frames:
         return text_frames(self.texts)
 
 
-def encode_change(change: CommittedChange, view: View = EVERYTHING) -> str:
+def encode_change(
+    change: CommittedChange, view: View = EVERYTHING, *, hidden_today: bool = False
+) -> str:
     """Return the frame's text for a change: the llm_* fields and flags, never a key.
 
     A change outside the view is a heartbeat that names its revision, and an agent that leaves the
     view by it is deleted (docs/protocol.md section 4, point 8).
+
+    Args:
+        change: the change.
+        view: what the token sees.
+        hidden_today: of a replay, whether the view does not see the agent any more. Then nothing
+            of it is told, but that it left: a client that had it until then must drop it.
     """
     agent, change_id = change.agent, change.change_id or None
     message: AgentChanged | AgentDeleted | Heartbeat
@@ -59,6 +67,8 @@ def encode_change(change: CommittedChange, view: View = EVERYTHING) -> str:
             change_id=change_id,
             traceparent=change.traceparent,
         )
+    elif hidden_today:
+        message = Heartbeat(revision=change.revision, change_id=change_id)
     else:
         message = AgentChanged(
             type="agent_created" if change.type == "agent_created" else "agent_config_changed",
@@ -71,13 +81,24 @@ def encode_change(change: CommittedChange, view: View = EVERYTHING) -> str:
     return protocol.encode(message)
 
 
-def in_writes(changes: Iterable[CommittedChange], view: View = EVERYTHING) -> Iterator[Frames]:
-    """Encode the changes and join them into writes of at most `MAX_WRITE_BYTES`, in order."""
+def in_writes(
+    changes: Iterable[CommittedChange],
+    view: View = EVERYTHING,
+    hides: Callable[[View, str], bool] = lambda _view, _agent_id: False,
+) -> Iterator[Frames]:
+    """Encode the changes and join them into writes of at most `MAX_WRITE_BYTES`, in order.
+
+    Args:
+        changes: what a replay tells.
+        view: what the token sees.
+        hides: whether a view does not see the agent of this agent_id today.
+    """
     texts: list[str] = []
     size = 0
     last: CommittedChange | None = None
     for change in changes:
-        text = encode_change(change, view)
+        hidden = hides(view, change.agent.agent_id)
+        text = encode_change(change, view, hidden_today=hidden)
         if last is not None and size + len(text) > MAX_WRITE_BYTES:
             yield Frames(tuple(texts), last.revision, last.change_id)
             texts, size = [], 0

@@ -6,19 +6,22 @@ Reads only; a rollback is a write like any other and goes through the registry. 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final
 
 from pydantic import ValidationError
-from sqlalchemy import Connection, Row, Select, select
+from sqlalchemy import ColumnElement, Connection, Row, select
 
 from slm.errors import InternalError, InvalidRequest, RevisionNotFound
 from slm.schemas import Agent, Change, ChangeList
+from slm.server import view_sql
 from slm.server.bodies import AgentCreate, AgentUpdate
 from slm.server.database import Database
-from slm.server.models import CHANGES, STATE
+from slm.server.models import AGENTS, CHANGES, STATE
+from slm.server.pages import Window, opaque, read_page
+from slm.server.strict_json import MAX_INTEGER
+from slm.server.view import EVERYTHING, View
 
 MAX_PAGE: Final = 1000
 """So many changes in one answer at most."""
@@ -50,7 +53,7 @@ class ChangeFilter:
         upto: not after this revision.
         at: not after this time.
         newest_first: the order, and which end `limit` counts from.
-        sees: whether the caller may see the agent of this agent_id.
+        view: what the caller may see; an agent's past is seen by whoever may see it today.
     """
 
     agent_id: str | None = None
@@ -59,7 +62,7 @@ class ChangeFilter:
     upto: int | None = None
     at: datetime | None = None
     newest_first: bool = False
-    sees: Callable[[str], bool] = lambda _agent_id: True
+    view: View = EVERYTHING
 
 
 class History:
@@ -69,26 +72,22 @@ class History:
         self._database = database
 
     async def changes(self, wanted: ChangeFilter, limit: int) -> ChangeList:
-        """Return at most `limit` changes, in order.
+        """Return at most `limit` changes, in order, and where the next page starts.
+
+        A page may be short, even empty, and still have a `next`: it looks at a bounded number of
+        rows, whatever the filter.
+
+        It runs beside the writers, and is interrupted at the database's time-out.
 
         Raises:
-            DatabaseUnavailable: the database does not answer.
+            DatabaseUnavailable: the database does not answer, or not in time.
+            Overloaded: too many such reads are under way.
         """
+        return await self._database.read_long(lambda connection: _page(connection, wanted, limit))
 
-        def read(connection: Connection) -> ChangeList:
-            state = connection.execute(select(STATE.c.floor, STATE.c.revision, STATE.c.epoch)).one()
-            found: list[Change] = []
-            for row in connection.execute(_query(wanted)).yield_per(MAX_PAGE):
-                change = _change(row)
-                if wanted.sees(change.agent_id):
-                    found.append(change)
-                if len(found) == limit:
-                    break
-            return ChangeList(
-                changes=found, floor=state.floor, revision=state.revision, epoch=state.epoch
-            )
-
-        return await self._database.read(read)
+    async def _few(self, wanted: ChangeFilter, limit: int) -> ChangeList:
+        """Return one change or two, for a write or a receipt: not behind anybody's long read."""
+        return await self._database.read(lambda connection: _page(connection, wanted, limit))
 
     async def change(self, revision: int) -> Change:
         """Return one change.
@@ -96,7 +95,7 @@ class History:
         Raises:
             RevisionNotFound: there is none of this revision, or none any more.
         """
-        found = await self.changes(ChangeFilter(since=revision - 1, upto=revision), 1)
+        found = await self._few(ChangeFilter(since=revision - 1, upto=revision), 1)
         if not found.changes:
             raise RevisionNotFound
         return found.changes[0]
@@ -112,7 +111,7 @@ class History:
             RevisionNotFound: the history holds nothing of the agent at that revision.
             InvalidRequest: it was deleted at that revision.
         """
-        last_two = await self.changes(
+        last_two = await self._few(
             ChangeFilter(agent_id=agent_id, upto=to, newest_first=True), 2 if to is None else 1
         )
         found = last_two.changes
@@ -150,18 +149,85 @@ def restoring_create(old: Agent, comment: str) -> AgentCreate:
     )
 
 
-def _query(wanted: ChangeFilter) -> Select[Any]:
-    query = select(CHANGES).where(CHANGES.c.revision > wanted.since)
+def _page(connection: Connection, wanted: ChangeFilter, limit: int) -> ChangeList:
+    state = connection.execute(select(STATE.c.floor, STATE.c.revision, STATE.c.epoch)).one()
+    default_id = connection.execute(
+        select(AGENTS.c.agent_id).where(AGENTS.c.is_default)
+    ).scalar_one_or_none()
+
+    def visible(agent_id: str) -> bool:
+        return wanted.view.sees(agent_id, agent_id == default_id)
+
+    def answer(changes: list[Change], following: int | None = None) -> ChangeList:
+        return ChangeList(
+            changes=changes,
+            floor=state.floor,
+            revision=state.revision,
+            epoch=state.epoch,
+            next=following,
+        )
+
+    if wanted.agent_id is not None and not visible(wanted.agent_id):
+        return answer([])
+    window = _window(connection, wanted, state, default_id)
+    page = read_page(connection, window, limit, _characters)
+    # The condition in SQL chose them; that none is shown by mistake is not left to it alone.
+    changes = [_change(row) for row in page.rows if visible(row.agent_id)]
+    return answer(changes, page.following(window))
+
+
+def _window(
+    connection: Connection, wanted: ChangeFilter, state: Row[Any, Any, Any], default_id: str | None
+) -> Window:
+    columns = CHANGES.c
+    filters: list[ColumnElement[bool]] = []
+    equal = None
     if wanted.agent_id is not None:
-        query = query.where(CHANGES.c.agent_id == wanted.agent_id)
-    if wanted.actor is not None:
-        query = query.where(CHANGES.c.actor == wanted.actor)
-    if wanted.upto is not None:
-        query = query.where(CHANGES.c.revision <= wanted.upto)
+        equal = (columns.agent_id, wanted.agent_id)
+        if wanted.actor is not None:
+            filters.append(opaque(columns.actor) == wanted.actor)
+    else:
+        if wanted.actor is not None:
+            equal = (columns.actor, wanted.actor)
+        seen = view_sql.sees(wanted.view, default_id, columns.agent_id, connection.dialect.name)
+        if seen is not None:
+            filters.append(seen)
+    after = wanted.since if wanted.since > state.floor else 0
+    upto = MAX_INTEGER if wanted.upto is None else wanted.upto
     if wanted.at is not None:
-        query = query.where(CHANGES.c.created_at <= wanted.at)
-    revision = CHANGES.c.revision
-    return query.order_by(revision.desc() if wanted.newest_first else revision)
+        last = min(upto, state.revision)
+        upto = _revision_at(connection, wanted.at, max(after, state.floor), last)
+        filters.append(columns.created_at <= wanted.at)
+    return Window(
+        CHANGES, columns.revision, after, upto, wanted.newest_first, equal, tuple(filters)
+    )
+
+
+def _revision_at(connection: Connection, at: datetime, after: int, upto: int) -> int:
+    """Return the last revision that was made at a time or before it.
+
+    By halves, since times rise with the revisions, but for the difference between two servers'
+    clocks: an index of the times would cost every write.
+    """
+    in_time = (CHANGES.c.created_at <= at).label("in_time")
+    while after < upto:
+        middle = (after + upto + 1) // 2
+        # The first at or after it: a history that somebody edited may have holes.
+        row = connection.execute(
+            select(CHANGES.c.revision, in_time)
+            .where(CHANGES.c.revision >= middle, CHANGES.c.revision <= upto)
+            .order_by(CHANGES.c.revision)
+            .limit(1)
+        ).one_or_none()
+        if row is not None and row.in_time:
+            after = row.revision
+        else:
+            upto = middle - 1
+    return after
+
+
+def _characters(row: Row[Any]) -> int:
+    return len(row.agent) + len(row.comment or "")
 
 
 def _change(row: Row[Any]) -> Change:

@@ -26,6 +26,9 @@ from slm.server.snapshots import Head, SealedSnapshot, SnapshotStore
 from slm.server.vault import KeyBinding
 from slm.server.view import View
 
+_LARGE: Final = 2000
+"""A table with more agents is read where no write waits for it."""
+
 _HEAD: Final = select(
     STATE.c.revision.label("head_revision"),
     STATE.c.epoch.label("head_epoch"),
@@ -40,7 +43,7 @@ _HEAD: Final = select(
     STATE.c.tokens_version,
 ).where(STATE.c.id == 1)
 _PAGE_OF_AGENTS: Final = (
-    SELECT_AGENTS.where(AGENTS.c.id > bindparam("after")).order_by(AGENTS.c.id).limit(2000)
+    SELECT_AGENTS.where(AGENTS.c.id > bindparam("after")).order_by(AGENTS.c.id).limit(_LARGE)
 )
 _ALL: Final = SELECT_AGENTS.order_by(AGENTS.c.id)
 # One statement is one view of the database even under READ COMMITTED, where a read may also write.
@@ -172,7 +175,7 @@ class KeyedReads:
         ready = asked.made or self._snapshots.kept(asked.view, head)
         if ready is None:
             return head, []
-        return ready, ready.events(asked.who, asked.view)
+        return ready, ready.events(asked.who)
 
     def _llm_for(
         self, connection: Connection, asked: Asked, read: tuple[Agent, Any] | None, head: Head
@@ -195,7 +198,11 @@ class KeyedReads:
     # --- all agents ---
 
     async def _read_for_snapshot(self, view: View) -> tuple[Head, Iterator[LLMConfigWithKey]]:
-        head, rows = await self._database.read(self._read_all)
+        some = functools.partial(self._read_all, limit=_LARGE + 1)
+        head, rows = await self._database.read(some)
+        if len(rows) > _LARGE:
+            # Beside the writers, none of whom is to wait for a hundred thousand rows.
+            head, rows = await self._database.read_long(self._read_all)
         return head, self._all_with_keys(rows, view)
 
     async def check(self) -> None:
@@ -221,10 +228,12 @@ class KeyedReads:
         agents = self._all_with_keys(rows, View())
         return {agent.agent_id for agent in agents if agent.key_error is not None}
 
-    def _read_all(self, connection: Connection) -> tuple[Head, Sequence[Any]]:
+    def _read_all(
+        self, connection: Connection, limit: int | None = None
+    ) -> tuple[Head, Sequence[Any]]:
         head = _head_of(connection.execute(_HEAD).one())
         self._keyring.follow(connection, head.keyring_version)
-        return head, connection.execute(_ALL).all()
+        return head, connection.execute(_ALL if limit is None else _ALL.limit(limit)).all()
 
     def _all_with_keys(self, rows: Sequence[Any], view: View) -> Iterator[LLMConfigWithKey]:
         for row in rows:

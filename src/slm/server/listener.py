@@ -68,6 +68,7 @@ class ChangeListener:
         _, given = self._url.get_dialect()().create_connect_args(self._url)
         options: dict[str, Any] = dict(given) | {
             "autocommit": True,
+            "client_encoding": "utf8",
             "connect_timeout": 5,
             # A listener only waits: without these it would never notice a peer that vanished.
             "keepalives_idle": 5,

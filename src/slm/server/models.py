@@ -105,13 +105,19 @@ class Change(Base):
 
     revision: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
     type: Mapped[str] = mapped_column(String(32))
-    agent_id: Mapped[str] = mapped_column(String(64), index=True)
+    agent_id: Mapped[str] = mapped_column(String(64))
     agent: Mapped[str] = mapped_column(Text)
     was_default: Mapped[bool] = mapped_column(Boolean)
     actor: Mapped[str] = mapped_column(String(128))
     comment: Mapped[str | None] = mapped_column(Text)
     created_at: Mapped[datetime] = mapped_column(DateTime(timezone=True))
     change_id: Mapped[str] = mapped_column(String(16), server_default="")
+
+    # Each filter of the history with the order of its pages (server/pages.py).
+    __table_args__ = (
+        Index("ix_changes_agent_id_revision", "agent_id", "revision"),
+        Index("ix_changes_actor_revision", "actor", "revision"),
+    )
 
 
 class State(Base):
@@ -192,16 +198,26 @@ class Audit(Base):
     at: Mapped[str] = mapped_column(String(32))
     actor: Mapped[str] = mapped_column(String(128))
     action: Mapped[str] = mapped_column(String(32))
-    agent_id: Mapped[str | None] = mapped_column(Text, index=True)
+    agent_id: Mapped[str | None] = mapped_column(Text)
     address: Mapped[str | None] = mapped_column(String(64))
     detail: Mapped[str] = mapped_column(Text)
     hash: Mapped[str] = mapped_column(String(64))
+
+    __table_args__ = (
+        Index("ix_audit_agent_id_seq", "agent_id", "seq"),
+        Index("ix_audit_actor_seq", "actor", "seq"),
+        Index("ix_audit_action_seq", "action", "seq"),
+    )
 
 
 class AuditHead(Base):
     """The one row that says where the audit's chain ends; locked by whoever appends to it.
 
     Not in `state`, since a key read would then wait for every write, and hold it up.
+
+    Attributes:
+        cut_seq, cut_hash: the last row that was removed after its export; the chain begins there.
+        cut_seal: both under the active encryption key, which who can write here does not have.
     """
 
     __tablename__ = "audit_head"
@@ -209,6 +225,9 @@ class AuditHead(Base):
     id: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
     seq: Mapped[int] = mapped_column(BigInteger)
     hash: Mapped[str] = mapped_column(String(64))
+    cut_seq: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
+    cut_hash: Mapped[str] = mapped_column(String(64), server_default="0" * 64)
+    cut_seal: Mapped[str | None] = mapped_column(Text)
 
 
 class Replica(Base):

@@ -57,7 +57,8 @@ def client_address(connection: HTTPConnection, trusted_proxies: Sequence[Network
     told = ",".join(connection.headers.getlist("x-forwarded-for")).split(",")
     for text in reversed(told):
         try:
-            hop = ipaddress.ip_address(text.strip())
+            # A zone index may be text of any length, and names nothing on this machine.
+            hop = ipaddress.ip_address(text.strip().partition("%")[0])
         except ValueError:
             break
         address = hop

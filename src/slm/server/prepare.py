@@ -6,6 +6,7 @@ Says where a secret was written, never what it holds.
 
 from __future__ import annotations
 
+import asyncio
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -84,8 +85,9 @@ async def prepare(settings: Settings) -> Prepared:
         make_data_dir(settings.data_dir)
     if database.path is not None:
         check_database_file(database.path)
-    # A command may take its time, so it runs before anything is locked.
-    at_hand = read_keys(settings)
+    # A command may take its time, so it runs before anything is locked, and beside the loop, which
+    # hears a signal meanwhile.
+    at_hand = await asyncio.to_thread(read_keys, settings)
     await database.open()
     try:
         vault, notes = await database.run(
@@ -158,9 +160,14 @@ def is_ours(connection: Connection, name: str) -> bool:
     return bool(heads)
 
 
-def migrate(connection: Connection) -> None:
-    """Bring the tables to this version's, in the transaction of the connection."""
-    command.upgrade(_config(connection), "head")
+def migrate(connection: Connection, revision: str = "head") -> None:
+    """Bring the tables to this version's, in the transaction of the connection.
+
+    Args:
+        connection: in a transaction.
+        revision: how far; a test stops earlier.
+    """
+    command.upgrade(_config(connection), revision)
 
 
 # --- encryption keys ---

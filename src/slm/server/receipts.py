@@ -7,6 +7,7 @@ replicas are asked first (docs/protocol.md section 3).
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -28,17 +29,27 @@ class Receipts:
         self._sync = sync
         self._alone = database.dialect == "sqlite"
 
-    async def subject(self, revision: int) -> Subject:
+    async def subject(
+        self, revision: int, sees: Callable[[str], bool] = lambda _agent_id: True
+    ) -> Subject:
         """Return what a receipt of this revision is about.
 
+        Args:
+            revision: of the change.
+            sees: whether the caller may see the agent of this agent_id.
+
         Raises:
-            RevisionNotFound: there is no such change, or nobody remembers who took it.
+            RevisionNotFound: there is no such change, the caller may not see it, or nobody
+                remembers who took it.
             DatabaseUnavailable: the database does not answer.
         """
         fleet = self._fleet
         if revision <= fleet.head - RECEIPT_REVISIONS:
             raise RevisionNotFound(f"Receipts are kept of the last {RECEIPT_REVISIONS} revisions.")
         change = await self._history.change(revision)
+        if not sees(change.agent_id):
+            # Before all else that could tell it from one that is not there.
+            raise RevisionNotFound
         subject = Subject(
             agent_id=change.agent_id,
             is_default=change.was_default or change.agent.is_default,
@@ -71,13 +82,21 @@ class Receipts:
             changed=written.changed,
         )
 
-    async def receipt(self, subject: Subject, seconds: float = 0.0) -> dict[str, Any]:
-        """Return how everyone took a change, once all have answered or after `seconds`."""
+    async def receipt(
+        self, subject: Subject, seconds: float = 0.0, *, named: str | None = None
+    ) -> dict[str, Any]:
+        """Return how everyone took a change, once all have answered or after `seconds`.
+
+        Args:
+            subject: the change.
+            seconds: how long to wait.
+            named: the token whose backends are named, the others being counted; None: all are.
+        """
         if seconds > 0:
             await self._fleet.wait(subject, seconds, alone=self._alone)
         else:
             await self.refresh()
-        return self._fleet.receipt(subject)
+        return self._fleet.receipt(subject, named)
 
     async def refresh(self) -> None:
         """Take in what other replicas have told of their backends, where there are any."""

@@ -70,7 +70,7 @@ async def _open(
         if not subscriber.epoch:
             hub.counts.replays += 1
             hub.begin(subscriber, at.revision, at.epoch, page.id_here or at.change_id or "")
-        for frames in in_writes(page.changes, subscriber.view):
+        for frames in in_writes(page.changes, subscriber.view, feed.hides):
             if not hub.send(subscriber, frames):
                 return
             await subscriber.sink.drained()

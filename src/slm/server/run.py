@@ -8,9 +8,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import socket
 import ssl
+import threading
 from collections.abc import Callable, Iterator
 
 import uvicorn
@@ -40,6 +42,9 @@ GIVE_UP_SECONDS = 6
 
 Less than what requests have, so that whoever waits for one is told how it ended.
 """
+
+START_ENDS_SECONDS = 1.5
+"""How long a start that is told to stop may take to end in order."""
 
 UNSENT_BYTES = 128 * 1024
 """How much the kernel holds for a peer that does not read; the rest waits where it is counted.
@@ -75,11 +80,26 @@ async def serve(
     server = SLMServer(settings)
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
+    task = asyncio.current_task()
+    assert task is not None  # noqa: S101 - for the type checker
+
+    def told_to_stop() -> None:
+        if not stop.is_set() and not server.url:
+            logger.info("told to stop during the start")
+            _exit_within(START_ENDS_SECONDS)
+            task.cancel()
+        stop.set()
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+        loop.add_signal_handler(number, told_to_stop)
     loop.add_signal_handler(signal.SIGHUP, server.reload_tls)
     try:
-        url = await server.start()
+        try:
+            url = await server.start()
+        except asyncio.CancelledError:
+            if stop.is_set():
+                return
+            raise
         tune_interpreter()
         for note in server.notes:
             on_note(note)
@@ -89,6 +109,16 @@ async def serve(
         await server.stop()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             loop.remove_signal_handler(number)
+
+
+def _exit_within(seconds: float) -> None:
+    """End this process by then, though a thread of it hangs: on a silent network, in a command.
+
+    Nothing is lost: a start is one transaction, which is rolled back with its connection.
+    """
+    ending = threading.Timer(seconds, os._exit, args=(0,))
+    ending.daemon = True
+    ending.start()
 
 
 class SLMServer:

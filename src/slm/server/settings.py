@@ -16,6 +16,7 @@ from sqlalchemy.exc import ArgumentError
 
 from slm.endpoints import EndpointPolicy, parse_allowed
 from slm.errors import ConfigurationError
+from slm.server.postgresql import sqlalchemy_spelling
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -184,8 +185,9 @@ class Settings(BaseSettings):
         if value is None:
             return None
         try:
-            backend = make_url(value.get_secret_value()).get_backend_name()
-        except ArgumentError:
+            url = sqlalchemy_spelling(value.get_secret_value())
+            backend = make_url(url).get_backend_name()
+        except (ArgumentError, ValueError):
             backend = ""
         # `from None`: the URL holds a password, and the chain would show it.
         if backend not in ("sqlite", "postgresql", "postgres"):
@@ -214,7 +216,7 @@ class Settings(BaseSettings):
         """The database's URL, for `slm.server.database.Database`."""
         if self.database_url is None:
             return URL.create("sqlite", database=str(self.data_dir / SQLITE_FILE))
-        url = make_url(self.database_url.get_secret_value())
+        url = make_url(sqlalchemy_spelling(self.database_url.get_secret_value()))
         if url.get_backend_name() in ("postgresql", "postgres"):
             # psycopg 3 is the one driver; `postgres://` is how many hosts still write it.
             return url.set(drivername="postgresql+psycopg")

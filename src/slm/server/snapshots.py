@@ -16,6 +16,7 @@ from typing import Any, Final, NamedTuple
 
 from slm.schemas import LLMConfigWithKey
 from slm.server.audit import Event, Who
+from slm.server.audit_read import READ_ALL
 from slm.server.sealed import Sealer
 from slm.server.view import View
 
@@ -79,7 +80,7 @@ class SealedSnapshot:
         """What it takes in memory, about."""
         return self.size + sum(len(agent_id) + 64 for agent_id in self.with_key)
 
-    def events(self, who: Who, view: View) -> list[Event]:
+    def events(self, who: Who) -> list[Event]:
         """Return what the audit says of an answer with it: every agent whose key it holds."""
         parts = -(-len(self.with_key) // MAX_NAMED)
         found = []
@@ -88,10 +89,8 @@ class SealedSnapshot:
             detail: dict[str, Any] = {"revision": self.head.revision, "keys": len(self.with_key)}
             detail["agents"] = named
             if parts > 1:
-                detail["part"] = f"{part + 1} of {parts}"
-            if view.is_limited:
-                detail["limited_to"] = view.patterns
-            found.append(Event(who, "key.read_all", detail=detail))
+                detail |= {"part": part + 1, "parts": parts}
+            found.append(Event(who, READ_ALL, detail=detail))
         return found
 
 

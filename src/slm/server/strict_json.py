@@ -42,6 +42,17 @@ def loads(body: bytes) -> Any:
     return value
 
 
+def whole_number(text: str) -> int | None:
+    """Return the number that decimal digits name, or None where the text is anything else.
+
+    Only ASCII digits: `str.isdigit` takes "²", which `int` refuses, and `int` takes "٣".
+    """
+    if not text.isascii() or not text.isdigit() or len(text) > _MAX_INTEGER_DIGITS:
+        return None
+    value = int(text)
+    return value if value <= MAX_INTEGER else None
+
+
 def _refuse_unstorable(value: Any) -> None:
     pending = [value]
     while pending:

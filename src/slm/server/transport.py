@@ -219,6 +219,12 @@ class HttpProtocol(HttpToolsProtocol):
         # RFC 9112 sections 2.3 and 3.2: who reads one of two hosts otherwise is led astray.
         if version not in ("1.0", "1.1") or hosts > 1 or (version == "1.1" and not hosts):
             raise ValueError("no HTTP/1.1 request")
+        if self.parser.should_upgrade() and any(
+            name == b"transfer-encoding" or (name == b"content-length" and value != b"0")
+            for name, value in self.headers
+        ):
+            # The parser takes the body for what follows the upgrade: for requests, or for frames.
+            raise ValueError("an upgrade with a body")
         self._in_head, self._in_body = False, True
         self._head_bytes = 0
         self._stop_header_timer()

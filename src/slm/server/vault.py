@@ -23,6 +23,7 @@ from slm.server.sealed import SealedTexts
 # Starts with a control character, which no API key holds: a bare key never looks like a bound one.
 _BOUND: Final = b"\x01slm-key-1\x01"
 _CHECK: Final = b"\x01slm-check-1\x01"
+_SEAL: Final = b"\x01slm-seal-1\x01"
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ class Vault:
             KeyUndecryptable: no key of this vault opens it, or it is no bare key.
         """
         plain = self._plaintext(token)
-        if plain.startswith((_BOUND, _CHECK)):
+        if plain.startswith((_BOUND, _CHECK, _SEAL)):
             _refuse("The stored key is bound already.")
         try:
             text = plain.decode()
@@ -152,6 +153,18 @@ class Vault:
         if not text:
             _refuse("The stored key is not text.")
         return SecretStr(text)
+
+    def seal(self, text: str) -> str:
+        """Return a token that only the active key makes, and that holds this text."""
+        return self._active.encrypt(_SEAL + text.encode()).decode()
+
+    def unseal(self, token: str) -> str | None:
+        """Return the text of such a token; None: no key of this vault made it."""
+        try:
+            plain = self._plaintext(token)
+        except KeyUndecryptable:
+            return None
+        return plain[len(_SEAL) :].decode() if plain.startswith(_SEAL) else None
 
     def make_check(self) -> str:
         """Return a token that tells later whether the active key is the same (`opens_check`)."""
@@ -169,16 +182,16 @@ class Vault:
             return False
 
     def key_of(self, token: str) -> str | None:
-        """Return the fingerprint of the key that a bound token needs; None: none of these.
+        """Return the fingerprint of the key that a bound token or a seal needs, if it is here.
 
-        A token that is not bound needs none: it is refused whatever opens it.
+        Any other token needs none: it is refused whatever opens it.
         """
         for name, fernet in self._ring.items():
             try:
                 plain = fernet.decrypt(token.encode())
             except (InvalidToken, ValueError, TypeError):
                 continue
-            return name if plain.startswith(_BOUND) else None
+            return name if plain.startswith((_BOUND, _SEAL)) else None
         return None
 
     def reencrypt(self, token: str) -> str | None:

@@ -39,11 +39,15 @@ PIECE_BYTES: Final = 1024
 """How much the library's parser is fed at once: it takes all the frames of what it is fed."""
 
 BURST: Final = 1000
-PER_SECOND: Final = 200
-"""How many frames a peer may send at once, and a second; 4 KiB count as one.
+PER_SECOND: Final = 500
+FRAME_BYTES: Final = 16 * 1024
+"""How many frames a peer may send at once, and a second; so many bytes count as one more.
 
 One that sends more is read as slowly as that. A backend that acks is at ten a second.
 """
+
+RECKON_AT: Final = 32
+"""After so many the time is looked at."""
 
 PONGS_WAIT_BYTES: Final = 16 * 1024
 """One that reads nothing gets no pongs beyond these (RFC 6455 section 5.5.3)."""
@@ -99,7 +103,6 @@ class WebSocketConnection(asyncio.Protocol):
 
     # There are thousands, and a broadcast visits each.
     __slots__ = (
-        "_beneath",
         "_connections",
         "_credit",
         "_credit_at",
@@ -109,8 +112,10 @@ class WebSocketConnection(asyncio.Protocol):
         "_max_message_bytes",
         "_on_waiting",
         "_parser",
+        "_spent",
         "_timer",
         "_unread",
+        "_unsent",
         "_writable",
         "closed",
         "transport",
@@ -135,7 +140,9 @@ class WebSocketConnection(asyncio.Protocol):
         self._timer: asyncio.TimerHandle | None = None
         self._go_on: asyncio.TimerHandle | None = None
         self._on_waiting: Callable[[int], object] | None = None
-        self._beneath = beneath_tls(transport)
+        # How many bytes wait for the peer; bound once, since each push asks.
+        self._unsent = unsent_bytes_of(transport)
+        self._spent = 0.0
         self._credit = float(BURST)
         self._credit_at = 0.0
 
@@ -160,27 +167,16 @@ class WebSocketConnection(asyncio.Protocol):
         """Write without waiting; return how many bytes wait for the peer, -1 once it is closed."""
         if self.closed:
             return -1
-        return self._write(frames.encoded)
-
-    def _write(self, data: bytes) -> int:
-        """Write, as only this does; return how many bytes wait for the peer."""
-        transport = self.transport
-        transport.write(data)
-        waiting = transport.get_write_buffer_size()
-        if self._beneath is not None:
-            waiting += self._beneath.get_write_buffer_size()
-        return waiting
+        self.transport.write(frames.encoded)
+        return self._unsent()
 
     def _answer(self, data: bytes) -> None:
-        """Write something of our own, and account for it."""
+        """Write a frame of our own, as only this does, and account for it."""
         if data and not self.transport.is_closing():
-            waiting = self._write(data)
+            self.transport.write(data)
+            waiting = self._unsent()
             if waiting and self._on_waiting is not None and not self.closed:
                 self._on_waiting(waiting)
-
-    def _unsent(self) -> int:
-        waiting = self.transport.get_write_buffer_size()
-        return waiting if self._beneath is None else waiting + self._beneath.get_write_buffer_size()
 
     def waiting_bytes(self) -> int:
         """Return how many bytes wait for the peer to read, or of what it sends for the rest."""
@@ -266,18 +262,26 @@ class WebSocketConnection(asyncio.Protocol):
         while self._parser is not None and start < len(data) and frames < TURN_FRAMES:
             frames += self._read(data[start : start + PIECE_BYTES])
             start += PIECE_BYTES
-        self._unread = data[start:] if not self.transport.is_closing() else b""
+        self._unread = b"" if start >= len(data) or self.transport.is_closing() else data[start:]
+        # A read costs something too, whatever it brings.
+        self._spent += frames + start / FRAME_BYTES + 0.1
+        if self._spent >= RECKON_AT or frames >= TURN_FRAMES:
+            self._reckon()
+        if self._parser is not None or self._go_on is not None:
+            self._note_held()
+
+    def _reckon(self) -> None:
+        """Read no more for a while if the peer sent too much, or until the others had a turn."""
         loop = asyncio.get_running_loop()
         now = loop.time()
-        credit = min(BURST, self._credit + (now - self._credit_at) * PER_SECOND)
-        # A read costs something too, whatever it brings.
-        credit -= frames + min(start, len(data)) / 4096 + 0.1
-        self._credit, self._credit_at = credit, now
-        if credit < 0 or (frames >= TURN_FRAMES and self._unread):
+        credit = min(BURST, self._credit + (now - self._credit_at) * PER_SECOND) - self._spent
+        self._credit, self._credit_at, self._spent = credit, now, 0.0
+        if credit < 0 or self._unread:
             self.transport.pause_reading()
             self._go_on = loop.call_later(max(0.0, -credit / PER_SECOND), self._next_turn)
-        holds = self._parser is not None or self._go_on is not None
-        if holds and self._on_waiting is not None and self.waiting_bytes() > SHORT_BYTES:
+
+    def _note_held(self) -> None:
+        if self._on_waiting is not None and self.waiting_bytes() > SHORT_BYTES:
             self._on_waiting(self._unsent())
 
     def _next_turn(self) -> None:
@@ -530,6 +534,15 @@ class _Parser(sans_io.Protocol):
         if frame.opcode is Opcode.CLOSE:
             self.current_size = None
         super().recv_frame(frame)
+
+
+def unsent_bytes_of(transport: asyncio.Transport) -> Callable[[], int]:
+    """Return what tells how many bytes wait for the peer, those that TLS has encrypted too."""
+    beneath = beneath_tls(transport)
+    if beneath is None:
+        return transport.get_write_buffer_size
+    carrier = beneath
+    return lambda: transport.get_write_buffer_size() + carrier.get_write_buffer_size()
 
 
 def _frame(opcode: Opcode, payload: bytes) -> bytes:

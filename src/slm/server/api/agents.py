@@ -8,7 +8,7 @@ from typing import Annotated, Final
 from urllib.parse import quote
 
 from fastapi import APIRouter, Query, Request, Response
-from pydantic import AfterValidator
+from pydantic import BaseModel
 
 from slm.errors import (
     AgentExists,
@@ -27,7 +27,7 @@ from slm.errors import (
     TlsRequired,
     UnsupportedMediaType,
 )
-from slm.schemas import WITHOUT_NUL, Agent, AgentList, LLMConfigWithKey
+from slm.schemas import Agent, AgentList, LLMConfigWithKey
 from slm.server.api.common import (
     KEYED_PROBLEMS,
     READ_PROBLEMS,
@@ -47,13 +47,15 @@ from slm.server.api.common import (
     not_modified,
     problem_responses,
     revision_headers,
+    sees_today,
     versions_matched,
     who_of,
 )
+from slm.server.api.parameters import FilterText
 from slm.server.api.waiting import Wait, receipt_of
 from slm.server.auth import Caller
 from slm.server.bodies import AgentCreate, AgentUpdate
-from slm.server.catalog import AgentFilter, Entry, agent_etag
+from slm.server.catalog import AgentFilter, agent_etag
 from slm.server.peer import require_private
 from slm.server.registry import Written
 from slm.server.services import Services
@@ -61,6 +63,14 @@ from slm.server.strict_json import MAX_INTEGER
 from slm.server.view import EVERYTHING
 
 router = APIRouter(prefix="/api", route_class=SLMRoute, tags=["agents"])
+
+
+class WrittenAgent(BaseModel):
+    """What a write answers to a token without the scope config:read: that it was made."""
+
+    agent_id: str
+    revision: int
+
 
 _WRITE_PROBLEMS: Final = (
     BadRequest,
@@ -75,19 +85,6 @@ BODY_PROBLEMS: Final = (*_WRITE_PROBLEMS, ContentTooLarge, UnsupportedMediaType)
 
 
 _NO_WEIGHT: Final = re.compile(r"\s*q\s*=\s*0(\.0*)?\s*")
-
-
-def _searchable(text: str) -> str:
-    if "\x00" in text:
-        raise ValueError("holds a NUL character")
-    return text
-
-
-FilterText = Annotated[
-    str,
-    Query(max_length=256, json_schema_extra={"pattern": WITHOUT_NUL}),
-    AfterValidator(_searchable),
-]
 
 
 async def _whole_list(request: Request, services: Services, caller: Caller) -> Response:
@@ -151,7 +148,10 @@ async def list_agents(
 
 
 async def _default_at_once(request: Request, services: Services, caller: Caller) -> Response:
-    return _agent_answer(request, services, caller, services.catalog.default())
+    default_id = services.catalog.default_id
+    if default_id is None:
+        raise AgentNotFound
+    return _agent_answer(request, services, caller, default_id)
 
 
 @router.get(
@@ -166,8 +166,7 @@ async def get_default_agent(request: Request, services: UpToDate, caller: Reader
 
 
 async def _agent_at_once(request: Request, services: Services, caller: Caller) -> Response:
-    entry = services.catalog.get(request.path_params["agent_id"])
-    return _agent_answer(request, services, caller, entry)
+    return _agent_answer(request, services, caller, request.path_params["agent_id"])
 
 
 @router.get(
@@ -180,13 +179,14 @@ async def get_agent(
     request: Request, agent_id: AgentIdPath, services: UpToDate, caller: Reader
 ) -> Response:
     """Return one agent, without its key."""
-    return _agent_answer(request, services, caller, services.catalog.get(agent_id))
+    return _agent_answer(request, services, caller, agent_id)
 
 
-def _agent_answer(
-    request: Request, services: Services, caller: Caller, entry: Entry | None
-) -> Response:
-    if entry is None or not caller.view.sees(entry.agent.agent_id, entry.agent.is_default):
+def _agent_answer(request: Request, services: Services, caller: Caller, agent_id: str) -> Response:
+    # Whether it may be seen is asked first, so that it takes as long for one that is not there.
+    visible = sees_today(services, caller, agent_id)
+    entry = services.catalog.get(agent_id) if visible else None
+    if entry is None:
         raise AgentNotFound
     headers = catalog_headers(services)
     if not none_match(request.headers, entry.etag):
@@ -206,6 +206,9 @@ async def get_llm_config(
 ) -> Response:
     """Return what an agent needs for a call, its API key included."""
     require_private(request, services.settings.trusted_proxies)
+    if not sees_today(services, caller, agent_id):
+        # Without a look into the database, whose time would tell whether it is there.
+        raise AgentNotFound
     config, revision, epoch = await services.registry.llm(
         agent_id, who=who_of(request, caller), view=caller.view
     )
@@ -219,7 +222,7 @@ async def get_llm_config(
 @router.post(
     "/agents",
     status_code=201,
-    response_model=Agent,
+    response_model=Agent | WrittenAgent,
     responses=problem_responses(*BODY_PROBLEMS, AgentExists, AgentIsDefault),
 )
 async def create_agent(
@@ -247,7 +250,7 @@ async def _update_at_once(request: Request, services: Services, caller: Caller) 
 
 @router.put(
     "/agents/{agent_id}",
-    response_model=Agent,
+    response_model=Agent | WrittenAgent,
     responses=problem_responses(*BODY_PROBLEMS, AgentNotFound, AgentIsDefault, PreconditionFailed),
 )
 @answered_at_once(_update_at_once)
@@ -340,6 +343,10 @@ async def written_answer(
         headers["location"] = f"/api/agents/{quote(agent.agent_id, safe='')}"
     if written.api_key_cleared:
         more["api_key_cleared"] = True
+    if "config:read" not in caller.scopes:
+        # Else an empty PUT would read what the scope does not cover.
+        more = WrittenAgent.model_validate(agent, from_attributes=True).model_dump() | more
+        return json_response(json.dumps(more, ensure_ascii=False).encode(), status, headers)
     if not more:
         return json_response(agent.model_dump_json().encode(), status, headers)
     body = agent.model_dump(mode="json") | more

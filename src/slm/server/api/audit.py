@@ -8,9 +8,10 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Response
 from pydantic import BaseModel
 
-from slm.errors import DatabaseUnavailable, InvalidRequest
-from slm.server.api.agents import FilterText
+from slm.errors import DatabaseUnavailable, InvalidRequest, Overloaded
 from slm.server.api.common import Admin, Parts, SLMRoute, json_response, problem_responses
+from slm.server.api.parameters import FilterText
+from slm.server.audit_read import AuditFilter
 from slm.server.strict_json import MAX_INTEGER
 
 router = APIRouter(prefix="/api/admin/audit", route_class=SLMRoute, tags=["administration"])
@@ -30,9 +31,10 @@ class AuditEntry(BaseModel):
 
 
 class AuditPage(BaseModel):
-    """Entries, the newest first."""
+    """Entries, the newest first; `next` is the `before` of the next page, null at the end."""
 
     entries: list[AuditEntry]
+    next: int | None
 
 
 class AuditVerdict(BaseModel):
@@ -43,10 +45,13 @@ class AuditVerdict(BaseModel):
     head: str
     broken_at: int | None
     reason: str
+    cut: str | None
 
 
 @router.get(
-    "", response_model=AuditPage, responses=problem_responses(DatabaseUnavailable, InvalidRequest)
+    "",
+    response_model=AuditPage,
+    responses=problem_responses(DatabaseUnavailable, InvalidRequest, Overloaded),
 )
 async def list_audit(
     services: Parts,
@@ -58,17 +63,20 @@ async def list_audit(
     action: FilterText | None = None,
 ) -> Response:
     """List entries, the newest first; `before` goes on where a page ended."""
-    entries = await services.audit.entries(
-        before=before, limit=limit, actor=actor, agent_id=agent, action=action
-    )
-    found = [vars(entry) | {"detail": _detail(entry.detail)} for entry in entries]
-    return _answer({"entries": found})
+    wanted = AuditFilter(before, actor, agent, action)
+    page = await services.audit.page(wanted, limit)
+    found = [
+        {name: _shown(value) for name, value in vars(entry).items()}
+        | {"detail": _detail(entry.detail)}
+        for entry in page.entries
+    ]
+    return _answer({"entries": found, "next": page.following})
 
 
 @router.get(
     "/verify",
     response_model=AuditVerdict,
-    responses=problem_responses(DatabaseUnavailable, InvalidRequest),
+    responses=problem_responses(DatabaseUnavailable, InvalidRequest, Overloaded),
 )
 async def verify_audit(services: Parts, _: Admin, expect: FilterText | None = None) -> Response:
     """Walk the whole chain; `expect` is the head that an earlier look gave."""
@@ -76,13 +84,21 @@ async def verify_audit(services: Parts, _: Admin, expect: FilterText | None = No
     return _answer({"whole": verdict.whole} | vars(verdict))
 
 
-def _detail(text: str) -> dict[str, Any]:
+def _shown(value: object) -> str | int | None:
+    """Return what can be shown of a column: whoever altered it may have changed its type."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    return value if value is None or isinstance(value, int) else str(value)
+
+
+def _detail(text: object) -> dict[str, Any]:
+    shown = _shown(text)
     try:
-        detail = json.loads(text)
+        detail = json.loads(str(shown))
     except ValueError:
         detail = None
     # Somebody may have altered it; then it is shown, and `verify` tells.
-    return detail if isinstance(detail, dict) else {"unreadable": text}
+    return detail if isinstance(detail, dict) else {"unreadable": shown}
 
 
 def _answer(body: dict[str, Any]) -> Response:

@@ -364,6 +364,14 @@ def not_modified(etag: str, headers: Mapping[str, str]) -> Response:
     return Response(None, 304, {**headers, "etag": etag})
 
 
+def sees_today(services: Services, caller: Caller, agent_id: str) -> bool:
+    """Whether the caller may see this agent now, and so its past.
+
+    What was the default once is not seen for that.
+    """
+    return caller.view.sees(agent_id, agent_id == services.catalog.default_id)
+
+
 async def catch_up(services: Services, revision: int, change_id: str | None = None) -> bool:
     """Wait until this replica's other answers are not older than one that is of `revision`.
 

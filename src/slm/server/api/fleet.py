@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Path, Response
+from fastapi import APIRouter, Response
 
 from slm.errors import BackendNotFound, BackendSilent, Forbidden, RevisionNotFound
 from slm.protocol import Explanation
-from slm.server.api.agents import FilterText
 from slm.server.api.common import (
     KEYED_PROBLEMS,
     READ_PROBLEMS,
@@ -17,13 +16,12 @@ from slm.server.api.common import (
     SLMRoute,
     catalog_headers,
     problem_responses,
+    sees_today,
 )
-from slm.server.api.waiting import Wait
-from slm.server.strict_json import MAX_INTEGER
+from slm.server.api.parameters import FilterText, RevisionPath
+from slm.server.api.waiting import Wait, named_for
 
 router = APIRouter(prefix="/api", route_class=SLMRoute, tags=["fleet"])
-
-RevisionPath = Annotated[int, Path(ge=1, le=MAX_INTEGER)]
 
 
 @router.get("/fleet", responses=problem_responses(*READ_PROBLEMS))
@@ -65,7 +63,7 @@ async def get_receipt(
     revision: RevisionPath, services: Parts, caller: Reader, wait: Wait = None
 ) -> dict[str, Any]:
     """Say how every backend took a change; with `wait`, once all have answered."""
-    subject = await services.receipts.subject(revision)
-    if not caller.view.sees(subject.agent_id, subject.is_default):
-        raise RevisionNotFound
-    return await services.receipts.receipt(subject, wait or 0.0)
+    subject = await services.receipts.subject(
+        revision, lambda agent_id: sees_today(services, caller, agent_id)
+    )
+    return await services.receipts.receipt(subject, wait or 0.0, named=named_for(caller))

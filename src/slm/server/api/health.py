@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
 from collections.abc import Iterator
@@ -56,6 +57,7 @@ async def get_readiness(services: Parts) -> Response:
         # A server whose database is not migrated does not start.
         "migrated": True,
         "database": feed.database_answers,
+        "writable": services.database.unwritable is None,
         "feed": feed.running and feed.current and services.hub.running,
         "encryption_key": services.caretaker.keys_usable,
         "tasks": not services.supervisor.down,
@@ -63,7 +65,9 @@ async def get_readiness(services: Parts) -> Response:
     ready = all(checks.values())
     body: dict[str, Any] = {"ready": ready} | checks
     body |= {"revision": feed.position, "epoch": feed.epoch}
-    if not feed.current:
+    if services.database.unwritable is not None:
+        body["reason"] = services.database.unwritable
+    elif not feed.current:
         body["reason"] = feed.trouble or "the database does not answer"
     # An agent whose key is of no use is told, and does not take the server out of service.
     body["keys_undecryptable"] = len(services.registry.reads.undecryptable)
@@ -114,6 +118,7 @@ class _Metrics(Collector):
     def collect(self) -> Iterator[Metric]:
         """Yield every metric."""
         feed, hub, counts = self._services.feed, self._services.hub, self._services.counts
+        connections, buffers = self._services.connections, hub.buffers()
         gauges = (
             ("slm_revision", "The revision that this replica is at", feed.position),
             ("slm_agents", "Agents in the catalog", len(self._services.catalog)),
@@ -125,11 +130,13 @@ class _Metrics(Collector):
             ("slm_feed_look_age_seconds", "Since the last good look", feed.seconds_since_look),
             ("slm_connections", "Open WebSocket connections", len(hub.subscribers())),
             ("slm_subscribers", "Live streams", hub.live_count()),
-            ("slm_buffered_bytes", "Bytes that wait for slow readers", hub.buffered_bytes()),
+            ("slm_http_connections", "Connections that are no streams", connections.http),
+            ("slm_tasks", "Tasks of the event loop", len(asyncio.all_tasks())),
+            ("slm_buffered_bytes", "Bytes that wait for slow readers", sum(buffers)),
             (
                 "slm_largest_buffer_bytes",
                 "Bytes that wait for the slowest reader",
-                max(hub.buffers(), default=0),
+                max(buffers, default=0),
             ),
             (
                 "slm_keys_undecryptable",

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
 from dataclasses import replace
-from datetime import UTC, datetime
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
-from pydantic import BeforeValidator
 
-from slm.errors import AgentIsDefault, AgentNotFound, PreconditionFailed, RevisionNotFound
+from slm.errors import (
+    AgentIsDefault,
+    AgentNotFound,
+    Overloaded,
+    PreconditionFailed,
+    RevisionNotFound,
+)
 from slm.schemas import Agent, ChangeList
-from slm.server.api.agents import BODY_PROBLEMS, FilterText, written_answer
+from slm.server.api.agents import BODY_PROBLEMS, WrittenAgent, written_answer
 from slm.server.api.common import (
     KEYED_PROBLEMS,
     AgentIdPath,
@@ -24,11 +26,12 @@ from slm.server.api.common import (
     json_response,
     problem_responses,
     revision_headers,
+    sees_today,
     versions_matched,
     who_of,
 )
+from slm.server.api.parameters import FilterText, Revision, Time
 from slm.server.api.waiting import Wait
-from slm.server.auth import Caller
 from slm.server.bodies import Rollback
 from slm.server.history import (
     MAX_PAGE,
@@ -38,49 +41,38 @@ from slm.server.history import (
     restoring_update,
 )
 from slm.server.services import Services
-from slm.server.strict_json import MAX_INTEGER
 
 router = APIRouter(prefix="/api", route_class=SLMRoute, tags=["history"])
 
-Revision = Annotated[int, Query(ge=0, le=MAX_INTEGER)]
-
-
-def _iso_8601(value: object) -> object:
-    # pydantic would take any number for seconds since 1970.
-    if isinstance(value, str) and not re.match(r"[0-9]{4}-[0-9]{2}-[0-9]{2}([T ]|$)", value):
-        raise ValueError("is not a date and time of ISO 8601")
-    return value
-
-
-Time = Annotated[
-    datetime,
-    BeforeValidator(_iso_8601),
-    Query(description="ISO 8601; without a zone it is UTC"),
-]
 Limit = Annotated[int, Query(ge=1, le=MAX_PAGE)]
 
 
 @router.get(
     "/changes",
     response_model=ChangeList,
-    responses=problem_responses(*KEYED_PROBLEMS),
+    responses=problem_responses(*KEYED_PROBLEMS, Overloaded),
 )
 async def list_changes(
     services: Parts,
     caller: Reader,
     since: Revision = 0,
+    upto: Revision | None = None,
     agent: FilterText | None = None,
     actor: FilterText | None = None,
     newest_first: bool = False,
     limit: Limit = 100,
 ) -> Response:
-    """List changes after a revision, oldest first unless asked otherwise."""
+    """List changes after a revision, oldest first unless asked otherwise.
+
+    `next` is the `since` of the next page, or its `upto` where the newest come first.
+    """
     wanted = ChangeFilter(
         agent_id=agent,
         actor=actor,
         since=since,
+        upto=upto,
         newest_first=newest_first,
-        sees=_visible(services, caller),
+        view=caller.view,
     )
     return await _list(services, wanted, limit)
 
@@ -88,7 +80,7 @@ async def list_changes(
 @router.get(
     "/agents/{agent_id}/history",
     response_model=ChangeList,
-    responses=problem_responses(*KEYED_PROBLEMS, AgentNotFound),
+    responses=problem_responses(*KEYED_PROBLEMS, AgentNotFound, Overloaded),
 )
 async def agent_history(
     services: Parts,
@@ -98,21 +90,14 @@ async def agent_history(
     at: Time | None = None,
     limit: Limit = 100,
 ) -> Response:
-    """List an agent's changes, newest first; with `at`, the first is what it ran then."""
-    if at is not None:
-        at = at.replace(tzinfo=UTC) if at.tzinfo is None else at.astimezone(UTC)
-    sees = _visible(services, caller)
-    if not sees(agent_id):
+    """List an agent's changes, newest first; with `at`, the first is what it ran then.
+
+    `next` is the `upto` of the next page.
+    """
+    if not sees_today(services, caller, agent_id):
         raise AgentNotFound
-    wanted = ChangeFilter(agent_id=agent_id, upto=upto, at=at, newest_first=True, sees=sees)
+    wanted = ChangeFilter(agent_id=agent_id, upto=upto, at=at, newest_first=True, view=caller.view)
     return await _list(services, wanted, limit)
-
-
-def _visible(services: Services, caller: Caller) -> Callable[[str], bool]:
-    """Return which agents' past the caller may see, by agent_id: those it may see now."""
-    default = services.catalog.default()
-    default_id = None if default is None else default.agent.agent_id
-    return lambda agent_id: caller.view.sees(agent_id, agent_id == default_id)
 
 
 async def _list(services: Services, wanted: ChangeFilter, limit: int) -> Response:
@@ -124,7 +109,7 @@ async def _list(services: Services, wanted: ChangeFilter, limit: int) -> Respons
 
 @router.post(
     "/agents/{agent_id}/rollback",
-    response_model=Agent,
+    response_model=Agent | WrittenAgent,
     responses=problem_responses(
         *BODY_PROBLEMS, AgentNotFound, AgentIsDefault, PreconditionFailed, RevisionNotFound
     ),

@@ -30,6 +30,7 @@ from slm.server.api.common import (
     problem_responses,
     who_of,
 )
+from slm.server.api.parameters import MAX_ROW_ID
 from slm.server.rotation import KeyStatus
 from slm.server.strict_json import MAX_INTEGER
 
@@ -137,7 +138,7 @@ async def reencrypt(
 ) -> Response:
     """Re-encrypt some rows under the active key, in one short transaction."""
     who = who_of(request, caller)
-    progress = await services.rotation.reencrypt(after_id, limit, who=who)
+    progress = await services.rotation.reencrypt(min(after_id, MAX_ROW_ID), limit, who=who)
     return _answer({"last_id": progress.last_id, "changed": progress.changed})
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
@@ -54,10 +54,15 @@ async def _snapshot(request: Request, services: Services, caller: Caller) -> Res
     if sealed.size <= CHUNK_BYTES:
         return json_response(b"".join(sealed.chunks()), headers=headers)
     headers["content-length"] = str(sealed.size)
-    return StreamingResponse(_stream(sealed), headers=headers, media_type="application/json")
+    pieces = _stream(sealed, lambda: services.tokens.require(caller))
+    return StreamingResponse(pieces, headers=headers, media_type="application/json")
 
 
-async def _stream(sealed: SealedSnapshot) -> AsyncIterator[bytes]:
-    """Open one piece after the other: a slow reader has no more than one in memory."""
+async def _stream(sealed: SealedSnapshot, check: Callable[[], None]) -> AsyncIterator[bytes]:
+    """Open one piece after the other: a slow reader has no more than one in memory.
+
+    `check` raises, and so cuts the answer off, where the token does not count any more.
+    """
     for chunk in sealed.chunks():
+        check()
         yield chunk

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Path, Request, Response
+from fastapi import APIRouter, Request, Response
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictInt, model_validator
 
 from slm.errors import (
@@ -28,8 +28,8 @@ from slm.server.api.common import (
     problem_responses,
     who_of,
 )
+from slm.server.api.parameters import MAX_ROW_ID, RowIdPath
 from slm.server.peer import require_private
-from slm.server.strict_json import MAX_INTEGER
 from slm.server.token_store import TokenInfo
 from slm.server.view import EVERYTHING, parse_patterns
 
@@ -139,7 +139,7 @@ async def create_token(
 )
 async def revoke_token(
     request: Request,
-    token_id: Annotated[int, Path(ge=0, le=MAX_INTEGER)],
+    token_id: RowIdPath,
     services: Parts,
     caller: Admin,
 ) -> Response:
@@ -147,6 +147,8 @@ async def revoke_token(
 
     `unconfirmed` names the servers that have not said yet that they refuse it; usually none.
     """
+    if token_id > MAX_ROW_ID:
+        raise TokenNotFound
     written = await services.token_store.revoke(token_id, who=who_of(request, caller))
     unconfirmed = await services.caretaker.lease.unconfirmed(
         written.version,

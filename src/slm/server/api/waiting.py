@@ -57,5 +57,14 @@ async def receipt_of(
         return None
     with contextlib.suppress(Unauthorized):
         async with services.doorkeeper.while_it_counts(caller):
-            return await services.receipts.receipt(subject, wait)
-    return await services.receipts.receipt(subject)
+            return await services.receipts.receipt(subject, wait, named=named_for(caller))
+    return await services.receipts.receipt(subject, named=named_for(caller))
+
+
+def named_for(caller: Caller) -> str | None:
+    """Return the token whose backends a receipt may name to this caller; None: everyone's.
+
+    Who may not read the fleet, for want of a scope or because the token is limited, sees by name
+    only the backends that use the same token.
+    """
+    return None if caller.sees_fleet else caller.name

@@ -1,0 +1,49 @@
+"""Reads a list that the server gives in pages, which may be short and still have a next one."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from typing import Any
+
+from slm.cli.connection import Target
+from slm.cli.http import Answer, Api
+
+
+def collect(
+    target: Target, path: str, params: dict[str, Any], *, rows: str, cursor: str, limit: int
+) -> Answer:
+    """Return the last page's answer with the rows of all pages, `limit` of them at most.
+
+    Args:
+        target: the server.
+        path: of the list.
+        params: of the first page, without its limit.
+        rows: the name of the rows in the answer.
+        cursor: the parameter that takes an answer's `next`.
+        limit: how many rows.
+    """
+
+    async def all_pages() -> Answer:
+        async with Api(target) as api:
+            return await collect_from(api, path, params, rows=rows, cursor=cursor, limit=limit)
+
+    return asyncio.run(all_pages())
+
+
+async def collect_from(
+    api: Api, path: str, params: dict[str, Any], *, rows: str, cursor: str, limit: int
+) -> Answer:
+    """Do the same over an open session."""
+    found: list[Any] = []
+    while True:
+        answer = await api.call("GET", path, params=params | {"limit": limit - len(found)})
+        page = answer.data.get(rows)
+        if not isinstance(page, list):
+            return answer
+        found += page
+        # An older server has no `next`: its page is never short.
+        following = answer.data.get("next")
+        if following is None or len(found) >= limit:
+            return replace(answer, data=answer.data | {rows: found})
+        params = params | {cursor: following}

@@ -1,0 +1,135 @@
+"""The audit's chain: what a row holds, and the hash that binds it to the row before.
+
+Pure rules over values; knows no database, so that an exported file is checked by the same ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+from slm.server.strict_json import whole_number
+
+GENESIS: Final = "0" * 64
+"""What stands for the hash before the first row."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row of the audit, as it is read."""
+
+    seq: int
+    at: str
+    actor: str
+    action: str
+    agent_id: str | None
+    address: str | None
+    detail: str
+    hash: str
+
+    def hash_after(self, before: str) -> str:
+        """Return the hash that this row must have after the row whose hash is `before`."""
+        told = (self.seq, self.at, self.actor, self.action, self.agent_id, self.address)
+        text = json.dumps([before, *told, self.detail], ensure_ascii=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def wrong_after(self, seq: int, before: str) -> str:
+        """Return in what way this is not the row that follows `seq`; empty where it is."""
+        if self.seq != seq + 1:
+            return "a row is missing"
+        try:
+            whole = self.hash_after(before) == self.hash
+        except TypeError:
+            # SQLite keeps bytes in a column of text.
+            whole = False
+        return "" if whole else "the row was altered"
+
+
+class Link(NamedTuple):
+    """A place in the chain: a row's number and its hash."""
+
+    seq: int
+    hash: str
+
+    def __str__(self) -> str:
+        return f"{self.seq}:{self.hash}"
+
+
+START: Final = Link(0, GENESIS)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What `verify` found.
+
+    Attributes:
+        rows: how many rows the chain has up to its head, or up to where it breaks.
+        head: `seq:hash` of the last row; noted elsewhere, it proves later that nothing before it
+            was altered.
+        broken_at: the first row that is not what was written there; None where all are.
+        reason: in what way; empty where nothing is wrong.
+        cut: `seq:hash` of the last row that was exported and removed; None where none was.
+    """
+
+    rows: int
+    head: str
+    broken_at: int | None = None
+    reason: str = ""
+    cut: str | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether nothing was altered."""
+        return self.broken_at is None
+
+
+_OTHER_HEAD: Final = "the chain was written anew: the head that was noted is another one"
+
+
+class Walk:
+    """Goes along the chain, row by row, and stops at the first one that is wrong.
+
+    Args:
+        start: what the first row follows.
+        noted: a link that the chain must hold, if it comes so far.
+    """
+
+    def __init__(self, start: Link, noted: Link | None = None) -> None:
+        self.start = start
+        self.at = start
+        self.reason = ""
+        self._noted = noted
+        if noted is not None and noted.seq == start.seq and noted != start:
+            self.reason = _OTHER_HEAD
+
+    def go(self, entries: Iterable[Entry]) -> bool:
+        """Check these rows; return whether all are right so far."""
+        if self.reason:
+            return False
+        for entry in entries:
+            reason = entry.wrong_after(*self.at)
+            noted = self._noted
+            if not reason and noted and noted.seq == entry.seq and noted.hash != entry.hash:
+                reason = _OTHER_HEAD
+            if reason:
+                self.reason = reason
+                return False
+            self.at = Link(entry.seq, entry.hash)
+        return True
+
+    def verdict(self, broken_at: int | None = None, reason: str = "") -> Verdict:
+        """Return what was found; without arguments, at the row after the last right one."""
+        if self.reason:
+            broken_at, reason = self.at.seq + 1, self.reason
+        cut = None if self.start == START else str(self.start)
+        return Verdict(self.at.seq - self.start.seq, str(self.at), broken_at, reason, cut)
+
+
+def parse_link(text: str) -> Link | None:
+    """Return the link of `seq:hash`; None where it is none."""
+    number, _, digest = text.partition(":")
+    seq = whole_number(number)
+    return None if seq is None else Link(seq, digest)

@@ -1,0 +1,172 @@
+"""Removes old entries of the audit, once they were exported (SLM_AUDIT_KEEP_DAYS).
+
+The chain then begins at a cut: the number and hash of the last row that was removed, sealed by the
+active encryption key, which somebody who can only write to the database does not have. Any replica
+may trim at any time; the state row's lock makes them take turns.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import itertools
+import json
+import logging
+from datetime import timedelta
+from typing import Final
+
+from sqlalchemy import Connection, delete, select, update
+
+from slm.errors import Conflict, ProblemError
+from slm.server.audit import Event, Who, append
+from slm.server.audit_chain import Link, Walk, parse_link
+from slm.server.audit_read import AuditFilter, ends, entries_after, entry_page, link_at
+from slm.server.database import Database
+from slm.server.keyring import Keyring
+from slm.server.models import AUDIT, AUDIT_HEAD, STATE, utc_now
+from slm.server.supervisor import Supervisor
+from slm.server.vault import Vault
+
+logger = logging.getLogger(__name__)
+
+BATCH: Final = 500
+"""So many entries in one transaction: writers wait for the state row as long as it takes."""
+
+EXPORTED: Final = "audit.export"
+CUT: Final = "audit.cut"
+
+_PAUSE_SECONDS: Final = 0.02
+_LOCK_STATE: Final = select(STATE.c.keyring_version).where(STATE.c.id == 1).with_for_update()
+
+
+class AuditRetention:
+    """Trims now and then in the background.
+
+    Args:
+        database: where the audit is.
+        keyring: seals the cut.
+        keep_days: how old an entry gets.
+        interval_seconds: how often to look.
+        supervisor: of the server's tasks.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        keyring: Keyring,
+        *,
+        keep_days: int,
+        interval_seconds: float,
+        supervisor: Supervisor | None = None,
+    ) -> None:
+        self._database = database
+        self._keyring = keyring
+        self._keep_days = keep_days
+        self._interval_seconds = interval_seconds
+        supervisor = supervisor or Supervisor()
+        self._task = supervisor.task("audit-retention", self._run, needed=False)
+
+    async def start(self) -> None:
+        """Begin; the first look is at once."""
+        self._task.start()
+
+    async def stop(self) -> None:
+        """Stop; a batch under way is committed or rolled back as a whole."""
+        await self._task.stop()
+
+    async def _run(self) -> None:
+        while True:
+            try:
+                removed = await trim(self._database, self._keyring, keep_days=self._keep_days)
+                if removed:
+                    logger.info("audit: removed %d exported entries", removed)
+            except ProblemError as error:
+                logger.warning("audit: nothing more is removed: %s", error.detail)
+            except Exception as error:
+                # The class alone: a driver's text may hold what was read.
+                logger.error("trimming the audit failed: %s", type(error).__name__)
+            await asyncio.sleep(self._interval_seconds)
+
+
+async def trim(database: Database, keyring: Keyring, *, keep_days: int) -> int:
+    """Remove what is older and was exported; return how many entries.
+
+    Raises:
+        Conflict: the chain is broken there, or is not the one that was exported.
+        DatabaseUnavailable: the database does not answer; the batches before are done.
+    """
+    before = (utc_now() - timedelta(days=keep_days)).isoformat(timespec="microseconds")
+    upto = await database.read(exported_upto)
+    removed = 0
+    if upto is None:
+        return 0
+    while True:
+        batch = functools.partial(_batch, keyring=keyring, upto=upto, before=before)
+        gone = await database.run(batch)
+        removed += gone
+        if not gone:
+            break
+        await asyncio.sleep(_PAUSE_SECONDS)
+    if removed:
+        await database.run(_note_cut)
+    return removed
+
+
+def exported_upto(connection: Connection) -> Link | None:
+    """Return the last row that was exported, as the newest export says; None: there was none."""
+    for entry in entry_page(connection, AuditFilter(action=EXPORTED), 1).entries:
+        return parse_link(str(json.loads(entry.detail).get("head")))
+    return None
+
+
+def note_exported(connection: Connection, head: Link, who: Who) -> None:
+    """Record that everything up to this row is in a file of the operator's.
+
+    Raises:
+        Conflict: the audit has no such row.
+    """
+    who.require_counts(connection)
+    if link_at(connection, head.seq) != head:
+        raise Conflict("The audit has no entry of this number and hash.")
+    append(connection, Event(who, EXPORTED, detail={"head": str(head)}))
+
+
+def reseal(connection: Connection, vault: Vault) -> bool:
+    """Seal the cut by the active encryption key, where another one did; return whether."""
+    seal = connection.execute(select(AUDIT_HEAD.c.cut_seal)).scalar_one_or_none()
+    renewed = None if seal is None else vault.reencrypt(seal)
+    if renewed is None:
+        return False
+    connection.execute(update(AUDIT_HEAD).where(AUDIT_HEAD.c.id == 1).values(cut_seal=renewed))
+    return True
+
+
+def _batch(connection: Connection, *, keyring: Keyring, upto: Link, before: str) -> int:
+    """Move the cut by at most BATCH rows and remove what is under it, both or neither."""
+    keyring.follow(connection, connection.execute(_LOCK_STATE).scalar_one())
+    if link_at(connection, upto.seq) != upto:
+        raise Conflict("what was exported is not what is here.")
+    cut = ends(connection).cut
+    entries = entries_after(connection, cut.seq, upto.seq, BATCH)
+    old = list(itertools.takewhile(lambda entry: str(entry.at) < before, entries))
+    walk = Walk(cut)
+    if not walk.go(old):
+        # What was altered is evidence.
+        raise Conflict(f"entry {walk.at.seq + 1}: {walk.reason}.")
+    if old:
+        connection.execute(delete(AUDIT).where(AUDIT.c.seq <= walk.at.seq))
+        connection.execute(
+            update(AUDIT_HEAD)
+            .where(AUDIT_HEAD.c.id == 1)
+            .values(
+                cut_seq=walk.at.seq,
+                cut_hash=walk.at.hash,
+                cut_seal=keyring.vault.seal(str(walk.at)),
+            )
+        )
+    return len(old)
+
+
+def _note_cut(connection: Connection) -> None:
+    cut = ends(connection).cut
+    append(connection, Event(Who("slm"), CUT, detail={"cut": str(cut)}))

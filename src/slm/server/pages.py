@@ -1,0 +1,140 @@
+"""Pages of a table that only grows, each with a bound on the rows it looks at and on its size.
+
+Keyset pages: a page ends at a key, and the next one starts there. Knows no table by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Final, NamedTuple
+
+from sqlalchemy import ColumnElement, Connection, Row, Select, Table, select, tuple_
+
+from slm.server.strict_json import MAX_INTEGER
+
+MAX_EXAMINED: Final = 2000
+"""So many rows are looked at for one page at most, however few of them belong to it."""
+
+_STRIDE: Final = MAX_EXAMINED // 2
+"""Where rows are left out, so many are counted in the index and then looked at themselves."""
+
+MAX_PAGE_BYTES: Final = 4 * 1024 * 1024
+"""A page ends early where its rows have more text than this; it always has one row."""
+
+_FETCHED_AT_ONCE: Final = 100
+
+
+@dataclass(frozen=True)
+class Window:
+    """Which rows a page is of, in the order of one key.
+
+    Attributes:
+        table: where they are.
+        key: the unique number that orders them.
+        after: only rows of a greater key.
+        upto: only rows of this key or a smaller one.
+        newest_first: the order, and at which end the page starts.
+        equal: a column and its one value; the table has an index of this column and the key.
+        filters: what else a row must be; each is written so that no index serves it (`opaque`).
+    """
+
+    table: Table
+    key: ColumnElement[int]
+    after: int = 0
+    upto: int = MAX_INTEGER
+    newest_first: bool = False
+    equal: tuple[ColumnElement[str], str] | None = None
+    filters: tuple[ColumnElement[bool], ...] = ()
+
+    @property
+    def order(self) -> ColumnElement[int]:
+        """What the rows are ordered by."""
+        return self.key.desc() if self.newest_first else self.key.asc()
+
+
+class Page(NamedTuple):
+    """Some rows of a window, and the last key that was looked at; None where there are no more."""
+
+    rows: list[Row[Any]]
+    last: int | None
+
+    def following(self, window: Window) -> int | None:
+        """Return the `after` of the next page, or its `upto` where the newest come first."""
+        if self.last is None or not window.newest_first:
+            return self.last
+        return self.last - 1
+
+
+def opaque(column: ColumnElement[str]) -> ColumnElement[str]:
+    """Return the column as an expression that no index serves.
+
+    The planner then has one way to read a window: by its key. Otherwise a filter that looks rare
+    to it may tempt it to read every row that fits the filter, and to sort them.
+    """
+    return column.concat("")
+
+
+def read_page(
+    connection: Connection, window: Window, limit: int, size_of: Callable[[Row[Any]], int]
+) -> Page:
+    """Return at most `limit` rows of a window; fewer where the bounds end the page before.
+
+    Args:
+        connection: one that only reads.
+        window: which rows.
+        limit: how many at most.
+        size_of: how much text a row has, in bytes or characters.
+    """
+    if window.after >= window.upto:
+        return Page([], None)
+    if connection.dialect.name == "postgresql":
+        # The rows come in the order of the index or not at all: with few statistics, such as after
+        # a restore, reading all of them and sorting looks no dearer to the planner.
+        connection.exec_driver_sql("SET LOCAL enable_sort = off")
+    narrowed, edge = window, None
+    if window.filters:
+        edge = _edge(connection, window)
+        if edge is not None:
+            newest_first = window.newest_first
+            narrowed = (
+                replace(window, after=edge - 1) if newest_first else replace(window, upto=edge)
+            )
+    wanted = _rows(narrowed).where(*window.filters).limit(limit + 1)
+    rows: list[Row[Any]] = []
+    size = 0
+    with connection.execute(wanted, execution_options={"yield_per": _FETCHED_AT_ONCE}) as found:
+        for row in found:
+            size += size_of(row)
+            if len(rows) == limit or (rows and size > MAX_PAGE_BYTES):
+                return Page(rows, rows[-1]._mapping[window.key])
+            rows.append(row)
+    return Page(rows, edge)
+
+
+def _edge(connection: Connection, window: Window) -> int | None:
+    """Return the last key that this page looks at; None where all that is left is fewer rows."""
+    last: int | None = connection.execute(
+        _rows(window).with_only_columns(window.key).limit(1).offset(_STRIDE - 1)
+    ).scalar_one_or_none()
+    return last
+
+
+def _rows(window: Window) -> Select[Any]:
+    query = select(window.table)
+    if window.equal is None:
+        # Bounds that leave nothing out go: to a planner without statistics they look narrow.
+        if window.after > 0:
+            query = query.where(window.key > window.after)
+        if window.upto < MAX_INTEGER:
+            query = query.where(window.key <= window.upto)
+        return query.order_by(window.order)
+    column, value = window.equal
+    # As pairs: with `column = value` PostgreSQL knows that the order by the key alone is the same,
+    # and walks the primary key past all that is not wanted where it takes the value for common.
+    pair = tuple_(column, window.key)
+    query = query.where(
+        pair > tuple_(value, window.after),
+        pair <= tuple_(value, window.upto),
+    )
+    return query.order_by(column.desc() if window.newest_first else column.asc(), window.order)

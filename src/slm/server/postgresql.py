@@ -1,0 +1,108 @@
+"""What a PostgreSQL must be for this server: in UTF-8, and with sessions of its own; and its URL.
+
+Asks on connections that it is given; opens none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import secrets
+from typing import Any, Final
+
+from slm.errors import StartupError
+
+_LIBPQ_HOSTS: Final = re.compile(
+    r"^(?P<scheme>[a-z0-9+]+://)(?P<user>[^/?#@]*@)?(?P<hosts>[^/?#@]*,[^/?#@]*)"
+    r"(?P<path>/[^?#]*)?(?:\?(?P<query>[^#]*))?$",
+    re.IGNORECASE,
+)
+_LIBPQ_HOST: Final = re.compile(r"^(?:\[(?P<v6>[^\]]+)\]|(?P<name>[^:\[\]]*))(?::(?P<port>\d+))?$")
+
+
+def sqlalchemy_spelling(url: str) -> str:
+    """Return a URL with several hosts, as libpq writes it, as SQLAlchemy reads it.
+
+    `postgresql://u@a:5432,b:5433/db` becomes `postgresql://u@/db?host=a,b&port=5432,5433`; any
+    other URL stays as it is.
+
+    Raises:
+        ValueError: a host or a port of several is none.
+    """
+    found = _LIBPQ_HOSTS.match(url)
+    if found is None:
+        return url
+    hosts, ports = [], []
+    for each in found["hosts"].split(","):
+        one = _LIBPQ_HOST.match(each)
+        if one is None:
+            raise ValueError("one of its hosts or ports is none")
+        hosts.append(one["v6"] or one["name"])
+        ports.append(one["port"] or "5432")
+    query = f"host={','.join(hosts)}&port={','.join(ports)}"
+    if found["query"]:
+        query += f"&{found['query']}"
+    return f"{found['scheme']}{found['user'] or ''}{found['path'] or '/'}?{query}"
+
+
+def behind_a_pooler(name: str) -> StartupError:
+    """Return the one sentence about a pooler that gives each transaction another session."""
+    return StartupError(
+        f"The database {name} is behind a connection pooler in transaction or statement mode; SLM"
+        " needs sessions of its own (LISTEN, time-outs, prepared statements): set pool_mode ="
+        " session for it, or give the address of PostgreSQL itself."
+    )
+
+
+def refuse_unfit(one: Any, other: Any, name: str) -> None:
+    """Refuse a database that is not in UTF-8, or that stands behind a pooler of transactions.
+
+    Args:
+        one: a connection of psycopg's, outside a transaction.
+        other: another one, made beside it.
+        name: of the database, without a password.
+
+    Raises:
+        StartupError: one sentence says what to do.
+    """
+    with _autocommit(one), _autocommit(other):
+        encoding = one.execute("SHOW server_encoding").fetchone()[0]
+        if _shares_sessions(one, other):
+            raise behind_a_pooler(name)
+    if encoding != "UTF8":
+        raise StartupError(
+            f"The database {name} has the encoding {encoding}; SLM needs UTF8: make it anew with"
+            " CREATE DATABASE … TEMPLATE template0 ENCODING 'UTF8'."
+        )
+
+
+def _shares_sessions(one: Any, other: Any) -> bool:
+    """Say whether two connections are given PostgreSQL's sessions in turn.
+
+    While the other is in a transaction, it has either the session that was the first one's, or,
+    where sessions go round, the first one now has another.
+    """
+    mark = secrets.token_hex(8)
+    one.execute("SELECT set_config('slm.session', %s, false)", (mark,))
+    before = _session(one)
+    with other.transaction():
+        taken = _session(other)
+        if taken[0] == before[0] or taken[1] == mark or before[1] != mark:
+            return True
+        return _session(one) != before
+
+
+def _session(connection: Any) -> tuple[int, str]:
+    row = connection.execute(
+        "SELECT pg_backend_pid(), current_setting('slm.session', true)"
+    ).fetchone()
+    return row[0], row[1]
+
+
+@contextlib.contextmanager
+def _autocommit(connection: Any) -> Any:
+    before, connection.autocommit = connection.autocommit, True
+    try:
+        yield
+    finally:
+        connection.autocommit = before
