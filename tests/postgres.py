@@ -73,12 +73,12 @@ def _text(url: URL) -> str:
 
 @contextlib.contextmanager
 def _started(folder: Path) -> Iterator[URL]:
-    user = _other_user()
+    user = other_user()
     if user is not None:
         os.chown(folder, user, -1)
-    binaries = _reachable(programs(), folder, user)
+    binaries = reachable(programs(), folder, user)
     data = folder / "data"
-    _run([binaries / "initdb", "-D", data, "-U", "postgres", "-A", "trust", "--no-sync",
+    run([binaries / "initdb", "-D", data, "-U", "postgres", "-A", "trust", "--no-sync",
           "--locale=C.UTF-8", "-E", "UTF8"], folder, user)  # fmt: skip
     port = free_port()
     options = {
@@ -97,7 +97,7 @@ def _started(folder: Path) -> Iterator[URL]:
         )
     try:
         url = URL.create("postgresql+psycopg", "postgres", None, "127.0.0.1", port, "postgres")
-        _wait_until_ready(process, url, folder / "log")
+        wait_until_ready(process, url, folder / "log")
         yield url
     finally:
         process.send_signal(signal.SIGQUIT)  # at once: nobody needs what it holds
@@ -120,7 +120,7 @@ def programs() -> Path:
     return Path(wheel.bin_dir())
 
 
-def _other_user() -> int | None:
+def other_user() -> int | None:
     """Return who runs PostgreSQL when we are root, which it refuses."""
     if os.geteuid() != 0:
         return None
@@ -130,17 +130,17 @@ def _other_user() -> int | None:
     pytest.fail("PostgreSQL refuses to run as root, and there is no other user here")
 
 
-def _reachable(binaries: Path, folder: Path, user: int | None) -> Path:
+def reachable(binaries: Path, folder: Path, user: int | None) -> Path:
     """Return the programs, copied where that user can run them if they are out of its reach."""
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        _run([binaries / "postgres", "--version"], folder, user)
+        run([binaries / "postgres", "--version"], folder, user)
         return binaries
     copy = folder / "postgresql"
     shutil.copytree(binaries.parent, copy, symlinks=True)
     return copy / binaries.name
 
 
-def _run(command: list[str | Path], folder: Path, user: int | None) -> None:
+def run(command: list[str | Path], folder: Path, user: int | None) -> None:
     subprocess.run(
         [str(part) for part in command], cwd=folder, user=user, check=True, capture_output=True
     )
@@ -153,7 +153,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _wait_until_ready(process: subprocess.Popen[bytes], url: URL, log: Path) -> None:
+def wait_until_ready(process: subprocess.Popen[bytes], url: URL, log: Path) -> None:
     deadline = time.monotonic() + 30
     while True:
         try:
