@@ -222,7 +222,11 @@ class _Anything(AgentConfigCache):
         return self.found
 
 
-@pytest.mark.parametrize("found", [OverflowError("x"), RecursionError(), object(), 5], ids=lambda found: type(found).__name__)
+@pytest.mark.parametrize(
+    "found",
+    [OverflowError("x"), RecursionError(), object(), 5],
+    ids=lambda found: type(found).__name__,
+)
 def test_explaining_raises_nothing(found: Any) -> None:
     """Whatever is in the cache, each step is told, or it is told that it cannot be."""
     steps = explain_steps(_Anything(found), "a", None, "x" * 10_000)

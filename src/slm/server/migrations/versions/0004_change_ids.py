@@ -13,6 +13,8 @@ down_revision = "0005"
 branch_labels = None
 depends_on = None
 
+IDS = ("head_id", "before_id", "floor_id")
+
 
 def upgrade() -> None:
     connection = op.get_bind()
@@ -29,15 +31,18 @@ def upgrade() -> None:
         random_id = sa.text("right(replace(gen_random_uuid()::text, '-', ''), 16)")
         column = sa.Column("change_id", sa.String(16), nullable=False, server_default=random_id)
         op.add_column("changes", column)
-    for name in ("head_id", "before_id", "floor_id"):
+    for name in IDS:
         op.add_column("state", sa.Column(name, sa.String(16), nullable=False, server_default=""))
     op.add_column("state", sa.Column("timeline", sa.String(64)))
+    state = sa.table("state", *map(sa.column, ("revision", "floor", *IDS)))
+    changes = sa.table("changes", sa.column("revision"), sa.column("change_id"))
     # What was compacted away has no row to take an id from.
     connection.execute(sa.text("UPDATE state SET floor_id = :id"), {"id": secrets.token_hex(8)})
-    for name, at in (("floor_id", "floor"), ("before_id", "revision - 1"), ("head_id", "revision")):
-        connection.execute(
-            sa.text(
-                f"UPDATE state SET {name} = coalesce((SELECT change_id FROM changes"  # noqa: S608
-                f" WHERE changes.revision = state.{at}), floor_id)"
-            )
-        )
+    for name, at in (
+        ("floor_id", state.c.floor),
+        ("before_id", state.c.revision - 1),
+        ("head_id", state.c.revision),
+    ):
+        there = sa.select(changes.c.change_id).where(changes.c.revision == at).scalar_subquery()
+        found = sa.func.coalesce(there, state.c.floor_id)
+        connection.execute(sa.update(state).values({name: found}))
