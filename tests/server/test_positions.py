@@ -321,7 +321,7 @@ async def test_old_rows_get_ids(tmp_path: Path, database_url: str) -> None:
 
     def make_old(connection: Connection) -> None:
         config = _config(connection)
-        migration = ScriptDirectory.from_config(config).get_revision("0004")
+        migration = ScriptDirectory.from_config(config).get_revision("0005")
         command.upgrade(config, str(migration.down_revision))
         for revision in (3, 4, 5):
             connection.execute(
