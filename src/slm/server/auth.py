@@ -259,15 +259,10 @@ def read_tokens(connection: Connection, version: int | None = None) -> TokenTabl
             name=row.name,
             scopes=frozenset(scope.strip() for scope in row.scopes.split(",")),
             digest=row.digest,
-            expires_at=_as_utc(row.expires_at),
+            expires_at=row.expires_at,
             view=View.from_text(row.agents),
             version=at,
         )
         for row in rows
     )
     return TokenTable(callers, at)
-
-
-def _as_utc(time: datetime | None) -> datetime | None:
-    # SQLite keeps no zone; what we write is UTC.
-    return time if time is None or time.tzinfo is not None else time.replace(tzinfo=UTC)
