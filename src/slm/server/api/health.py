@@ -65,10 +65,11 @@ async def get_readiness(services: Parts) -> Response:
     ready = all(checks.values())
     body: dict[str, Any] = {"ready": ready} | checks
     body |= {"revision": feed.position, "epoch": feed.epoch}
-    if services.database.unwritable is not None:
-        body["reason"] = services.database.unwritable
-    elif not feed.current:
-        body["reason"] = feed.trouble or "the database does not answer"
+    reasons = [services.database.unwritable, feed.trouble]
+    if not (feed.current or any(reasons)):
+        reasons.append("the database does not answer")
+    if not ready and any(reasons):
+        body["reason"] = "; ".join(each for each in reasons if each)
     # An agent whose key is of no use is told, and does not take the server out of service.
     body["keys_undecryptable"] = len(services.registry.reads.undecryptable)
     body["background"] = _background(services)
