@@ -130,7 +130,7 @@ async def test_a_database_that_cannot_take_the_new_epoch(
                 plain.execute("DELETE FROM changes WHERE revision > 1")
                 # Whoever comes back finds it read-only, and the revision fallen.
                 plain.execute((kill + " AND pid <> pg_backend_pid()").encode())
-        await eventually(lambda: _is_red(api, "cannot take a new epoch"))
+        await eventually(lambda: _is_red(api, "its new epoch cannot be written"))
         assert (await api.get("/api/agents/default")).headers["SLM-Stale"] == "true"
         assert _parts(api).feed.epoch == epoch
         with connect(postgres_url) as plain:

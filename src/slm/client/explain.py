@@ -52,7 +52,7 @@ def _told(step: Step, tell: Callable[[], ExplainedStep]) -> ExplainedStep:
         return tell()
     except Exception as error:
         what = type(error).__name__
-    return ExplainedStep(step=step.value, said=f"it cannot be told ({what})")
+    return ExplainedStep(step=step.value, said=f"this step cannot be explained ({what})")
 
 
 def _own_step(cache: AgentConfigCache, agent_id: str, unreachable: str) -> ExplainedStep:

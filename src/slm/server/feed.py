@@ -69,7 +69,8 @@ class CannotRenewEpoch(FeedTrouble):
 
     def __init__(self, detail: str) -> None:
         super().__init__(
-            f"the database lost changes or runs elsewhere, and cannot take a new epoch: {detail}"
+            "the database lost changes or is on another timeline, and its new epoch cannot be"
+            f" written: {detail}"
         )
 
 
@@ -394,7 +395,7 @@ class ChangeFeed:
         if news.agents is not None:
             if self.epoch:
                 self._resync_due = news.resync_reason(self.held)
-                logger.warning("everything is loaded anew, at revision %d", news.head.revision)
+                logger.warning("everything was loaded again, at revision %d", news.head.revision)
             head = news.head
             self._catalog.load(news.agents, head.revision, head.epoch, head.change_id or "")
             self._ids = {head.revision: head.change_id or ""}
@@ -454,7 +455,7 @@ class ChangeFeed:
                 self._metrics.passed_on((now - change.created_at).total_seconds())
 
     async def _make_epoch_anew(self, news: News, held: Position) -> None:
-        """Give the database a new epoch: positions of the old one may name what it has not."""
+        """Give the database a new epoch: it may not have what positions of the old one name."""
         fresh = secrets.token_hex(8)
         try:
             made = await self._database.run(
@@ -463,8 +464,10 @@ class ChangeFeed:
         except ProblemError as problem:
             raise CannotRenewEpoch(problem.detail) from problem
         if made:
-            why = "runs elsewhere now" if not news.lost else f"has not revision {held.revision}"
-            logger.warning("the database %s as it was passed on: it gets a new epoch", why)
+            why = "is on another cluster or timeline"
+            if news.lost:
+                why = f"no longer has revision {held.revision} as it was passed on"
+            logger.warning("the database %s: it gets a new epoch", why)
 
     def _note_failure(self, error: Exception) -> None:
         self._failed_looks += 1

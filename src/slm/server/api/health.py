@@ -131,9 +131,9 @@ class _Metrics(Collector):
             ("slm_feed_look_age_seconds", "Since the last good look", feed.seconds_since_look),
             ("slm_connections", "Open WebSocket connections", len(hub.subscribers())),
             ("slm_subscribers", "Live streams", hub.live_count()),
-            ("slm_http_connections", "Connections that are no streams", connections.http),
+            ("slm_http_connections", "Connections other than streams", connections.http),
             ("slm_tasks", "Tasks of the event loop", len(asyncio.all_tasks())),
-            ("slm_buffered_bytes", "Bytes that wait for slow readers", sum(buffers)),
+            ("slm_buffered_bytes", "Bytes waiting for slow readers", sum(buffers)),
             (
                 "slm_largest_buffer_bytes",
                 "Bytes that wait for the slowest reader",
