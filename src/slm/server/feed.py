@@ -74,6 +74,13 @@ class CannotRenewEpoch(FeedTrouble):
         )
 
 
+class OnStandby(FeedTrouble):
+    """What was read was passed on, and may be old: another server takes the writes."""
+
+    def __init__(self) -> None:
+        super().__init__("the database is a standby: it takes no writes and may be behind")
+
+
 class ChangeFeed:
     """Follows the database: woken by a write, and looking by itself once every poll interval.
 
@@ -304,6 +311,8 @@ class ChangeFeed:
         self._last_answer = looked_at
         # Whatever becomes of the rest.
         self._take_tokens(news, looked_at, tokens_version)
+        if news.agents is not None and held == self.held:
+            news = replace(news, lost=news.lost or self._differs(news, held))
         if news.moved or (news.lost and news.horizon.epoch == held.epoch):
             await self._make_epoch_anew(news, held)
             self.wake()
@@ -319,11 +328,23 @@ class ChangeFeed:
                 return
             news = replace(news, changes=rest)
         self._pass_on(news)
+        if self._with_timeline and news.timeline is None:
+            raise OnStandby
         self._last_good_look, self._good_look = looked_at, look
         self._moved.fire()
         if self._trouble is not None:
             self._trouble = None
             logger.info("the database answers again, at revision %d", self.position)
+
+    def _differs(self, news: News, held: Position) -> bool:
+        """Whether an agent is another one than was passed on, though no later change made it.
+
+        So a loss shows where the row of the position itself was compacted away.
+        """
+        return news.horizon.epoch == held.epoch and any(
+            agent.revision <= held.revision and agent != self._catalog.agent(agent.agent_id)
+            for agent in news.agents or ()
+        )
 
     def _take_tokens(self, news: News, asked_at: float, asked_version: int) -> None:
         if news.tokens is not None:

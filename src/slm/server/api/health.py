@@ -65,14 +65,11 @@ async def get_readiness(services: Parts) -> Response:
     ready = all(checks.values())
     body: dict[str, Any] = {"ready": ready} | checks
     body |= {"revision": feed.position, "epoch": feed.epoch}
-    if not ready:
-        # The feed's trouble says more: it also names what could not be done.
-        trouble = None if feed.current else feed.trouble
-        reason = trouble or services.database.unwritable
-        if reason is None and not feed.current:
-            reason = "the database does not answer"
-        if reason is not None:
-            body["reason"] = reason
+    reasons = [services.database.unwritable, feed.trouble]
+    if not (feed.current or any(reasons)):
+        reasons.append("the database does not answer")
+    if not ready and any(reasons):
+        body["reason"] = "; ".join(each for each in reasons if each)
     # An agent whose key is of no use is told, and does not take the server out of service.
     body["keys_undecryptable"] = len(services.registry.reads.undecryptable)
     body["background"] = _background(services)
