@@ -40,8 +40,8 @@ bench-peers: ## what the bench compares with that pip cannot install (Debian, as
 	apt-get install -y --no-install-recommends gcc libc6-dev libssl-dev openssl redis-server etcd-server
 	cd benchmarks/unleash && npm install --no-package-lock --no-audit --no-fund
 
-soak: .venv/installed ## the long form of the fault tests
-	$(BIN)/python -m pytest -m soak tests/faults
+soak: .venv/installed ## the long form of the fault and socket tests
+	$(BIN)/python -m pytest -m soak
 
 lock: ## resolve the requirements again (needs uv); read the diff before you commit it
 	$(UV_COMPILE) --upgrade --all-extras pyproject.toml -o requirements.lock

@@ -15,6 +15,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from slm import errors
 from slm.client.config import ResolvedConfig
 from slm.server.settings import Settings
 from tests.end_to_end.recorder import recording_provider
@@ -23,6 +24,7 @@ from tests.servers import running_server
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+PROTOCOL = (ROOT / "docs" / "protocol.md").read_text()
 OTHER_VARIABLES = {
     *("SLM_URL", "SLM_TOKEN", "SLM_TOKEN_FILE", "SLM_CA_FILE"),
     *("SLM_CLIENT_CERT", "SLM_CLIENT_KEY", "SLM_TRACEBACK"),
@@ -75,6 +77,15 @@ def test_every_setting_is_in_the_readme_with_its_default() -> None:
     ]
     assert not wrong, "the README needs these rows:\n" + "\n".join(wrong)
     assert set(told) - set(settings) == OTHER_VARIABLES
+
+
+def test_the_protocol_lists_every_error_code() -> None:
+    """The table of codes in docs/protocol.md is that of the errors that the server answers."""
+    table = re.findall(r"^\| ([45]\d\d) \| (`.*`) \|$", PROTOCOL, re.MULTILINE)
+    told = {(int(status), code) for status, codes in table for code in re.findall("[a-z-]+", codes)}
+    kinds = [each for each in vars(errors).values() if isinstance(each, type)]
+    problems = {each for each in kinds if issubclass(each, errors.ProblemError)}
+    assert told == {(each.status, each.code) for each in problems - {errors.ProblemError}}
 
 
 def test_the_environment_step_is_in_the_readme() -> None:

@@ -153,9 +153,9 @@ def _ambiguous(host: str, address: IPAddress | None) -> str | None:
     if address is not None:
         return None
     if _ENDS_IN_A_NUMBER.fullmatch(host):
-        return "names a host that ends in a number and is no IP address"
+        return "names a host that ends in a number but is not an IP address"
     if any(not 0 < len(label) < 64 for label in host.split(".")) or len(host) > 253:
-        return "names a host that no DNS name can be"
+        return "names a host that is not a valid DNS name"
     return None
 
 

@@ -120,7 +120,7 @@ def check_given(path: str | os.PathLike[str], limit: int = MAX_PEM_BYTES) -> Non
     """
     with _opened(path, may_be_roots=True) as (_, status, shown):
         if status.st_size > limit:
-            _refuse(f"{shown} has more than {limit} bytes: it is not what was meant")
+            _refuse(f"{shown} has more than {limit} bytes: this cannot be the file that was meant")
 
 
 def check_own_file(path: str | os.PathLike[str]) -> None:
@@ -146,7 +146,7 @@ def _read(path: str | os.PathLike[str], limit: int, *, may_be_roots: bool) -> tu
 
 def _bounded(content: bytes, limit: int, shown: str) -> bytes:
     if len(content) > limit:
-        _refuse(f"{shown} has more than {limit} bytes: it is not what was meant")
+        _refuse(f"{shown} has more than {limit} bytes: this cannot be the file that was meant")
     return content
 
 

@@ -1,4 +1,4 @@
-"""Takes a secret out of somebody else's words, in whatever encoding they repeat it.
+"""Makes somebody else's words fit to repeat: on one line, without a secret in any encoding.
 
 Knows no provider and no protocol. Runs where an error is made, never on the way of an answer.
 """
@@ -29,6 +29,13 @@ _ESCAPE: Final = re.compile(
 _LOWER: Final = str.maketrans({chr(code): chr(code + 32) for code in range(65, 91)})
 
 Folded = list[tuple[str, int, int]]
+
+
+def one_line(text: str, limit: int = 300) -> str:
+    """Return somebody else's words as one printable line, for an error or a log."""
+    # Cut first: it may be megabytes. In a log it must be no line of its own, nor steer a terminal.
+    text = text[:MAX_TEXT]
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:limit]
 
 
 def scrubbed(text: str, secret: str) -> str:

@@ -87,7 +87,7 @@ async def test_no_such_backend(server: InLoopServer, admin: Api) -> None:
         name = (await fleet_of(admin))["billing"]["backend"]
         missing = await slm(*asked, "--json", data=server.data_dir)
         assert (missing.code, missing.out) == (1, "")
-        assert missing.error == f"No connected backend is called so; there is {name}."
+        assert missing.error == f"No connected backend has this name; connected: {name}."
     nowhere = await slm("explain", "a", data=server.data_dir)
     assert nowhere.code == 2
     assert "--on" in nowhere.error

@@ -24,7 +24,7 @@ from slm.errors import SLMError, SLMUnavailable, Unavailable
 from slm.protocol import ExplainedStep
 from tests.client.test_http import TOKEN, answering, connection
 from tests.faults.backends import backend, is_live
-from tests.faults.scripted import Peer, ScriptedSLM, config, scripted_slm
+from tests.faults.scripted import EPOCH, Peer, ScriptedSLM, config, scripted_slm
 from tests.llm.reach import reaches
 from tests.servers import eventually
 
@@ -203,10 +203,38 @@ async def test_a_snapshot_too_large_leaves_the_sdk_as_it_is(
 def test_what_a_server_repeats_of_the_token_is_hidden() -> None:
     """A problem's words are logged, so the token is taken out of them."""
     body = f'{{"code": "unavailable", "detail": "no: Bearer {TOKEN.upper()} or {TOKEN[:12]}"}}'
-    hide = http.TokenSource(TOKEN).hide
-    problem = _problem(503, {}, body.encode(), hide)
+    problem = _problem(503, {}, body.encode(), http.TokenSource(TOKEN).repeated)
     assert isinstance(problem, Unavailable)
     assert str(problem) == "no: Bearer *** or ***"
+
+
+async def test_what_a_stream_says_is_one_short_line_of_the_log(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A long code or reason with line breaks, escapes or the token is cut and cleaned."""
+    odd = f"\n\x1b[2Jforged {TOKEN} {'x' * 30_000}"
+
+    async def refusing(peer: Peer) -> None:
+        await peer.say({"type": "error", "code": odd, "detail": odd})
+
+    async def script(peer: Peer) -> None:
+        await peer.subscribed(1)
+        await peer.say({"type": "error", "code": odd, "detail": odd})
+        await peer.say({"type": "resync", "revision": 1, "epoch": EPOCH, "reason": odd})
+        await peer.live(1)
+
+    caplog.set_level(logging.DEBUG, logger="slm.client")
+    async with (
+        scripted_slm(agents=AGENTS, scripts=[refusing, script]) as slm,
+        SLMClient(slm.url, token=TOKEN, timings=QUICK) as client,
+    ):
+        await eventually(lambda: is_live(client) and "asks for a resync" in caplog.text)
+    told = [record.getMessage() for record in caplog.records if "forged" in record.getMessage()]
+    assert len(told) == 3
+    for line in told:
+        assert len(line) < 500
+        assert line.isprintable()
+        assert TOKEN not in line
 
 
 class _Anything(AgentConfigCache):
@@ -231,7 +259,7 @@ def test_explaining_raises_nothing(found: Any) -> None:
     """Whatever is in the cache, each step is told, or it is told that it cannot be."""
     steps = explain_steps(_Anything(found), "a", None, "x" * 10_000)
     assert [step.step for step in steps] == ["agent", "default", "environment", "hardcoded"]
-    assert "cannot be told" in steps[0].said
+    assert "cannot be explained" in steps[0].said
     assert all(isinstance(step, ExplainedStep) for step in steps)
 
 

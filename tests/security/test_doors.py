@@ -89,6 +89,7 @@ BODIES: Final[dict[tuple[str, str], Any]] = {
     ("POST", "/api/agents/{agent_id}/rollback"): {},
     ("POST", "/api/admin/tokens"): {"name": "made", "scopes": ["config:read"]},
     ("POST", "/api/admin/keys/rotate"): {},
+    ("POST", "/api/admin/audit/exported"): {"head": f"1:{'0' * 64}"},
 }
 
 

@@ -91,7 +91,9 @@ async def test_a_transaction_asks_whether_the_token_counts(deaf: InLoopServer) -
                 method, path.format(agent_id="a", token_id=number), BODIES.get((method, path))
             )
             if path.endswith("/backup") and not on_sqlite:
-                assert answer.status == 422, "there is nothing to hand out"
+                # Nothing is there to hand out; refused sooner where the wake-up of the
+                # token's own making comes this late.
+                assert answer.status in (401, 422)
             else:
                 assert (answer.status, answer.code) == (401, "unauthorized"), (method, path)
         assert await actions_of(deaf, "victim") == []

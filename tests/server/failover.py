@@ -1,7 +1,7 @@
 """What a database looks like after an asynchronous standby took over, made on one database.
 
 A standby is its primary as it was some commits ago, whole. So that is what is put back: every row
-of the agents, of their changes and of the state.
+of the agents, of their changes, of the tokens and of the state.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Any
 from sqlalchemy import Connection, delete, insert, select
 
 from slm.server.database import Database
-from slm.server.models import AGENTS, CHANGES, STATE
+from slm.server.models import AGENTS, CHANGES, STATE, TOKENS
 
-_TABLES = (AGENTS, CHANGES, STATE)
+_TABLES = (AGENTS, CHANGES, STATE, TOKENS)
 
 
 @dataclass

@@ -70,8 +70,8 @@ class Site:
             body = {"agent_id": agent_id, "name": "n", "llm_provider": "openai", "llm_model": "m"}
             made = await self.client.post("/api/agents", json=body | {"llm_api_key": "sk-example"})
             assert made.status_code == 201
-        body = {"name": "limited", "scopes": ["config:read"], "agents": ["a"]}
-        assert (await self.client.post("/api/admin/tokens", json=body)).status_code == 201
+        token = {"name": "limited", "scopes": ["config:read"], "agents": ["a"]}
+        assert (await self.client.post("/api/admin/tokens", json=token)).status_code == 201
 
     @contextlib.asynccontextmanager
     async def altered(self, place: str, value: Any) -> AsyncIterator[None]:

@@ -13,6 +13,7 @@ from sqlalchemy import delete, select, update
 from sqlalchemy.engine import make_url
 
 from slm.server import hub as hub_module
+from slm.server import news as news_module
 from slm.server.catalog import CommittedChange
 from slm.server.compaction import compact
 from slm.server.frames import encode_change
@@ -129,7 +130,7 @@ async def test_a_database_that_cannot_take_the_new_epoch(
                 plain.execute("DELETE FROM changes WHERE revision > 1")
                 # Whoever comes back finds it read-only, and the revision fallen.
                 plain.execute((kill + " AND pid <> pg_backend_pid()").encode())
-        await eventually(lambda: _is_red(api, "cannot take a new epoch"))
+        await eventually(lambda: _is_red(api, "its new epoch cannot be written"))
         assert (await api.get("/api/agents/default")).headers["SLM-Stale"] == "true"
         assert _parts(api).feed.epoch == epoch
         with connect(postgres_url) as plain:
@@ -137,6 +138,25 @@ async def test_a_database_that_cannot_take_the_new_epoch(
             plain.execute(f"ALTER DATABASE {name} RESET default_transaction_read_only".encode())
             plain.execute((kill + " AND pid <> pg_backend_pid()").encode())
         await eventually(lambda: _parts(api).feed.epoch != epoch and _parts(api).feed.current)
+        assert (await api.get("/readyz")).status == 200
+
+
+async def test_a_standby_is_not_current(
+    tmp_path: Path, postgres_url: str, session: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A database that is in recovery may be behind the one that takes the writes: red and stale."""
+    async with running_server(
+        tmp_path / "data", database_url=postgres_url, encryption_keys=KEY
+    ) as server:
+        api = Api(server, session, server.admin_token)
+        await api.put("default", description="known")
+        # What a standby answers when it is asked for its timeline.
+        monkeypatch.setattr(news_module, "_SELECT_NEWS_AND_TIMELINE", news_module._SELECT_NEWS)
+        await eventually(lambda: _is_red(api, "the database is a standby"))
+        read = await api.get("/api/agents/default")
+        assert (read.json["description"], read.headers["SLM-Stale"]) == ("known", "true")
+        monkeypatch.undo()
+        await eventually(lambda: _parts(api).feed.current)
         assert (await api.get("/readyz")).status == 200
 
 

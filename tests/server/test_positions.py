@@ -13,14 +13,18 @@ import aiohttp
 import pytest
 from alembic import command
 from alembic.script import ScriptDirectory
-from sqlalchemy import Connection, select, text, update
+from sqlalchemy import Connection, Table, delete, select, text, update
 
-from slm.server.bodies import AgentUpdate
+from slm.server.auth import TokenTable
+from slm.server.bodies import AgentCreate, AgentUpdate
 from slm.server.compaction import compact
 from slm.server.database import Database
-from slm.server.models import STATE
+from slm.server.models import AGENTS, STATE, TOKENS
 from slm.server.prepare import _config
+from slm.server.registry import ITSELF
 from slm.server.services import Services
+from slm.server.token_store import TokenStore
+from slm.server.view import EVERYTHING
 from tests.faults import history
 from tests.faults.history import untold_losses, violations
 from tests.postgres import connect
@@ -211,6 +215,69 @@ async def test_a_position_that_was_compacted_away_is_still_known(quiet: Api) -> 
     await compact(services.database, keep=0)
     services.feed.wake()
     await eventually(lambda: services.feed.epoch != held.epoch)
+
+
+async def test_a_loss_below_the_floor_is_noticed(quiet: Api) -> None:
+    """Where nothing but an unchanged agent tells of the loss, its old ETag is of no use."""
+    services = _parts(quiet)
+    standby = await Standby.of(services.database)
+    lost = await quiet.put("default", description="lost")
+    epoch = services.feed.epoch
+    await standby.promote()
+    registry = services.registry
+    told, registry.committed = registry.committed, None
+    await registry.update("default", AgentUpdate(description="new"), actor="another")
+    for n in range(3):
+        made = AgentCreate(agent_id=f"a{n}", name="n", llm_provider="ollama", llm_model="m")
+        await registry.create(made, actor="another")
+    registry.committed = told
+    await compact(services.database, keep=0)
+    services.feed.wake()
+    await eventually(lambda: services.feed.epoch != epoch)
+    read = await quiet.get("/api/agents/default", headers={"If-None-Match": lost.headers["ETag"]})
+    assert (read.status, read.json["description"]) == (200, "new")
+    assert read.json["revision"] == lost.json["revision"]
+
+
+async def test_tokens_that_a_failover_lost_or_brought_back(quiet: Api) -> None:
+    """As many changes of tokens follow as were lost: what counts is what the database holds."""
+    services = _parts(quiet)
+    elsewhere = TokenStore(services.database, TokenTable())
+    written, token = await services.token_store.create(
+        "kept", ["config:read"], EVERYTHING, who=ITSELF
+    )
+    kept = Api(quiet.server, quiet.session, token.get_secret_value())
+    standby = await Standby.of(services.database)
+    await services.token_store.revoke(written.token.id, who=ITSELF)
+    assert (await kept.get("/api/agents")).status == 401
+    await standby.promote()
+    _, token = await elsewhere.create("new", ["config:read"], EVERYTHING, who=ITSELF)
+    new = Api(quiet.server, quiet.session, token.get_secret_value())
+    await services.feed.look_again(10)
+    assert [(await api.get("/api/agents")).status for api in (kept, new)] == [200, 200]
+
+
+@pytest.mark.parametrize("table", [TOKENS, AGENTS], ids=["tokens", "agents"])
+async def test_a_restore_that_is_half_done(quiet: Api, table: Table) -> None:
+    """pg_restore fills one table after the other: what was known stands until all are there."""
+    services = _parts(quiet)
+    standby = await Standby.of(services.database)
+    await quiet.put("default", description="lost")
+    epoch = services.feed.epoch
+
+    def empty(connection: Connection) -> None:
+        connection.execute(delete(table))
+
+    await standby.promote(empty)
+    await services.feed.look_again(0.3)
+    assert services.feed.trouble is not None
+    assert "restore" in services.feed.trouble
+    assert (await quiet.get("/api/agents/default")).status == 200
+    await standby.promote()
+    await services.feed.look_again(10)
+    await eventually(lambda: services.feed.epoch != epoch and services.feed.trouble is None)
+    assert (await quiet.get("/api/agents/default")).json["description"] != "lost"
+    assert (await quiet.put("default", description="new")).status == 200
 
 
 async def test_of_several_servers_one_makes_the_epoch(

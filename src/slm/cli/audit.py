@@ -88,7 +88,7 @@ def verify(
         list[Path] | None,
         typer.Argument(
             metavar="[FILE]...",
-            help="Files that slm audit export wrote, the oldest first; no server is asked.",
+            help="Files written by slm audit export, the oldest first; checked without a server.",
             exists=True,
             dir_okay=False,
             show_default=False,
@@ -116,7 +116,7 @@ def verify(
         output.say(f"Whole: {verdict['rows']} entries. Head: {verdict['head']}")
         start = verdict.get("cut") if target is not None else verdict["after"]
         if start and not start.startswith("0:"):
-            output.say(f"It begins after {start}; what is older is in exports.")
+            output.say(f"It begins after {start}; older entries are in exports.")
     elif target is None:
         output.error(f"the audit was altered: {verdict['reason']}")
     else:

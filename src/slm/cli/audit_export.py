@@ -29,10 +29,11 @@ _PATH: Final = "/api/admin/audit/export"
 def export(
     target: Target,
     file: Annotated[
-        Path, typer.Argument(metavar="FILE", help="Where to; a file that is there is kept.")
+        Path,
+        typer.Argument(metavar="FILE", help="Where to write; an existing file is never replaced."),
     ],
     everything: Annotated[
-        bool, typer.Option("--all", help="From the beginning, not from the last export.")
+        bool, typer.Option("--all", help="Start at the beginning instead of after the last export.")
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -45,7 +46,7 @@ def export(
       slm audit export audit-$(date +%F).jsonl
     """
     if file.exists() or file.is_symlink():
-        raise ConfigurationError(f"{file} is there already; an export never replaces a file")
+        raise ConfigurationError(f"{file} already exists; an export never replaces a file")
     unfinished = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
     try:
         with output.progress("exporting"), _create_private(unfinished) as copy:
@@ -142,7 +143,7 @@ def check(files: list[Path], expect: str | None = None) -> dict[str, Any]:
         raise ConfigurationError("name a file")
     if not reason and expect is not None:
         held = noted is not None and walk.start.seq <= noted.seq <= walk.at.seq
-        reason = "" if held else "the head that was noted is not there"
+        reason = "" if held else "the noted head is not in the audit"
     return {
         "whole": not reason,
         "rows": rows,

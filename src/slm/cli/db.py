@@ -61,7 +61,8 @@ def upgrade(data: DataDir = DEFAULT_DATA_DIR, database_url: DatabaseUrl = None) 
 def backup(
     target: Target,
     file: Annotated[
-        Path, typer.Argument(metavar="FILE", help="Where to; a file that is there is kept.")
+        Path,
+        typer.Argument(metavar="FILE", help="Where to write; an existing file is never replaced."),
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for a script.")] = False,
 ) -> None:

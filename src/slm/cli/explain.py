@@ -75,7 +75,7 @@ def _whole_name(target: Target, name: str) -> str:
         return name
     if len(meant) > 1:
         named = ", ".join(meant[:_MAX_NAMED])
-        raise output.UsageError(f"{len(meant)} backends are called so: {escape(named)}")
+        raise output.UsageError(f"{len(meant)} backends match: {escape(named)}")
     return str(meant[0])
 
 

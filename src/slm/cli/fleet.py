@@ -133,7 +133,7 @@ def _held(backend: dict[str, Any], agent: Agent) -> dict[str, Any] | None:
     if backend["applied"] is None:
         why = "never says what it took (no acks)"
     elif backend.get("truncated"):
-        why = "holds more keys than the server keeps count of"
+        why = "holds more keys than the server tracks"
     elif held is not None and held != agent.api_key_revision:
         why = f"still holds the key of revision {held}"
     elif backend["applied"] < changed_at:

@@ -142,7 +142,7 @@ def _show(receipt: dict[str, Any]) -> None:
     lines += [f"[yellow]no answer[/]  {escape(name)}" for name in receipt["pending"]]
     for kind, told in (("refused", "[red]refused[/]    "), ("pending", "[yellow]no answer[/]  ")):
         if count := _others(receipt, kind):
-            lines.append(f"{told}{count} of other tokens, which this one is not told of by name")
+            lines.append(f"{told}{count} with other tokens, whose names this token may not see")
     output.some(lines)
     if unknown := receipt["unknown"]:
         output.note(f"{len(unknown)} connected without ever acking: {', '.join(unknown[:5])}")

@@ -22,7 +22,7 @@ from pydantic import SecretStr
 from slm.client.cache import AgentConfigCache
 from slm.client.chain import Chain
 from slm.client.config import ResolvedConfig
-from slm.client.explain import explain_steps, shown
+from slm.client.explain import explain_steps
 from slm.client.hooks import Hooks, OnChange, Validator
 from slm.client.http import TokenSource, normalised_url
 from slm.client.in_use import InUse, KeysInUse
@@ -287,13 +287,13 @@ class SLMClient:
         cache = self._cache
         unreachable = self.last_error or f"it is {self.status.value}"
         return Explanation(
-            agent_id=shown(agent_id),
+            agent_id=storable(agent_id),
             answered_by=None if answer is None else answer.step.value,
-            error=error and shown(error),
+            error=error and storable(error),
             status=self.status.value,
             revision=cache.revision,
-            epoch=cache.epoch and shown(cache.epoch),
-            last_error=self.last_error and shown(self.last_error),
+            epoch=cache.epoch and storable(cache.epoch),
+            last_error=self.last_error and storable(self.last_error),
             steps=explain_steps(cache, agent_id, answer, unreachable),
         )
 

@@ -13,15 +13,13 @@ from slm.client.cache import AgentConfigCache
 from slm.client.config import ResolvedConfig, Step
 from slm.client.fallback import PREFIX, from_environment, hardcoded
 from slm.client.known import KnownAgent
-from slm.protocol import ExplainedStep
+from slm.protocol import ExplainedStep, storable
 
 _CAME: Final = {
     "snapshot": "with the snapshot of all agents",
     "fetch": "by a request of its own",
     "file": "from the snapshot file",
 }
-
-_MAX_TEXT: Final = 4096
 
 
 def explain_steps(
@@ -48,18 +46,13 @@ def explain_steps(
     ]
 
 
-def shown(text: str) -> str:
-    """Return the text as a report may hold it: it may be a server's, a validator's or a file's."""
-    return text[:_MAX_TEXT].replace("\x00", " ").encode("utf-8", "replace").decode()
-
-
 def _told(step: Step, tell: Callable[[], ExplainedStep]) -> ExplainedStep:
     """Return what the step says; one that cannot be told hides no other."""
     try:
         return tell()
     except Exception as error:
         what = type(error).__name__
-    return ExplainedStep(step=step.value, said=f"it cannot be told ({what})")
+    return ExplainedStep(step=step.value, said=f"this step cannot be explained ({what})")
 
 
 def _own_step(cache: AgentConfigCache, agent_id: str, unreachable: str) -> ExplainedStep:
@@ -132,17 +125,17 @@ def _key_of(held: ResolvedConfig, known: KnownAgent) -> str:
 def _step(
     step: Step, said: str, config: ResolvedConfig | None = None, *, key: str | None = None
 ) -> ExplainedStep:
-    said = shown(said)
+    said = storable(said)
     if config is None:
         return ExplainedStep(step=step.value, said=said)
     return ExplainedStep(
         step=step.value,
         said=said,
-        agent_id=config.source_agent_id and shown(config.source_agent_id),
-        llm_provider=shown(config.llm_provider),
+        agent_id=config.source_agent_id and storable(config.source_agent_id),
+        llm_provider=storable(config.llm_provider),
         # A query may hold what nobody should see twice.
-        llm_endpoint=config.llm_endpoint and shown(config.llm_endpoint.partition("?")[0]),
-        llm_model=shown(config.llm_model),
+        llm_endpoint=config.llm_endpoint and storable(config.llm_endpoint.partition("?")[0]),
+        llm_model=storable(config.llm_model),
         revision=config.revision,
         age_seconds=round(config.age, 3),
         stale=config.stale,

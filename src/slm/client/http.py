@@ -43,7 +43,7 @@ from slm.errors import (
 )
 from slm.files import NotTrusted, read_given
 from slm.schemas import Agent, LLMConfigWithKey
-from slm.scrub import MAX_TEXT, scrubbed
+from slm.scrub import MAX_TEXT, one_line, scrubbed
 
 _T = TypeVar("_T")
 _M = TypeVar("_M", bound=BaseModel)
@@ -145,9 +145,9 @@ class TokenSource:
                 self._token = self._read(self._file)
         return {"Authorization": f"Bearer {self._token.get_secret_value()}"}
 
-    def hide(self, text: str) -> str:
-        """Return the text without the token, which a server may repeat."""
-        return scrubbed(text, self._token.get_secret_value())
+    def repeated(self, text: str) -> str:
+        """Return a server's words as one line for an error or a log, without the token."""
+        return one_line(scrubbed(text[:MAX_TEXT], self._token.get_secret_value()))
 
     @staticmethod
     def _read(path: Path) -> SecretStr:
@@ -187,6 +187,10 @@ class Connection:
     async def close(self) -> None:
         """Close every connection."""
         await self._session.close()
+
+    def repeated(self, text: str) -> str:
+        """Return the SLM's words as one line for an error or a log, without the token."""
+        return self._token.repeated(text)
 
     async def get_llm(
         self, agent_id: str, *, min_revision: int, epoch: str | None
@@ -262,7 +266,7 @@ class Connection:
                 return model.model_validate_json(body)
             failure = ProtocolError(f"the SLM's answer to {path} is not of the contract's shape")
         else:
-            failure = _problem(status, headers, body, self._token.hide)
+            failure = _problem(status, headers, body, self.repeated)
         # The body may hold keys. The validation error knows it, so this is outside the handler; and
         # a crash reporter sends the variables of each frame along.
         del body
@@ -329,8 +333,8 @@ def _failure_of(error: Exception, what: str, timeout: float) -> SLMError:
     if isinstance(error, aiohttp.ClientResponseError):
         return SLMUnavailable(f"the SLM broke HTTP: {type(error).__name__}")
     if isinstance(error, aiohttp.ClientError | OSError):
-        said = "".join(char for char in str(error) if char.isprintable())[:300]
-        return SLMUnavailable(f"the SLM did not answer: {said or type(error).__name__}")
+        said = one_line(str(error)) or type(error).__name__
+        return SLMUnavailable(f"the SLM did not answer: {said}")
     # Whatever else an answer makes the library raise, the client must go on.
     return SLMUnavailable(f"the SLM's answer cannot be read: {type(error).__name__}")
 
@@ -344,9 +348,9 @@ def _problem(
     status: int,
     headers: Mapping[str, str],
     body: bytes,
-    hide: Callable[[str], str] = lambda text: text,
+    repeated: Callable[[str], str] = one_line,
 ) -> SLMError:
-    """Return the error that an answer other than success stands for, its words with `hide`."""
+    """Return the error that an answer other than success stands for."""
     code, detail = "", ""
     with contextlib.suppress(ValidationError):
         told = _Problem.model_validate_json(body)
@@ -354,8 +358,7 @@ def _problem(
     cls = _PROBLEMS.get(code)
     if cls is None or cls.status != status:
         cls = _BY_STATUS.get(status)
-    detail = "".join(char for char in hide(detail[:MAX_TEXT]) if char.isprintable())[:300]
-    detail = detail or f"HTTP {status}"
+    detail = repeated(detail) or f"HTTP {status}"
     if cls is None:
         cls = InternalError if status >= 500 else BadRequest
     if issubclass(cls, InvalidRequest):

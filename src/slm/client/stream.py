@@ -154,7 +154,8 @@ class Stream:
             if self._subscribed_at is None:
                 silence.allow(2 * self._begin(message, since))
             elif isinstance(message, Error):
-                _log.warning("the SLM did not understand us: %s", message.code)
+                code = self._connection.repeated(message.code)
+                _log.warning("the SLM did not understand us: %s", code)
             elif message is not None:
                 self._listener.received(message)
 
@@ -178,7 +179,8 @@ class Stream:
     def _begin(self, message: ServerMessage | None, since: int | None) -> float:
         """Take the first message and return the heartbeat interval that it names."""
         if isinstance(message, Error):
-            raise ProtocolError(f"the SLM refused the subscription: {message.code}")
+            code = self._connection.repeated(message.code)
+            raise ProtocolError(f"the SLM refused the subscription: {code}")
         if not isinstance(message, Subscribed):
             raise ProtocolError("the SLM's first message is not 'subscribed'")
         if not math.isfinite(message.heartbeat) or message.heartbeat <= 0:

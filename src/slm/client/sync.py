@@ -211,7 +211,8 @@ class Synchroniser:
             self._behind = message.behind
             self._update_liveness()
         elif isinstance(message, Resync):
-            _log.info("the SLM asks for a resync (%s)", message.reason)
+            reason = self._connection.repeated(message.reason)
+            _log.info("the SLM asks for a resync (%s)", reason)
             self._begin(message)
         elif isinstance(message, Explain) and self._explaining < _EXPLAINED_AT_ONCE:
             self._explaining += 1

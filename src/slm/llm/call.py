@@ -27,7 +27,7 @@ from slm.llm.providers.base import ChatRequest, Completion, Message, Provider
 from slm.llm.providers.failures import Failure
 from slm.llm.results import ChatResult, Overrides, result_of
 from slm.llm.validator import refused_address
-from slm.scrub import MAX_TEXT, scrubbed
+from slm.scrub import MAX_TEXT, one_line, scrubbed
 
 _logger = logging.getLogger(__name__)
 
@@ -121,10 +121,7 @@ class Call:
         """Return the provider's words on one line, without the key, which some of them echo."""
         if not isinstance(text, str):
             text = "the provider's error has no text"
-        text = self._without_key(text[:MAX_TEXT])
-        # Errors are logged: nobody else's words are a further line there, or steer a terminal.
-        line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-        return line[:MAX_DETAIL]
+        return one_line(self._without_key(text[:MAX_TEXT]), MAX_DETAIL)
 
     def _without_key(self, text: str) -> str:
         key = self.config.llm_api_key

@@ -122,7 +122,7 @@ class Acceptor:
             await self._loop.connect_accepted_socket(self._factory, accepted, **tls)  # type: ignore[arg-type]
         except OSError as error:
             # Such as no TLS, or none in time: the peer's fault, and no news.
-            logger.debug("a connection did not come about: %s", type(error).__name__)
+            logger.debug("a connection was not established: %s", type(error).__name__)
             accepted.close()
         except asyncio.CancelledError:
             accepted.close()
@@ -131,7 +131,7 @@ class Acceptor:
     def _arrived(self, task: asyncio.Task[None]) -> None:
         self._connections.arriving.pop(task, None)
         if not task.cancelled() and (error := task.exception()) is not None:
-            logger.error("a connection could not be begun: %s", type(error).__name__)
+            logger.error("a connection could not be set up: %s", type(error).__name__)
 
     def _busy(self) -> bool:
         if self._is_busy():

@@ -248,7 +248,7 @@ class AuditLog:
             reason = "the beginning was cut off by somebody without the encryption key"
             return Verdict(0, str(cut), cut.seq + 1, reason, str(cut))
         if expect is not None and (noted is None or not cut.seq <= noted.seq <= head.seq):
-            reason = "the head that was noted is not there"
+            reason = "the noted head is not in the audit"
             return Verdict(head.seq, str(head), head.seq, reason)
         walk = Walk(cut, noted)
 
@@ -266,5 +266,5 @@ class AuditLog:
                     return await self.verify(expect)
                 return walk.verdict()
         if walk.at != head:
-            return walk.verdict(walk.at.seq, "the chain does not end where it says")
+            return walk.verdict(walk.at.seq, "the chain does not end at its recorded head")
         return walk.verdict()

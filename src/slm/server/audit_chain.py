@@ -86,7 +86,7 @@ class Verdict:
         return self.broken_at is None
 
 
-_OTHER_HEAD: Final = "the chain was written anew: the head that was noted is another one"
+_OTHER_HEAD: Final = "the chain was rewritten: it does not have the noted head"
 
 
 class Walk:

@@ -118,7 +118,7 @@ def export_page(
     else:
         start = exported_upto(connection) or cut
     if start is None or start.seq < cut.seq:
-        raise Conflict("The audit has no such entry, or not any more.")
+        raise Conflict("The audit has no such entry, or no longer has it.")
     last = head.seq if upto is None else min(upto, head.seq)
     entries = entries_after(connection, start.seq, last, WALK_PAGE)
     more = entries and entries[-1].seq < last

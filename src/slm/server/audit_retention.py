@@ -136,7 +136,7 @@ def _batch(connection: Connection, *, keyring: Keyring, upto: Link, before: str)
     """Move the cut by at most BATCH rows and remove what is under it, both or neither."""
     keyring.follow(connection, connection.execute(_LOCK_STATE).scalar_one())
     if link_at(connection, upto.seq) != upto:
-        raise Conflict("what was exported is not what is here.")
+        raise Conflict("the exported entries are not those in the audit.")
     cut = ends(connection).cut
     entries = entries_after(connection, cut.seq, upto.seq, BATCH)
     old = list(itertools.takewhile(lambda entry: str(entry.at) < before, entries))

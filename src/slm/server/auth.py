@@ -241,6 +241,9 @@ def read_tokens(connection: Connection, version: int | None = None) -> TokenTabl
     Args:
         connection: inside a transaction.
         version: the tokens_version of this transaction; None: it is read here.
+
+    Raises:
+        DatabaseUnavailable: there is not one.
     """
     at = connection.execute(_VERSION).scalar_one() if version is None else version
     rows = connection.execute(
@@ -253,7 +256,7 @@ def read_tokens(connection: Connection, version: int | None = None) -> TokenTabl
             TOKENS.c.agents,
         ).where(TOKENS.c.revoked_at.is_(None))
     )
-    callers = (
+    callers = [
         Caller(
             token_id=row.id,
             name=row.name,
@@ -264,5 +267,8 @@ def read_tokens(connection: Connection, version: int | None = None) -> TokenTabl
             version=at,
         )
         for row in rows
-    )
+    ]
+    if not callers:
+        # There always is one. The version says nothing of those that come after this look.
+        raise DatabaseUnavailable("The database has no tokens, as in the middle of a restore.")
     return TokenTable(callers, at)

@@ -75,19 +75,19 @@ class Caretaker:
         due = loop.time() + self._settings.lease_seconds / 3
         while True:
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout_at(due):
+                async with asyncio.timeout_at(min(due, loop.time() + _TRY_AGAIN_SECONDS)):
                     await self._confirm.wait()
             try:
                 if self._confirm.is_set():
                     # Somebody waits to hear that a revoked token is refused here, too.
                     self._confirm.clear()
                     await self.lease.renew()
+                if self._database.unwritable is not None:
+                    # Plain reads say that they may be old until it is known to take writes.
+                    await self._database.try_writing()
                 if loop.time() < due:
                     continue
                 due = loop.time() + self._settings.lease_seconds / 3
-                if self._database.unwritable is not None:
-                    due = min(due, loop.time() + _TRY_AGAIN_SECONDS)
-                    await self._database.try_writing()
                 await self._renew()
                 if loop.time() - checked >= self._settings.key_check_seconds:
                     await self._check_keys()

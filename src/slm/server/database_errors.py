@@ -146,7 +146,9 @@ def _postgresql_problem(
     if isinstance(error, DBAPIError) and error.connection_invalidated and committing and lost:
         return OutcomeUnknown()
     if state in ("26000", "42P05"):
-        return DatabaseUnavailable("The database's session was another one. Try again.")
+        return DatabaseUnavailable(
+            "The database connection was switched to another session. Try again."
+        )
     if state == "25006":
         return DatabaseUnavailable("The database is read-only.")
     # 25P03 idle in transaction, 40 try again, 53 out of resources.

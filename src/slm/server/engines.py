@@ -201,8 +201,8 @@ def postgresql_engine(
             "PostgreSQL needs a driver: pip install 'autobot-slm[server,postgres]'."
         ) from None
     warn_of_pooler = _once_a_minute(
-        "PostgreSQL lost our prepared statements: is a pooler in transaction mode before it now?"
-        " Set it to session mode, or connect to PostgreSQL itself."
+        "PostgreSQL lost our prepared statements: is there a pooler in transaction mode in front"
+        " of it now? Set it to session mode, or connect to PostgreSQL itself."
     )
     settings = {
         "lock_timeout": f"{round(lock_timeout_seconds * 1000)}ms",

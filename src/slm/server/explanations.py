@@ -84,7 +84,7 @@ class Explanations:
         if not names:
             raise BackendNotFound("No backend is connected.")
         meant = [each for each in names if each.startswith(name)] or list(names)
-        raise BackendNotFound(f"No connected backend is called so; there is {_named(meant)}.")
+        raise BackendNotFound(f"No connected backend has this name; connected: {_named(meant)}.")
 
     async def ask(self, backend: Backend, agent_id: str) -> Explanation:
         """Return what the backend says about an agent.

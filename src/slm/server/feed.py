@@ -69,8 +69,16 @@ class CannotRenewEpoch(FeedTrouble):
 
     def __init__(self, detail: str) -> None:
         super().__init__(
-            f"the database lost changes or runs elsewhere, and cannot take a new epoch: {detail}"
+            "the database lost changes or is on another timeline, and its new epoch cannot be"
+            f" written: {detail}"
         )
+
+
+class OnStandby(FeedTrouble):
+    """What was read was passed on, and may be old: another server takes the writes."""
+
+    def __init__(self) -> None:
+        super().__init__("the database is a standby: it takes no writes and may be behind")
 
 
 class ChangeFeed:
@@ -303,6 +311,8 @@ class ChangeFeed:
         self._last_answer = looked_at
         # Whatever becomes of the rest.
         self._take_tokens(news, looked_at, tokens_version)
+        if news.agents is not None and held == self.held:
+            news = replace(news, lost=news.lost or self._differs(news, held))
         if news.moved or (news.lost and news.horizon.epoch == held.epoch):
             await self._make_epoch_anew(news, held)
             self.wake()
@@ -318,11 +328,23 @@ class ChangeFeed:
                 return
             news = replace(news, changes=rest)
         self._pass_on(news)
+        if self._with_timeline and news.timeline is None:
+            raise OnStandby
         self._last_good_look, self._good_look = looked_at, look
         self._moved.fire()
         if self._trouble is not None:
             self._trouble = None
             logger.info("the database answers again, at revision %d", self.position)
+
+    def _differs(self, news: News, held: Position) -> bool:
+        """Whether an agent is another one than was passed on, though no later change made it.
+
+        So a loss shows where the row of the position itself was compacted away.
+        """
+        return news.horizon.epoch == held.epoch and any(
+            agent.revision <= held.revision and agent != self._catalog.agent(agent.agent_id)
+            for agent in news.agents or ()
+        )
 
     def _take_tokens(self, news: News, asked_at: float, asked_version: int) -> None:
         if news.tokens is not None:
@@ -373,7 +395,7 @@ class ChangeFeed:
         if news.agents is not None:
             if self.epoch:
                 self._resync_due = news.resync_reason(self.held)
-                logger.warning("everything is loaded anew, at revision %d", news.head.revision)
+                logger.warning("everything was loaded again, at revision %d", news.head.revision)
             head = news.head
             self._catalog.load(news.agents, head.revision, head.epoch, head.change_id or "")
             self._ids = {head.revision: head.change_id or ""}
@@ -433,7 +455,7 @@ class ChangeFeed:
                 self._metrics.passed_on((now - change.created_at).total_seconds())
 
     async def _make_epoch_anew(self, news: News, held: Position) -> None:
-        """Give the database a new epoch: positions of the old one may name what it has not."""
+        """Give the database a new epoch: it may not have what positions of the old one name."""
         fresh = secrets.token_hex(8)
         try:
             made = await self._database.run(
@@ -442,8 +464,10 @@ class ChangeFeed:
         except ProblemError as problem:
             raise CannotRenewEpoch(problem.detail) from problem
         if made:
-            why = "runs elsewhere now" if not news.lost else f"has not revision {held.revision}"
-            logger.warning("the database %s as it was passed on: it gets a new epoch", why)
+            why = "is on another cluster or timeline"
+            if news.lost:
+                why = f"no longer has revision {held.revision} as it was passed on"
+            logger.warning("the database %s: it gets a new epoch", why)
 
     def _note_failure(self, error: Exception) -> None:
         self._failed_looks += 1

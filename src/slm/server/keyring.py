@@ -26,7 +26,7 @@ from slm.errors import ConfigurationError, EncryptionKeyMissing, StartupError
 from slm.server.audit import Event, Who, append
 from slm.server.database import Database
 from slm.server.files import read_private
-from slm.server.models import ENCRYPTION_KEYS, STATE, utc_now
+from slm.server.models import ENCRYPTION_KEYS, STATE, utc_now, version_step
 from slm.server.settings import Settings
 from slm.server.vault import Vault, fingerprint, parse_keys
 
@@ -167,7 +167,8 @@ def register(connection: Connection, vault: Vault, who: Who) -> list[str]:
             )
             append(connection, Event(who, "encryption_key.add", detail={"fingerprint": name}))
     if not known.keys() >= set(vault.fingerprints):
-        connection.execute(update(STATE).values(keyring_version=STATE.c.keyring_version + 1))
+        raised = STATE.c.keyring_version + version_step()
+        connection.execute(update(STATE).values(keyring_version=raised))
     pruned = [n for n in vault.fingerprints if n in known and known[n].retired_at is not None]
     return [
         f"The encryption key {name} was pruned and need not be given any more." for name in pruned

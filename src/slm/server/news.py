@@ -15,6 +15,7 @@ from typing import Any, Final, Literal
 from pydantic import ValidationError
 from sqlalchemy import Connection, bindparam, literal_column, null, select, update
 
+from slm.errors import DatabaseUnavailable
 from slm.schemas import Agent
 from slm.server.auth import TokenTable, read_tokens
 from slm.server.catalog import CommittedChange, Position
@@ -252,6 +253,9 @@ def read_news(
         if len(changes) == behind:
             return replace(found, changes=changes)
     agents = [agent_of(row) for row in connection.execute(SELECT_AGENTS.order_by(AGENTS.c.id))]
+    if not agents:
+        # There always is a default; those that come after this look would have no change to tell.
+        raise DatabaseUnavailable("The database has no agents, as in the middle of a restore.")
     *_, head_id = connection.execute(_SELECT_WHERE, {"position": horizon.revision}).one()
     # The row, where there is one: it is what the next look compares.
     horizon = replace(horizon, head_id=head_id or horizon.head_id)
@@ -275,7 +279,7 @@ def renew_epoch(connection: Connection, news: News, held: Position, fresh: str) 
     horizon = Horizon(*row)
     if horizon.epoch != news.horizon.epoch:
         return False
-    lost = horizon.epoch == held.epoch and horizon.lost(held, id_here)
+    lost = horizon.epoch == held.epoch and (news.lost or horizon.lost(held, id_here))
     values: dict[str, Any] = {}
     if news.moved and news.timeline != horizon.timeline:
         values["timeline"] = news.timeline

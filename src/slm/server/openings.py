@@ -95,7 +95,7 @@ class Openings:
     async def _turn(self, key: Hashable) -> None:
         queue = self._waiting.get(key, ())
         if len(queue) >= self._limit or self._silent.get(key, 0) >= self._share:
-            raise Overloaded("As many streams are being opened as may be at once.")
+            raise Overloaded("Too many streams are being opened at once.")
         turn = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(key, deque()).append(turn)
         try:
@@ -103,7 +103,7 @@ class Openings:
                 await turn
         except TimeoutError:
             if not _was_given(turn):
-                raise Overloaded("As many streams are being opened as may be at once.") from None
+                raise Overloaded("Too many streams are being opened at once.") from None
         except BaseException:
             if _was_given(turn):
                 self.give_back(key, was_silent=False)

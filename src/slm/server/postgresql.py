@@ -36,7 +36,7 @@ def sqlalchemy_spelling(url: str) -> str:
     for each in found["hosts"].split(","):
         one = _LIBPQ_HOST.match(each)
         if one is None:
-            raise ValueError("one of its hosts or ports is none")
+            raise ValueError("one of its hosts or ports is not valid")
         hosts.append(one["v6"] or one["name"])
         ports.append(one["port"] or "5432")
     query = f"host={','.join(hosts)}&port={','.join(ports)}"
@@ -71,7 +71,7 @@ def refuse_unfit(one: Any, other: Any, name: str) -> None:
             raise behind_a_pooler(name)
     if encoding != "UTF8":
         raise StartupError(
-            f"The database {name} has the encoding {encoding}; SLM needs UTF8: make it anew with"
+            f"The database {name} has the encoding {encoding}; SLM needs UTF8: create it again with"
             " CREATE DATABASE … TEMPLATE template0 ENCODING 'UTF8'."
         )
 

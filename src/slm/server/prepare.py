@@ -32,7 +32,7 @@ from slm.server.files import (
     write_private,
 )
 from slm.server.keyring import KeysAtHand, KeySource, key_file, read_keys, register
-from slm.server.models import AGENTS, ENCRYPTION_KEYS, STATE, TOKENS, utc_now
+from slm.server.models import AGENTS, ENCRYPTION_KEYS, STATE, TOKENS, utc_now, version_step
 from slm.server.schema_check import refuse_odd_schema
 from slm.server.settings import Settings
 from slm.server.vault import Vault, fingerprint
@@ -283,5 +283,6 @@ def _first_tokens(connection: Connection, data_dir: Path) -> list[str]:
             )
         )
         notes.append(f"The token {name} ({', '.join(scopes)}) is in {path}.")
-    connection.execute(update(STATE).values(tokens_version=STATE.c.tokens_version + 1))
+    raised = STATE.c.tokens_version + version_step()
+    connection.execute(update(STATE).values(tokens_version=raised))
     return notes

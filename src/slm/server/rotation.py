@@ -23,7 +23,7 @@ from slm.server.audit_retention import reseal
 from slm.server.database import Database
 from slm.server.files import replace_private
 from slm.server.keyring import Keyring, KeySource, key_file, newest_inactive, read_keys, register
-from slm.server.models import AGENTS, ENCRYPTION_KEYS, STATE, utc_now
+from slm.server.models import AGENTS, ENCRYPTION_KEYS, STATE, utc_now, version_step
 from slm.server.replicas import Lease, ReplicaInfo, replicas
 from slm.server.settings import Settings
 from slm.server.stored import require_state
@@ -31,9 +31,6 @@ from slm.server.vault import Vault, fingerprint
 
 _LOCK_STATE: Final = (
     select(STATE.c.keyring_version, STATE.c.tokens_version).where(STATE.c.id == 1).with_for_update()
-)
-_BUMP: Final = (
-    update(STATE).where(STATE.c.id == 1).values(keyring_version=STATE.c.keyring_version + 1)
 )
 _ENCRYPTED: Final = (
     select(AGENTS.c.id, AGENTS.c.llm_api_key_encrypted, AGENTS.c.key_state)
@@ -216,7 +213,7 @@ class KeyRotation:
                     .where(ENCRYPTION_KEYS.c.fingerprint == fingerprint_)
                     .values(is_active=is_active)
                 )
-            connection.execute(_BUMP)
+            _raise_version(connection)
             detail = {"fingerprint": name, "before": active}
             append(connection, Event(who, "encryption_key.rotate", detail=detail))
             return name
@@ -289,7 +286,7 @@ class KeyRotation:
             if names:
                 retire = update(ENCRYPTION_KEYS).where(ENCRYPTION_KEYS.c.fingerprint.in_(names))
                 connection.execute(retire.values(retired_at=utc_now()))
-                connection.execute(_BUMP)
+                _raise_version(connection)
                 detail = {"fingerprints": names}
                 append(connection, Event(who, "encryption_key.prune", detail=detail))
             return names
@@ -358,6 +355,11 @@ def _lock_state(connection: Connection, who: Who) -> int:
     require_state(row.keyring_version, row.tokens_version)
     who.require_counts(connection, row.tokens_version)
     return int(row.keyring_version)
+
+
+def _raise_version(connection: Connection) -> None:
+    raised = STATE.c.keyring_version + version_step()
+    connection.execute(update(STATE).where(STATE.c.id == 1).values(keyring_version=raised))
 
 
 def _ring_of(connection: Connection) -> tuple[int, str, set[str]]:

@@ -85,7 +85,7 @@ async def serve(
 
     def told_to_stop() -> None:
         if not stop.is_set() and not server.url:
-            logger.info("told to stop during the start")
+            logger.info("asked to stop during the start")
             _exit_within(START_ENDS_SECONDS)
             task.cancel()
         stop.set()

@@ -175,7 +175,9 @@ class Settings(BaseSettings):
         if isinstance(value, str):
             value = [part.strip() for part in value.split(",") if part.strip()]
         if any(name.upper().startswith(("SLM_", "AUTOBOT_")) for name in value):
-            raise ValueError("names no SLM_ or AUTOBOT_ variable: the command gets none of these")
+            raise ValueError(
+                "must not name SLM_ or AUTOBOT_ variables: the command never gets those"
+            )
         return tuple(value)
 
     @field_validator("endpoint_allow", mode="before")

@@ -20,7 +20,7 @@ from slm.server.audit import Event, Who, append
 from slm.server.auth import TokenTable, read_tokens
 from slm.server.database import Database
 from slm.server.listener import CHANNEL
-from slm.server.models import STATE, TOKENS, utc_now
+from slm.server.models import STATE, TOKENS, utc_now, version_step
 from slm.server.tokens import digest, mint
 from slm.server.view import View
 
@@ -34,9 +34,6 @@ _SELECT: Final = select(
     TOKENS.c.revoked_at,
     TOKENS.c.last_used_at,
 ).order_by(TOKENS.c.id)
-_BUMP: Final = (
-    update(STATE).where(STATE.c.id == 1).values(tokens_version=STATE.c.tokens_version + 1)
-)
 
 
 @dataclass(frozen=True)
@@ -200,13 +197,17 @@ def _notice(connection: Connection, who: Who) -> int:
     Raises:
         Unauthorized: the token of whoever asks does not count any more.
     """
-    statement: Any = _BUMP.returning(STATE.c.tokens_version)
+    step = version_step()
+    values = {"tokens_version": STATE.c.tokens_version + step}
+    statement: Any = update(STATE).where(STATE.c.id == 1).values(values)
     if connection.dialect.name == "postgresql":
         # With no revision: there is none, and a replica that has them all must look even so.
-        statement = _BUMP.returning(STATE.c.tokens_version, func.pg_notify(CHANNEL, ""))
+        statement = statement.returning(STATE.c.tokens_version, func.pg_notify(CHANNEL, ""))
+    else:
+        statement = statement.returning(STATE.c.tokens_version)
     version: int = connection.execute(statement).one()[0]
     # The version before: this very transaction raised it.
-    who.require_counts(connection, version - 1)
+    who.require_counts(connection, version - step)
     return version
 
 

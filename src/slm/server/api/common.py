@@ -233,7 +233,7 @@ def _place_to_wait(request: Request, caller: Caller) -> Iterator[None]:
         return
     waits = services_of(request).waits
     if not waits.take(caller.token_id):
-        raise TooManyRequests("This token has as many requests waiting as it may.")
+        raise TooManyRequests("This token has reached its limit of waiting requests.")
     try:
         yield
     finally:

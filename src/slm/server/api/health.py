@@ -65,10 +65,11 @@ async def get_readiness(services: Parts) -> Response:
     ready = all(checks.values())
     body: dict[str, Any] = {"ready": ready} | checks
     body |= {"revision": feed.position, "epoch": feed.epoch}
-    if services.database.unwritable is not None:
-        body["reason"] = services.database.unwritable
-    elif not feed.current:
-        body["reason"] = feed.trouble or "the database does not answer"
+    reasons = [services.database.unwritable, feed.trouble]
+    if not (feed.current or any(reasons)):
+        reasons.append("the database does not answer")
+    if not ready and any(reasons):
+        body["reason"] = "; ".join(each for each in reasons if each)
     # An agent whose key is of no use is told, and does not take the server out of service.
     body["keys_undecryptable"] = len(services.registry.reads.undecryptable)
     body["background"] = _background(services)
@@ -130,9 +131,9 @@ class _Metrics(Collector):
             ("slm_feed_look_age_seconds", "Since the last good look", feed.seconds_since_look),
             ("slm_connections", "Open WebSocket connections", len(hub.subscribers())),
             ("slm_subscribers", "Live streams", hub.live_count()),
-            ("slm_http_connections", "Connections that are no streams", connections.http),
+            ("slm_http_connections", "Connections other than streams", connections.http),
             ("slm_tasks", "Tasks of the event loop", len(asyncio.all_tasks())),
-            ("slm_buffered_bytes", "Bytes that wait for slow readers", sum(buffers)),
+            ("slm_buffered_bytes", "Bytes waiting for slow readers", sum(buffers)),
             (
                 "slm_largest_buffer_bytes",
                 "Bytes that wait for the slowest reader",

@@ -39,7 +39,7 @@ def _in_utc(at: datetime) -> datetime:
         return at.replace(tzinfo=UTC) if at.tzinfo is None else at.astimezone(UTC)
     except OverflowError:
         # The first and the last day of the calendar are not there in every zone.
-        raise ValueError("is before or after the calendar in UTC") from None
+        raise ValueError("is outside the calendar in UTC") from None
 
 
 FilterText = Annotated[

@@ -37,7 +37,7 @@ async def get_snapshot(request: Request, services: UpToDate, caller: KeyReader) 
     """Return every agent that the token sees, with its key, read in one transaction."""
     require_private(request, services.settings.trusted_proxies)
     if not services.snapshots.take(None):
-        raise Overloaded("As many snapshots are asked for as may be at once.")
+        raise Overloaded("Too many snapshots are being requested at once.")
     try:
         return await _snapshot(request, services, caller)
     finally:

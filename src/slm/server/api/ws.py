@@ -49,7 +49,7 @@ async def stream(websocket: WebSocket) -> None:
             raise Forbidden("The Origin is not this server's own.")
         caller = _REQUIREMENT.check(websocket)
         if services.connections.has_too_many_streams:
-            raise Overloaded("As many streams are open as may be.")
+            raise Overloaded("The server has reached its limit of open streams.")
         if not services.streams.take(caller.token_id):
             raise TooManyRequests(
                 "This token has as many streams open as it may.", retry_after_seconds=5
