@@ -171,7 +171,7 @@ class News:
 
     @property
     def moved(self) -> bool:
-        """Whether the database runs elsewhere than the epoch was made: it may have lost changes."""
+        """Whether this is another cluster or timeline than the epoch's: changes may be lost."""
         return self.timeline is not None and self.timeline != self.horizon.timeline
 
     def resync_reason(self, held: Position) -> Literal["forked", "epoch", "compacted"]:
@@ -187,7 +187,7 @@ class News:
 
 
 def far_behind(agents: int) -> int:
-    """Return how many changes are too many to read one by one: everything anew is less."""
+    """Return how many changes are too many to read one by one: reading everything is less."""
     return max(1000, 4 * agents)
 
 
@@ -197,7 +197,7 @@ def read_horizon(connection: Connection) -> Horizon:
 
 
 def tells_timeline(connection: Connection) -> bool:
-    """Say whether this PostgreSQL tells its timeline; some that are only alike do not."""
+    """Say whether this PostgreSQL can tell its timeline; some compatible databases cannot."""
     connection.execute(select(literal_column(_TIMELINE))).one()
     return True
 
@@ -241,7 +241,7 @@ def read_news(
         or found.moved
         or (horizon.epoch, horizon.tokens_version) != (held.epoch, tokens_version)
     ):
-        # In another life of the database the same version may stand for other tokens.
+        # In another epoch the same version may stand for other tokens.
         found = replace(found, tokens=read_tokens(connection, horizon.tokens_version))
     if found.moved or (lost and horizon.epoch == held.epoch):
         return found  # of no use before there is a new epoch

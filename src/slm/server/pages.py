@@ -14,7 +14,7 @@ from sqlalchemy import ColumnElement, Connection, Row, Select, Table, select, tu
 from slm.server.strict_json import MAX_INTEGER
 
 MAX_EXAMINED: Final = 2000
-"""So many rows are looked at for one page at most, however few of them belong to it."""
+"""How many rows one page looks at, at most, however few of them belong to it."""
 
 MAX_PAGE_BYTES: Final = 4 * 1024 * 1024
 """A page ends early where its rows have more text than this; it always has one row."""

@@ -24,7 +24,7 @@ from slm.server.stored import UNREADABLE
 from slm.server.vault import Vault
 
 KEEP_LAPSED_SECONDS: Final = 3600.0
-"""How long the lease of a server that died can be seen at least."""
+"""For how long the lapsed lease of a server is kept."""
 
 _ASK_AGAIN_SECONDS: Final = 0.05
 
@@ -103,7 +103,7 @@ class Lease:
             mine = update(REPLICAS).where(REPLICAS.c.id == self.id).values(values)
             if not connection.execute(mine).rowcount:
                 connection.execute(insert(REPLICAS).values(id=self.id, **values))
-            # Long gone, and never coming back under this id. Until then it says when a server
+            # Gone for good: it never comes back under this id. Until then it says when a server
             # that died was there, for receipts.
             old = now - max(100 * self._lease_seconds, KEEP_LAPSED_SECONDS)
             connection.execute(delete(REPLICAS).where(REPLICAS.c.seen_at < old))

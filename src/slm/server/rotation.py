@@ -338,7 +338,7 @@ class KeyRotation:
             if len(found) < _PAGE:
                 break
             after_id = found[-1].id
-        # The cut of the audit is sealed by one of them.
+        # One of them seals the cut of the audit.
         seal = (await self._database.read(ends)).seal
         if seal is not None and (name := self._vault.key_of(seal)) is not None:
             rows[name] += 1
