@@ -12,7 +12,7 @@ import pytest
 from sqlalchemy import func, insert, select, text, update
 
 from slm.protocol import Ack, ClientInfo
-from slm.server import fleet_sync
+from slm.server import fleet_sync, told_rows
 from slm.server.fleet import KEEP_GONE_SECONDS, Fleet
 from slm.server.hub import Subscriber
 from slm.server.models import BACKENDS, REPLICAS
@@ -192,6 +192,12 @@ async def test_a_slow_page_of_recent_rows_holds_nobody_up(
     )
     told = TellTale("gone")
     await sync._database.run(lambda c: told.write(c, 1, pages, full=True, last=True))
+    # However much is told, one transaction reads a bounded part of it, and the next one goes on.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(told_rows, "MAX_PAGE_BYTES", 1)
+        page = await sync._database.read(lambda c: sync.rows.read(c, {}, 3600.0))
+    assert len(page.batches) == 1
+    assert page.after is not None
     longest, began = 0.0, loop.time()
     asking = asyncio.create_task(apis[0].get("/api/fleet"))
     while not asking.done():

@@ -29,6 +29,11 @@ BATCH: Final = "batch/"
 
 MAX_ROW_BYTES: Final = 8 * 1024 * 1024
 PAGE_ROWS: Final = 200
+MAX_PAGE_BYTES: Final = 2 * 1024 * 1024
+"""A page ends early where its rows hold more: else reading it may take longer than a transaction
+may, and nothing would be learnt. It always has one row."""
+
+_FETCHED_AT_ONCE: Final = 10
 MAX_REPLICAS: Final = 1000
 CLEAN_ROWS: Final = 10_000
 """So many rows are taken away at once."""
@@ -166,10 +171,14 @@ class TellTale:
             replica, seq, key = after
             same = and_(b.replica == replica, or_(b.seq > seq, and_(b.seq == seq, b.id > key)))
             rows = rows.where(or_(b.replica > replica, same))
-        found = connection.execute(rows).all()
-        if len(found) == PAGE_ROWS:
-            page.after = (found[-1].replica, found[-1].seq, found[-1].id)
-        page.batches = [self._batch(row) for row in found]
+        size = 0
+        with connection.execute(rows, execution_options={"yield_per": _FETCHED_AT_ONCE}) as found:
+            for row in found:
+                page.batches.append(self._batch(row))
+                size += len(row.data or "")
+                if len(page.batches) == PAGE_ROWS or size > MAX_PAGE_BYTES:
+                    page.after = (row.replica, row.seq, row.id)
+                    break
         return page
 
     def clean(self, connection: Connection, before: float) -> None:
