@@ -83,12 +83,12 @@ def refused_address(address: IPAddress) -> str | None:
         reason = _metadata(meant) or _no_host(meant)
         if reason is not None:
             return reason
-    # Where such a network keeps the IPv4 address is known to it alone, so most of these are chance.
+    # Only such a network knows where it keeps the IPv4 address; most of these are chance.
     return next(filter(None, map(_metadata, _in_local_nat64(address))), None)
 
 
 def is_public(address: IPAddress) -> bool:
-    """Say whether the address, and each that it holds, is one of the Internet."""
+    """Say whether the address, and each that it holds, is public."""
     return all(
         meant.is_global and (meant.version == 4 or meant in _GLOBAL_UNICAST)
         for meant in _meant(address)

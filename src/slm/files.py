@@ -48,7 +48,7 @@ class NotTrusted(ConfigurationError):
 
 
 def make_folder(path: str | os.PathLike[str]) -> None:
-    """Make a folder for us alone, with those above it that are missing, or accept ours.
+    """Make a folder for us alone, with missing parents, or accept one that is ours already.
 
     Raises:
         NotTrusted: it, or one on the way to it, is another account's or can be written by one.

@@ -54,7 +54,7 @@ def _without_controls(text: str) -> str:
     return text
 
 
-def _storable(text: str) -> str:
+def check_storable(text: str) -> str:
     """Refuse what a database or a UTF-8 encoder cannot take: NUL and lone surrogates."""
     if "\x00" in text:
         raise ValueError("holds a NUL character")
@@ -117,7 +117,7 @@ def _strict_secret(value: Any) -> Any:
 
 AgentId = Annotated[str, Field(pattern=AGENT_ID_PATTERN)]
 Name = Annotated[str, Field(min_length=1, max_length=128), AfterValidator(_without_controls)]
-Description = Annotated[str, Field(max_length=16_384), AfterValidator(_storable)]
+Description = Annotated[str, Field(max_length=16_384), AfterValidator(check_storable)]
 Endpoint = Annotated[str, Field(max_length=256), AfterValidator(_allowed_endpoint)]
 Model = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(_printable)]
 ApiKey = Annotated[SecretStr, BeforeValidator(_strict_secret), AfterValidator(_usable_key)]
@@ -128,7 +128,7 @@ Options = Annotated[dict[str, Any], AfterValidator(_bounded_options)]
 Comment = Annotated[
     str,
     Field(min_length=1, max_length=1024, json_schema_extra={"pattern": WITHOUT_NUL}),
-    AfterValidator(_storable),
+    AfterValidator(check_storable),
 ]
 
 

@@ -31,7 +31,7 @@ def longest(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 async def test_a_balancer_that_ends_every_connection_costs_the_first_wait_each_time(
     server: InLoopServer, longest: list[float]
 ) -> None:
-    """However often sound connections are cut, the client does not stay away for longer."""
+    """However often healthy connections are cut, the client's waits do not grow."""
     hub = server.running.services.hub
     loop = asyncio.get_running_loop()
     timings = Timings(**TENTH)
@@ -67,7 +67,7 @@ async def test_a_server_that_accepts_and_drops_is_left_alone(longest: list[float
 async def test_a_server_that_does_not_bring_its_clients_up_to_date_is_left_alone(
     longest: list[float],
 ) -> None:
-    """A connection that held, on which the client was never caught up, was not a sound one."""
+    """A connection on which the client was never caught up does not reset the backoff."""
     timings = Timings(**(TENTH | {"healthy_seconds": 0.05}))
     loop = asyncio.get_running_loop()
 

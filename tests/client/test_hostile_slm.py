@@ -256,10 +256,10 @@ class _Anything(AgentConfigCache):
     ids=lambda found: type(found).__name__,
 )
 def test_explaining_raises_nothing(found: Any) -> None:
-    """Whatever is in the cache, each step is told, or it is told that it cannot be."""
+    """Whatever is in the cache, each step is explained, or said not to be explainable."""
     steps = explain_steps(_Anything(found), "a", None, "x" * 10_000)
     assert [step.step for step in steps] == ["agent", "default", "environment", "hardcoded"]
-    assert "cannot be told" in steps[0].said
+    assert "cannot be explained" in steps[0].said
     assert all(isinstance(step, ExplainedStep) for step in steps)
 
 

@@ -143,7 +143,7 @@ class Asked:
     ],
 )
 async def test_a_few_are_asked_for_one_by_one(wanted: int, size: int, requests: int) -> None:
-    """A snapshot is for many, and for no few among a hundred thousand."""
+    """A snapshot is taken for many keys, but not for a few among a hundred thousand agents."""
     asked = Asked(size, key_jitter_seconds=0.01, key_pause_max_seconds=0.01)
     async with asked.running():
         asked.want(wanted)

@@ -58,7 +58,7 @@ async def test_the_last_change_is_resumed_from() -> None:
 
 
 async def test_a_resumed_client_is_live_at_the_head() -> None:
-    """Told that the head is further on, it is not live, and its answers are stale, until there."""
+    """Until it reaches the head that was named, it is not live and its answers are stale."""
 
     async def first(peer: Peer) -> None:
         await peer.say(_subscribed(42, "i42"))
@@ -84,7 +84,7 @@ async def test_a_resumed_client_is_live_at_the_head() -> None:
 
 
 async def test_a_newer_snapshot_is_not_resumed_from() -> None:
-    """Only what the stream told is: a snapshot may come from a database that lost that."""
+    """Only the stream's position is resumed: a snapshot may come from a database that lost it."""
 
     async def first(peer: Peer) -> None:
         await peer.say(_subscribed(42, "i42"))

@@ -123,7 +123,7 @@ async def test_only_what_is_old_and_exported_goes(
 async def test_a_cut_that_another_made_shows(
     log: AuditLog, database: Database, keyring: Keyring
 ) -> None:
-    """Who can write to the database and has no encryption key cannot remove a beginning unseen."""
+    """Without the encryption key nobody can remove the beginning of the chain unnoticed."""
     entries = await log.entries(limit=3)
     start = entries[-1]
 
@@ -177,7 +177,7 @@ async def test_the_cut_outlives_a_rotation(ask: Caller, server: InLoopServer) ->
 
 
 async def test_an_export_that_is_not_of_this_audit_is_refused(ask: Caller) -> None:
-    """Nobody can say that entries were exported which are not there, or are others."""
+    """Entries that do not exist, or are different, cannot be marked as exported."""
     head = (await ask("GET", "/api/admin/audit/verify")).body["head"]
     seq, _, digest = head.partition(":")
     for wrong in (f"{seq}:{'0' * 64}", f"{int(seq) + 1}:{digest}", f"{2**63 - 1}:{digest}"):

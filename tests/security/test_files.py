@@ -37,7 +37,7 @@ GiveAway = Callable[[Path], None]
 
 @pytest.fixture
 def give_away(monkeypatch: pytest.MonkeyPatch) -> GiveAway:
-    """Makes a file another account's."""
+    """Gives a file to another account."""
 
     def give(path: Path) -> None:
         if os.geteuid() == 0:
@@ -71,7 +71,7 @@ async def refusal(folder: Path) -> str:
 async def test_a_data_directory_that_another_account_made_is_refused(
     folder: Path, give_away: GiveAway
 ) -> None:
-    """The admin token and the encryption key that it left are not taken, by root neither."""
+    """An admin token and an encryption key that another account left are not used, even by root."""
     for name, text in (("admin.token", TOKEN), ("encryption.key", KEY)):
         (folder / name).write_text(text)
     give_away(folder)
@@ -121,7 +121,7 @@ async def test_a_file_that_others_can_write_or_that_is_none_is_refused(
 async def test_a_link_of_another_account_is_not_followed(
     tmp_path: Path, folder: Path, give_away: GiveAway
 ) -> None:
-    """Neither as the data directory nor on the way to it; one of ours is followed."""
+    """A link is refused as the data directory and on the way to it; our own is followed."""
     ours = tmp_path / "ours"
     ours.symlink_to(folder)
     store = await Store.open(Settings(data_dir=ours / "deep"))
@@ -139,7 +139,7 @@ async def test_a_link_of_another_account_is_not_followed(
 async def test_a_parent_in_which_others_can_exchange_it_is_refused(
     tmp_path: Path, mode: int
 ) -> None:
-    """Who can rename the data directory could put another in its place; not where it is sticky."""
+    """Whoever can rename the data directory could replace it; in a sticky folder they cannot."""
     parent = tmp_path / "parent"
     parent.mkdir()
     if os.geteuid() == 0:

@@ -17,7 +17,8 @@ from sqlalchemy import select
 from slm.schemas import Agent
 from slm.server.catalog import CommittedChange
 from slm.server.frames import encode_change
-from slm.server.models import AUDIT, EPOCH_START
+from slm.server.models import AUDIT
+from slm.server.stored import EPOCH_START
 from slm.server.tokens import SCOPES
 from slm.server.view import View
 from tests.security.http import Caller, Stream, admin, agent, make_token
@@ -42,7 +43,7 @@ async def was_the_default(ask: Caller) -> dict[str, int]:
 
 
 async def test_a_replay_is_judged_by_what_is_visible_now(ask: Caller) -> None:
-    """A former default's configuration is in no replay; that it left the view still is."""
+    """A replay never holds a former default's configuration, only that it left the view."""
     at = await was_the_default(ask)
     epoch = (await ask("GET", "/api/agents")).body["epoch"]
     limited = await make_token(ask, "late", "config:read", agents=["mine"])
@@ -145,7 +146,7 @@ def made_agent(name: str, revision: int, *, is_default: bool) -> Agent:
 
 
 async def test_a_hidden_receipt_is_one_that_is_not_there(ask: Caller) -> None:
-    """Of what the token may not see now, of a former default too: the answer of no revision."""
+    """A receipt that the token may not see is answered as if its revision did not exist."""
     at = await was_the_default(ask)
     limited = await make_token(ask, "limited", "config:read", agents=["mine"])
     missing = await limited("GET", f"/api/changes/{at['later'] + 100}/receipt")

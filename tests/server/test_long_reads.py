@@ -330,7 +330,7 @@ async def test_a_file_that_was_put_back_goes_on(server: InLoopServer, admin: Api
 async def test_a_file_removed_in_a_write_is_an_unknown_outcome(
     sqlite_url: str, tmp_path: Path
 ) -> None:
-    """It was committed to a file that has no name: nobody says that it is there."""
+    """A write committed to a removed file is answered as an unknown outcome."""
     async with opened(sqlite_url) as database:
         await database.run(execute("CREATE TABLE t (a INTEGER)"))
 

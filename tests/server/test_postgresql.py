@@ -130,7 +130,7 @@ async def api(server: InLoopServer) -> AsyncIterator[Api]:
 
 @pytest.mark.parametrize("encoding", ["SQL_ASCII", "LATIN1"])
 async def test_a_database_that_is_not_in_utf8_is_refused(postgres: str, encoding: str) -> None:
-    """It could not hold every name: one sentence, before anything is made in it."""
+    """It could not hold every name: it is refused in one sentence, and nothing is created."""
     name = f"slm_{encoding.lower()}_{os.getpid()}"
     with connect(postgres) as admin:
         admin.execute(f"CREATE DATABASE {name} TEMPLATE template0 ENCODING '{encoding}' LOCALE 'C'")
@@ -248,7 +248,7 @@ async def test_a_failover_to_the_second_host_goes_on_by_itself(
 
 
 def test_the_name_of_several_hosts_has_no_password() -> None:
-    """What is called by in a message names the hosts."""
+    """Messages name every host."""
     url = Settings(database_url=SecretStr("postgresql://u:canary@a:1,b:2/d")).url
     name = Database(url).name
     assert "a,b" in name

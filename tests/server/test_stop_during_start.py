@@ -37,7 +37,7 @@ async def ends(server: ServerProcess, until: Callable[[], Awaitable[object]]) ->
 
 
 async def test_while_another_server_migrates(postgres_url: str, tmp_path: Path) -> None:
-    """It waits for the other's lock, and no longer than it is wanted."""
+    """A start that waits for another server's migration lock ends at SIGTERM."""
     server = ServerProcess(
         tmp_path / "data", database_url=postgres_url, encryption_keys=KEY, log_level="info"
     )

@@ -120,7 +120,7 @@ async def _returns() -> None:
 
 
 async def test_a_stopped_task_stays_stopped(work: tuple[Work, SupervisedTask]) -> None:
-    """Also where it waits to be started again; and it can be started anew."""
+    """A task can be stopped while it waits to be restarted, and started again."""
     given, task = work
     given.error = LookupError()
     task.start()
@@ -176,7 +176,7 @@ async def test_each_task_comes_back_and_readyz_tells(
 async def test_a_broadcast_that_ends_halfway_loses_no_change(
     server: InLoopServer, admin: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nobody knows who has the change, so every stream is closed and resumes with all of it."""
+    """It is not known who has the change, so every stream is closed and resumes with all of it."""
     hub = server.running.services.hub
     async with admin.stream() as socket:
         await socket.next()
@@ -260,7 +260,7 @@ async def test_pieces_that_never_end_are_not_kept(postgres_url: str, tmp_path: P
 
 
 def test_the_fleet_of_a_server_alone_runs_no_task() -> None:
-    """What was not started is not told of."""
+    """A task that was never started is not reported."""
     states = Supervisor()
     FleetSync(None, Fleet("r", "s", lambda token_id: ""), 1, 1, states)  # type: ignore[arg-type]
     assert states.states() == []

@@ -215,7 +215,7 @@ def _own_token(file: Path) -> str:
             f"{error}; the token in {file} is not used: name one with --token-file or SLM_TOKEN"
         ) from None
     except OSError:
-        pass  # Reading it says so.
+        pass  # Reading it raises the better error.
     return read_token(file)
 
 

@@ -161,7 +161,7 @@ class Api:
         return (await self.agent_and_version(agent_id))[0]
 
     async def agent_and_version(self, agent_id: str) -> tuple[Agent, str]:
-        """Return the agent of exactly this id, and what an If-Match names it as.
+        """Return the agent of exactly this id, and the value of If-Match that stands for it.
 
         Through the list: the path /api/agents/default answers whichever agent is the default.
 

@@ -114,7 +114,7 @@ def _counts(receipt: dict[str, Any]) -> tuple[int, int]:
 
 
 def _count(receipt: dict[str, Any], kind: str) -> int:
-    """Return how many backends did so, those that a limited token is not told by name included."""
+    """Return how many backends did so, with those that a limited token sees as a number."""
     return len(receipt[kind]) + _others(receipt, kind)
 
 

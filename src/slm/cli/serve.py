@@ -150,7 +150,7 @@ def _leave_url(data_dir: Path, url: str) -> None:
     from slm.server.files import replace_private
 
     try:
-        # For us alone: a command sends its token to the address in it.
+        # Readable by us alone: a command sends its token to the address in it.
         replace_private(file, f"{_from_here(url)}\n")
     except StartupError as error:
         output.warning(f"{error} Commands need --url {url}.")

@@ -98,7 +98,7 @@ def create(
     revision = _revision_of(answer)
     if not as_json:
         said = f"[bold]{escape(agent)}[/] created at revision {revision}"
-        # A token without the scope config:read is told no more.
+        # To a token without the scope config:read the server answers no more than this.
         if "llm_model" in answer.data:
             made = parsed(Agent, answer)
             said += f": {escape(made.llm_provider)}/{escape(made.llm_model)}, {key_state(made)}"

@@ -205,7 +205,7 @@ class AgentConfigCache:
             self.revision = self._streamed
 
     def contradicts(self, snapshot: Snapshot | ReceivedSnapshot) -> bool:
-        """Say whether a snapshot is of another life of the database than what was heard."""
+        """Say whether a snapshot is of another line of changes than what the stream told."""
         revision, change_id = self._heard
         another = None not in (change_id, snapshot.change_id) and change_id != snapshot.change_id
         return snapshot.epoch != self.epoch or (snapshot.revision == revision and another)

@@ -282,7 +282,7 @@ class SLMClient:
         try:
             answer = await self._answer(agent_id)
         except Exception as problem:
-            # Whatever it is, it is what asking for this agent comes to.
+            # Whatever it is, it is what a caller who resolves this agent gets.
             error = str(problem) if isinstance(problem, SLMError) else type(problem).__name__
         cache = self._cache
         unreachable = self.last_error or f"it is {self.status.value}"

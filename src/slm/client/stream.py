@@ -92,7 +92,7 @@ class Stream:
             await asyncio.sleep(backoff.delay_after(failure))
 
     def note_caught_up(self, caught_up: bool) -> None:
-        """Note whether all that the SLM has is here; a connection that keeps it so is healthy."""
+        """Note whether the client is caught up; a connection that stays so is healthy."""
         now, since = asyncio.get_running_loop().time(), self._caught_up_at
         if since is not None and now - since >= self._timings.healthy_seconds:
             self._healthy = True

@@ -187,7 +187,7 @@ class Synchroniser:
         if since is None:
             self._begin(message)
         elif message.epoch == self._cache.epoch and message.revision == since:
-            # Live only once everything that there was by then is here.
+            # Live only once everything up to the head of that moment is here.
             self._live_from = message.head or 0
             self._cache.advance(since, message.change_id)
             self._reached()
@@ -237,7 +237,7 @@ class Synchroniser:
         self._update_liveness()
 
     def _reached(self) -> None:
-        """Become live where the head of the time of the subscription is reached."""
+        """Become live once the head that `subscribed` named is reached."""
         if self._cache.synced and self._cache.revision >= self._live_from:
             self._live_from = 0
             self._all_is_well()

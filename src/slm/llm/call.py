@@ -66,7 +66,7 @@ class Call:
         self.provider = provider
         self.config = config
         self.model = overrides.get("model", config.llm_model)
-        # A number that no clock knows may come from the SLM's database, which others write to.
+        # The SLM's database, which others can write to, may hold a number too large for any clock.
         timeout = overrides.get("timeout", config.llm_timeout)
         self.timeout_seconds = float(min(max(timeout, 0), _MAX_TIMEOUT_SECONDS))
         self._stale = config.stale

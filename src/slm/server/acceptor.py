@@ -1,4 +1,4 @@
-"""The door: accepts connections as fast as the server gets on with them, and no faster.
+"""Accepts connections as fast as the server can handle them, and no faster.
 
 Instead of asyncio's own accepting, which logs an error for each place in its backlog while there is
 no descriptor, and never waits. Knows no protocol (docs/decisions/0026-accepting-pauses.md).
@@ -21,7 +21,7 @@ AT_ONCE: Final = 64
 """How many are accepted in one turn of the loop, and after each pause."""
 
 PAUSE_SECONDS: Final = 0.1
-"""How long a pause lasts at most: plain HTTP comes in by the same door."""
+"""How long a pause lasts at most: plain HTTP comes in the same way."""
 
 LOG_EVERY_SECONDS: Final = 1.0
 
@@ -70,7 +70,7 @@ class Acceptor:
         self._loop.add_reader(listener, self._accept)
 
     def close(self) -> None:
-        """Accept no more."""
+        """Stop accepting."""
         if not self._closed:
             self._closed = True
             if self._pause is None:
@@ -82,7 +82,7 @@ class Acceptor:
                 task.cancel()
 
     def get_on(self) -> None:
-        """Hear that the server is less busy: the pause, if there is one, ends now."""
+        """End the pause, if there is one: the server is less busy."""
         if self._pause is not None and not self._closed and not self._busy():
             self._pause.cancel()
             self._end_pause()
@@ -121,7 +121,7 @@ class Acceptor:
         try:
             await self._loop.connect_accepted_socket(self._factory, accepted, **tls)  # type: ignore[arg-type]
         except OSError as error:
-            # Such as no TLS, or none in time: the peer's fault, and no news.
+            # Such as no TLS, or none in time: the peer's fault, not worth a log line.
             logger.debug("a connection was not established: %s", type(error).__name__)
             accepted.close()
         except asyncio.CancelledError:

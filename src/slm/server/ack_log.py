@@ -24,7 +24,7 @@ MAX_STATE_BYTES: Final = MAX_LOG_BYTES // 2
 """The memory that one ack's refusals may take; what is beyond is not kept, and that is noted."""
 
 _SPARE: Final = 64
-"""So many acks more may be kept, so that not every one moves them all."""
+"""How many acks over the limit are kept before the oldest go, so that not each one moves all."""
 
 _ACK_BYTES: Final = 16
 _SPAN_BYTES: Final = 160
@@ -33,7 +33,7 @@ _IN_FORCE: Final = -1
 NOTHING: Final[Mapping[str, NotInForce]] = {}
 
 Span = tuple[int, int, str]
-"""From which ack on, the revision that is refused (-1: none is), and why."""
+"""The ack from which it holds, the revision that is refused (-1: none is), and why."""
 
 Changes = dict[str, tuple[int, str]]
 """By agent, the revision that is refused from here on (-1: none is), and why."""
@@ -92,7 +92,7 @@ class AckLog:
         self.bytes = 0
         self._revisions = array("q")
         self._times = array("d")
-        # What few acks have is kept apart, by the number of the ack.
+        # What few acks have is kept separately, by the number of the ack.
         self._gaps: set[int] = set()
         self._partial: list[tuple[int, bool]] = []
         self._spans: dict[str, list[Span]] = {}
@@ -105,7 +105,7 @@ class AckLog:
 
     @property
     def count(self) -> int:
-        """How many acks there ever were."""
+        """How many acks there have been in all."""
         return self.number + self.missed
 
     @property

@@ -18,13 +18,13 @@ from slm.server.slices import SLICE_SECONDS
 logger = logging.getLogger(__name__)
 
 MAX_WAITING: Final = 32
-"""So many acks of one peer may wait."""
+"""How many acks of one peer may wait."""
 
 MAX_WAITING_BYTES: Final = 1024 * 1024
-"""So much of one peer may wait, one ack of any size apart."""
+"""How many bytes of one peer may wait; a single ack may be larger."""
 
 MAX_WAITING_BYTES_OF_ALL: Final = 64 * 1024 * 1024
-"""So much of all; what is more is taken at once: the peers then wait for the loop."""
+"""How many bytes of all peers may wait; beyond it acks are read at once, and peers wait."""
 
 _BEFORE_YIELD_SECONDS: Final = 0.001
 
@@ -103,7 +103,7 @@ class AckQueue:
         self._bytes_of_all -= self._bytes.pop(peer, 0)
 
     def written(self) -> None:
-        """Hear that a broadcast is written."""
+        """Go on: a broadcast is written."""
         if self._waiting and self._handle is None:
             self._handle = asyncio.get_running_loop().call_soon(self._work)
 
@@ -125,7 +125,7 @@ class AckQueue:
             _take(peer, ack)
             took = time.monotonic() - began
         if self._waiting:
-            # As long as it took, everyone else has the loop.
+            # Everyone else gets the loop for as long as this took.
             pause = took if took > _BEFORE_YIELD_SECONDS else 0.0
             self._handle = asyncio.get_running_loop().call_later(pause, self._work)
 

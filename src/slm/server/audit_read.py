@@ -18,17 +18,17 @@ from slm.server.pages import MAX_EXAMINED, Window, opaque, read_page
 from slm.server.strict_json import MAX_INTEGER
 
 EXPORTED: Final = "audit.export"
-"""The action of what notes an export."""
+"""The action of the row that records an export."""
 
 WALK_PAGE: Final = 500
-"""So many rows are read and hashed at once while the chain is walked."""
+"""How many rows are read and hashed at once while the chain is walked."""
 
 READ_ALL: Final = "key.read_all"
 """What a snapshot with keys is recorded as; its detail lists the agents whose keys it held."""
 
 _COLUMNS: Final = [AUDIT.c[name] for name in Entry.__dataclass_fields__]
 _MAX_ACTIONS: Final = 100
-"""So many different actions are looked at for a prefix; the server writes about twenty."""
+"""How many different actions are tried for a prefix; the server writes about twenty."""
 
 
 @dataclass(frozen=True)

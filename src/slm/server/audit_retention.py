@@ -29,7 +29,7 @@ from slm.server.vault import Vault
 logger = logging.getLogger(__name__)
 
 BATCH: Final = 500
-"""So many entries in one transaction: writers wait for the state row as long as it takes."""
+"""How many entries go in one transaction; writers wait for the state row meanwhile."""
 
 CUT: Final = "audit.cut"
 

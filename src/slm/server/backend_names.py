@@ -1,4 +1,4 @@
-"""The names under which backends are shown: each one's own, and never another's.
+"""The names under which backends are shown, each of them only once.
 
 A backend says itself how it is called, so a name belongs to the token that was first to use it, for
 as long as its backend is known. Any other is shown with its token (docs/protocol.md section 3).
@@ -34,7 +34,7 @@ def names_of(backends: Iterable[Backend]) -> dict[str, str]:
 
 
 class BackendNames:
-    """The same, kept up as backends come and go.
+    """`names_of` all backends, kept current as they come and go.
 
     Args:
         everyone: all backends that are known.

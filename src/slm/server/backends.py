@@ -40,7 +40,7 @@ MAX_KEYS_BYTES: Final = 1024 * 1024
 _MAX_STRETCHES: Final = 20
 _KEY_BYTES: Final = 120
 _LAST_SECOND: Final = 253_402_300_000.0
-"""In the year 9999: what is later is no time."""
+"""In the year 9999; anything later is not a valid time."""
 
 
 @dataclass
@@ -90,7 +90,7 @@ class Backend:
 
     @property
     def name(self) -> str:
-        """What it calls itself: its name and instance, else its token's name; others may, too."""
+        """What it calls itself: its name and instance, else its token's name; not always unique."""
         named = [part for part in (self.client.name, self.client.instance) if part]
         return "/".join(named) or self.token + "#" + self.id.rpartition("#")[2].rstrip('"]')
 

@@ -22,7 +22,7 @@ GZIP_LEVEL: Final = 5
 
 
 class Position(NamedTuple):
-    """A place in the life of a database; the change id tells it from any other that looks alike.
+    """A position in a database; the change id tells it from another one of the same number.
 
     Attributes:
         revision: of the last change that is known.

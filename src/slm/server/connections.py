@@ -15,13 +15,13 @@ KEPT_FOR_HTTP: Final = 256
 """How many connections no stream may take: an operator must get in while the streams are full."""
 
 KEPT_DESCRIPTORS: Final = 100
-"""How many descriptors are left for files, the database and what is accepted before it is cut."""
+"""How many descriptors are kept for files, the database and connections about to be closed."""
 
 UNLIMITED: Final = 1_000_000
 """The limit where nobody sets one."""
 
 LOOK_AT_ONCE: Final = 500
-"""After so many connections everyone else in the loop has a turn."""
+"""After how many connections everyone else in the loop has a turn."""
 
 TOKEN_SHOWN: Final = "slm.token_shown"  # noqa: S105 - the name of a flag
 """The key of a request's `scope["state"]` that says that it carried a valid token."""
@@ -83,11 +83,11 @@ class Connections:
     # --- what connections tell ---
 
     def begins_http(self, connection: HttpConnection) -> None:
-        """Hear of a new connection."""
+        """Note a new connection."""
         self._http[connection] = asyncio.get_running_loop().time()
 
     def ends_http(self, connection: HttpConnection) -> None:
-        """Hear that it is closed, or that it becomes a stream."""
+        """Note that a connection is closed, or becomes a stream."""
         self._http.pop(connection, None)
         self._cut.discard(connection)
 
@@ -143,7 +143,7 @@ class Connections:
         self._timer = loop.call_later(every_seconds, self._look, list(self._http), every_seconds)
 
     def stop_watching(self) -> None:
-        """Leave them."""
+        """Stop watching them."""
         if self._timer is not None:
             self._timer.cancel()
 

@@ -1,4 +1,4 @@
-"""Sends out whoever is inside with a token that was revoked or has expired: streams and waits.
+"""Ends the streams and waits of tokens that were revoked or have expired.
 
 The table of tokens is kept up to date by others; this looks at who is still inside. Knows no
 database and no HTTP (docs/protocol.md section 4).
@@ -88,7 +88,7 @@ class Doorkeeper:
                 now = asyncio.get_running_loop().time()
                 for limit in inside:
                     limit.reschedule(now)
-                # Each only once: one that is ending cannot be told again.
+                # Each only once: one that is ending already must not be cancelled again.
                 inside.clear()
 
     async def _keep_looking(self) -> None:

@@ -49,7 +49,7 @@ SETTLE_SECONDS: Final = 5.0
 
 
 REMEMBERED: Final = 1000
-"""Of so many revisions the feed knows which change it passed on."""
+"""For how many revisions the feed remembers which change it passed on."""
 
 
 class FeedTrouble(Exception):
@@ -57,7 +57,7 @@ class FeedTrouble(Exception):
 
 
 class CannotPassOn(FeedTrouble):
-    """A change can be read and not passed on, so that nothing after it is."""
+    """A change was read but cannot be passed on, so nothing after it is either."""
 
     def __init__(self, revision: int, error: Exception) -> None:
         # The class alone: the text may hold what is in the change.
@@ -147,7 +147,7 @@ class ChangeFeed:
 
     @property
     def replay_limit(self) -> int:
-        """More changes than this are not told one by one: everything anew is less."""
+        """More changes than this are not sent one by one: a snapshot is smaller."""
         return far_behind(len(self._catalog))
 
     @property
@@ -163,12 +163,12 @@ class ChangeFeed:
 
     @property
     def seconds_since_look(self) -> float:
-        """How long ago everything that the database held had been passed on."""
+        """How long ago everything in the database had been passed on."""
         return asyncio.get_running_loop().time() - self._last_good_look
 
     @property
     def current(self) -> bool:
-        """Whether the last look whose whole effect was had is recent (protocol section 4).
+        """Whether everything that a recent look found was passed on (protocol section 4).
 
         A database that has become read-only, such as a standby, may be behind another one.
         """
@@ -309,7 +309,7 @@ class ChangeFeed:
         )
         news = await self._database.read(read)
         self._last_answer = looked_at
-        # Whatever becomes of the rest.
+        # First, so that tokens are current even if the rest fails.
         self._take_tokens(news, looked_at, tokens_version)
         if news.agents is not None and held == self.held:
             news = replace(news, lost=news.lost or self._differs(news, held))

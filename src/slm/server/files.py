@@ -46,7 +46,7 @@ def check_database_file(path: Path) -> None:
         try:
             files.check_own_folder(path.parent)
         except FileNotFoundError:
-            return  # Opening it says so.
+            return  # Opening it raises the better error.
         for beside in ("", "-wal", "-journal", "-shm"):
             part = Path(f"{path}{beside}")
             if os.path.lexists(part):

@@ -42,10 +42,10 @@ KEEP_GONE_SECONDS: Final = 3600.0
 """How long a backend that went away is still told of."""
 
 MAX_ACK_BYTES_OF_ALL: Final = 256 * 1024 * 1024
-"""The memory that what all backends said may take; beyond it the largest are cut down."""
+"""How much memory the acks of all backends may take; beyond it the largest logs are cut down."""
 
 MAX_TOLD: Final = 50_000
-"""So many backends of another replica are taken in."""
+"""How many backends of another replica are kept."""
 
 _MAX_GONE: Final = 10_000
 _FORGET_EVERY_SECONDS: Final = 10.0
@@ -53,7 +53,7 @@ _T = TypeVar("_T")
 
 
 class Lapse(NamedTuple):
-    """That a replica's lease has run out.
+    """A replica's lease that has run out.
 
     Attributes:
         head: how far its stream had come.

@@ -131,7 +131,7 @@ class FleetSync:
         ]
 
     async def start(self) -> None:
-        """Begin, and let the others know that there is somebody to tell."""
+        """Begin, and let the others know that this server is here."""
         for task in self._tasks:
             task.start()
         with contextlib.suppress(ProblemError):
@@ -141,12 +141,12 @@ class FleetSync:
         """Stop, after telling everything: this server's backends are gone."""
         for task in self._tasks:
             await task.stop()
-        # Also where nobody lives who could read it: the server after this one will.
+        # Even if no other server is there to read it: the next one to start will.
         with contextlib.suppress(ProblemError):
             await self._flush(last=True)
 
     def hear(self, _: str = "") -> None:
-        """Take the call: somebody waits somewhere, or has begun."""
+        """React to a call: a receipt waits somewhere, or a replica has begun."""
         now = asyncio.get_running_loop().time()
         self._hurry_until = now + 2 * CALL_AGAIN_SECONDS
         self._hurry.set()
@@ -217,7 +217,7 @@ class FleetSync:
         if self._others_live:
             waits.append(self._fleet.news.wait())
         await _first_of(self._checked_at + self._check_seconds - loop.time(), *waits)
-        # Whoever calls again and again is not answered with as many checks.
+        # Repeated calls do not cause as many checks.
         await asyncio.sleep(
             0.0
             if self._others_live
@@ -230,7 +230,7 @@ class FleetSync:
             await _first_of(seconds, self._hurry.wait())
 
     async def _check(self) -> None:
-        """See whether anybody else lives, and whether our rows are still there; clean up."""
+        """Check for other live servers and for our own rows; clean up."""
 
         def work(connection: Connection) -> tuple[int, tuple[int, int]]:
             now, self._offset = _clock(connection)

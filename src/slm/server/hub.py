@@ -342,7 +342,7 @@ class Hub:
         return self._account(subscriber, waiting)
 
     def note_waiting(self, subscriber: Subscriber, unsent_bytes: int) -> None:
-        """Hear of bytes that wait for a peer, or from it, and that the hub did not send."""
+        """Account for bytes that wait for a peer, or from it, and that the hub did not send."""
         self._account(subscriber, unsent_bytes)
         self._keep_to_total()
 
@@ -420,7 +420,7 @@ class Hub:
         return self._broadcasting
 
     def _send_everyone_back(self) -> None:
-        """Close the live streams: nobody knows who has the change; they resume without a hole."""
+        """Close the live streams, which resume without a gap: it is unknown who has the change."""
         self._broadcasting = False
         self.on_written()
         for subscriber in list(self._live):
@@ -537,7 +537,7 @@ class Hub:
     # --- limits ---
 
     def expel(self, subscriber: Subscriber, reason: str, code: int = 1008) -> None:
-        """Close a stream whose token does not count any more, or may not."""
+        """Close a stream whose token is not valid any more, or cannot be checked."""
         self._leave(subscriber)
         subscriber.sink.end(code, reason)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from typing import Any, Final, Literal
 
 from pydantic import ValidationError
@@ -21,6 +20,7 @@ from slm.schemas import Agent
 from slm.server.auth import TokenTable, read_tokens
 from slm.server.catalog import CommittedChange, Position
 from slm.server.models import AGENTS, CHANGES, SELECT_AGENTS, STATE, agent_of
+from slm.server.stored import require_state
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +108,14 @@ class Horizon:
     floor_id: str = ""
     timeline: str | None = None
 
+    def __post_init__(self) -> None:
+        """Refuse what another program wrote there; SQLite keeps any value in any column.
+
+        Raises:
+            DatabaseUnavailable: a number is none, or the epoch is not one.
+        """
+        require_state(self.revision, self.floor, self.tokens_version, epoch=self.epoch)
+
     def lost(self, held: Position, id_here: str | None) -> bool:
         """Say whether what somebody holds is not in this database, as after a failover.
 
@@ -163,7 +171,7 @@ class News:
 
     @property
     def moved(self) -> bool:
-        """Whether the database runs elsewhere than the epoch was made: it may have lost changes."""
+        """Whether this is another cluster or timeline than the epoch's: changes may be lost."""
         return self.timeline is not None and self.timeline != self.horizon.timeline
 
     def resync_reason(self, held: Position) -> Literal["forked", "epoch", "compacted"]:
@@ -179,7 +187,7 @@ class News:
 
 
 def far_behind(agents: int) -> int:
-    """Return how many changes are too many to read one by one: everything anew is less."""
+    """Return how many changes are too many to read one by one: reading everything is less."""
     return max(1000, 4 * agents)
 
 
@@ -189,7 +197,7 @@ def read_horizon(connection: Connection) -> Horizon:
 
 
 def tells_timeline(connection: Connection) -> bool:
-    """Say whether this PostgreSQL tells its timeline; some that are only alike do not."""
+    """Say whether this PostgreSQL can tell its timeline; some compatible databases cannot."""
     connection.execute(select(literal_column(_TIMELINE))).one()
     return True
 
@@ -233,7 +241,7 @@ def read_news(
         or found.moved
         or (horizon.epoch, horizon.tokens_version) != (held.epoch, tokens_version)
     ):
-        # In another life of the database the same version may stand for other tokens.
+        # In another epoch the same version may stand for other tokens.
         found = replace(found, tokens=read_tokens(connection, horizon.tokens_version))
     if found.moved or (lost and horizon.epoch == held.epoch):
         return found  # of no use before there is a new epoch
@@ -298,13 +306,5 @@ def _without_hole(rows: Iterable[Sequence[Any]], since: int) -> list[CommittedCh
         except ValidationError:
             logger.error("change %d cannot be read", revision)
             break
-        made_at = _as_utc(at)
-        changes.append(
-            CommittedChange(revision, kind, agent, was_default, made_at, change_id=change_id)
-        )
+        changes.append(CommittedChange(revision, kind, agent, was_default, at, change_id=change_id))
     return changes
-
-
-def _as_utc(time: datetime) -> datetime:
-    # SQLite keeps no zone; what we write is UTC.
-    return time if time.tzinfo is not None else time.replace(tzinfo=UTC)

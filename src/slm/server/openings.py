@@ -17,7 +17,7 @@ SILENT_SECONDS: Final = 1.0
 """How long a peer that was let in holds its place without subscribing."""
 
 WAIT_SECONDS: Final = 5.0
-"""How long a handshake waits for a place before it is told to come back."""
+"""How long a handshake waits for a place before it is answered 503."""
 
 
 class Openings:
@@ -137,7 +137,7 @@ class Openings:
 
 
 class Place:
-    """One stream's place; it is given back when the stream is live, or too late."""
+    """One stream's place; it is given back when the stream is live, or after a time-out."""
 
     __slots__ = ("_key", "_openings", "_timer")
 

@@ -46,7 +46,7 @@ def sqlalchemy_spelling(url: str) -> str:
 
 
 def behind_a_pooler(name: str) -> StartupError:
-    """Return the one sentence about a pooler that gives each transaction another session."""
+    """Return the sentence for a pooler that gives each transaction another session."""
     return StartupError(
         f"The database {name} is behind a connection pooler in transaction or statement mode; SLM"
         " needs sessions of its own (LISTEN, time-outs, prepared statements): set pool_mode ="

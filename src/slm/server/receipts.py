@@ -48,7 +48,7 @@ class Receipts:
             raise RevisionNotFound(f"Receipts are kept of the last {RECEIPT_REVISIONS} revisions.")
         change = await self._history.change(revision)
         if not sees(change.agent_id):
-            # Before all else that could tell it from one that is not there.
+            # First of all, so that it cannot be told from one that does not exist.
             raise RevisionNotFound
         subject = Subject(
             agent_id=change.agent_id,

@@ -20,10 +20,11 @@ from slm.errors import ProblemError
 from slm.server.auth import TokenTable
 from slm.server.database import Database
 from slm.server.models import REPLICAS
+from slm.server.stored import UNREADABLE
 from slm.server.vault import Vault
 
 KEEP_LAPSED_SECONDS: Final = 3600.0
-"""How long the lease of a server that died can be seen at least."""
+"""For how long the lapsed lease of a server is kept."""
 
 _ASK_AGAIN_SECONDS: Final = 0.05
 
@@ -102,7 +103,7 @@ class Lease:
             mine = update(REPLICAS).where(REPLICAS.c.id == self.id).values(values)
             if not connection.execute(mine).rowcount:
                 connection.execute(insert(REPLICAS).values(id=self.id, **values))
-            # Long gone, and never coming back under this id. Until then it says when a server
+            # Gone for good: it never comes back under this id. Until then it says when a server
             # that died was there, for receipts.
             old = now - max(100 * self._lease_seconds, KEEP_LAPSED_SECONDS)
             connection.execute(delete(REPLICAS).where(REPLICAS.c.seen_at < old))
@@ -159,12 +160,21 @@ def replicas(connection: Connection, lease_seconds: float) -> list[ReplicaInfo]:
         ReplicaInfo(
             id=row.id,
             name=row.name,
-            fingerprints=tuple(json.loads(row.fingerprints)),
+            fingerprints=_fingerprints(row.fingerprints),
             seconds_since_seen=max(0.0, now - row.seen_at),
             live=alone or now - row.seen_at <= lease_seconds,
         )
         for row in connection.execute(select(REPLICAS).order_by(REPLICAS.c.name))
     ]
+
+
+def _fingerprints(text: str) -> tuple[str, ...]:
+    """Return the stored list; one that was altered names no key that anybody has."""
+    try:
+        names = json.loads(text)
+    except UNREADABLE:
+        names = None
+    return tuple(map(str, names)) if isinstance(names, list) else ()
 
 
 def database_time(connection: Connection) -> float:

@@ -44,7 +44,7 @@ Less than what requests have, so that whoever waits for one is told how it ended
 """
 
 START_ENDS_SECONDS = 1.5
-"""How long a start that is told to stop may take to end in order."""
+"""How long an interrupted start may take to end in an orderly way."""
 
 UNSENT_BYTES = 128 * 1024
 """How much the kernel holds for a peer that does not read; the rest waits where it is counted.
@@ -112,7 +112,7 @@ async def serve(
 
 
 def _exit_within(seconds: float) -> None:
-    """End this process by then, though a thread of it hangs: on a silent network, in a command.
+    """End this process by then, even if a thread hangs on a silent network or in a command.
 
     Nothing is lost: a start is one transaction, which is rolled back with its connection.
     """

@@ -1,4 +1,4 @@
-"""Refuses a SQLite file whose schema would do something by itself.
+"""Refuses a SQLite file whose schema could act by itself.
 
 A file that is adopted or restored may come from anybody. A trigger could add a token at our next
 write, a view or a virtual table could answer for a table of ours. The server makes none of these,

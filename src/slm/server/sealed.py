@@ -1,4 +1,4 @@
-"""Text kept in memory under a random key of this process, so that no plain key lies about.
+"""Text kept in memory encrypted under a random key of this process.
 
 A core dump, a heap that is read or a page that is swapped out shows ciphertext, but for the moment
 of an answer. Knows no database and no agent.

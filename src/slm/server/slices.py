@@ -1,4 +1,4 @@
-"""in_slices: walks over many things in the loop and lets everyone else have a turn in between."""
+"""in_slices: walks over many things and lets the rest of the event loop run in between."""
 
 from __future__ import annotations
 

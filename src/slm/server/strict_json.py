@@ -10,6 +10,8 @@ import json
 import math
 from typing import Any, Final
 
+from slm.schemas import check_storable
+
 MAX_INTEGER: Final = 2**63 - 1
 _MAX_INTEGER_DIGITS: Final = 20
 
@@ -58,12 +60,10 @@ def _refuse_unstorable(value: Any) -> None:
     while pending:
         item = pending.pop()
         if isinstance(item, str):
-            if "\x00" in item:
-                raise NotStrictJSON("holds a NUL character")
             try:
-                item.encode()
-            except UnicodeEncodeError:
-                raise NotStrictJSON("holds a lone surrogate") from None
+                check_storable(item)
+            except ValueError as error:
+                raise NotStrictJSON(str(error)) from None
         elif isinstance(item, dict):
             pending.extend(item)
             pending.extend(item.values())

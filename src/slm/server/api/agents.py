@@ -66,7 +66,7 @@ router = APIRouter(prefix="/api", route_class=SLMRoute, tags=["agents"])
 
 
 class WrittenAgent(BaseModel):
-    """What a write answers to a token without the scope config:read: that it was made."""
+    """The answer of a write to a token without the scope config:read: only that it was made."""
 
     agent_id: str
     revision: int

@@ -12,19 +12,13 @@ from typing import Annotated, Final
 from fastapi import Path, Query
 from pydantic import AfterValidator, BeforeValidator
 
-from slm.schemas import WITHOUT_NUL
+from slm.schemas import WITHOUT_NUL, check_storable
 from slm.server.strict_json import MAX_INTEGER
 
 MAX_ROW_ID: Final = 2**31 - 1
 """The highest id that a row of an INTEGER column can have."""
 
 _DATE: Final = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}([T ]|$)")
-
-
-def _searchable(text: str) -> str:
-    if "\x00" in text:
-        raise ValueError("holds a NUL character")
-    return text
 
 
 def _iso_8601(value: object) -> object:
@@ -45,12 +39,12 @@ def _in_utc(at: datetime) -> datetime:
 FilterText = Annotated[
     str,
     Query(max_length=256, json_schema_extra={"pattern": WITHOUT_NUL}),
-    AfterValidator(_searchable),
+    AfterValidator(check_storable),
 ]
 BackendName = Annotated[
     str,
     Query(max_length=512, json_schema_extra={"pattern": WITHOUT_NUL}),
-    AfterValidator(_searchable),
+    AfterValidator(check_storable),
 ]
 """What a backend is shown as: its name, its instance and perhaps its token's name."""
 
