@@ -17,7 +17,8 @@ from sqlalchemy import select
 from slm.schemas import Agent
 from slm.server.catalog import CommittedChange
 from slm.server.frames import encode_change
-from slm.server.models import AUDIT, EPOCH_START
+from slm.server.models import AUDIT
+from slm.server.stored import EPOCH_START
 from slm.server.tokens import SCOPES
 from slm.server.view import View
 from tests.security.http import Caller, Stream, admin, agent, make_token

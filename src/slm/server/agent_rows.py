@@ -18,6 +18,7 @@ from slm.server.catalog import CommittedChange
 from slm.server.listener import CHANNEL
 from slm.server.models import AGENTS, CHANGES, SELECT_AGENTS, STATE, utc_now
 from slm.server.prepared import Prepared
+from slm.server.stored import require_state, text_of, the_row
 
 
 class Head(NamedTuple):
@@ -102,8 +103,9 @@ _RECORD: Final = Prepared(insert(CHANGES))
 def next_head(connection: Connection) -> Head:
     """Lock the state row and take the next revision: always the first statement of a write."""
     change_id = new_change_id()
-    [row] = _NEXT_REVISION[connection.dialect.name].run(connection, {"change_id": change_id})
-    revision, epoch, keyring, tokens, before_id, *_ = row
+    rows = _NEXT_REVISION[connection.dialect.name].run(connection, {"change_id": change_id})
+    revision, epoch, keyring, tokens, before_id, *_ = the_row(rows)
+    require_state(revision, tokens, epoch=text_of(epoch))
     return Head(revision, epoch, keyring, tokens, before_id, change_id)
 
 

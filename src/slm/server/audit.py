@@ -13,7 +13,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 
-from sqlalchemy import Connection, Integer, bindparam, insert, update
+from sqlalchemy import (
+    BigInteger,
+    Connection,
+    Integer,
+    bindparam,
+    case,
+    cast,
+    func,
+    insert,
+    select,
+    update,
+)
 
 from slm.errors import Overloaded
 from slm.server.audit_chain import GENESIS as GENESIS
@@ -32,12 +43,25 @@ from slm.server.auth import Caller
 from slm.server.database import Database
 from slm.server.models import AUDIT, AUDIT_HEAD, utc_now
 from slm.server.prepared import Prepared
+from slm.server.stored import text_of, the_row
 from slm.server.vault import Vault
 
+_MOST: Final = 2**62
+_LAST_ROW: Final = func.coalesce(
+    select(func.max(AUDIT.c.seq)).where(AUDIT.c.seq <= _MOST).scalar_subquery(), 0
+)
+# The head, which is locked. One that another program altered must not keep everything from being
+# recorded: then the last row counts, and `verify` finds where it was altered.
 _NEXT: Final = Prepared(
     update(AUDIT_HEAD)
     .where(AUDIT_HEAD.c.id == 1)
-    .values(seq=AUDIT_HEAD.c.seq + bindparam("count", type_=Integer))
+    .values(
+        seq=case(
+            (AUDIT_HEAD.c.seq.between(_LAST_ROW, _MOST), cast(AUDIT_HEAD.c.seq, BigInteger)),
+            else_=_LAST_ROW,
+        )
+        + bindparam("count", type_=Integer)
+    )
     .returning(AUDIT_HEAD.c.seq, AUDIT_HEAD.c.hash)
 )
 _INSERT: Final = Prepared(insert(AUDIT))
@@ -106,7 +130,8 @@ def append_all(connection: Connection, events: Sequence[Event]) -> None:
     """Record several events, in their order; as `append`, with one look at the chain's end."""
     if not events:
         return
-    [(last, before)] = _NEXT.run(connection, {"count": len(events)})
+    last, stored = the_row(_NEXT.run(connection, {"count": len(events)}))
+    before = text_of(stored)
     at = utc_now().isoformat(timespec="microseconds").replace("+00:00", "Z")
     rows = []
     for seq, event in enumerate(events, last - len(events) + 1):

@@ -262,7 +262,7 @@ def read_tokens(connection: Connection, version: int | None = None) -> TokenTabl
             name=row.name,
             scopes=frozenset(scope.strip() for scope in row.scopes.split(",")),
             digest=row.digest,
-            expires_at=_as_utc(row.expires_at),
+            expires_at=row.expires_at,
             view=View.from_text(row.agents),
             version=at,
         )
@@ -272,8 +272,3 @@ def read_tokens(connection: Connection, version: int | None = None) -> TokenTabl
         # There always is one. The version says nothing of those that come after this look.
         raise DatabaseUnavailable("The database has no tokens, as in the middle of a restore.")
     return TokenTable(callers, at)
-
-
-def _as_utc(time: datetime | None) -> datetime | None:
-    # SQLite keeps no zone; what we write is UTC.
-    return time if time is None or time.tzinfo is not None else time.replace(tzinfo=UTC)

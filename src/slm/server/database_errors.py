@@ -8,7 +8,14 @@ from __future__ import annotations
 import sqlite3
 from typing import Final
 
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import (
+    DataError,
+    DBAPIError,
+    IntegrityError,
+    MultipleResultsFound,
+    NoResultFound,
+    SQLAlchemyError,
+)
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from slm.errors import (
@@ -152,6 +159,14 @@ def _postgresql_problem(
     if not state and type(cause).__name__ in ("OperationalError", "ConnectionTimeout"):
         return DatabaseUnavailable()
     return None
+
+
+def is_altered(error: Exception) -> bool:
+    """Say whether a row of ours is missing, or one is in the way that this server did not write."""
+    return isinstance(
+        error,
+        (IntegrityError, DataError, NoResultFound, MultipleResultsFound, sqlite3.IntegrityError),
+    )
 
 
 def primary_code(error: sqlite3.Error) -> int | None:

@@ -17,7 +17,8 @@ from urllib.parse import unquote
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocket
 
-from slm.errors import InternalError, NotFound
+from slm.errors import DatabaseUnavailable, InternalError, NotFound, ProblemError
+from slm.server.database_errors import is_altered
 from slm.server.metrics import UNKNOWN_ROUTE
 from slm.server.problems import problem_response
 from slm.server.services import Services
@@ -114,10 +115,17 @@ class Edge:
             # The place and the class, never the message: it may hold what was being handled.
             place = "".join(traceback.format_tb(error.__traceback__))
             logger.error("a request failed with %s\n%s", type(error).__name__, place)
-            self.services.counts.failures += 1
+            problem: ProblemError = InternalError()
+            if is_altered(error):
+                problem = DatabaseUnavailable(
+                    "The database is not as this server left it, so this cannot be done; the log"
+                    " says where."
+                )
+            else:
+                self.services.counts.failures += 1
             if started:
                 raise RuntimeError("the answer was cut off") from None
-            await problem_response(InternalError())(scope, receive, stamped_send)
+            await problem_response(problem)(scope, receive, stamped_send)
         finally:
             method = scope["method"] if scope["method"] in _METHODS else "other"
             route = getattr(scope.get("route"), "path", UNKNOWN_ROUTE)

@@ -18,6 +18,7 @@ from sqlalchemy.pool import QueuePool, StaticPool
 from slm.errors import StartupError
 from slm.server.database_errors import primary_code
 from slm.server.sqlite_file import SqliteFile
+from slm.server.stored import tolerant_times
 
 logger = logging.getLogger(__name__)
 
@@ -224,8 +225,11 @@ def postgresql_engine(
         if state in _ANOTHER_SESSION:
             warn_of_pooler()
 
+    read_times = tolerant_times()
+
     @event.listens_for(engine, "connect")
     def _connected(connection: Any, _: object) -> None:
+        connection.adapters.register_loader("timestamptz", read_times)
         autocommit, connection.autocommit = connection.autocommit, True
         for name, value in settings.items():
             connection.execute("SELECT set_config(%s, %s, false)", (name, value))

@@ -7,19 +7,20 @@ Reads only; a rollback is a write like any other and goes through the registry. 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any, Final
 
 from pydantic import ValidationError
 from sqlalchemy import ColumnElement, Connection, Row, select
 
-from slm.errors import InternalError, InvalidRequest, RevisionNotFound
+from slm.errors import InvalidRequest, RevisionNotFound
 from slm.schemas import Agent, Change, ChangeList
 from slm.server import view_sql
 from slm.server.bodies import AgentCreate, AgentUpdate
 from slm.server.database import Database
 from slm.server.models import AGENTS, CHANGES, STATE
 from slm.server.pages import Window, opaque, read_page
+from slm.server.stored import require_state
 from slm.server.strict_json import MAX_INTEGER
 from slm.server.view import EVERYTHING, View
 
@@ -87,7 +88,9 @@ class History:
 
     async def _few(self, wanted: ChangeFilter, limit: int) -> ChangeList:
         """Return one change or two, for a write or a receipt: not behind anybody's long read."""
-        return await self._database.read(lambda connection: _page(connection, wanted, limit))
+        return await self._database.read(
+            lambda connection: _page(connection, wanted, limit, strict=True)
+        )
 
     async def change(self, revision: int) -> Change:
         """Return one change.
@@ -149,8 +152,16 @@ def restoring_create(old: Agent, comment: str) -> AgentCreate:
     )
 
 
-def _page(connection: Connection, wanted: ChangeFilter, limit: int) -> ChangeList:
+def _page(
+    connection: Connection, wanted: ChangeFilter, limit: int, *, strict: bool = False
+) -> ChangeList:
+    """Return a page; a change that cannot be read is left out, or with `strict` not found.
+
+    Raises:
+        RevisionNotFound: it is `strict`, and a change cannot be read.
+    """
     state = connection.execute(select(STATE.c.floor, STATE.c.revision, STATE.c.epoch)).one()
+    require_state(state.floor, state.revision, epoch=state.epoch)
     default_id = connection.execute(
         select(AGENTS.c.agent_id).where(AGENTS.c.is_default)
     ).scalar_one_or_none()
@@ -172,7 +183,13 @@ def _page(connection: Connection, wanted: ChangeFilter, limit: int) -> ChangeLis
     window = _window(connection, wanted, state, default_id)
     page = read_page(connection, window, limit, _characters)
     # The condition in SQL chose them; that none is shown by mistake is not left to it alone.
-    changes = [_change(row) for row in page.rows if visible(row.agent_id)]
+    changes = []
+    for row in page.rows:
+        try:
+            changes += [_change(row)] if visible(row.agent_id) else []
+        except ValidationError:
+            if strict:
+                raise RevisionNotFound("That change was altered and cannot be read.") from None
     return answer(changes, page.following(window))
 
 
@@ -231,19 +248,13 @@ def _characters(row: Row[Any]) -> int:
 
 
 def _change(row: Row[Any]) -> Change:
-    try:
-        agent = Agent.model_validate_json(row.agent)
-    except ValidationError:
-        raise InternalError(f"Change {row.revision} of the history cannot be read.") from None
-    created_at: datetime = row.created_at
     return Change(
         revision=row.revision,
         type=row.type,
         agent_id=row.agent_id,
-        agent=agent,
+        agent=Agent.model_validate_json(row.agent),
         was_default=row.was_default,
         actor=row.actor,
         comment=row.comment,
-        # SQLite keeps no zone; what is written is UTC.
-        created_at=created_at if created_at.tzinfo else created_at.replace(tzinfo=UTC),
+        created_at=row.created_at,
     )

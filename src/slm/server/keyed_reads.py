@@ -23,6 +23,7 @@ from slm.server.keyring import Keyring
 from slm.server.models import AGENTS, CHANGES, SELECT_AGENTS, STATE, agent_of
 from slm.server.read_batches import MAX_ROWS, Asked, Batches
 from slm.server.snapshots import Head, SealedSnapshot, SnapshotStore
+from slm.server.stored import require_state
 from slm.server.vault import KeyBinding
 from slm.server.view import View
 
@@ -254,6 +255,7 @@ class KeyedReads:
 
 
 def _head_of(row: Any) -> Head:
+    require_state(row.head_revision, epoch=row.head_epoch)
     return Head(row.head_revision, row.head_epoch, row.keyring_version, row.head_change_id)
 
 

@@ -15,15 +15,11 @@ from typing import Any, Final, TypeVar, cast
 from sqlalchemy import (
     BigInteger,
     Boolean,
-    DateTime,
-    Double,
     Float,
     Index,
     Integer,
     Row,
-    String,
     Table,
-    Text,
     false,
     func,
     select,
@@ -35,10 +31,19 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import NullType
 
 from slm import schemas
+from slm.server.stored import (
+    EPOCH_START,
+    UNREADABLE,
+    StoredDouble,
+    StoredString,
+    StoredText,
+    StoredTime,
+    text_of,
+    time_of,
+)
+from slm.server.strict_json import MAX_INTEGER
 
 T = TypeVar("T")
-
-EPOCH_START: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 class Base(DeclarativeBase):
@@ -55,30 +60,30 @@ class Agent(Base):
     __tablename__ = "agents"
 
     id: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=True)
-    agent_id: Mapped[str] = mapped_column(String(64), unique=True)
-    name: Mapped[str] = mapped_column(String(128))
-    description: Mapped[str | None] = mapped_column(Text)
-    llm_provider: Mapped[str] = mapped_column(String(32))
-    llm_endpoint: Mapped[str | None] = mapped_column(String(256))
-    llm_model: Mapped[str] = mapped_column(String(256))
-    llm_api_key_encrypted: Mapped[str | None] = mapped_column(Text)
+    agent_id: Mapped[str] = mapped_column(StoredString(64), unique=True)
+    name: Mapped[str] = mapped_column(StoredString(128))
+    description: Mapped[str | None] = mapped_column(StoredText)
+    llm_provider: Mapped[str] = mapped_column(StoredString(32))
+    llm_endpoint: Mapped[str | None] = mapped_column(StoredString(256))
+    llm_model: Mapped[str] = mapped_column(StoredString(256))
+    llm_api_key_encrypted: Mapped[str | None] = mapped_column(StoredText)
     llm_timeout: Mapped[int | None] = mapped_column(Integer, server_default=text("30"))
     llm_temperature: Mapped[float | None] = mapped_column(Float, server_default=text("0.7"))
     llm_max_tokens: Mapped[int | None] = mapped_column(Integer)
     is_default: Mapped[bool | None] = mapped_column(Boolean, server_default=false())
     is_active: Mapped[bool | None] = mapped_column(Boolean, server_default=true())
     created_at: Mapped[datetime | None] = mapped_column(
-        DateTime(timezone=True), server_default=func.current_timestamp()
+        StoredTime(), server_default=func.current_timestamp()
     )
     updated_at: Mapped[datetime | None] = mapped_column(
-        DateTime(timezone=True), server_default=func.current_timestamp()
+        StoredTime(), server_default=func.current_timestamp()
     )
 
-    llm_options: Mapped[str] = mapped_column(Text, server_default="{}")
+    llm_options: Mapped[str] = mapped_column(StoredText, server_default="{}")
     revision: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
     api_key_revision: Mapped[int | None] = mapped_column(BigInteger)
     # Of an adopted token that no key opened yet: the proof that it may still be bound (adopt.py).
-    key_state: Mapped[str | None] = mapped_column(Text)
+    key_state: Mapped[str | None] = mapped_column(StoredText)
 
     __table_args__ = (
         Index("idx_agents_agent_id", "agent_id"),
@@ -105,14 +110,14 @@ class Change(Base):
     __tablename__ = "changes"
 
     revision: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
-    type: Mapped[str] = mapped_column(String(32))
-    agent_id: Mapped[str] = mapped_column(String(64))
-    agent: Mapped[str] = mapped_column(Text)
+    type: Mapped[str] = mapped_column(StoredString(32))
+    agent_id: Mapped[str] = mapped_column(StoredString(64))
+    agent: Mapped[str] = mapped_column(StoredText)
     was_default: Mapped[bool] = mapped_column(Boolean)
-    actor: Mapped[str] = mapped_column(String(128))
-    comment: Mapped[str | None] = mapped_column(Text)
-    created_at: Mapped[datetime] = mapped_column(DateTime(timezone=True))
-    change_id: Mapped[str] = mapped_column(String(16), server_default="")
+    actor: Mapped[str] = mapped_column(StoredString(128))
+    comment: Mapped[str | None] = mapped_column(StoredText)
+    created_at: Mapped[datetime] = mapped_column(StoredTime())
+    change_id: Mapped[str] = mapped_column(StoredString(16), server_default="")
 
     # Each filter of the history with the order of its pages (server/pages.py).
     __table_args__ = (
@@ -141,13 +146,13 @@ class State(Base):
     id: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
     revision: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
     floor: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
-    epoch: Mapped[str] = mapped_column(String(64))
+    epoch: Mapped[str] = mapped_column(StoredString(64))
     tokens_version: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
     keyring_version: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
-    head_id: Mapped[str] = mapped_column(String(16), server_default="")
-    before_id: Mapped[str] = mapped_column(String(16), server_default="")
-    floor_id: Mapped[str] = mapped_column(String(16), server_default="")
-    timeline: Mapped[str | None] = mapped_column(String(64))
+    head_id: Mapped[str] = mapped_column(StoredString(16), server_default="")
+    before_id: Mapped[str] = mapped_column(StoredString(16), server_default="")
+    floor_id: Mapped[str] = mapped_column(StoredString(16), server_default="")
+    timeline: Mapped[str | None] = mapped_column(StoredString(64))
 
 
 class Token(Base):
@@ -159,14 +164,14 @@ class Token(Base):
     __tablename__ = "tokens"
 
     id: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=True)
-    name: Mapped[str] = mapped_column(String(128))
-    digest: Mapped[str] = mapped_column(String(64), unique=True)
-    scopes: Mapped[str] = mapped_column(Text)
-    agents: Mapped[str | None] = mapped_column(Text)
-    created_at: Mapped[datetime] = mapped_column(DateTime(timezone=True))
-    expires_at: Mapped[datetime | None] = mapped_column(DateTime(timezone=True))
-    revoked_at: Mapped[datetime | None] = mapped_column(DateTime(timezone=True))
-    last_used_at: Mapped[datetime | None] = mapped_column(DateTime(timezone=True))
+    name: Mapped[str] = mapped_column(StoredString(128))
+    digest: Mapped[str] = mapped_column(StoredString(64), unique=True)
+    scopes: Mapped[str] = mapped_column(StoredText)
+    agents: Mapped[str | None] = mapped_column(StoredText)
+    created_at: Mapped[datetime] = mapped_column(StoredTime())
+    expires_at: Mapped[datetime | None] = mapped_column(StoredTime())
+    revoked_at: Mapped[datetime | None] = mapped_column(StoredTime())
+    last_used_at: Mapped[datetime | None] = mapped_column(StoredTime())
 
     __table_args__ = ({"sqlite_autoincrement": True},)
 
@@ -180,11 +185,11 @@ class EncryptionKey(Base):
 
     __tablename__ = "encryption_keys"
 
-    fingerprint: Mapped[str] = mapped_column(String(16), primary_key=True)
-    check_token: Mapped[str] = mapped_column(Text)
+    fingerprint: Mapped[str] = mapped_column(StoredString(16), primary_key=True)
+    check_token: Mapped[str] = mapped_column(StoredText)
     is_active: Mapped[bool] = mapped_column(Boolean)
-    created_at: Mapped[datetime] = mapped_column(DateTime(timezone=True))
-    retired_at: Mapped[datetime | None] = mapped_column(DateTime(timezone=True))
+    created_at: Mapped[datetime] = mapped_column(StoredTime())
+    retired_at: Mapped[datetime | None] = mapped_column(StoredTime())
 
 
 class Audit(Base):
@@ -196,13 +201,13 @@ class Audit(Base):
     __tablename__ = "audit"
 
     seq: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
-    at: Mapped[str] = mapped_column(String(32))
-    actor: Mapped[str] = mapped_column(String(128))
-    action: Mapped[str] = mapped_column(String(32))
-    agent_id: Mapped[str | None] = mapped_column(Text)
-    address: Mapped[str | None] = mapped_column(String(64))
-    detail: Mapped[str] = mapped_column(Text)
-    hash: Mapped[str] = mapped_column(String(64))
+    at: Mapped[str] = mapped_column(StoredString(32))
+    actor: Mapped[str] = mapped_column(StoredString(128))
+    action: Mapped[str] = mapped_column(StoredString(32))
+    agent_id: Mapped[str | None] = mapped_column(StoredText)
+    address: Mapped[str | None] = mapped_column(StoredString(64))
+    detail: Mapped[str] = mapped_column(StoredText)
+    hash: Mapped[str] = mapped_column(StoredString(64))
 
     __table_args__ = (
         Index("ix_audit_agent_id_seq", "agent_id", "seq"),
@@ -225,10 +230,10 @@ class AuditHead(Base):
 
     id: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
     seq: Mapped[int] = mapped_column(BigInteger)
-    hash: Mapped[str] = mapped_column(String(64))
+    hash: Mapped[str] = mapped_column(StoredString(64))
     cut_seq: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
-    cut_hash: Mapped[str] = mapped_column(String(64), server_default="0" * 64)
-    cut_seal: Mapped[str | None] = mapped_column(Text)
+    cut_hash: Mapped[str] = mapped_column(StoredString(64), server_default="0" * 64)
+    cut_seal: Mapped[str | None] = mapped_column(StoredText)
 
 
 class Replica(Base):
@@ -240,10 +245,10 @@ class Replica(Base):
 
     __tablename__ = "replicas"
 
-    id: Mapped[str] = mapped_column(String(32), primary_key=True)
-    name: Mapped[str] = mapped_column(String(255))
-    fingerprints: Mapped[str] = mapped_column(Text)
-    seen_at: Mapped[float] = mapped_column(Double)
+    id: Mapped[str] = mapped_column(StoredString(32), primary_key=True)
+    name: Mapped[str] = mapped_column(StoredString(255))
+    fingerprints: Mapped[str] = mapped_column(StoredText)
+    seen_at: Mapped[float] = mapped_column(StoredDouble)
     tokens_version: Mapped[int] = mapped_column(BigInteger, server_default=text("-1"))
 
 
@@ -261,12 +266,12 @@ class Backend(Base):
 
     __tablename__ = "backends"
 
-    id: Mapped[str] = mapped_column(Text, primary_key=True)
-    replica: Mapped[str] = mapped_column(String(32), primary_key=True)
+    id: Mapped[str] = mapped_column(StoredText, primary_key=True)
+    replica: Mapped[str] = mapped_column(StoredString(32), primary_key=True)
     seq: Mapped[int] = mapped_column(BigInteger)
-    data: Mapped[str] = mapped_column(Text)
+    data: Mapped[str] = mapped_column(StoredText)
     connected: Mapped[bool] = mapped_column(Boolean)
-    written_at: Mapped[float] = mapped_column(Double)
+    written_at: Mapped[float] = mapped_column(StoredDouble)
 
     __table_args__ = (
         Index("ix_backends_replica_seq", "replica", "seq"),
@@ -318,24 +323,24 @@ def agent_of(row: Row[*tuple[Any, ...]] | Mapping[str, Any]) -> schemas.Agent:
     """
     value = cast("Mapping[str, Any]", row._mapping) if isinstance(row, Row) else row
     return schemas.Agent(
-        id=value["id"],
-        agent_id=_text(value["agent_id"]),
-        name=_text(value["name"]),
-        description=None if value["description"] is None else _text(value["description"]),
-        llm_provider=_text(value["llm_provider"]),
-        llm_endpoint=_text(value["llm_endpoint"] or "") or None,
-        llm_model=_text(value["llm_model"]),
+        id=_read(_whole, value["id"], 0),
+        agent_id=text_of(value["agent_id"]),
+        name=text_of(value["name"]),
+        description=None if value["description"] is None else text_of(value["description"]),
+        llm_provider=text_of(value["llm_provider"]),
+        llm_endpoint=text_of(value["llm_endpoint"] or "") or None,
+        llm_model=text_of(value["llm_model"]),
         llm_timeout=_read(_whole, value["llm_timeout"], 30),
         llm_temperature=_read(_number, value["llm_temperature"], 0.7),
         llm_max_tokens=_read(_whole, value["llm_max_tokens"], None),
         llm_options=_read(_options, value["llm_options"], dict[str, Any]()),
         is_default=_read(_flag, value["is_default"], False),
         is_active=_read(_flag, value["is_active"], True),
-        created_at=_read(_time, value["created_at"], EPOCH_START),
-        updated_at=_read(_time, value["updated_at"], EPOCH_START),
-        revision=value["revision"],
+        created_at=_read(time_of, value["created_at"], EPOCH_START),
+        updated_at=_read(time_of, value["updated_at"], EPOCH_START),
+        revision=_read(_whole, value["revision"], 0),
         has_api_key=bool(value["llm_api_key_encrypted"]),
-        api_key_revision=value["api_key_revision"],
+        api_key_revision=_read(_whole, value["api_key_revision"], None),
     )
 
 
@@ -344,18 +349,15 @@ def _read(reader: Callable[[Any], T], value: Any, otherwise: T) -> T:
         return otherwise
     try:
         return reader(value)
-    except (ValueError, TypeError, OverflowError, RecursionError):
+    except UNREADABLE:
         return otherwise
 
 
-def _text(value: Any) -> str:
-    if isinstance(value, bytes):
-        return value.decode("utf-8", "replace")
-    return value if isinstance(value, str) else str(value)
-
-
 def _whole(value: Any) -> int:
-    return value if type(value) is int else int(float(value))
+    number = value if type(value) is int else int(float(value))
+    if abs(number) > MAX_INTEGER:
+        raise OverflowError
+    return number
 
 
 def _number(value: Any) -> float:
@@ -376,16 +378,8 @@ def _flag(value: Any) -> bool:
     return bool(value)
 
 
-def _time(value: Any) -> datetime:
-    if isinstance(value, int | float):
-        return datetime.fromtimestamp(value, UTC)
-    time = value if isinstance(value, datetime) else datetime.fromisoformat(value.strip())
-    # Without a zone it is UTC: that is what CURRENT_TIMESTAMP writes.
-    return time.replace(tzinfo=UTC) if time.tzinfo is None else time.astimezone(UTC)
-
-
 def _options(value: Any) -> dict[str, Any]:
-    options = value if isinstance(value, dict) else _JSON.decode(_text(value))
+    options = value if isinstance(value, dict) else _JSON.decode(text_of(value))
     if not isinstance(options, dict):
         raise TypeError
     return options

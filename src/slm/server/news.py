@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from typing import Any, Final, Literal
 
 from pydantic import ValidationError
@@ -21,6 +20,7 @@ from slm.schemas import Agent
 from slm.server.auth import TokenTable, read_tokens
 from slm.server.catalog import CommittedChange, Position
 from slm.server.models import AGENTS, CHANGES, SELECT_AGENTS, STATE, agent_of
+from slm.server.stored import require_state
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +107,14 @@ class Horizon:
     head_id: str = ""
     floor_id: str = ""
     timeline: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what another program wrote there; SQLite keeps any value in any column.
+
+        Raises:
+            DatabaseUnavailable: a number is none, or the epoch is not one.
+        """
+        require_state(self.revision, self.floor, self.tokens_version, epoch=self.epoch)
 
     def lost(self, held: Position, id_here: str | None) -> bool:
         """Say whether what somebody holds is not in this database, as after a failover.
@@ -298,13 +306,5 @@ def _without_hole(rows: Iterable[Sequence[Any]], since: int) -> list[CommittedCh
         except ValidationError:
             logger.error("change %d cannot be read", revision)
             break
-        made_at = _as_utc(at)
-        changes.append(
-            CommittedChange(revision, kind, agent, was_default, made_at, change_id=change_id)
-        )
+        changes.append(CommittedChange(revision, kind, agent, was_default, at, change_id=change_id))
     return changes
-
-
-def _as_utc(time: datetime) -> datetime:
-    # SQLite keeps no zone; what we write is UTC.
-    return time if time.tzinfo is not None else time.replace(tzinfo=UTC)

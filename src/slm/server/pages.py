@@ -103,11 +103,15 @@ def read_page(
             narrowed = (
                 replace(window, after=edge - 1) if newest_first else replace(window, upto=edge)
             )
-    wanted = _rows(narrowed).where(*window.filters).limit(limit + 1)
+    sqlite = connection.dialect.name == "sqlite"
+    wanted = _rows(narrowed, sqlite).where(*window.filters).limit(limit + 1)
     rows: list[Row[Any]] = []
     size = 0
     with connection.execute(wanted, execution_options={"yield_per": _FETCHED_AT_ONCE}) as found:
         for row in found:
+            if type(row._mapping[window.key]) is not int:
+                # Another program wrote it; no page could go on from there.
+                continue
             size += size_of(row)
             if len(rows) == limit or (rows and size > MAX_PAGE_BYTES):
                 return Page(rows, rows[-1]._mapping[window.key])
@@ -118,18 +122,22 @@ def read_page(
 def _edge(connection: Connection, window: Window, stride: int) -> int | None:
     """Return the last key that this page looks at; None where all that is left is fewer rows."""
     last: int | None = connection.execute(
-        _rows(window).with_only_columns(window.key).limit(1).offset(stride - 1)
+        _rows(window, connection.dialect.name == "sqlite")
+        .with_only_columns(window.key)
+        .limit(1)
+        .offset(stride - 1)
     ).scalar_one_or_none()
-    return last
+    return None if last is None else int(last)
 
 
-def _rows(window: Window) -> Select[Any]:
+def _rows(window: Window, sqlite: bool) -> Select[Any]:
     query = select(window.table)
     if window.equal is None:
         # Bounds that leave nothing out go: to a planner without statistics they look narrow.
         if window.after > 0:
             query = query.where(window.key > window.after)
-        if window.upto < MAX_INTEGER:
+        # To SQLite a text, which another program may have put there, is more than any number.
+        if window.upto < MAX_INTEGER or sqlite:
             query = query.where(window.key <= window.upto)
         return query.order_by(window.order)
     column, value = window.equal

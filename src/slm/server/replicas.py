@@ -20,6 +20,7 @@ from slm.errors import ProblemError
 from slm.server.auth import TokenTable
 from slm.server.database import Database
 from slm.server.models import REPLICAS
+from slm.server.stored import UNREADABLE
 from slm.server.vault import Vault
 
 KEEP_LAPSED_SECONDS: Final = 3600.0
@@ -159,12 +160,21 @@ def replicas(connection: Connection, lease_seconds: float) -> list[ReplicaInfo]:
         ReplicaInfo(
             id=row.id,
             name=row.name,
-            fingerprints=tuple(json.loads(row.fingerprints)),
+            fingerprints=_fingerprints(row.fingerprints),
             seconds_since_seen=max(0.0, now - row.seen_at),
             live=alone or now - row.seen_at <= lease_seconds,
         )
         for row in connection.execute(select(REPLICAS).order_by(REPLICAS.c.name))
     ]
+
+
+def _fingerprints(text: str) -> tuple[str, ...]:
+    """Return the stored list; one that was altered names no key that anybody has."""
+    try:
+        names = json.loads(text)
+    except UNREADABLE:
+        names = None
+    return tuple(map(str, names)) if isinstance(names, list) else ()
 
 
 def database_time(connection: Connection) -> float:

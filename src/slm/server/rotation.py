@@ -26,6 +26,7 @@ from slm.server.keyring import Keyring, KeySource, key_file, newest_inactive, re
 from slm.server.models import AGENTS, ENCRYPTION_KEYS, STATE, utc_now, version_step
 from slm.server.replicas import Lease, ReplicaInfo, replicas
 from slm.server.settings import Settings
+from slm.server.stored import require_state
 from slm.server.vault import Vault, fingerprint
 
 _LOCK_STATE: Final = (
@@ -351,6 +352,7 @@ def _lock_state(connection: Connection, who: Who) -> int:
         Unauthorized: the token does not count any more.
     """
     row = connection.execute(_LOCK_STATE).one()
+    require_state(row.keyring_version, row.tokens_version)
     who.require_counts(connection, row.tokens_version)
     return int(row.keyring_version)
 
@@ -366,7 +368,7 @@ def _ring_of(connection: Connection) -> tuple[int, str, set[str]]:
     keys = connection.execute(
         select(ENCRYPTION_KEYS).where(ENCRYPTION_KEYS.c.retired_at.is_(None))
     ).all()
-    active = next(key.fingerprint for key in keys if key.is_active)
+    active = next((key.fingerprint for key in keys if key.is_active), "")
     return version.scalar_one(), active, {key.fingerprint for key in keys}
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Any, Final
 
 from pydantic import SecretStr
@@ -228,13 +228,8 @@ def _info(row: Any) -> TokenInfo:
         name=row.name,
         scopes=tuple(scope.strip() for scope in row.scopes.split(",")),
         view=View.from_text(row.agents),
-        created_at=_utc(row.created_at),
-        expires_at=row.expires_at and _utc(row.expires_at),
-        revoked_at=row.revoked_at and _utc(row.revoked_at),
-        last_used_at=row.last_used_at and _utc(row.last_used_at),
+        created_at=row.created_at,
+        expires_at=row.expires_at,
+        revoked_at=row.revoked_at,
+        last_used_at=row.last_used_at,
     )
-
-
-def _utc(time: datetime) -> datetime:
-    # SQLite keeps no zone; what we write is UTC.
-    return time if time.tzinfo is not None else time.replace(tzinfo=UTC)

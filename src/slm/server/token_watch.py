@@ -16,6 +16,7 @@ from slm.errors import ProblemError
 from slm.server.auth import TokenTable, read_tokens
 from slm.server.database import Database
 from slm.server.models import STATE
+from slm.server.stored import require_state
 from slm.server.supervisor import Supervisor
 
 logger = logging.getLogger(__name__)
@@ -61,6 +62,7 @@ class TokenWatch:
 
         def read(connection: Connection) -> tuple[int, TokenTable | None]:
             version = connection.execute(select(STATE.c.tokens_version)).scalar_one()
+            require_state(version)
             return version, None if version == known else read_tokens(connection, version)
 
         version, found = await self._database.read(read)

@@ -49,7 +49,7 @@ class View:
             return EVERYTHING
         try:
             patterns = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             patterns = None
         if not isinstance(patterns, list) or not all(isinstance(p, str) for p in patterns):
             return cls(())
