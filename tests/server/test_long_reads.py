@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -266,6 +269,43 @@ async def test_a_file_that_is_not_there_takes_no_write(
     assert (await admin.get("/api/agents/default")).json["llm_model"] == "m1"
     assert services.feed.position == 2
     told = [r for r in caplog.records if "removed or replaced under the server" in r.getMessage()]
+    assert len(told) == 1
+
+
+def cut(folder: Path) -> None:
+    os.truncate(folder / "slm.db", 0)
+
+
+def cut_wal(folder: Path) -> None:
+    os.truncate(folder / "slm.db-wal", 0)
+
+
+def copy_over(folder: Path) -> None:
+    with contextlib.closing(sqlite3.connect(folder / "other.db")) as other:
+        other.execute("CREATE TABLE agents (agent_id TEXT)")
+    shutil.copyfile(folder / "other.db", folder / "slm.db")
+
+
+@pytest.mark.parametrize("spoil", [cut, cut_wal, copy_over])
+async def test_a_file_that_was_overwritten_or_cut_takes_no_write(
+    server: InLoopServer,
+    admin: Api,
+    caplog: pytest.LogCaptureFixture,
+    spoil: Callable[[Path], None],
+) -> None:
+    """Another program writes into the file: SQLite would go on in its cache and lose it all."""
+    assert (await admin.put("default", llm_model="m1")).status == 200
+    spoil(server.data_dir)
+    for answer in (await admin.put("default", llm_model="m2"), await admin.get("/api/snapshot")):
+        assert (answer.status, answer.code) == (503, "database-unavailable")
+        assert "overwritten or cut" in answer.json["detail"]
+
+    async def is_red() -> bool:
+        return (await admin.get("/readyz")).status == 503
+
+    await eventually(is_red)
+    assert (await admin.get("/api/agents/default")).json["llm_model"] == "m1"
+    told = [r for r in caplog.records if "Nothing is written any more" in r.getMessage()]
     assert len(told) == 1
 
 

@@ -267,6 +267,7 @@ class Database:
         if self._file is not None:
             # SQLite let go of the file, and others are still to be kept out.
             self._file.hold(self._lock_timeout_seconds)
+            self._file.note()
 
     async def _hop(
         self,
@@ -373,8 +374,27 @@ class Database:
         if engine is None:
             raise DatabaseUnavailable("The database is closed.")
         failpoints.reach("database")
-        if self._file is not None:
-            self._file.check()
+        file = self._file
+        if file is not None:
+            file.check()
+        if file is not None and lane is self._main:
+            # The lane of one thread, and the only one that writes.
+            file.check_content()
+            try:
+                return self._begun(engine, lane, fn, read_only, attempt, committed)
+            finally:
+                file.note()
+        return self._begun(engine, lane, fn, read_only, attempt, committed)
+
+    def _begun(
+        self,
+        engine: Engine,
+        lane: _Lane,
+        fn: Callable[[Connection], T],
+        read_only: bool,
+        attempt: Attempt,
+        committed: Callable[[T], None] | None,
+    ) -> T:
         with self._connected(engine) as connection, contextlib.ExitStack() as stack:
             attempt.hold(connection.connection.dbapi_connection)  # type: ignore[arg-type]
             stack.callback(attempt.hold, None)

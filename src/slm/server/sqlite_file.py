@@ -28,6 +28,9 @@ _SHARED_FIRST: Final = 0x40000002
 _SHARED_SIZE: Final = 510
 """The bytes that every SQLite locks before it reads (https://sqlite.org/lockingv3.html)."""
 
+_HEADER: Final = 100
+"""The bytes of SQLite's header (https://sqlite.org/fileformat2.html)."""
+
 _held: set[tuple[int, int]] = set()
 """The files of this process, by device and inode: its own locks do not keep itself out."""
 
@@ -48,6 +51,8 @@ class SqliteFile:
         self._wal_identity: tuple[int, int] | None = None
         self._descriptor: int | None = None
         self._is_gone = False
+        self._noted: tuple[int, bytes, int] | None = None
+        self._is_changed = False
 
     def make(self) -> None:
         """Make the file with mode 0600 if it is not there; SQLite gives its WAL the same mode.
@@ -117,6 +122,49 @@ class SqliteFile:
                 " back, or restart the server with the file that is to be used."
             )
         self._is_gone = False
+
+    def note(self) -> None:
+        """Note how the file is now, after a transaction of ours: nobody else writes to it."""
+        if hasattr(os, "pread"):
+            self._noted = self._content()
+
+    def check_content(self) -> None:
+        """Make sure that nobody wrote into the file, or cut it, since `note`.
+
+        Not while another thread of ours may be writing.
+
+        Raises:
+            DatabaseUnavailable: somebody did: what is written now might be lost with the file.
+        """
+        if self._noted is None:
+            return
+        now = self._content()
+        # A WAL that grew is a commit; one that shrank lost some.
+        if now[:2] == self._noted[:2] and now[2] >= self._noted[2]:
+            self._is_changed = False
+            return
+        if not self._is_changed:
+            self._is_changed = True
+            logger.error(
+                "%s was overwritten or cut by another program while the server has it open."
+                " Nothing is written any more. Stop the server and restore a backup (slm db"
+                " restore); what the server knew last is still in GET /api/agents.",
+                self._path,
+            )
+        raise DatabaseUnavailable(
+            "The database file was overwritten or cut by another program while the server has it"
+            " open: stop the server and restore a backup."
+        )
+
+    def _content(self) -> tuple[int, bytes, int]:
+        """Return the file's size, SQLite's header in it, and the size of the WAL."""
+        if self._descriptor is None:
+            return 0, b"", 0
+        try:
+            wal = os.stat(self._wal).st_size  # noqa: PTH116
+        except OSError:
+            wal = 0
+        return os.fstat(self._descriptor).st_size, os.pread(self._descriptor, _HEADER, 0), wal
 
     def _tell_gone(self) -> None:
         if not self._is_gone:

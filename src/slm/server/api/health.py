@@ -68,6 +68,8 @@ async def get_readiness(services: Parts) -> Response:
     reasons = [services.database.unwritable, feed.trouble]
     if not (feed.current or any(reasons)):
         reasons.append("the database does not answer")
+    if services.supervisor.down:
+        reasons.append(f"not running: {', '.join(services.supervisor.down)}")
     if not ready and any(reasons):
         body["reason"] = "; ".join(each for each in reasons if each)
     # An agent whose key is of no use is told, and does not take the server out of service.
