@@ -64,7 +64,7 @@ async def test_the_three_changes_arrive_in_order(tmp_path: Path) -> None:
             "has_api_key": True,
             "api_key_revision": first,
         }
-        assert frames[2].keys() == {"type", "agent_id", "revision"}
+        assert frames[2].keys() == {"type", "agent_id", "revision", "change_id"}
         assert "sk-canary-raw" not in json.dumps(frames)
 
 
