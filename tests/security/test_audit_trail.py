@@ -74,7 +74,8 @@ async def test_who_did_what_to_which_agent_from_where(ask: Caller, server: InLoo
     assert details[4]["keys"] == 1
     assert "sk-" not in str(entries)
     assert (await ask("GET", "/api/admin/audit/verify")).body["whole"]
-    assert [e["actor"] for e in await _entries(ask, "&action=key.&agent=a")] == ["backend-1"]
+    reads = await _entries(ask, "&action=key.&agent=a")
+    assert [entry["action"] for entry in reads] == ["key.read", "key.read_all"]
 
 
 async def test_a_backend_s_reads_are_in_it(ask: Caller, server: InLoopServer) -> None:
@@ -126,7 +127,7 @@ async def test_what_cannot_be_recorded_is_not_done(
         await ask("POST", "/api/admin/tokens", {"name": "t", "scopes": ["admin"]}),
         await ask("DELETE", "/api/admin/tokens/2"),
     ]
-    wanted = 507 if fault == "full" else 500
+    wanted = 507 if fault == "full" else 503
     assert [answer.status for answer in refused] == [wanted] * len(refused)
     assert "sk-a" not in str([answer.body for answer in refused])
     assert (await ask("GET", "/api/agents")).body == before
@@ -181,7 +182,7 @@ ALTERED = [
     *(f"UPDATE audit SET {name} = CAST('x' AS BLOB) WHERE seq = 2" for name in
       ("at", "actor", "action", "agent_id", "address", "detail", "hash")),
     *("UPDATE audit SET address = 9e999 WHERE seq = 2", "UPDATE audit SET at = 5 WHERE seq = 2"),
-    *("UPDATE audit_head SET seq = 'abc'", "UPDATE audit_head SET hash = CAST(hash AS BLOB)"),
+    *("UPDATE audit_head SET seq = 'abc'", "UPDATE audit_head SET hash = x'00'"),
     *("UPDATE audit_head SET cut_seq = 'abc'", "UPDATE audit_head SET cut_hash = x'00'"),
 ]  # fmt: skip
 
