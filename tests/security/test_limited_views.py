@@ -281,7 +281,10 @@ async def test_whatever_changes_something_is_in_the_audit(
         for method, path in order:
             before = await database.read(lambda c: len(c.execute(wanted).all()))
             asked = path.format(agent_id="a", token_id=victim.body["id"])
-            answer = await doer(method, asked, BODIES.get((method, path)))
+            body = BODIES.get((method, path))
+            if path.endswith("/exported"):
+                body = {"head": (await ask("GET", "/api/admin/audit/verify")).body["head"]}
+            answer = await doer(method, asked, body)
             after = await database.read(lambda c: len(c.execute(wanted).all()))
             if engine == "postgresql" and path.endswith(NOT_ON_POSTGRESQL):
                 assert after == before, (method, path)

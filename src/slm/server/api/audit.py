@@ -120,7 +120,7 @@ class Exported(BaseModel):
 @router.get(
     "/export",
     response_model=ExportPage,
-    responses=problem_responses(DatabaseUnavailable, Conflict, Overloaded),
+    responses=problem_responses(DatabaseUnavailable, InvalidRequest, Conflict, Overloaded),
 )
 async def export_audit(
     services: Parts,
