@@ -117,7 +117,7 @@ async def test_a_certificate_that_cannot_be_read_is_told(tmp_path: Path) -> None
         settings = Settings(
             data_dir=tmp_path / "data", port=0, tls_cert=cert, tls_key=cert, **TENTH
         )
-        with pytest.raises(StartupError, match=r"TLS file .* cannot be used"):
+        with pytest.raises(StartupError, match=r"TLS (file|certificate) .* cannot be used"):
             await SLMServer(settings).start()
 
 
