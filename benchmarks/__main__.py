@@ -16,6 +16,7 @@ from benchmarks import (
     accept,
     fanout,
     growth,
+    history,
     http_reads,
     llm_calls,
     polling,
@@ -38,6 +39,7 @@ BENCHES = [
         http_reads,
         propagation,
         growth,
+        history,
         polling,
     )
 ]

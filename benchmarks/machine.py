@@ -126,6 +126,12 @@ def rss_bytes(pid: int) -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
+def peak_bytes(pid: int) -> int:
+    """Return the most memory that was resident since `/proc/PID/clear_refs` was last given a 5."""
+    (line,) = [each for each in _read(f"/proc/{pid}/status").splitlines() if "VmHWM" in each]
+    return int(line.split()[1]) * 1024
+
+
 def cpu_seconds(pid: int) -> float:
     """Return how much CPU time a process has used."""
     fields = _read(f"/proc/{pid}/stat").rpartition(")")[2].split()

@@ -87,6 +87,11 @@ with that transport handed to it by hand shows what LLMInterface itself adds."""
 GROWTH = """\
 One server and one connected client for each size, all up at once, asked in turn."""
 
+HISTORY = """\
+The server on {rows:,} changes and as many entries of the audit; one page of 100 after the other is
+asked for, {pages} times. Memory is how much more the server held at most while it answered them.
+A token of one agent and one of none see little or nothing of what is looked at."""
+
 LOADED = """\
 **The machine was not quiet.** Its load was {lowest:.0f} to {highest:.0f} on {cores} cores while
 this was taken, so the times here are several times too long, and ratios are blurred too. Take

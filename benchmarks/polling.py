@@ -35,7 +35,7 @@ async def measure(options: Options) -> dict[str, Any]:
     except ImportError:
         raise Missing("UnleashClient (PyPI)") from None
     try:
-        from benchmarks.peers.postgres_notify import PostgresServer
+        from benchmarks.peers.postgres_server import PostgresServer
     except ImportError:
         raise Missing("asyncpg (PyPI)") from None
     if not (FOLDER / "node_modules").exists() or shutil.which("node") is None:

@@ -253,6 +253,21 @@ def _growth(data: Data) -> list[str]:
     ]
 
 
+def _history(data: Data) -> list[str]:
+    engines: dict[str, dict[str, dict[str, list[float]]]] = data["engines"]
+    lines = []
+    for name in next(iter(engines.values())):
+        line = [name]
+        for lists in engines.values():
+            line.append(show(figure(lists[name]["p50_ms"]), " ms"))
+            line.append(show(figure(lists[name]["memory_mib"]), " MiB"))
+        lines.append(line)
+    head = ["a page of"]
+    for engine in engines:
+        head += [f"{engine}, p50", f"{engine}, memory"]
+    return [notes.HISTORY.format(**data), table(head, lines)]
+
+
 SECTIONS = {
     "fanout": Section("## One change to many subscribers", _fanout),
     "accept": Section("## Connections accepted", _accept),
@@ -263,5 +278,6 @@ SECTIONS = {
     "startup": Section("## A backend's start", _startup),
     "llm": Section("## LLMInterface beside the bare SDK", _llm),
     "growth": Section("## Cost against the number of agents", _growth),
+    "history": Section("## Pages of a long history", _history),
 }
 """In the order in which they are told, by the bench's name."""

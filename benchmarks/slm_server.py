@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import aiohttp
 
 from benchmarks import seed
+from slm.server.settings import Settings
 
 
 class BenchServer:
@@ -25,15 +27,23 @@ class BenchServer:
         agents: how many agents there are.
         keys: whether each has an API key.
         core: the core it is kept on; None: any.
+        before_start: given the settings, makes more of the database before the server opens it.
         settings: fields of the server's settings that differ from the defaults.
     """
 
     def __init__(
-        self, *, agents: int = 10, keys: bool = False, core: int | None = None, **settings: Any
+        self,
+        *,
+        agents: int = 10,
+        keys: bool = False,
+        core: int | None = None,
+        before_start: Callable[[Settings], Awaitable[None]] | None = None,
+        **settings: Any,
     ) -> None:
         self._agents = agents
         self._keys = keys
         self._core = core
+        self._before_start = before_start
         self._settings = settings
         self._folder = tempfile.TemporaryDirectory(prefix="slm-bench-")
         self.data_dir = Path(self._folder.name) / "data"
@@ -66,6 +76,9 @@ class BenchServer:
         key = await asyncio.to_thread(
             seed.make_database, self.data_dir, self._agents, keys=self._keys
         )
+        if self._before_start is not None:
+            given: dict[str, Any] = {"data_dir": self.data_dir, "encryption_keys": key}
+            await self._before_start(Settings(**given, **self._settings))
         door = Path(self._folder.name) / "door"
         arguments = [str(self.data_dir), str(door), json.dumps(self._settings)]
         pin = self._core is not None and functools.partial(os.sched_setaffinity, 0, {self._core})
