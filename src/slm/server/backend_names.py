@@ -55,7 +55,7 @@ class BackendNames:
         return self._names.get(backend.id, backend.name)
 
     def anew(self) -> None:
-        """Note that there is another backend, or one less."""
+        """Note that a backend was added or removed."""
         self._names = None
 
     def changed(self, backend: Backend) -> None:

@@ -64,7 +64,7 @@ class Backend:
         server: that server's name, for people.
         view: what its token may see.
         since: when it came or went, seconds since 1970.
-        known_since: when it came first: whoever was first has the name.
+        known_since: when it first connected; the first to use a name keeps it.
         stretches: its connections, the newest last.
         acks: what it said it received.
         keys: agents whose held key is not that of its last ack, with the key's revision.

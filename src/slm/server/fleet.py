@@ -105,7 +105,7 @@ class Fleet:
         token_name: what a token is called, by its id.
         stale_after_seconds: how long a backend may lag before it counts as stale.
         clock: seconds since 1970.
-        agent: the agent of an agent_id; of one that there is not nothing is kept.
+        agent: returns the agent of an agent_id; nothing is kept about unknown agents.
         max_ack_bytes: how much memory what all backends said may take.
 
     Attributes:

@@ -123,7 +123,7 @@ class ChangeListener:
         except Exception as error:
             cause = (channel, type(error).__name__)
             if cause not in self._refused:
-                # Once for each cause: whoever sends one can send a million.
+                # Once for each cause: anybody who can send one can send a million.
                 self._refused.add(cause)
                 logger.error("a notification on %s failed with %s; it is ignored", *cause)
 

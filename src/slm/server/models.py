@@ -223,7 +223,7 @@ class AuditHead(Base):
 
     Attributes:
         cut_seq, cut_hash: the last row that was removed after its export; the chain begins there.
-        cut_seal: both under the active encryption key, which who can write here does not have.
+        cut_seal: both, sealed by the active encryption key, which is not in the database.
     """
 
     __tablename__ = "audit_head"

@@ -166,7 +166,7 @@ class Supervisor:
     def task(
         self, name: str, work: Callable[[], Coroutine[Any, Any, None]], *, needed: bool = True
     ) -> SupervisedTask:
-        """Return a new task that is told of by `states` from now on; nothing runs yet.
+        """Return a new task, which `states` reports from now on; nothing runs yet.
 
         Args:
             name: what it is called.
