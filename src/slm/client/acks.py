@@ -8,6 +8,7 @@ SLM is the stream's affair (docs/protocol.md section 4).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 from typing import Final
 
@@ -19,6 +20,7 @@ from slm.client.timings import Timings
 from slm.protocol import MAX_REASON, Ack, NotInForce, encode, storable
 
 KEY_DID_NOT_COME: Final = "the key did not come"
+NOT_JUDGED: Final = "a validator has not answered"
 _MAX_NAMED: Final = 5000
 """So many agents fit into an ack of 1 MiB."""
 
@@ -81,7 +83,7 @@ class Acks:
 
     def changed_elsewhere(self) -> None:
         """The same, from any thread."""
-        if not self._loop.is_closed():
+        with contextlib.suppress(RuntimeError):  # the loop has ended
             self._loop.call_soon_threadsafe(self.changed)
 
     async def run(self) -> None:
@@ -118,7 +120,7 @@ class Acks:
                     revision = min(revision, max(first - 1, self._passed))
                     again_at = left if again_at is None else min(again_at, left)
                 else:
-                    reason = KEY_DID_NOT_COME
+                    reason = NOT_JUDGED if known.unjudged else KEY_DID_NOT_COME
             if reason is not None and len(not_in_force) < _MAX_NAMED:
                 not_in_force[agent_id] = NotInForce(
                     revision=known.revision, reason=storable(reason, MAX_REASON)

@@ -92,6 +92,8 @@ class Chain:
             raise AgentKeyUnavailable(agent_id, known.key_error)
         config = known.config
         gone = config is not None and cache.expired(config)
+        if known.unjudged and (config is None or gone):
+            return known.pending  # as after a validator that failed: a call says what is wrong
         if known.pending is not None and (config is None or gone):
             raise AgentKeyUnavailable(agent_id, "it has not come from the SLM yet")
         return None if gone else config
@@ -101,6 +103,7 @@ class Chain:
     ) -> KnownAgent | None:
         """Return what is known of the agent, after waiting up to `key_wait` for a changed key.
 
+        A validator that has not said yet what it thinks of a change is waited for in the same way.
         The wait counts from the change as well as from the question: once the SLM has been slow
         with a key, later questions do not wait for it again.
         """
@@ -110,8 +113,9 @@ class Chain:
             if known.pending is None or known.key_error is not None or not known.is_active:
                 break
             left = min(asked_at, known.pending_since) + self._key_wait - cache.clock()
-            if left <= 0 or sync is None:
+            if left <= 0 or sync is None or sync.closed:
                 break
-            sync.hurry_key(agent_id)
+            if not known.unjudged:
+                sync.hurry_key(agent_id)
             await sync.wait_for_change(left)
         return known

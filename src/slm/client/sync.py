@@ -13,12 +13,12 @@ from typing import Any, Final
 
 from slm import tracing
 from slm.client.acks import Acks
-from slm.client.cache import AgentConfigCache
+from slm.client.cache import NEVER, AgentConfigCache
 from slm.client.http import Connection, EpochChanged, TokenSource
 from slm.client.in_use import KeysInUse
 from slm.client.keys import KeyFetcher
 from slm.client.retry import Backoff, ClientStatus, status_after
-from slm.client.stream import Resume, Stream
+from slm.client.stream import Resume, StoodStill, Stream
 from slm.client.timings import Timings
 from slm.client.tls import TlsFiles
 from slm.errors import (
@@ -59,7 +59,7 @@ class Synchroniser:
         timings: how long to wait for what.
         client: who subscribes.
         swapped: called with an agent_id once its config was swapped, left or came into force.
-        liveness: called when the cache becomes live, or stops being it.
+        became_live: called when the cache becomes live.
         in_use: which keys calls in flight hold.
         key_wait: how long an ack waits for a key that changed.
         explain: says how an agent is resolved, when the SLM asks.
@@ -74,18 +74,19 @@ class Synchroniser:
         timings: Timings,
         client: ClientInfo,
         swapped: Callable[[str], None],
-        liveness: Callable[[], None],
+        became_live: Callable[[], None],
         in_use: KeysInUse,
         key_wait: float,
         explain: Callable[[str], Awaitable[Explanation]],
     ) -> None:
         self.loop = asyncio.get_running_loop()
         self.last_error: str | None = None
+        self.closed = False
         self.settled = asyncio.Event()
         self._cache = cache
         self._timings = timings
         self._swapped = swapped
-        self._liveness = liveness
+        self._became_live = became_live
         self._explain = explain
         self._connection = Connection(base_url, token, tls, timings)
         self._stream = Stream(self._connection, self, client, timings)
@@ -102,6 +103,8 @@ class Synchroniser:
         self._connected = False
         self._behind = False
         self._explaining = 0
+        self._heard_until = NEVER
+        self._resuming = False
         # The revision that a resumed stream must reach before it counts as live; 0: it has.
         self._live_from = 0
         self._failed: ClientStatus | None = None
@@ -113,6 +116,8 @@ class Synchroniser:
         """How things stand, from what is up and what failed last."""
         if self._cache.live:
             return ClientStatus.LIVE
+        if self._cache.live_until != NEVER:
+            return ClientStatus.DISCONNECTED  # nothing was heard for too long, as will be noticed
         if self._connected and self._failed is None:
             return ClientStatus.BEHIND if self._behind else ClientStatus.SYNCING
         return self._failed or ClientStatus.STARTING
@@ -120,19 +125,37 @@ class Synchroniser:
     def start(self) -> None:
         """Start the stream; it goes on until `close`."""
         self._spawn(self._stream.run())
-        self._spawn(self.acks.run())
-        self._spawn(self._keys.run())
+        self._spawn(self._kept_up(self.acks.run))
+        self._spawn(self._kept_up(self._keys.run))
         for agent_id in self._cache.keys_awaited():
             self._keys.want(agent_id)
 
     async def close(self) -> None:
         """Stop everything and close every connection."""
-        self._stream.deafen()
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._connection.close()
+        self.closed = True
         self._cache.set_live(False)
+        self._stream.deafen()
+        # Whoever waits for something gets what is known.
+        self.settled.set()
+        while self._tasks:
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.wait(self._tasks)
+            await asyncio.sleep(0)  # they are taken from the set by a callback
+        await self._connection.close()
+        self._connected = False
+        self._wake()
+
+    def judged(self) -> None:
+        """Note that validators have said what they think."""
+        self._wake()
+
+    def look(self) -> None:
+        """Notice, before a question is answered, that this process or its machine stood still."""
+        if self._cache.live_until != NEVER and not self._cache.live:
+            self._cache.set_live(False)
+            self.settled.clear()
+            self._stream.leave()
 
     async def ask(self, agent_id: str) -> None:
         """Fetch one agent into the cache; all who ask at one time share one request.
@@ -177,6 +200,12 @@ class Synchroniser:
             return None
         since, change_id = cache.heard
         return Resume(since, cache.epoch, change_id)
+
+    def heard(self, until: float) -> None:
+        """Go on being live, where this client is."""
+        self._heard_until = until
+        if self._cache.live_until != NEVER:
+            self._cache.live_until = until
 
     def subscribed(self, message: Subscribed, since: int | None) -> None:
         """Go on from where we were, or begin with a snapshot; nothing between is lost."""
@@ -230,11 +259,21 @@ class Synchroniser:
         finally:
             self._explaining -= 1
 
-    def lost(self, error: SLMError) -> None:
+    def left(self) -> None:
         """Note that nothing is heard any more."""
         self._connected = False
-        self._note_failure(error)
         self._update_liveness()
+
+    def lost(self, error: SLMError) -> None:
+        """Note why nothing is heard any more."""
+        self.left()
+        self._note_failure(error)
+        if isinstance(error, StoodStill):
+            self._resuming = True
+            self.settled.clear()
+        elif self._resuming:
+            self._resuming = False
+            self.settled.set()
 
     def _reached(self) -> None:
         """Become live once the head that `subscribed` named is reached."""
@@ -246,6 +285,7 @@ class Synchroniser:
         if self.last_error is not None:
             _log.info("the SLM is back")
         self.last_error = self._failed = None
+        self._resuming = False
         self._away_until = 0.0
         self._not_before.clear()
         self._update_liveness()
@@ -254,9 +294,11 @@ class Synchroniser:
     def _update_liveness(self) -> None:
         reached = self._cache.revision >= self._live_from
         live = self._connected and self._cache.synced and reached and not self._behind
-        self._cache.set_live(live)
+        became_live = live and self._cache.live_until == NEVER
+        self._cache.set_live(live, self._heard_until)
         self._stream.note_caught_up(live)
-        self._liveness()
+        if became_live:
+            self._became_live()
         self._wake()
 
     def _note_failure(self, error: SLMError) -> None:
@@ -432,6 +474,15 @@ class Synchroniser:
         self._tasks.add(task)
         task.add_done_callback(self._ended)
         return task
+
+    async def _kept_up(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Run what must not end; a mistake of ours must not stop it for the process's life."""
+        while True:
+            try:
+                await work()
+            except Exception:
+                _log.exception("a task of the client failed; starting it again")
+            await asyncio.sleep(self._timings.backoff_initial_seconds)
 
     def _ended(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
