@@ -19,6 +19,9 @@ from slm.client.quiet import Quiet
 from slm.client.timings import Timings
 from slm.protocol import MAX_REASON, Ack, NotInForce, encode, storable
 
+AFTER_SECONDS: Final = 0.001
+"""So long after a change it is acked in an idle process."""
+
 KEY_DID_NOT_COME: Final = "the key did not come"
 NOT_JUDGED: Final = "a validator has not answered"
 _MAX_NAMED: Final = 5000
@@ -72,11 +75,9 @@ class Acks:
         if self._noted:
             return
         self._noted = True
-        free_at = self._sent_at + self._interval_seconds
-        if free_at <= self._loop.time():
-            self._when_quiet()
-        else:
-            self._soon = self._loop.call_at(free_at, self._when_quiet)
+        # Callbacks come first: their thread runs once this one waits for something.
+        free_at = max(self._sent_at + self._interval_seconds, self._loop.time() + AFTER_SECONDS)
+        self._soon = self._loop.call_at(free_at, self._when_quiet)
 
     def _when_quiet(self) -> None:
         self._quiet.then(self._due.set, self._delay_seconds)

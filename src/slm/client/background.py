@@ -23,6 +23,8 @@ from slm.errors import SLMUnavailable
 _T = TypeVar("_T")
 _log = logging.getLogger("slm.client")
 
+_PAUSE_SECONDS: Final = 0.1
+
 _END_SECONDS: Final = 2.0
 """So long may what is left in the loop take to end."""
 
@@ -230,6 +232,7 @@ class Background:
             except BaseException:
                 # Such as a SystemExit in a log handler of the application's.
                 _log.exception("the client's thread goes on")
+                native.sleep(_PAUSE_SECONDS)
         try:
             loop.run_until_complete(_wind_up())
         except Exception:
@@ -266,6 +269,10 @@ async def _wind_up() -> None:
 
 def _new_loop() -> asyncio.AbstractEventLoop:
     # Not by the policy: that of a GUI or of a framework may make loops for one thread alone.
+    if native.is_patched():
+        loop = asyncio.SelectorEventLoop(native.new_selector())
+        loop.set_default_executor(native.Threads())
+        return loop
     if sys.platform == "win32":
         return asyncio.ProactorEventLoop()
     return asyncio.SelectorEventLoop()

@@ -288,7 +288,7 @@ class SLMClient:
 
     def _closes(self) -> bool:
         """Return whether there is anything to close."""
-        self._follower.closed = True
+        self._follower.hear_no_more()
         return following.is_running
 
     async def _waited(self, work: Callable[[], Coroutine[Any, Any, _T]]) -> _T:

@@ -110,6 +110,13 @@ class Follower:
         answering.close()
         raise AssertionError("an answer from what is known waits for nothing")
 
+    def hear_no_more(self) -> None:
+        """Note that the client is to be closed: what is still to be read changes nothing."""
+        self.closed = True
+        sync = self.sync
+        if sync is not None:
+            sync.closed = True
+
     def key_use_changed(self) -> None:
         """Note that a key which is no longer the present one is held, or no longer held."""
         sync = self.sync

@@ -6,6 +6,7 @@ while holds all of them up. Imports gevent only where the application has patche
 
 from __future__ import annotations
 
+import concurrent.futures
 import sys
 import threading
 from collections.abc import Callable
@@ -43,12 +44,42 @@ def thread_id() -> int:
     return number
 
 
+def new_selector() -> Any:
+    """Return what a loop in a native thread waits with."""
+    return _original("selectors", "DefaultSelector")()
+
+
+def sleep(seconds: float) -> None:
+    """Hold this thread."""
+    _original("time", "sleep")(seconds)
+
+
 def start_thread(work: Callable[[], None], name: str) -> None:
     """Run `work` in a daemon thread; a process that ends does not wait for it."""
     if is_patched():
         _original("_thread", "start_new_thread")(work, ())
         return
     threading.Thread(target=work, name=name, daemon=True).start()
+
+
+class Threads(concurrent.futures.ThreadPoolExecutor):
+    """An executor of native threads, one for each job; those of the library would be greenlets."""
+
+    def submit(
+        self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any
+    ) -> concurrent.futures.Future[Any]:
+        """Run it in a thread of its own."""
+        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+
+        def work() -> None:
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(fn(*args, **kwargs))
+                except BaseException as error:
+                    future.set_exception(error)
+
+        start_thread(work, "slm-worker")
+        return future
 
 
 class Gate:

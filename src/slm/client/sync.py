@@ -203,6 +203,8 @@ class Synchroniser:
 
     def heard(self, until: float) -> None:
         """Go on being live, where this client is."""
+        if self.closed:
+            return
         self._heard_until = until
         if self._cache.live_until != NEVER:
             self._cache.live_until = until
@@ -225,7 +227,7 @@ class Synchroniser:
     def received(self, message: ServerMessage) -> None:
         """Apply what the stream says."""
         cache = self._cache
-        if not self._connected:
+        if not self._connected or self.closed:
             return  # left over in the buffer of a stream that was given up
         if isinstance(message, AgentChanged | AgentDeleted):
             if cache.synced and message.revision > cache.revision + 1:
@@ -432,9 +434,9 @@ class Synchroniser:
 
     def _after(self, agent_id: str, swapped: bool, *, see_to_key: bool = True) -> None:
         """Tell of a swap, and see to a key that is missing now."""
-        self._wake()
         if swapped:
             self._swapped(agent_id)
+        self._wake()
         known = self._cache.find(agent_id)
         if see_to_key and known is not None and known.awaits_key:
             self._keys.want(agent_id)
