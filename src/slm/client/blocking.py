@@ -30,7 +30,7 @@ class BlockingSLMClient:
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        self.client = SLMClient(*args, **options)
+        self.client = self._asynchronous = SLMClient(*args, **options)
 
     def connect(self) -> None:
         """Start following the SLM, as `SLMClient.connect` does; it is done at first use as well."""

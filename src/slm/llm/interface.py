@@ -13,9 +13,8 @@ import logging
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import Protocol, Unpack
+from typing import TYPE_CHECKING, Protocol, Unpack
 
-from slm.client.blocking import BlockingSLMClient
 from slm.client.config import ResolvedConfig
 from slm.errors import ConfigurationError, LLMError, LLMProviderMissing
 from slm.llm import spans
@@ -26,6 +25,9 @@ from slm.llm.retry import RetrySettings
 from slm.llm.synchronous import LLMStreamNow, Waiter
 from slm.llm.transport import Connections, TransportSettings
 from slm.llm.validator import PROVIDERS, Check, unknown_provider
+
+if TYPE_CHECKING:
+    from slm.client.blocking import BlockingSLMClient
 
 _log = logging.getLogger("slm.llm")
 
@@ -57,19 +59,19 @@ class LLMInterface:
         retry: RetrySettings | None = None,
         transport: TransportSettings | None = None,
     ) -> None:
-        if isinstance(client, BlockingSLMClient):
-            client = client.client
-        self._client = client
+        # A BlockingSLMClient is known by this alone: to import it would be to import aiohttp.
+        resolver: Resolver = getattr(client, "_asynchronous", client)
+        self._client = resolver
         self._retry = retry or RetrySettings()
         transport = transport or TransportSettings()
         self._connections = Connections(transport)
         self._providers: dict[str, Provider] = {}
         # An SLMClient has both; whatever else resolves need not.
         self._in_use: Callable[[ResolvedConfig], AbstractContextManager[None]] = getattr(
-            client, "in_use", _not_counted
+            resolver, "in_use", _not_counted
         )
         self._waiter = Waiter(self._connections.aclose)
-        register = getattr(client, "register_validator", None)
+        register = getattr(resolver, "register_validator", None)
         self._unregister: Callable[[], None] = (
             register(Check(transport.endpoints)) if register is not None else _nothing
         )
