@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -27,6 +28,7 @@ class Clearable(enum.StrEnum):
 
     DESCRIPTION = "description"
     ENDPOINT = "endpoint"
+    TEMPERATURE = "temperature"
     MAX_TOKENS = "max-tokens"
     API_KEY = "api-key"
 
@@ -55,8 +57,10 @@ Endpoint = Annotated[
     ),
 ]
 Temperature = Annotated[
-    float | None,
-    typer.Option("--temperature", metavar="NUMBER", help="0 to 2.", show_default=False),
+    str | None,
+    typer.Option(
+        "--temperature", metavar="NUMBER", help="0 to 2; none: none is sent.", show_default=False
+    ),
 ]
 MaxTokens = Annotated[
     int | None,
@@ -129,6 +133,21 @@ KeyStdin = Annotated[
 def sent(**fields: Any) -> dict[str, Any]:
     """Return the fields that were given; those left out of a write stay as they are."""
     return {name: value for name, value in fields.items() if value is not None}
+
+
+def temperature_sent(field: str, text: str | None) -> dict[str, float | None]:
+    """Return a body's temperature as it was given: a number, null for `none`, or nothing at all."""
+    if text is None:
+        return {}
+    if text.strip().lower() == "none":
+        return {field: None}
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise UsageError("--temperature is a number from 0 to 2, or none")
+    return {field: number}
 
 
 def merged(options: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
