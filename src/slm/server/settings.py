@@ -48,6 +48,8 @@ class Settings(BaseSettings):
         endpoint_allow: hosts, addresses and networks that `strict` lets through.
         metrics_token: what `/metrics` asks for; none: it is open.
         trusted_proxies: addresses or networks whose Forwarded headers count.
+        trusted_networks: addresses or networks from which plain http may ask for keys, such as
+            those of a mesh whose sidecars encrypt.
         changes_keep: how many changes are kept for resuming; none: all.
         audit_keep_days: how old an entry of the audit gets once it was exported; none: any age.
         log_level: how much the server tells on stderr.
@@ -116,6 +118,7 @@ class Settings(BaseSettings):
     endpoint_allow: Annotated[tuple[str, ...], NoDecode] = ()
     metrics_token: SecretStr | None = None
     trusted_proxies: Annotated[tuple[Network, ...], NoDecode] = ()
+    trusted_networks: Annotated[tuple[Network, ...], NoDecode] = ()
     changes_keep: Annotated[int, Field(ge=0)] | None = None
     audit_keep_days: Annotated[int, Field(ge=1, le=36_500)] | None = None
     log_level: Literal["debug", "info", "warning", "error"] = "info"
@@ -160,7 +163,7 @@ class Settings(BaseSettings):
     testing: bool = False
     failpoint: str | None = None
 
-    @field_validator("trusted_proxies", mode="before")
+    @field_validator("trusted_proxies", "trusted_networks", mode="before")
     @classmethod
     def _networks(cls, value: Any) -> Any:
         """Take `10.0.0.1, 192.168.0.0/16`; a single address is a network of one."""
