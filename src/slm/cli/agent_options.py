@@ -17,6 +17,7 @@ import typer
 
 from slm.cli.connection import Target
 from slm.cli.output import UsageError
+from slm.environment import decoded, tidied
 from slm.errors import ConfigurationError
 from slm.files import NotTrusted, read_given
 
@@ -183,18 +184,20 @@ def read_key(target: Target, *, prompt: bool, file: Path | None, stdin: bool) ->
         )
     if file is not None:
         try:
-            key = read_given(file).decode()
+            key = decoded(read_given(file))
         except NotTrusted as error:
             raise ConfigurationError(f"the API key file cannot be used: {error}") from None
         except (OSError, UnicodeDecodeError):
             raise ConfigurationError(f"the API key file {file} cannot be read") from None
     elif stdin:
-        key = sys.stdin.read()
+        try:
+            key = decoded(sys.stdin.buffer.read())
+        except UnicodeDecodeError:
+            raise ConfigurationError("the API key on standard input is not text") from None
     elif not sys.stdin.isatty():
         raise UsageError("there is no terminal to ask at; use --api-key-stdin")
     else:
-        key = str(typer.prompt("API key", hide_input=True, err=True))
-    key = key.strip()
+        key = tidied(str(typer.prompt("API key", hide_input=True, err=True)))
     if not key:
         raise ConfigurationError("the API key is empty; to remove it: --clear api-key")
     return key
