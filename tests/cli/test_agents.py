@@ -241,3 +241,23 @@ async def test_the_key_is_nowhere_on_the_machine_but_its_ciphertext(
     for path in files:
         assert CANARY.encode() not in path.read_bytes(), path
     assert CANARY not in str(os.environ)
+
+
+async def test_a_temperature_can_be_taken_back(server: InLoopServer) -> None:
+    """`--temperature none` and `--clear temperature` set none; the list shows a dash."""
+    made = await slm(*CREATE, "--temperature", "none", "--json", data=server.data_dir)
+    assert made.json["llm_temperature"] is None
+    for back in (("--clear", "temperature"), ("--temperature", "NONE")):
+        await slm("agents", "set", "code-assistant", "--temperature", "0.5", data=server.data_dir)
+        done = await slm("agents", "set", "code-assistant", *back, data=server.data_dir)
+        assert done.out.splitlines()[1:] == ["  temperature  0.5 → –"]
+    listed = await slm("agents", "list", data=server.data_dir)
+    assert listed.out.splitlines()[-1].split()[4] == "–"
+    for wrong in ("warm", "nan", "inf", ""):
+        done = await slm(
+            "agents", "set", "code-assistant", "--temperature", wrong, data=server.data_dir
+        )
+        assert (done.code, "--temperature is a number" in done.error) == (2, True)
+    both = ("--temperature", "1", "--clear", "temperature")
+    done = await slm("agents", "set", "code-assistant", *both, data=server.data_dir)
+    assert done.error.startswith("--clear temperature contradicts --temperature")

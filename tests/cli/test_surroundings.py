@@ -106,3 +106,15 @@ async def test_the_address_is_that_of_the_server_alone(server: InLoopServer, end
         assert done.code == 1
         assert done.error.startswith(f"{source} ends with {end.rstrip('/')}")
         assert done.error.endswith(server.url)
+
+
+async def test_a_key_over_plain_http_is_a_decision() -> None:
+    """A key goes to another machine without TLS only where SLM_ALLOW_INSECURE says so."""
+    command = ("agents", "set", "a", "--api-key-stdin")
+    env = {"SLM_URL": "http://slm.invalid:8760", "SLM_TOKEN": "slm_x"}
+    refused = await slm(*command, stdin=CANARY, env=env)
+    assert refused.code == 1
+    assert "SLM_ALLOW_INSECURE=1" in refused.error
+    tried = await slm(*command, stdin=CANARY, env=env | {"SLM_ALLOW_INSECURE": "1"})
+    assert tried.code == 1
+    assert tried.error.startswith("no SLM at http://slm.invalid:8760")

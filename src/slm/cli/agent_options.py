@@ -180,7 +180,8 @@ def read_key(target: Target, *, prompt: bool, file: Path | None, stdin: bool) ->
         return None
     if not target.is_private:
         raise ConfigurationError(
-            f"an API key is not sent to {target.url} without TLS; use https:// or a tunnel"
+            f"an API key is not sent to {target.url} without TLS; use https:// or a tunnel, or set"
+            " SLM_ALLOW_INSECURE=1 where something else encrypts, such as a mesh"
         )
     if file is not None:
         try:

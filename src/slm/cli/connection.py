@@ -18,7 +18,7 @@ import typer
 from pydantic import SecretStr
 
 from slm.client.tls import ClientCert
-from slm.environment import decoded, is_service_link, tidied, variable
+from slm.environment import decoded, flag, is_service_link, tidied, variable
 from slm.errors import ConfigurationError
 from slm.files import NotTrusted, read_given, read_own
 
@@ -103,8 +103,13 @@ class Target:
 
     @property
     def is_private(self) -> bool:
-        """Whether nobody on the network can read what is sent: TLS, or this very machine."""
-        return self.url.startswith("https://") or is_loopback(self.url)
+        """Whether nobody on the network can read what is sent: TLS, or this very machine.
+
+        Or somebody who knows the network has said so, with SLM_ALLOW_INSECURE.
+        """
+        if self.url.startswith("https://") or is_loopback(self.url):
+            return True
+        return flag("SLM_ALLOW_INSECURE")
 
 
 def find(
