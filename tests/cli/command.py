@@ -85,7 +85,9 @@ async def slm(
         finally:
             process.kill()
             code = process.wait()
-        return checked(Done(code, out.read_bytes().decode(), err.read_bytes().decode()))
+        charset = (env or {}).get("PYTHONIOENCODING", "utf-8").partition(":")[0]
+        said = (path.read_bytes().decode(charset) for path in (out, err))
+        return checked(Done(code, *said))
 
 
 def checked(done: Done) -> Done:
