@@ -390,7 +390,8 @@ async def test_nothing_is_heard_after_close() -> None:
         client.on_change(lambda agent_id, config: told.append(agent_id))
         held, release = threading.Event(), threading.Event()
         assert following.loop is not None
-        following.loop.call_soon_threadsafe(lambda: (held.set(), release.wait(10)))
+        following.loop.call_soon_threadsafe(held.set)
+        following.loop.call_soon_threadsafe(release.wait, 10)
         await asyncio.to_thread(held.wait, 10)
         go.set()
         await asyncio.wait_for(said.wait(), 10)

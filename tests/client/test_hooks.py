@@ -242,7 +242,11 @@ async def test_nothing_is_told_after_close(client: SLMClient, admin: Api) -> Non
 # --- validators ---
 
 
-@pytest.mark.parametrize("returned", [False, None, "", 0, True, 5, object(), ["no"]], ids=repr)
+@pytest.mark.parametrize(
+    "returned",
+    [False, None, "", 0, True, 5, object(), ["no"]],
+    ids=lambda value: f"{type(value).__name__}-{bool(value)}",
+)
 async def test_what_is_no_reason_refuses_nothing(
     client: SLMClient, admin: Api, returned: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -313,7 +317,11 @@ async def test_a_validator_that_never_answers_keeps_the_last_good_one(
     await admin.create("a", llm_model="good")
     go_on = threading.Event()
     async with sdk(server.url, server.backend_token, "one", key_wait=0.2) as client:
-        client.register_validator(lambda c: None if c.llm_model == "good" else str(go_on.wait(30)))
+
+        def hangs(config: ResolvedConfig) -> str | None:
+            return None if config.llm_model == "good" else str(go_on.wait(30))
+
+        client.register_validator(hangs)
         await eventually(lambda: client.peek("a"))
         answer = await admin.call("PUT", "/api/agents/a?wait=30s", json={"llm_model": "new"})
         (refusal,) = answer.json["receipt"]["refused"]
@@ -328,7 +336,11 @@ async def test_a_snapshot_is_judged_before_it_is_used(server: InLoopServer, admi
     await admin.create("a", llm_provider="openai", llm_model="m", llm_api_key="sk-1")
     seen: list[str] = []
     client = sdk(server.url, server.backend_token, "one")
-    client.register_validator(lambda config: seen.append(config.agent_id))
+
+    def sees(config: ResolvedConfig) -> None:
+        seen.append(config.agent_id)
+
+    client.register_validator(sees)
     async with client:
         found = await client.resolve("a")
         assert found.llm_api_key is not None
@@ -348,14 +360,14 @@ async def test_interfaces_cost_and_leave_nothing(client: SLMClient) -> None:
     assert len(kept._validators) == 1
     for each in opened:
         await each.close()
-    assert kept._validators == ()
+    assert not kept._validators
     removes = [client.register_validator(never) for _ in range(3)]
     removes[0]()
     removes[0]()
     assert len(kept._validators) == 1
     for remove in removes:
         remove()
-    assert kept._validators == ()
+    assert not kept._validators
 
 
 def never(_: ResolvedConfig) -> str | None:

@@ -42,8 +42,15 @@ async def once(peer: Peer) -> None:
 
 async def again(peer: Peer) -> None:
     """The same, resumed."""
-    await peer.subscribed(1, heartbeat=3600)
     await peer.say(
+        {
+            "type": "subscribed",
+            "channel": "agent_config",
+            "revision": 1,
+            "head": 2,
+            "epoch": "scripted",
+            "heartbeat": 3600,
+        },
         {"type": "agent_config_changed", "agent_id": "a", "revision": 2, "config": config("new")},
         {"type": "heartbeat", "revision": 2, "behind": False},
     )
@@ -60,7 +67,7 @@ async def test_a_question_after_a_pause_gets_the_new_value() -> None:
         await asyncio.sleep(TENTH["healthy_seconds"])
         client._follower.sync.heard(clock.now())  # type: ignore[union-attr]
         assert client.peek("a") is None
-        assert client.status is ClientStatus.DISCONNECTED
+        assert str(client.status) == "disconnected"
         config = await client.resolve("a")
         assert (config.llm_model, config.stale) == ("new", False)
         assert len(slm.subscriptions) == 2

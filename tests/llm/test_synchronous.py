@@ -45,6 +45,9 @@ async def test_an_answer_and_a_stream(dialect: Dialect) -> None:
         configs = Configs(dialect.config(server.url))
         llm = LLMInterface(configs, retry=QUICK_RETRY)
         expected = await llm.chat("a", ASK)
+        streamed = llm.stream("a", ASK)
+        async for _ in streamed:
+            pass
 
         def work() -> None:
             with llm:
@@ -53,7 +56,7 @@ async def test_an_answer_and_a_stream(dialect: Dialect) -> None:
                 with pytest.raises(ConfigurationError, match="after its last chunk"):
                     _ = stream.result
                 assert "".join(chunk.text for chunk in stream) == stream.text
-                assert stream.result.text == expected.text
+                assert stream.result.text == streamed.result.text
                 assert list(stream) == []
 
         await asyncio.to_thread(work)
@@ -62,7 +65,7 @@ async def test_an_answer_and_a_stream(dialect: Dialect) -> None:
 
 async def test_errors_are_the_same(dialect: Dialect) -> None:
     """What a call raises, it raises in the thread that called."""
-    async with RecordingServer(failing(dialect, 401)).running() as server:
+    async with RecordingServer(failing(dialect, 401, "no")).running() as server:
         llm = LLMInterface(Configs(dialect.config(server.url)), retry=QUICK_RETRY)
 
         def work() -> None:

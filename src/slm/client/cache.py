@@ -457,7 +457,8 @@ class AgentConfigCache:
         reason = self.refused(value) or reason
         if reason is None or before is None:
             known.refused = reason
-            self._supersede(known)
+            if before is not None:
+                self._supersede(known)
             known.config, known.freshness = value, known.pending_freshness or known.freshness
             self.ready[agent_id] = value
         else:

@@ -30,30 +30,35 @@ class Chain:
         self._key_wait = key_wait
         self._warned: set[str] = set()
 
-    async def answer(self, agent_id: str | None, sync: Synchroniser | None) -> ResolvedConfig:
+    async def answer(
+        self, agent_id: str | None, sync: Synchroniser | None, *, judged: bool = True
+    ) -> ResolvedConfig:
         """Answer for an agent, or for the default agent when `agent_id` is None.
 
         Args:
             agent_id: the agent.
             sync: whom to ask for what is not known; None: nobody.
+            judged: whether to wait for a validator that has not answered.
 
         Raises:
             AgentKeyUnavailable: the agent needs an API key that cannot be had now.
         """
-        config = await self._own(agent_id, sync) if agent_id is not None else None
+        config = await self._own(agent_id, sync, judged) if agent_id is not None else None
         if config is None:
-            config = await self._default(agent_id, sync)
+            config = await self._default(agent_id, sync, judged)
         return config or self._without_slm(agent_id or "default")
 
-    async def _own(self, agent_id: str, sync: Synchroniser | None) -> ResolvedConfig | None:
+    async def _own(
+        self, agent_id: str, sync: Synchroniser | None, judged: bool
+    ) -> ResolvedConfig | None:
         """Step 1: the agent's own config, or None where it is unknown or inactive."""
         cache = self._cache
         if cache.find(agent_id) is None and not cache.live and sync is not None:
             await sync.ask(agent_id)
-        return await self._whole(agent_id, sync)
+        return await self._whole(agent_id, sync, judged)
 
     async def _default(
-        self, agent_id: str | None, sync: Synchroniser | None
+        self, agent_id: str | None, sync: Synchroniser | None, judged: bool
     ) -> ResolvedConfig | None:
         """Step 2: the default agent's config."""
         cache = self._cache
@@ -62,7 +67,7 @@ class Chain:
         default_id = cache.default_id
         if default_id is None or default_id == agent_id:
             return None
-        config = await self._whole(default_id, sync)
+        config = await self._whole(default_id, sync, judged)
         return config and config.answering(agent_id if agent_id is not None else default_id)
 
     def _without_slm(self, agent_id: str) -> ResolvedConfig:
@@ -74,10 +79,12 @@ class Chain:
                 _log.warning("%s", warning)
         return answer.config or hardcoded(agent_id)
 
-    async def _whole(self, agent_id: str, sync: Synchroniser | None) -> ResolvedConfig | None:
+    async def _whole(
+        self, agent_id: str, sync: Synchroniser | None, judged: bool
+    ) -> ResolvedConfig | None:
         """Return a known agent's whole value: the current one, or the last one as stale."""
         cache = self._cache
-        known = await self._once_its_key_is_here(agent_id, sync)
+        known = await self._once_its_key_is_here(agent_id, sync, judged)
         if known is None:
             return None
         if not cache.live and sync is not None and known.freshness()[0] > cache.ttl_seconds:
@@ -99,7 +106,7 @@ class Chain:
         return None if gone else config
 
     async def _once_its_key_is_here(
-        self, agent_id: str, sync: Synchroniser | None
+        self, agent_id: str, sync: Synchroniser | None, judged: bool
     ) -> KnownAgent | None:
         """Return what is known of the agent, after waiting up to `key_wait` for a changed key.
 
@@ -111,6 +118,8 @@ class Chain:
         asked_at = cache.clock()
         while (known := cache.find(agent_id)) is not None:
             if known.pending is None or known.key_error is not None or not known.is_active:
+                break
+            if known.unjudged and not judged:
                 break
             left = min(asked_at, known.pending_since) + self._key_wait - cache.clock()
             if left <= 0 or sync is None or sync.closed:

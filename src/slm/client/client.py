@@ -19,6 +19,7 @@ from slm.client.background import following
 from slm.client.cache import AgentConfigCache
 from slm.client.clock import now
 from slm.client.config import ResolvedConfig
+from slm.client.dispatch import callbacks
 from slm.client.follower import Follower, Settings
 from slm.client.hooks import OnChange, Validator
 from slm.client.http import TokenSource, normalised_url
@@ -236,7 +237,8 @@ class SLMClient:
 
     def explain_now(self, agent_id: str) -> Explanation:
         """Do what `explain` does, in synchronous code."""
-        return self._wait(lambda: self._follower.explained(agent_id))
+        judged = not callbacks.is_here
+        return self._wait(lambda: self._follower.explained(agent_id, judged=judged))
 
     def peek(self, agent_id: str) -> ResolvedConfig | None:
         """Return the agent's own config if it is at hand and live; asks nobody."""
@@ -284,7 +286,9 @@ class SLMClient:
         follower = self._follower
         if follower.closed or following.is_here:
             return follower.answer_in_place(agent_id)
-        return self._wait(lambda: follower.answer(agent_id))
+        # A verdict that is to be given in this very thread would be waited for in vain.
+        judged = not callbacks.is_here
+        return self._wait(lambda: follower.answer(agent_id, judged=judged))
 
     def _closes(self) -> bool:
         """Return whether there is anything to close."""

@@ -29,7 +29,13 @@ class Dispatcher:
         self._lock = native.new_lock()
         self._jobs: Any = native.new_queue()
         self._running = False
+        self._thread_id = 0
         self._clients = 0
+
+    @property
+    def is_here(self) -> bool:
+        """Whether the caller is a callback or a validator, in this thread."""
+        return self._thread_id == native.thread_id()
 
     def enter(self) -> None:
         """Count one more client that follows its SLM."""
@@ -54,12 +60,13 @@ class Dispatcher:
 
     def _serve(self) -> None:
         jobs = self._jobs
+        self._thread_id = native.thread_id()
         while True:
             job = jobs.get()
             if job is None:
                 with self._lock:
                     if self._clients <= 0 and jobs.empty():
-                        self._running = False
+                        self._running, self._thread_id = False, 0
                         return
                 continue
             try:

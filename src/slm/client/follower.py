@@ -233,19 +233,24 @@ class Follower:
 
     # --- answers ---
 
-    async def answer(self, agent_id: str | None) -> ResolvedConfig:
-        """Answer for an agent, None standing for the default one; connect first if need be."""
+    async def answer(self, agent_id: str | None, *, judged: bool = True) -> ResolvedConfig:
+        """Answer for an agent, None standing for the default one; connect first if need be.
+
+        Args:
+            agent_id: the agent.
+            judged: whether to wait for a validator that is to say what it thinks.
+        """
         if self.sync is not None:
             self.sync.look()
         if not self.closed and (self.sync is None or not self.sync.settled.is_set()):
             await self.connect()
-        return await self._chain.answer(agent_id, self.sync)
+        return await self._chain.answer(agent_id, self.sync, judged=judged)
 
-    async def explained(self, agent_id: str) -> Explanation:
+    async def explained(self, agent_id: str, *, judged: bool = True) -> Explanation:
         """Say how an agent is resolved now."""
         answer, error = None, None
         try:
-            answer = await self.answer(agent_id)
+            answer = await self.answer(agent_id, judged=judged)
         except Exception as problem:
             # Whatever it is, it is what a caller who resolves this agent gets.
             error = str(problem) if isinstance(problem, SLMError) else type(problem).__name__

@@ -13,7 +13,7 @@ import logging
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol, Unpack
+from typing import TYPE_CHECKING, Any, Protocol, Unpack
 
 from slm.client.config import ResolvedConfig
 from slm.errors import ConfigurationError, LLMError, LLMProviderMissing
@@ -60,8 +60,8 @@ class LLMInterface:
         transport: TransportSettings | None = None,
     ) -> None:
         # A BlockingSLMClient is known by this alone: to import it would be to import aiohttp.
-        resolver: Resolver = getattr(client, "_asynchronous", client)
-        self._client = resolver
+        resolver: Any = getattr(client, "_asynchronous", client)
+        self._client: Resolver = resolver
         self._retry = retry or RetrySettings()
         transport = transport or TransportSettings()
         self._connections = Connections(transport)
