@@ -142,7 +142,7 @@ async def test_after_a_change_only_what_changed_is_opened_anew(
     async def keys() -> dict[str, str | None]:
         snapshot = await reads.snapshot(who=ADA, view=EVERYTHING)
         return {
-            each.agent_id: each.llm_api_key and each.llm_api_key.get_secret_value()
+            each.agent_id: each.llm_api_key.get_secret_value() if each.llm_api_key else None
             for each in snapshot.agents
         }
 
