@@ -100,14 +100,16 @@ class KeyFetcher:
     def want(self, agent_id: str) -> None:
         """Note that this agent's key is awaited, or awaited anew since it changed again."""
         now = self._wanted_at = self._loop.time()
-        soon = now + self._uniform(0, self._timings.key_jitter_seconds)
         awaited = self._awaited.get(agent_id)
         if awaited is None:
-            self._awaited[agent_id] = _Awaited(Backoff(self._timings), soon)
+            awaited = self._awaited[agent_id] = _Awaited(Backoff(self._timings), float("inf"))
         else:
-            awaited.not_before = min(awaited.not_before, soon)
             awaited.again, awaited.failed = True, False
-        if self._until is None or max(soon, self._free()) < self._until:
+        if awaited.not_before > now:
+            soon = now + self._uniform(0, self._timings.key_jitter_seconds)
+            awaited.not_before = min(awaited.not_before, soon)
+        until = self._until
+        if until is None or (awaited.not_before < until and self._free() < until):
             self._changed.set()
 
     def hurry(self, agent_id: str) -> None:

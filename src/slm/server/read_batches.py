@@ -27,7 +27,7 @@ MAX_AT_ONCE: Final = 128
 MAX_ROWS: Final = 128
 """From how many rows of the audit on a transaction takes nothing more."""
 
-_ANSWERS_A_TURN: Final = 4
+_ANSWERS_A_TURN: Final = 8
 
 
 @dataclass(eq=False)

@@ -11,13 +11,13 @@ from collections import deque
 from collections.abc import Callable
 from typing import Final
 
-AT_A_TURN: Final = 2
+AT_A_TURN: Final = 4
 """How many get through in one turn of the loop; a read of keys takes about a millisecond of it."""
 
 MOST_A_TURN: Final = 16
-"""How many at most, where turns are long: the crowd has a third of the loop, whatever else runs."""
+"""How many at most, where turns are long: the crowd has half of the loop, whatever else runs."""
 
-_SECONDS_EACH: Final = 0.003
+_SECONDS_EACH: Final = 0.001
 
 
 class Turnstile:
