@@ -83,7 +83,8 @@ async def slm(
             process.kill()
             await process.wait()
     assert process.returncode is not None
-    return checked(Done(process.returncode, out.decode(), err.decode()))
+    charset = (env or {}).get("PYTHONIOENCODING", "utf-8")
+    return checked(Done(process.returncode, out.decode(charset), err.decode(charset)))
 
 
 def checked(done: Done) -> Done:
