@@ -12,7 +12,7 @@ from slm.llm import ChatResult, LLMInterface, TransportSettings
 from tests.llm.conftest import ASK, QUICK_RETRY
 from tests.llm.providers import Answer, Configs, Dialect, Handler, Received, RecordingServer
 
-WEATHER = {
+WEATHER: dict[str, Any] = {
     "type": "function",
     "function": {
         "name": "weather",

@@ -38,9 +38,7 @@ async def test_an_explicit_proxy_is_used(dialect: Dialect, monkeypatch: pytest.M
             ) as talk:
                 for streamed in (False, True):
                     assert (await talk.ask(streamed=streamed)).text.startswith("Hello")
-    assert {request.path.partition("/v1")[0] for request in out.received} == {
-        "http://llm.corp.invalid"
-    }
+    assert all(request.path.startswith("http://llm.corp.invalid/") for request in out.received)
     login = base64.b64encode(b"user:pw").decode()
     assert out.received[0].headers["proxy-authorization"] == f"Basic {login}"
     assert out.received[0].headers["authorization"] == f"Bearer {CANARY}"
@@ -88,6 +86,17 @@ async def test_the_environments_proxy_is_used_only_where_it_is_trusted(
         async with talking(dialect.provider, answering(dialect), transport=transport) as direct:
             await direct.ask()
     assert len(out.received) == int(trust)
+
+
+async def test_a_proxy_that_is_none_is_not_gone_around(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A SOCKS proxy in a trusted environment ends the call: nothing goes straight out instead."""
+    for name in ("HTTP_PROXY", "http_proxy"):
+        monkeypatch.setenv(name, "socks5://127.0.0.1:1")
+    monkeypatch.delenv("no_proxy", raising=False)
+    transport = TransportSettings(trust_env=True)
+    async with talking("openai", says(completion()), transport=transport) as talk:
+        assert "not an HTTP proxy" in str(await talk.fails())
+        assert talk.server.connections == 0
 
 
 HEADERS: list[tuple[str, dict[str, str | None], dict[str, str | None]]] = [

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from slm.errors import LLMBadResponse, LLMError, LLMStreamBroken
 from slm.llm import ChatResult, TransportSettings
-from slm.llm.providers.anthropic import AnthropicParser
+from slm.llm.providers.anthropic_answer import AnthropicParser
 from slm.llm.providers.ollama import OllamaParser
 from slm.llm.providers.openai import OpenAIParser
 from slm.llm.providers.wire import Body, Done, StreamReader
@@ -35,7 +35,7 @@ HELLO = [chunk({"content": "Hel"}), chunk({"content": "lo"})]
 STOP = chunk({}, "stop")
 USAGE = {"prompt_tokens": 3, "completion_tokens": 2}
 
-OPENAI = {
+OPENAI: dict[str, list[Any]] = {
     "delta null at the end": [*HELLO, chunk(None, "stop")],
     "no delta in the middle": [HELLO[0], chunk(content_filter_offsets={}), HELLO[1], STOP],
     "no choices first": [{"choices": [], "prompt_filter_results": []}, *HELLO, STOP],
@@ -125,7 +125,7 @@ STOPPED = {"stop_reason": "end_turn"}
 END = event("message_delta", delta=STOPPED, usage={"output_tokens": 5})
 LAST = event("message_stop")
 
-ANTHROPIC = {
+ANTHROPIC: dict[str, tuple[list[Any], Any]] = {
     "plain": ([START, TEXT, END, LAST], (3, 5)),
     "no usage at the end": (
         [START, TEXT, event("message_delta", delta=STOPPED), LAST],

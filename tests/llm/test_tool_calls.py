@@ -169,7 +169,7 @@ def test_any_legal_cut_gives_the_calls(made: Any) -> None:
     result = [(each.id, each.name, each.arguments) for each in found.result()]
     assert result == calls
     # Who listens to the pieces comes to the same.
-    heard = {}
+    heard: dict[int, str] = {}
     for delta in deltas:
         if delta is not None:
             heard[delta.index] = heard.get(delta.index, "") + delta.arguments_json

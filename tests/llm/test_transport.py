@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 import ssl
 from pathlib import Path
@@ -183,3 +184,11 @@ async def test_a_ca_file_that_is_not_there_is_told(dialect: Dialect) -> None:
     llm = LLMInterface(configs, transport=TransportSettings(ca_file="/nowhere/ca.pem"))
     with pytest.raises(ConfigurationError, match="ca_file cannot be read"):
         await llm.chat("a", ASK)
+
+
+async def test_a_large_request_is_sent_whole(bench: Bench) -> None:
+    """Messages of several megabytes, as pictures make them, arrive as they are."""
+    large = "x\u00e9" * 2**20
+    await bench.llm.chat("a", [{"role": "user", "content": large}])
+    assert large in json.dumps(bench.server.received[0].body, ensure_ascii=False)
+    assert int(bench.server.received[0].headers["content-length"]) > 3 * 2**20

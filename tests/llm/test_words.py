@@ -20,7 +20,8 @@ from slm.errors import (
     LLMRateLimited,
     LLMUnavailable,
 )
-from slm.llm.providers.failures import refused, words_of
+from slm.llm.providers.failures import refused
+from slm.llm.providers.words import words_of
 from tests.llm.providers import CANARY, Answer, Dialect, Received
 from tests.llm.reach import reaches
 from tests.llm.talking import chunk, says, sse, streams, talking
@@ -163,7 +164,8 @@ async def test_a_wait_in_the_words_is_kept() -> None:
         ("anthropic", "/v1/messages", "/v1/messages"),
         ("anthropic", "/x?tenant=1", "/x/v1/messages?tenant=1"),
         ("ollama", "/", "/api/chat"),
-        ("ollama", "/v1", "/v1/api/chat"),
+        ("ollama", "/v1", "/api/chat"),
+        ("ollama", "/other", "/other/api/chat"),
         ("ollama", "/api", "/api/chat"),
         ("ollama", "/api/chat", "/api/chat"),
     ],

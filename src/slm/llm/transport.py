@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import ipaddress
 import os
 import re
@@ -25,6 +26,7 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 from yarl import URL
 
 from slm.endpoints import EndpointPolicy, literal_address, origin
+from slm.environment import variable
 from slm.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -35,6 +37,7 @@ _HEADER_VALUE: Final = re.compile(r"[\x20-\x7e]*")
 _SECRET_NAME: Final = re.compile(r"key|token|secret|auth|cookie|passw|signature|credential")
 # What a server may send in one header; content security policies grow past aiohttp's 8 KiB.
 _MAX_HEADER_BYTES: Final = 65536
+_LARGE_BYTES: Final = 2**20
 
 KEY_MARK: Final = "{key}"
 """Stands for the agent's key in a header of `TransportSettings.headers`."""
@@ -56,7 +59,7 @@ def _policy_of_environment() -> EndpointPolicy:
 
 
 def _proxy_of_environment() -> str | None:
-    return os.environ.get("SLM_PROVIDER_PROXY", "").strip() or None
+    return variable("SLM_PROVIDER_PROXY")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -251,7 +254,9 @@ class LoopConnections:
         proxy = self._settings.proxy or (_proxy_of(target) if self._settings.trust_env else None)
         self._check_literal(target.host or "")
         session = self._session(proxied=proxy is not None)
-        return session.post(target, data=body, headers=headers, proxy=proxy, allow_redirects=False)
+        # A body of megabytes, as images make it, is sent in pieces: the loop has others to serve.
+        data = body if len(body) < _LARGE_BYTES else io.BytesIO(body)
+        return session.post(target, data=data, headers=headers, proxy=proxy, allow_redirects=False)
 
     def _check_literal(self, host: str) -> None:
         # A name is judged by what it resolves to; an address is not resolved.
@@ -305,7 +310,14 @@ def _proxy_of(url: URL) -> str | None:
     if url.host is None or urllib.request.proxy_bypass(url.host):
         return None
     proxies = urllib.request.getproxies()
-    return proxies.get(url.scheme) or proxies.get("all")
+    proxy = proxies.get(url.scheme) or proxies.get("all")
+    if not proxy:
+        return None
+    proxy = proxy if "://" in proxy else f"http://{proxy}"
+    if not _is_proxy(proxy):
+        # Going straight out instead is what whoever set it did not want.
+        raise AddressRefused("the environment names a proxy that is not an HTTP proxy")
+    return proxy
 
 
 def _destination(url: URL) -> str:

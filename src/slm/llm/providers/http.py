@@ -19,6 +19,7 @@ from slm.endpoints import origin
 from slm.llm.providers.adjustments import REASONING, Adjustments
 from slm.llm.providers.base import (
     PARTS,
+    Accumulator,
     ChatRequest,
     Completion,
     End,
@@ -32,13 +33,12 @@ from slm.llm.providers.failures import (
     Failure,
     Refused,
     Unsupported,
-    Words,
-    error_in_answer,
     failure_of,
     not_an_answer,
     refused,
 )
 from slm.llm.providers.wire import Body, Done, Event, StreamReader, json_of
+from slm.llm.providers.words import Words, error_in_answer
 from slm.llm.transport import Answer, Connections
 
 T = TypeVar("T")
@@ -212,7 +212,7 @@ class HTTPProvider:
             return self._whole(value, data, answer, sent)
         reader = StreamReader(answer.content_type, lines=self.lines)
         parser = self.parser(sent.request)
-        received = Collected()
+        received = Accumulator()
         for item in (*reader.feed(data), *reader.end()):
             if isinstance(item, Body):
                 raise _no_answer(item.data, sent)
@@ -220,11 +220,11 @@ class HTTPProvider:
                 parser.done = True
             elif not parser.done:
                 self._raise_error_in(item.value, answer, sent)
-                received.add(parser.take(item))
-        received.add(parser.end())
-        if received.completion is None:
+                received.add(parser.take(item) or StreamChunk())
+        received.add(parser.end() or StreamChunk())
+        if not received.ended:
             raise _no_answer(data, sent)
-        return received.completion
+        return received.completion()
 
     def _whole(self, value: Any, data: bytes, answer: Answer, sent: Sent) -> Completion:
         self._raise_error_in(value, answer, sent)
@@ -283,37 +283,6 @@ class HTTPProvider:
     def _raise_error_in(self, value: Any, answer: Answer, sent: Sent) -> None:
         if error_in_answer(value, self.members):
             raise refused(200, value, answer.headers, sent.path, in_answer=True)
-
-
-class Collected:
-    """The pieces of a stream, put together where nobody asked for pieces."""
-
-    def __init__(self) -> None:
-        self._text: list[str] = []
-        self._reasoning: list[str] = []
-        self._last = StreamChunk()
-        self.completion: Completion | None = None
-
-    def add(self, chunk: StreamChunk | None) -> None:
-        """Take the next piece."""
-        if chunk is None:
-            return
-        self._text.append(chunk.text)
-        self._reasoning.append(chunk.reasoning)
-        self._last = replace(
-            chunk,
-            usage=chunk.usage or self._last.usage,
-            finish_reason=chunk.finish_reason or self._last.finish_reason,
-        )
-        if chunk.end is not None:
-            self.completion = Completion(
-                text="".join(self._text),
-                reasoning="".join(self._reasoning),
-                tool_calls=chunk.end.tool_calls,
-                finish_reason=self._last.finish_reason or "stop",
-                usage=self._last.usage,
-                parts=chunk.end.parts,
-            )
 
 
 @functools.lru_cache(maxsize=1024)
