@@ -47,7 +47,6 @@ class AnthropicProvider(HTTPProvider):
 
     name = "anthropic"
     route = "/v1/messages"
-    overlaps = ("/v1",)
     members = frozenset({"type", "content", "role", "stop_reason", "id", "usage", "delta", "index"})
 
     def __init__(self, connections: Connections) -> None:

@@ -87,8 +87,6 @@ class HTTPProvider:
 
     name: ClassVar[str]
     route: ClassVar[str]
-    # What an endpoint may end with that the route begins with.
-    overlaps: ClassVar[tuple[str, ...]] = ()
     lines: ClassVar[bool] = False
     renamed: ClassVar[Mapping[str, str]] = {}
     # One of these is in whatever is no error.
@@ -176,7 +174,7 @@ class HTTPProvider:
             request = replace(request, messages=bare)
         body, more = translated(functools.partial(self.body, streamed=streamed), request)
         adjusted = self._adjustments.applied(place, request.model, body)
-        url, path = url_of(request.endpoint, self.route, self.overlaps)
+        url, path = url_of(request.endpoint, self.route)
         return Sent(request, place, url, path, body, (*own, *more, *adjusted))
 
     @contextlib.asynccontextmanager
@@ -286,21 +284,18 @@ class HTTPProvider:
 
 
 @functools.lru_cache(maxsize=1024)
-def url_of(endpoint: str, route: str, overlaps: tuple[str, ...] = ()) -> tuple[str, str]:
+def url_of(endpoint: str, route: str) -> tuple[str, str]:
     """Return the URL that is asked, and its path without the query.
 
-    The endpoint's query is kept. An endpoint that ends as the route begins, as people copy them
-    from the documentation, is not extended twice.
+    The endpoint's query is kept. An endpoint that ends with the route, as an adopted row may, is
+    not extended twice.
 
     Args:
         endpoint: the base URL.
         route: what the protocol adds to its path.
-        overlaps: what the endpoint may end with already.
     """
     base, mark, query = endpoint.partition("?")
-    base = base.rstrip("/")
-    ending = next((each for each in (route, *overlaps) if base.endswith(each)), "")
-    url = base.removesuffix(ending) + route
+    url = base.rstrip("/").removesuffix(route) + route
     return url + mark + query, "/" + url.partition("://")[2].partition("/")[2]
 
 

@@ -45,7 +45,6 @@ class OllamaProvider(HTTPProvider):
 
     name = "ollama"
     route = "/api/chat"
-    overlaps = ("/api",)
     lines = True
     members = frozenset({"message", "done", "model", "created_at"})
 
