@@ -196,6 +196,8 @@ class Follower:
             _log.exception("the client did not close as it should")
         finally:
             self._closing = None
+            self._to_judge = {}
+            self._judging_anew = self._judging_all = False
             held, self._loop = self._loop is not None, None
             if held:
                 callbacks.leave()
@@ -321,6 +323,8 @@ class Follower:
         loop = asyncio.get_running_loop()
 
         def take(reasons: list[str | None]) -> None:
+            if self.closed:
+                return  # they are asked again if it is connected again
             judged(reasons)
             if self.sync is not None:
                 self.sync.judged()
@@ -354,6 +358,8 @@ class Follower:
             self._saver.soon()
 
     def _swapped(self, agent_id: str) -> None:
+        if self.closed:
+            return
         self._save_soon()
         known = self._cache.find(agent_id)
         self.hooks.tell(agent_id, known.in_force if known is not None else None)
