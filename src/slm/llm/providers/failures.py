@@ -56,7 +56,7 @@ _STATUS_OF_CODE: Final = {
 _BY_WORDS: Final = (
     (402, re.compile(r"insufficient[ _](quota|balance|credit|fund)|credit balance is too low"
                      r"|out of credits|requires? more credits|payment required"
-                     r"|arrears|exceeded your current quota")),
+                     r"|arrears|exceeded your current quota|余额不足|欠费")),
     (429, re.compile(r"rate.?limit|too many requests|throttl|slow down")),
     (529, re.compile(r"over ?load|at capacity|over capacity|server is busy|try again later")),
     (401, re.compile(r"(invalid|incorrect|missing|wrong|no) (api.?key|credential|x-api-key|bearer)"

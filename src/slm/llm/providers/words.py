@@ -18,10 +18,19 @@ MAX_WORDS: Final = 2048
 _REASONS: Final = (
     *("message", "msg", "detail", "details", "error_message", "error_msg", "error_description"),
     *("reason", "raw", "title", "description", "error", "errors", "fault", "faultstring"),
-    *("status_msg", "base_resp"),
+    *("cause", "innererror", "status_msg", "base_resp"),
 )
 _INSTEAD: Final = (*_REASONS, "base_resp", "success")
-_CODES: Final = ("code", "type", "status", "error_type", "error_code", "errorCode", "reason")
+_CODES: Final = (
+    "code",
+    "type",
+    "status",
+    "error_type",
+    "error_code",
+    "errorCode",
+    "reason",
+    "__type",
+)
 _TAG: Final = re.compile(r"(?is)<(script|style|head)\b.*?</\1\s*>|<[^>]*>")
 _TITLE: Final = re.compile(r"(?is)<title[^>]*>(.*?)</title")
 
@@ -85,7 +94,9 @@ def words_of(body: Any) -> Words:
     wait = None
     for place, each in _walk(body):
         if isinstance(each, Mapping):
-            codes += [str(each[name]).lower() for name in _CODES if _is_code(each.get(name))]
+            # AWS puts a namespace before it: com.amazon.coral.service#ThrottlingException.
+            given = [str(each[name]) for name in _CODES if _is_code(each.get(name))]
+            codes += [code.rpartition("#")[2].lower() for code in given]
             parameters += _parameters(each)
             wait = _delay(each.get("retryDelay")) if wait is None else wait
         elif isinstance(each, str) and place in _REASONS:
