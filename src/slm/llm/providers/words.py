@@ -142,8 +142,8 @@ def _parameters(error: Mapping[str, Any]) -> list[str]:
     named = [error.get("param"), error.get("parameter")]
     place = error.get("loc")
     if isinstance(place, list) and place:
-        # FastAPI says ["body", "seed"]; what is deeper is no parameter of its own.
-        named.append(place[1] if len(place) == 2 and place[0] == "body" else None)
+        # FastAPI says ["body", "seed"], or ["body", "messages", 1, "assistant", "reasoning"].
+        named.append(".".join(str(part) for part in place[place[0] == "body" :][:8]))
     return [each for each in named if isinstance(each, str) and len(each) < 80]
 
 
