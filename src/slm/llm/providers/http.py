@@ -30,6 +30,7 @@ from slm.llm.providers.base import (
     translated,
 )
 from slm.llm.providers.failures import (
+    OF_NO_PROTOCOL,
     Failure,
     Refused,
     Unsupported,
@@ -228,7 +229,9 @@ class HTTPProvider:
         self._raise_error_in(value, answer, sent)
         if not isinstance(value, dict):
             raise _no_answer(data, sent)
-        return self.completion(value)
+        with contextlib.suppress(*OF_NO_PROTOCOL):
+            return self.completion(value)
+        raise _no_answer(data, sent)
 
     async def _chunks(self, sent: Sent, answer: Answer) -> AsyncGenerator[StreamChunk, None]:
         reader = StreamReader(answer.content_type, lines=self.lines)

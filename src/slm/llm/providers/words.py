@@ -81,8 +81,13 @@ def calls_itself_error(value: Any) -> bool:
     return isinstance(first, dict) and bool(first.get("error"))
 
 
-def words_of(body: Any) -> Words:
-    """Return what an error says, whatever its shape: an object, a list, text or HTML."""
+def words_of(body: Any, *, dumped: bool = True) -> Words:
+    """Return what an error says, whatever its shape: an object, a list, text or HTML.
+
+    Args:
+        body: its JSON, or its text.
+        dumped: whether JSON that gives no reason is quoted as it is.
+    """
     if isinstance(body, str):
         parsed = _parsed(body)
         if parsed is None:
@@ -104,7 +109,7 @@ def words_of(body: Any) -> Words:
             if text and not any(text in other for other in texts):
                 texts.append(text)
     text = "; ".join(texts)[:MAX_WORDS]
-    if not text and body not in (None, {}, []):
+    if not text and dumped and body not in (None, {}, []):
         text = _plain(body if isinstance(body, str) else _dumped(body))
     return Words(text, tuple(codes[:20]), tuple(parameters[:20]), wait)
 
