@@ -31,7 +31,7 @@ _CODES: Final = (
     "reason",
     "__type",
 )
-_TAG: Final = re.compile(r"(?is)<(script|style|head)\b.*?</\1\s*>|<[^>]*>")
+_TAG: Final = re.compile(r"(?is)<(script|style|head|title)\b.*?</\1\s*>|<[^>]*>")
 _TITLE: Final = re.compile(r"(?is)<title[^>]*>(.*?)</title")
 
 
