@@ -309,7 +309,7 @@ class FleetSync:
             live = [each for each in self.accounts.values() if each.live]
             for waiter in tuple(fleet.waiters):
                 if all(each.head >= waiter.subject.revision for each in live):
-                    fleet.look(waiter)
+                    await fleet.look(waiter)
             await asyncio.sleep(LOOK_SECONDS)
         fleet.asked.clear()
 
