@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from operator import itemgetter
 from typing import NamedTuple
 
@@ -26,7 +26,7 @@ class Names(NamedTuple):
     """
 
     shown: Mapping[str, str]
-    shared: frozenset[str]
+    shared: Set[str]
 
 
 def names_of(backends: Iterable[Backend]) -> Steps[Names]:
@@ -38,9 +38,11 @@ def names_of(backends: Iterable[Backend]) -> Steps[Names]:
         yield
     names: dict[str, str] = {}
     taken: set[str] = set()
+    shared: set[str] = set()
     for name, several in by_name.items():
         owner = several[0].token
         if len(several) > 1:
+            shared.add(name)
             several = yield from sorted_in_steps(several, functools.partial(_rank, owner))
         free: dict[str, Iterator[str]] = {}
         for backend in several:
@@ -51,7 +53,7 @@ def names_of(backends: Iterable[Backend]) -> Steps[Names]:
             names[backend.id] = shown
             yield
     in_order = yield from sorted_in_steps(names.items(), itemgetter(1))
-    return Names(dict(in_order), frozenset(n for n, several in by_name.items() if len(several) > 1))
+    return Names(dict(in_order), shared)
 
 
 def _rank(owner: str, backend: Backend) -> tuple[bool, bool, float]:

@@ -514,17 +514,17 @@ class Fleet:
 
     async def described(self) -> bytes:
         """Return the list of `GET /api/fleet` as JSON; who cannot be described is left out."""
-        texts: list[str] = []
+        texts: list[bytes] = []
         async for name, backend in self.shown():
             try:
-                texts.append(json.dumps(self.describe(backend, name), allow_nan=False))
+                texts.append(json.dumps(self.describe(backend, name), allow_nan=False).encode())
             except Exception as error:
                 # One must not keep all others from being seen. The class alone: the text may hold
                 # what was said.
                 if not self.unreadable:
                     logger.error("a backend cannot be described: %s", type(error).__name__)
                 self.unreadable += 1
-        return ("[" + ",".join(texts) + "]").encode()
+        return b"[" + b",".join(texts) + b"]"
 
     def _lag_seconds(self, revision: int) -> float:
         """Return since when there is something newer than `revision`."""
