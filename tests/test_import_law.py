@@ -16,7 +16,10 @@ import slm
 ROOT = Path(slm.__file__).parent
 
 BASE = frozenset(
-    {"addresses", "errors", "schemas", "protocol", "endpoints", "files", "scrub", "tracing"}
+    {
+        *("addresses", "endpoints", "environment", "errors", "files", "protocol", "schemas"),
+        *("scrub", "tracing"),
+    }
 )
 
 # A room, and the rooms of the package that its modules may import beside their own.
@@ -25,6 +28,7 @@ LAW: dict[str, frozenset[str]] = {
     "tracing": frozenset(),
     "addresses": frozenset(),
     "endpoints": frozenset({"addresses"}),
+    "environment": frozenset({"errors"}),
     "files": frozenset({"errors"}),
     "scrub": frozenset(),
     "protocol": BASE,

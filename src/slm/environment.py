@@ -1,0 +1,102 @@
+"""How SLM reads what people write into variables and small files: one rule for both sides.
+
+Shells, editors, `.env` files and orchestrators each leave something around a value: blanks, a line
+break, a pair of quotes, a byte order mark. Knows no variable by name.
+"""
+
+from __future__ import annotations
+
+import codecs
+import os
+import re
+from collections.abc import Mapping
+from typing import Final
+
+from slm.errors import ConfigurationError
+
+# Editors and browsers leave these; no terminal shows them.
+_UNSEEN: Final = "\ufeff\u200b\u200c\u200d\u200e\u200f\u2060"
+_AROUND: Final = f"[\\s\x00{_UNSEEN}]+"
+_BLANKS: Final = re.compile(rf"\A{_AROUND}|{_AROUND}\Z")
+_QUOTES: Final = {'"': '"', "'": "'", "`": "`", "\u201c": "\u201d", "\u2018": "\u2019"}
+# The longer mark first: that of UTF-32 begins with that of UTF-16.
+_MARKS: Final = (
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF32_LE, "utf-32-le"),
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
+_SERVICE_LINK: Final = re.compile(r"(tcp|udp|sctp)://", re.IGNORECASE)
+_FLAGS: Final = {
+    **dict.fromkeys(("1", "true", "yes", "on"), True),
+    **dict.fromkeys(("0", "false", "no", "off"), False),
+}
+
+
+def tidied(text: str) -> str:
+    """Return the text without what is around a value: blanks, invisible characters, its quotes.
+
+    A pair of quotes is taken off only where it holds the whole value: of a command such as
+    `"sh" -c "x"` both ends are quotes, and neither belongs to the other.
+    """
+    while True:
+        text = _BLANKS.sub("", text)
+        closing = _QUOTES.get(text[:1])
+        inner = text[1:-1]
+        if len(text) < 2 or closing is None or text[-1] != closing:
+            return text
+        if text[0] in inner or closing in inner:
+            return text
+        text = inner
+
+
+def listed(text: str) -> list[str]:
+    """Return the values of a list separated by commas, each tidied; what is empty is left out."""
+    parts = (tidied(part) for part in tidied(text).split(","))
+    return [part for part in parts if part]
+
+
+def decoded(content: bytes) -> str:
+    """Return a file's text, tidied; a byte order mark at its start says in which encoding it is.
+
+    Raises:
+        UnicodeDecodeError: it is not text; the error holds the content.
+    """
+    for mark, encoding in _MARKS:
+        if content.startswith(mark):
+            return tidied(content.removeprefix(mark).decode(encoding))
+    return tidied(content.decode())
+
+
+def variable(name: str, environ: Mapping[str, str] | None = None) -> str | None:
+    """Return a variable's value, tidied; None where it is not set, or holds nothing.
+
+    Args:
+        name: its name.
+        environ: the environment; the process's own by default.
+    """
+    value = (os.environ if environ is None else environ).get(name)
+    return (value and tidied(value)) or None
+
+
+def flag(name: str, environ: Mapping[str, str] | None = None) -> bool:
+    """Say whether a variable that is 1 or 0 is set to 1.
+
+    Raises:
+        ConfigurationError: it is neither; the message does not repeat it.
+    """
+    value = variable(name, environ)
+    if value is None:
+        return False
+    if (told := _FLAGS.get(value.lower())) is None:
+        raise ConfigurationError(f"{name} must be 1 or 0")
+    return told
+
+
+def is_service_link(text: str) -> bool:
+    """Say whether this is what Kubernetes sets by itself for a Service, such as `tcp://10.0.0.7:80`.
+
+    For a Service named `slm` each pod of the namespace has SLM_PORT=tcp://…, which nobody chose.
+    """
+    return _SERVICE_LINK.match(tidied(text)) is not None
