@@ -27,7 +27,7 @@ README = (ROOT / "README.md").read_text()
 PROTOCOL = (ROOT / "docs" / "protocol.md").read_text()
 OTHER_VARIABLES = {
     *("SLM_URL", "SLM_TOKEN", "SLM_TOKEN_FILE", "SLM_CA_FILE"),
-    *("SLM_CLIENT_CERT", "SLM_CLIENT_KEY", "SLM_TRACEBACK"),
+    *("SLM_CLIENT_CERT", "SLM_CLIENT_KEY", "SLM_TRACEBACK", "SLM_PROVIDER_PROXY"),
 }
 """Read by the command line and the SDK, not by the server."""
 
