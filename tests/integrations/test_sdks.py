@@ -113,7 +113,8 @@ async def test_anthropic_asks_as_ours_does() -> None:
     async with stub(lambda _: ANTHROPIC) as provider:
         await provider.ask("", provider="anthropic", llm_max_tokens=9, llm_options=stops)
         client = anthropic.AsyncAnthropic(api_key=KEY, base_url=provider.origin, max_retries=0)
-        answer = await client.messages.create(model="m", messages=ASK, max_tokens=9, **stops)
+        said = [{"role": "user", "content": [{"type": "text", "text": "Hello?"}]}]
+        answer = await client.messages.create(model="m", messages=said, max_tokens=9, **stops)
         await client.close()
         assert answer.content[0].text == "Hi"
         ours, theirs = provider.seen
