@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 from collections.abc import Awaitable, Callable, Mapping
 from email.utils import parsedate_to_datetime
@@ -21,6 +22,7 @@ from yarl import URL
 
 from slm.client.direct import DirectWebSocket
 from slm.client.received import ReceivedSnapshot
+from slm.client.retry import NobodyListens
 from slm.client.timings import Timings
 from slm.client.tls import TlsFiles
 from slm.endpoints import literal_address
@@ -334,7 +336,8 @@ def _failure_of(error: Exception, what: str, timeout: float) -> SLMError:
         return SLMUnavailable(f"the SLM broke HTTP: {type(error).__name__}")
     if isinstance(error, aiohttp.ClientError | OSError):
         said = one_line(str(error)) or type(error).__name__
-        return SLMUnavailable(f"the SLM did not answer: {said}")
+        refused = getattr(error, "errno", None) == errno.ECONNREFUSED
+        return (NobodyListens if refused else SLMUnavailable)(f"the SLM did not answer: {said}")
     # Whatever else an answer makes the library raise, the client must go on.
     return SLMUnavailable(f"the SLM's answer cannot be read: {type(error).__name__}")
 
