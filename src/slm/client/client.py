@@ -21,6 +21,7 @@ from slm.client.clock import now
 from slm.client.config import ResolvedConfig
 from slm.client.dispatch import callbacks
 from slm.client.follower import Follower, Settings
+from slm.client.follower import _abandoned as _abandoned
 from slm.client.hooks import OnChange, Validator
 from slm.client.http import TokenSource, normalised_url
 from slm.client.in_use import InUse
@@ -96,6 +97,7 @@ class SLMClient:
         self._cache = AgentConfigCache(ttl_seconds, max_stale_seconds=max_stale_seconds)
         self._ready = self._cache.ready
         self._follower = Follower(settings, self._cache)
+        self._hooks = self._follower.hooks
         # A client that nobody holds any more is closed; at exit, the thread ends with the process.
         weakref.finalize(self, self._follower.drop).atexit = False
 
@@ -253,7 +255,7 @@ class SLMClient:
         the client anything, and close it. What they raise is logged and harms nobody. One that is a
         thousand changes behind hears only the newest of each agent.
         """
-        return self._follower.hooks.on_change(callback)
+        return self._hooks.on_change(callback)
 
     def register_validator(self, validator: Validator) -> Callable[[], None]:
         """Have `validator(config)` asked before a config comes into force; return how to stop that.
@@ -263,7 +265,7 @@ class SLMClient:
         While it thinks, questions wait for it for up to `key_wait`. `LLMInterface` registers one by
         itself.
         """
-        return self._follower.hooks.register_validator(validator)
+        return self._hooks.register_validator(validator)
 
     def in_use(self, config: ResolvedConfig) -> InUse:
         """Return a context manager that holds the config's key for the length of a call.
