@@ -31,8 +31,8 @@ class BlockingSLMClient:
         ...     config = slm.get_agent_config("code-assistant")
     """
 
-    def __init__(self, slm_url: str, *args: Any, **options: Any) -> None:
-        self._client = SLMClient(slm_url, *args, **options)
+    def __init__(self, *args: Any, **options: Any) -> None:
+        self._client = SLMClient(*args, **options)
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None

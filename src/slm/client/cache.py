@@ -182,6 +182,10 @@ class AgentConfigCache:
             self._all_confirmed_at = self.clock()
         self.live = live
 
+    def confirm(self) -> None:
+        """Note that everything known is the newest at this moment."""
+        self._all_confirmed_at = self.clock()
+
     def begin(self, epoch: str, revision: int, change_id: str | None = None) -> None:
         """Start over at `revision` of `epoch`: what is held goes on being served until replaced.
 

@@ -12,8 +12,7 @@ import os
 import socket
 import uuid
 import weakref
-from collections.abc import Callable, Coroutine, Mapping
-from pathlib import Path
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Final, TypeVar
 
@@ -24,13 +23,13 @@ from slm.client.chain import Chain
 from slm.client.config import ResolvedConfig
 from slm.client.explain import explain_steps
 from slm.client.hooks import Hooks, OnChange, Validator
-from slm.client.http import TokenSource, normalised_url
 from slm.client.in_use import InUse, KeysInUse
+from slm.client.options import read_options
 from slm.client.retry import ClientStatus
 from slm.client.snapshot_file import Contents, Saver, SnapshotFile
 from slm.client.sync import Synchroniser
 from slm.client.timings import Timings, check_seconds
-from slm.client.tls import ClientCert, TlsFiles
+from slm.client.tls import ClientCert
 from slm.errors import ConfigurationError, SLMError
 from slm.protocol import ClientInfo, Explanation, storable
 
@@ -48,14 +47,25 @@ class SLMClient:
 
     Args:
         slm_url: the SLM's address, an http(s) or ws(s) URL; plain http for this machine alone.
+            Several, as a list or separated by commas, are tried in turn. Else SLM_URL.
         token: the bearer token; else `token_file`, SLM_TOKEN or SLM_TOKEN_FILE.
         token_file: a file that holds it; read anew for each connection, so it may be replaced.
-        cache_file: where to keep the last known good configuration for a start without the SLM.
-        cache_key: a Fernet key that encrypts that file; without one no API key is in it.
-        ca_file: the PEM file of a private CA; certificates are verified against it alone.
+        cache_file: where to keep the last known good configuration for a start without the SLM;
+            else SLM_CACHE_FILE.
+        cache_key: a Fernet key that encrypts that file; without one no API key is in it. Else
+            SLM_CACHE_KEY.
+        ca_file: the PEM file of a private CA; certificates are verified against it alone. Else
+            SLM_CA_FILE.
         client_cert: this backend's own certificate, for an SLM that asks for one: a PEM file with
-            certificate and key, or a pair of files.
-        name: what this backend is called in the SLM's fleet view; the host's name by default.
+            certificate and key, or a pair of files. Else SLM_CLIENT_CERT and SLM_CLIENT_KEY.
+            These files may be replaced while the backend runs, like the token's.
+        name: what this backend is called in the SLM's fleet view; else SLM_NAME, else the host's
+            name.
+        proxy: the URL of an HTTP proxy on the way to the SLM, with a user name and password where
+            it wants them; else SLM_PROXY.
+        trust_env: whether HTTP_PROXY, HTTPS_PROXY and NO_PROXY count, where no proxy is named.
+        allow_insecure: allows plain http to another machine, where something else encrypts what is
+            sent. It is logged at each start. Else SLM_ALLOW_INSECURE=1.
         ttl_seconds: without a live stream, after how long a value is refreshed and counts as stale.
         start_timeout: how long `connect` waits for the SLM at most, in seconds.
         key_wait: how long an answer waits for a key that changed a moment ago, in seconds.
@@ -63,12 +73,13 @@ class SLMClient:
         timings: every other duration.
 
     Raises:
-        ConfigurationError: an argument makes no sense, or there is no token.
+        ConfigurationError: an argument or a variable makes no sense, or there is no address or no
+            token.
     """
 
     def __init__(
         self,
-        slm_url: str,
+        slm_url: str | Sequence[str] | None = None,
         token: str | SecretStr | None = None,
         token_file: str | os.PathLike[str] | None = None,
         *,
@@ -77,18 +88,29 @@ class SLMClient:
         ca_file: str | os.PathLike[str] | None = None,
         client_cert: ClientCert | None = None,
         name: str | None = None,
+        proxy: str | SecretStr | None = None,
+        trust_env: bool = False,
+        allow_insecure: bool | None = None,
         ttl_seconds: float = 300,
         start_timeout: float = 5,
         key_wait: float = 2,
         max_stale_seconds: float | None = None,
         timings: Timings | None = None,
     ) -> None:
-        self._url = normalised_url(slm_url)
-        self._token = TokenSource(token, token_file)
-        self._tls = TlsFiles(Path(ca_file) if ca_file is not None else None, client_cert)
-        self._tls.context()  # a wrong file is told here rather than at the first connection
-        self._file = SnapshotFile(cache_file, cache_key) if cache_file is not None else None
-        self._name = name
+        self._options = read_options(
+            slm_url,
+            token,
+            token_file,
+            cache_file=cache_file,
+            cache_key=cache_key,
+            ca_file=ca_file,
+            client_cert=client_cert,
+            name=name,
+            proxy=proxy,
+            trust_env=trust_env,
+            allow_insecure=allow_insecure,
+        )
+        self._file = self._options.file
         self._instance = uuid.uuid4().hex[:12]
         self._start_timeout = check_seconds("start_timeout", start_timeout)
         self._key_wait = check_seconds("key_wait", key_wait)
@@ -122,7 +144,7 @@ class SLMClient:
             sync.settled.set()  # long enough for all who wait
             _log.warning(
                 "the SLM at %s did not answer within %g s: %s; trying on in the background",
-                self._url,
+                self._options.site,
                 self._start_timeout,
                 sync.last_error or "no answer yet",
             )
@@ -257,9 +279,7 @@ class SLMClient:
                 self._saver = Saver(self._file, interval, self._contents)
             sync = self._sync = Synchroniser(
                 self._cache,
-                self._url,
-                self._token,
-                self._tls,
+                self._options.site,
                 self._timings,
                 self._info(),
                 self._swapped,
@@ -268,6 +288,7 @@ class SLMClient:
                 self._key_wait,
                 self._explained,
             )
+            self._options.log_decisions()
             sync.start()
         return sync
 
@@ -328,7 +349,7 @@ class SLMClient:
 
         host = socket.gethostname()
         return ClientInfo(
-            name=storable(self._name or host, 128),
+            name=storable(self._options.name or host, 128),
             instance=self._instance,
             version=version("autobot-slm"),
             host=storable(host, 255),

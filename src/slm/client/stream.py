@@ -12,6 +12,8 @@ from typing import NamedTuple, Protocol
 
 import aiohttp
 
+from slm.client.answers import UpgradeFailed
+from slm.client.credentials import Watch
 from slm.client.direct import DirectWebSocket
 from slm.client.http import Connection
 from slm.client.retry import Backoff
@@ -65,6 +67,8 @@ class Stream:
         self._listener = listener
         self._client = client
         self._timings = timings
+        self._watch = Watch(connection.files)
+        self._left_for: SLMError | None = None
         self._ws: DirectWebSocket | None = None
         self._subscribed_at: float | None = None
         self._caught_up_at: float | None = None
@@ -76,6 +80,8 @@ class Stream:
         while True:
             self._subscribed_at = self._caught_up_at = None
             self._healthy = False
+            self._watch.note()
+            address = self._connection.addresses.current
             failure: SLMError
             try:
                 failure = await self._live_once()
@@ -85,11 +91,15 @@ class Stream:
                 # A mistake of ours must not end the stream for the life of the process.
                 _log.exception("the stream failed; connecting again")
                 failure = SLMUnavailable("the stream failed on our side; the log has more")
+            self._connection.streaming = False
+            elsewhere = self._connection.addresses.leave(address)
             self._listener.lost(failure)
             self.note_caught_up(False)
             if self._healthy:
                 backoff.reset()
-            await asyncio.sleep(backoff.delay_after(failure))
+            seconds = backoff.delay_elsewhere() if elsewhere else backoff.delay_after(failure)
+            # A refused token or certificate is tried again as soon as its file is replaced.
+            await self._watch.wait(seconds)
 
     def note_caught_up(self, caught_up: bool) -> None:
         """Note whether the client is caught up; a connection that stays so is healthy."""
@@ -117,15 +127,17 @@ class Stream:
         if self._ws is not None:
             self._ws.deafen()
 
-    async def restart(self) -> None:
+    async def restart(self, why: SLMError | None = None) -> None:
         """Close the connection, so that the next one starts from the listener's position."""
         if self._ws is not None:
+            self._left_for = why
             await self._ws.close()
 
     async def _live_once(self) -> SLMError:
         """Hold one connection until it ends, and return why it did."""
         position = self._listener.position()
         since, epoch, change_id = position if position is not None else (None, None, None)
+        self._left_for = None
         ws = self._ws = await self._connection.open_stream()
         try:
             subscribe = Subscribe(
@@ -170,9 +182,9 @@ class Stream:
                     elif frame.type is aiohttp.WSMsgType.PING:
                         await ws.pong(frame.data)
                     elif frame.type is not aiohttp.WSMsgType.PONG:
-                        return _ending(frame.type, ws.close_code)
+                        return self._left_for or self._ending(frame.type, ws.close_code)
         except TimeoutError:
-            return SLMUnavailable(f"no frame from the SLM within {silence.seconds:g} s")
+            return self._swallowed(f"no frame from the SLM within {silence.seconds:g} s")
         finally:
             ws.deafen()
 
@@ -186,11 +198,21 @@ class Stream:
         if not math.isfinite(message.heartbeat) or message.heartbeat <= 0:
             raise ProtocolError("the SLM names a heartbeat that is no interval")
         self._subscribed_at = asyncio.get_running_loop().time()
+        self._connection.streaming = True
+        self._connection.addresses.arrived()
         self._listener.subscribed(message, since)
         return message.heartbeat
 
+    def _ending(self, kind: aiohttp.WSMsgType, code: int | None) -> SLMError:
+        if kind is aiohttp.WSMsgType.BINARY:
+            return ProtocolError("the SLM sent a binary frame")
+        if code in (None, aiohttp.WSCloseCode.ABNORMAL_CLOSURE):
+            return self._swallowed("the stream was cut")
+        return SLMUnavailable(f"the stream ended (close code {code})")
 
-def _ending(kind: aiohttp.WSMsgType, code: int | None) -> SLMError:
-    if kind is aiohttp.WSMsgType.BINARY:
-        return ProtocolError("the SLM sent a binary frame")
-    return SLMUnavailable(f"the stream ended (close code {code or 'none'})")
+    def _swallowed(self, what: str) -> SLMError:
+        """Return the error for an end without a word; at the very beginning it is a proxy's way."""
+        if self._subscribed_at is not None:
+            return SLMUnavailable(what)
+        self._connection.upgrade_refused = True
+        return UpgradeFailed(f"the WebSocket was opened, but nothing came through it: {what}")
