@@ -199,9 +199,9 @@ def failure_of(
         return error.with_traceback(None)
     if isinstance(error, aiohttp.WSServerHandshakeError):
         return handshake_failure(error, repeated, place)
+    kind = UpgradeFailed if what == UPGRADE else SLMUnavailable
     if isinstance(error, Redirected):
         to = f" to {repeated(error.target)}" if error.target else ""
-        kind = UpgradeFailed if what == UPGRADE else SLMUnavailable
         return kind(
             f"{place.name} answered {what} with a redirect ({error.status}){to}, which is never "
             "followed"
@@ -213,9 +213,10 @@ def failure_of(
     if isinstance(error, aiohttp.ClientConnectorCertificateError | aiohttp.ClientConnectorSSLError):
         return _tls_failure(error, place)
     if isinstance(error, TimeoutError):
-        return SLMUnavailable(f"no answer to {what} from {place.name} within {timeout:g} s")
+        return kind(f"no answer to {what} from {place.name} within {timeout:g} s")
     if isinstance(error, aiohttp.ServerDisconnectedError):
-        return _hung_up(what, place)
+        hint = "" if place.secure else "; if it speaks TLS, write https://"
+        return kind(f"{place.name} closed the connection without an answer to {what}{hint}")
     if isinstance(error, aiohttp.ClientResponseError):
         if not place.secure:
             return SLMUnavailable(
@@ -227,12 +228,6 @@ def failure_of(
         return SLMUnavailable(f"the SLM did not answer: {said}")
     # Whatever else an answer makes the library raise, the client must go on.
     return SLMUnavailable(f"the SLM's answer cannot be read: {type(error).__name__}")
-
-
-def _hung_up(what: str, place: Place) -> SLMError:
-    hint = "" if place.secure else "; if it speaks TLS, write https://"
-    kind = UpgradeFailed if what == UPGRADE else SLMUnavailable
-    return kind(f"{place.name} closed the connection without an answer to {what}{hint}")
 
 
 def _proxy_refused(status: int, place: Place) -> SLMError:

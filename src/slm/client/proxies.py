@@ -5,12 +5,12 @@ Knows URLs and variables; opens no connection. A proxy's password is shown nowhe
 
 from __future__ import annotations
 
+import base64
 import urllib.request
 from dataclasses import dataclass, field
 from typing import Any, Final
 from urllib.parse import unquote, urlsplit
 
-import aiohttp
 from pydantic import SecretStr
 from yarl import URL
 
@@ -44,8 +44,8 @@ class Proxy:
         """Return what a request to this address with these headers needs to go through it."""
         if self.user is None:
             return {"proxy": URL(self.url), "headers": headers}
-        auth = aiohttp.BasicAuth(self.user, self.password.get_secret_value(), encoding="utf-8")
-        shown = {"Proxy-Authorization": auth.encode()}
+        pair = f"{self.user}:{self.password.get_secret_value()}".encode()
+        shown = {"Proxy-Authorization": "Basic " + base64.b64encode(pair).decode()}
         # Before a tunnel the proxy is asked for it; without one it reads the request itself.
         if url.startswith("https://"):
             return {"proxy": URL(self.url), "headers": headers, "proxy_headers": shown}
