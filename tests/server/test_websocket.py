@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator
+import struct
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -75,16 +76,37 @@ class Peer:
         frame, self._unread = self._unread[:end], self._unread[end:]
         return frame[0], frame[2:]
 
+    def reset(self) -> None:
+        """Cut the connection; the other end hears of it in its loop's next turn."""
+        self._end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self._end.close()
+
+    def leave(self) -> None:
+        """Close this end."""
+        self._end.close()
+
     async def closed(self) -> None:
         """Wait until nothing more comes."""
         while await asyncio.get_running_loop().sock_recv(self._end, 4096):
             pass
 
 
+def tcp_pair() -> tuple[socket.socket, socket.socket]:
+    """Two ends of one TCP connection."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        theirs = socket.create_connection(listening.getsockname())
+        ours, _ = listening.accept()
+        ours.setblocking(False)
+        return ours, theirs
+
+
 @asynccontextmanager
-async def opened(interval_seconds: float = 60) -> AsyncIterator[Peer]:
+async def opened(
+    interval_seconds: float = 60,
+    pair: Callable[[], tuple[socket.socket, socket.socket]] = socket.socketpair,
+) -> AsyncIterator[Peer]:
     """A connection that was taken over, and its peer."""
-    ours, theirs = socket.socketpair()
+    ours, theirs = pair()
     theirs.setblocking(False)
     heard = Heard()
     taken = TakenOver(Keepalive(interval_seconds, TIMEOUT_SECONDS), heard)
@@ -221,3 +243,26 @@ async def test_a_pong_that_answers_nothing_does_not_count() -> None:
         await peer.frame()
         await peer.send(masked(Opcode.PONG, b"of its own"))
         await peer.closed()
+
+
+async def test_a_peer_that_reset_the_connection_is_told_nothing_more(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """However much there is to tell it before the loop hears of the reset, nothing is logged."""
+    async with opened(pair=tcp_pair) as peer:
+        peer.reset()
+        told = [peer.connection.push(Frames(("{}",), 1)) for _ in range(10)]
+        assert told[-1] == -1
+        await eventually(lambda: peer.heard.ended == 1)
+    assert not caplog.records
+
+
+async def test_a_broken_frame_of_a_peer_that_is_gone_ends_the_connection() -> None:
+    """It cannot be told what was wrong, and nothing is written to it afterwards."""
+    async with opened(pair=tcp_pair) as peer:
+        peer.leave()
+        # Whatever is sent to it now is answered with a reset, before the loop hears of the end.
+        peer.connection.data_received(b"\xff\x80\x00\x00\x00\x00")
+        assert peer.connection.closed
+        assert peer.connection.push(Frames(("{}",), 1)) == -1
+        await eventually(lambda: peer.heard.ended == 1)

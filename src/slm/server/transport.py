@@ -297,8 +297,7 @@ class HttpProtocol(HttpToolsProtocol):
             + b"\r\n\r\n"
             + body
         )
-        if self.transport.can_write_eof():
-            self.transport.write_eof()
+        end_writing(self.transport)
         self.loop.call_later(LINGER_SECONDS, self.transport.abort)
 
     def eof_received(self) -> None:
@@ -313,6 +312,17 @@ REFUSALS: Final = {
     431: ("header-fields-too-large", "The request's head is too large"),
 }
 """What the parser itself refuses, by status: the problem's code and title."""
+
+
+def end_writing(transport: asyncio.WriteTransport) -> None:
+    """Say that nothing more comes, where the transport can; a peer that is gone already is cut."""
+    if not transport.can_write_eof() or transport.is_closing():
+        return
+    try:
+        transport.write_eof()
+    except OSError:
+        # The peer has reset the connection, and the loop has not read of it yet.
+        transport.abort()
 
 
 def unsent(transport: asyncio.Transport) -> int:

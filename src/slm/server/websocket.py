@@ -16,7 +16,7 @@ from typing import Any, Final, Protocol
 from websockets import protocol as sans_io
 from websockets.frames import Frame, Opcode
 
-from slm.server.transport import LINGER_SECONDS, beneath_tls
+from slm.server.transport import LINGER_SECONDS, beneath_tls, end_writing
 
 try:
     from websockets.speedups import apply_mask
@@ -165,7 +165,8 @@ class WebSocketConnection(asyncio.Protocol):
 
     def push(self, frames: Encoded) -> int:
         """Write without waiting; return how many bytes wait for the peer, -1 once it is closed."""
-        if self.closed:
+        # One that was reset is closing until the loop's next turn, and may be told much until then.
+        if self.closed or self.transport.is_closing():
             return -1
         self.transport.write(frames.encoded)
         return self._unsent()
@@ -399,8 +400,7 @@ class WebSocketConnection(asyncio.Protocol):
     def _fail(self, parser: _Parser) -> None:
         """Tell why (1002, 1007, 1009) and end, reading on for a moment so that it arrives."""
         self._send_of(parser)
-        if self.transport.can_write_eof() and not self.transport.is_closing():
-            self.transport.write_eof()
+        end_writing(self.transport)
         if not self.closed:
             self._close(LINGER_SECONDS)
 
