@@ -132,6 +132,11 @@ class AgentConfigCache:
         return max(self._tombstones.get(agent_id, -1), gone)
 
     @property
+    def names(self) -> Iterable[str]:
+        """The agents that are known."""
+        return self._agents.keys()
+
+    @property
     def size(self) -> int:
         """How many agents are known."""
         return len(self._agents)

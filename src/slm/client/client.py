@@ -66,6 +66,7 @@ class SLMClient:
         trust_env: whether HTTP_PROXY, HTTPS_PROXY and NO_PROXY count, where no proxy is named.
         allow_insecure: allows plain http to another machine, where something else encrypts what is
             sent. It is logged at each start. Else SLM_ALLOW_INSECURE=1.
+        strict: raise instead of answering with the default agent or the built-in values.
         ttl_seconds: without a live stream, after how long a value is refreshed and counts as stale.
         start_timeout: how long `connect` waits for the SLM at most, in seconds.
         key_wait: how long an answer waits for a key that changed a moment ago, in seconds.
@@ -91,6 +92,7 @@ class SLMClient:
         proxy: str | SecretStr | None = None,
         trust_env: bool = False,
         allow_insecure: bool | None = None,
+        strict: bool = False,
         ttl_seconds: float = 300,
         start_timeout: float = 5,
         key_wait: float = 2,
@@ -123,7 +125,7 @@ class SLMClient:
         self._hooks = Hooks(self._judge_anew)
         self._in_use = KeysInUse()
         self._cache.refused = self._hooks.refusal
-        self._chain = Chain(self._cache, self._key_wait)
+        self._chain = Chain(self._cache, self._key_wait, strict=strict)
         self._saver: Saver | None = None
         _clients.add(self)
 
@@ -195,6 +197,8 @@ class SLMClient:
 
         Raises:
             AgentKeyUnavailable: the agent needs an API key that cannot be had now.
+            AgentUnknown: the client is strict; there is no such agent, or it is switched off.
+            SLMUnavailable: the client is strict, and neither the SLM nor the environment answers.
         """
         config = self._hot.get(agent_id)
         if config is not None:
@@ -354,6 +358,7 @@ class SLMClient:
             version=version("autobot-slm"),
             host=storable(host, 255),
             pid=os.getpid(),
+            plain_http=self._options.insecure or None,
         )
 
     def _liveness(self) -> None:

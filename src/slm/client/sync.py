@@ -170,6 +170,10 @@ class Synchroniser:
         if self._may_ask(agent_id):
             self._asking(agent_id)
 
+    def lacks(self, agent_id: str) -> bool:
+        """Say whether the SLM said within the last seconds that it has no such agent."""
+        return agent_id in self._not_before
+
     def hurry_key(self, agent_id: str) -> None:
         """Ask for an agent's awaited key at once: a call waits for it."""
         self._keys.hurry(agent_id)
