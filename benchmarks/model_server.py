@@ -13,7 +13,7 @@ _BODY = json.dumps(
         "id": "chatcmpl-bench",
         "object": "chat.completion",
         "created": 1_760_000_000,
-        "model": "gpt-4o-mini-2024-07-18",
+        "model": "gpt-6-luna",
         "choices": [
             {
                 "index": 0,

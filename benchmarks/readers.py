@@ -20,7 +20,7 @@ WANTED = "agent-00500"
 VALUE = {
     "llm_provider": "openai",
     "llm_endpoint": "https://gateway.example.com/v1",
-    "llm_model": "gpt-4o-mini-2024-07-18",
+    "llm_model": "gpt-6-luna",
     "llm_timeout": 30,
     "llm_temperature": 0.7,
     "llm_max_tokens": 4096,

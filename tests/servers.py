@@ -11,8 +11,6 @@ import inspect
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -20,6 +18,7 @@ from typing import Any, TypeVar, overload
 
 from slm.server.run import SLMServer
 from slm.server.settings import Settings
+from tests.forked import Forked, forked
 
 T = TypeVar("T")
 
@@ -141,7 +140,7 @@ async def running_server(data_dir: Path, **settings: Any) -> AsyncIterator[InLoo
 
 
 class ServerProcess:
-    """`python -m slm serve` as a child process, to be killed, stopped and started again.
+    """`slm serve` as a process of its own, to be killed, stopped and started again.
 
     Attributes:
         data_dir: where its database, keys and tokens are.
@@ -160,7 +159,7 @@ class ServerProcess:
         self._port = 0
         self._settings = TENTH | settings
         self._env = env or {}
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: Forked | None = None
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -171,7 +170,7 @@ class ServerProcess:
     backend_token = property(lambda self: read_token(self.data_dir, "backend"))
 
     @property
-    def process(self) -> subprocess.Popen[bytes]:
+    def process(self) -> Forked:
         """The child process of the last start."""
         assert self._process is not None, "the server was never started"
         return self._process
@@ -209,14 +208,8 @@ class ServerProcess:
 
     def _spawn(self, arguments: list[str], environment: dict[str, str]) -> Any:
         """Start the process; a subclass may do it in another way."""
-        with self.log_path.open("ab") as log:
-            return subprocess.Popen(
-                [sys.executable, "-m", "slm", *arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=environment,
-            )
+        log = str(self.log_path)
+        return forked(arguments, environment, stdout=log, stderr=log)
 
     def kill(self) -> None:
         """End it as a power cut does (SIGKILL)."""
@@ -237,7 +230,7 @@ class ServerProcess:
     async def wait(self, timeout: float = 15.0) -> int:
         """Wait until it has ended by itself and return its exit code."""
         await eventually(lambda: self.process.poll() is not None, timeout)
-        return self.process.returncode
+        return self.process.wait()
 
     async def __aenter__(self) -> ServerProcess:
         await self.start()

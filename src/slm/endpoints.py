@@ -46,6 +46,14 @@ _DEFAULT_PORTS: Final = {"http": 80, "https": 443}
 # Anything else is read in one way here and in another there: some readers take `%2e` for a dot or
 # `\` for a slash, some drop what stands before or after the brackets. So it names no place.
 _HOST_AND_PORT: Final = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]*)?")
+# Providers' own routes, which are added to an endpoint. `/models` isn't one: an Azure base has it.
+_ROUTES: Final = (
+    *("/chat/completions", "/completions", "/responses", "/v1/messages"),
+    *("/api/chat", "/api/generate"),
+)
+# What a provider's routes begin with by themselves, though its documents show it with the host;
+# for ollama also where it speaks OpenAI's protocol, which this provider does not.
+_ROOTS: Final[dict[str, tuple[str, ...]]] = {"anthropic": ("/v1",), "ollama": ("/api", "/v1")}
 # Browsers take such a name for an IPv4 address (WHATWG URL, "ends in a number"), resolvers do not.
 _ENDS_IN_A_NUMBER: Final = re.compile(r"(.*\.)?([0-9]+|0[xX][0-9A-Fa-f]*)")
 
@@ -93,15 +101,19 @@ def canonical_url(provider: str, endpoint: str | None) -> str | None:
     It begins with `origin`, so that the place that a key is bound to and the place that is
     connected to are one text: scheme and host in lower case, an address in its usual spelling, the
     port always there, no dot at the end of the host. SDKs read what is left out in different ways:
-    ollama's takes `HTTP://host` for port 11434. Path and query are kept.
+    ollama's takes `HTTP://host` for port 11434. Path and query are kept, but for a root at the end
+    that this provider's routes begin with, such as anthropic's `/v1`.
     """
     place = origin(provider, endpoint)
     if not place.startswith(("http://", "https://")):
         return None
     parts = urlsplit(effective_endpoint(provider, endpoint) or "")
-    if not parts.query:
-        return place + parts.path
-    return f"{place}{parts.path or '/'}?{parts.query}"
+    path = parts.path
+    for root in _ROOTS.get(provider, ()):
+        if path.rstrip("/").endswith(root):
+            path = path.rstrip("/").removesuffix(root)
+            break
+    return f"{place}{path or '/'}?{parts.query}" if parts.query else place + path
 
 
 def _is_plain(netloc: str) -> bool:
@@ -144,7 +156,7 @@ def refused_endpoint(url: str, *, stored: bool = False) -> str | None:
     address = literal_address(host.rstrip("."))
     if address is not None and (reason := refused_address(address)) is not None:
         return reason
-    return None if stored else _ambiguous(host, address)
+    return None if stored else _ambiguous(host, address) or _unusable(url, parts.path)
 
 
 def _ambiguous(host: str, address: IPAddress | None) -> str | None:
@@ -156,6 +168,19 @@ def _ambiguous(host: str, address: IPAddress | None) -> str | None:
         return "names a host that ends in a number but is not an IP address"
     if any(not 0 < len(label) < 64 for label in host.split(".")) or len(host) > 253:
         return "names a host that is not a valid DNS name"
+    return None
+
+
+def _unusable(url: str, path: str) -> str | None:
+    """Say why no request could be made of it, though it names a place."""
+    if "?" in url:
+        return "holds a query; an endpoint is the URL that paths are added to"
+    if "//" in path:
+        return "has two slashes in a row in its path"
+    path = path.rstrip("/").lower()
+    for route in _ROUTES:
+        if path.endswith(route):
+            return f"ends with {route}, which is added to it; leave that out"
     return None
 
 

@@ -28,6 +28,10 @@ _MARKS: Final = (
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
 _SERVICE_LINK: Final = re.compile(r"(tcp|udp|sctp)://", re.IGNORECASE)
+# What the kubelet sets beside that for each Service: its address, its ports, and each port's parts.
+_SERVICE_NAME: Final = re.compile(
+    r"([A-Z0-9_]+_)?(SERVICE_HOST|SERVICE_PORT(_[A-Z0-9_]+)?|PORT_[0-9]+_(TCP|UDP|SCTP)(_[A-Z]+)?)"
+)
 _FLAGS: Final = {
     **dict.fromkeys(("1", "true", "yes", "on"), True),
     **dict.fromkeys(("0", "false", "no", "off"), False),
@@ -100,3 +104,18 @@ def is_service_link(text: str) -> bool:
     For a Service named `slm` each pod of the namespace has SLM_PORT=tcp://…, which nobody chose.
     """
     return _SERVICE_LINK.match(tidied(text)) is not None
+
+
+def service_variables(prefix: str, environ: Mapping[str, str]) -> list[str]:
+    """Return the names of the variables that Kubernetes sets for Services, in order.
+
+    Args:
+        prefix: how they begin, such as `SLM_`.
+        environ: the environment.
+    """
+    return sorted(
+        name
+        for name, value in environ.items()
+        if name.startswith(prefix)
+        and (is_service_link(value) or _SERVICE_NAME.fullmatch(name.removeprefix(prefix)))
+    )

@@ -33,6 +33,12 @@ MAX_KEY_LENGTH: Final = 4096
 _CONTROLS: Final = frozenset({"Cc", "Cs", "Zl", "Zp"})
 _TURNS: Final = frozenset({"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"})
 _KEY: Final = re.compile(r"[\x21-\x7e]+")
+# As it stands in a .env file. Base64 has "=" at its end alone.
+_ASSIGNED: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=[^=]")
+# Spaces of every width, the tab, and two that nobody sees; no line break.
+_BLANK: Final = r"[\t \u00a0\u1680\u2000-\u200b\u202f\u205f\u3000\ufeff]+"
+_AROUND: Final = re.compile(rf"\A{_BLANK}|{_BLANK}\Z")
+_QUOTES: Final = "\"'`\u2018\u2019\u201c\u201d"
 
 Provider = Literal["ollama", "openai", "anthropic"]
 
@@ -104,9 +110,24 @@ def _usable_key(key: SecretStr) -> SecretStr:
     text = key.get_secret_value()
     if len(text) > MAX_KEY_LENGTH:
         raise ValueError(f"is longer than {MAX_KEY_LENGTH} characters")
+    if not text:
+        raise ValueError("is empty; null stands for no key")
+    if text[0] in _QUOTES or text[-1] in _QUOTES:
+        raise ValueError("is in quotes; send what is between them")
+    if any(char.isspace() for char in text):
+        raise ValueError(
+            "holds blanks or a line break; send the key alone, without a word before it"
+        )
     if not _KEY.fullmatch(text):
-        raise ValueError("must be printable ASCII without spaces, and not empty")
+        raise ValueError("holds a character that no key has: it must be printable ASCII")
+    if _ASSIGNED.match(text):
+        raise ValueError("has a name and an equals sign before it; send only what follows them")
     return key
+
+
+def _trimmed(value: Any) -> Any:
+    """Drop the blanks at both ends that come with what is pasted; a line break is refused later."""
+    return _AROUND.sub("", value) if isinstance(value, str) else value
 
 
 def _strict_secret(value: Any) -> Any:
@@ -116,10 +137,22 @@ def _strict_secret(value: Any) -> Any:
 
 
 AgentId = Annotated[str, Field(pattern=AGENT_ID_PATTERN)]
-Name = Annotated[str, Field(min_length=1, max_length=128), AfterValidator(_without_controls)]
+_Trimmed = BeforeValidator(_trimmed, json_schema_input_type=str)
+_SOME_TEXT: Final[dict[str, Any]] = {"pattern": r"\S"}
+Name = Annotated[
+    str,
+    _Trimmed,
+    Field(min_length=1, max_length=128, json_schema_extra=_SOME_TEXT),
+    AfterValidator(_without_controls),
+]
 Description = Annotated[str, Field(max_length=16_384), AfterValidator(check_storable)]
-Endpoint = Annotated[str, Field(max_length=256), AfterValidator(_allowed_endpoint)]
-Model = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(_printable)]
+Endpoint = Annotated[str, _Trimmed, Field(max_length=256), AfterValidator(_allowed_endpoint)]
+Model = Annotated[
+    str,
+    _Trimmed,
+    Field(min_length=1, max_length=256, json_schema_extra=_SOME_TEXT),
+    AfterValidator(_printable),
+]
 ApiKey = Annotated[SecretStr, BeforeValidator(_strict_secret), AfterValidator(_usable_key)]
 TimeoutSeconds = Annotated[StrictInt, Field(ge=1, le=3600)]
 Temperature = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False, strict=True)]
@@ -156,7 +189,7 @@ class AgentConfig(_Read):
     llm_endpoint: str | None = None
     llm_model: str
     llm_timeout: int = 30
-    llm_temperature: float = 0.7
+    llm_temperature: float | None = None
     llm_max_tokens: int | None = None
     llm_options: dict[str, Any] = Field(default_factory=dict)
     is_default: bool = False

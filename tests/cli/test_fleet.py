@@ -17,7 +17,7 @@ from tests.server.raw import Api
 from tests.servers import InLoopServer, eventually
 
 REASON = "the anthropic extra is not installed"
-CREATE = ("agents", "create", "a", "--provider", "openai", "--model", "gpt-4o")
+CREATE = ("agents", "create", "a", "--provider", "openai", "--model", "gpt-6.1-sol")
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ async def test_wait_exits_0_only_if_all_applied(
     assert "applied by 2 of 2 backends in " in created.out
     moved = await run(
         server,
-        *("agents", "set", "a", "--provider", "anthropic", "--model", "claude-sonnet-4-5"),
+        *("agents", "set", "a", "--provider", "anthropic", "--model", "claude-sonnet-5-5"),
         *("--wait-limit", "20s"),
     )
     assert moved.code == 1
@@ -76,7 +76,7 @@ async def test_wait_is_shown_live_at_a_terminal(
     """
     loop, missing_one = asyncio.get_running_loop(), asyncio.Event()
     await admin.create("a")
-    change = ("agents", "set", "a", "--model", "gpt-5", "--wait-limit", "60s")
+    change = ("agents", "set", "a", "--model", "gpt-6.1-terra", "--wait-limit", "60s")
     async with backend.stream(client={"name": "slow", "instance": "1"}) as slow:
         await slow.send(ack=(await slow.frame())["revision"])
         await eventually(lambda: applied(admin, backends[0].revision, "billing", "search", "slow"))
@@ -116,7 +116,7 @@ async def test_a_change_is_told_even_where_its_receipt_cannot_be_had(
         shown = asyncio.create_task(
             asyncio.to_thread(
                 slm_at_a_terminal,
-                *("agents", "set", "a", "--model", "gpt-5", "--wait-limit", "60s"),
+                *("agents", "set", "a", "--model", "gpt-6.1-terra", "--wait-limit", "60s"),
                 data=server.data_dir,
                 answers={"0/1": lambda: loop.call_soon_threadsafe(waits.set)},
             )
@@ -139,19 +139,19 @@ async def test_wait_for_a_script(server: InLoopServer, backends: list[SLMClient]
 
 async def test_history_says_who_what_and_why(server: InLoopServer, admin: Api) -> None:
     """The history names each change, the fields it was of, who made it and the comment."""
-    await admin.create("a", llm_provider="openai", llm_model="gpt-4o")
-    await run(server, "agents", "set", "a", "--model", "gpt-5", "--comment", "better")
+    await admin.create("a", llm_provider="openai", llm_model="gpt-6.1-sol")
+    await run(server, "agents", "set", "a", "--model", "gpt-6.1-terra", "--comment", "better")
     await admin.put("a", llm_api_key=CANARY)
     shown = await run(server, "agents", "history", "a")
     header, key, model, created = shown.out.splitlines()
     assert header.split() == ["REV", "WHEN", "WHO", "WHAT", "WHY"]
     assert "api key – → set at 4" in key
-    assert "model gpt-4o → gpt-5" in model
+    assert "model gpt-6.1-sol → gpt-6.1-terra" in model
     assert "better" in model
-    assert "created openai/gpt-4o" in created
+    assert "created openai/gpt-6.1-sol" in created
     assert all(" admin " in line for line in (key, model, created))
     told = await run(server, "agents", "diff", "a", "2", "3", "--json")
-    assert told.json["changed"] == {"llm_model": ["gpt-4o", "gpt-5"]}
+    assert told.json["changed"] == {"llm_model": ["gpt-6.1-sol", "gpt-6.1-terra"]}
     last = await run(server, "agents", "diff", "a")
     assert "a revision 3 → 4" in last.out
     never = await run(server, "agents", "diff", "a", "4", "5")
@@ -164,23 +164,28 @@ async def test_history_says_who_what_and_why(server: InLoopServer, admin: Api) -
         columns=80,
     )
     lines = re.sub(r"\x1b\[[0-9;]*m", "", at_terminal.out).splitlines()
-    assert [line.split()[-1] for line in lines[1:]] == ["4", "gpt-5", "“better”", "openai/gpt-4o"]
+    assert [line.split()[-1] for line in lines[1:]] == [
+        "4",
+        "gpt-6.1-terra",
+        "“better”",
+        "openai/gpt-6.1-sol",
+    ]
     changes = await run(server, "changes", "--agent", "a", "--limit", "2")
     assert [line.split()[0] for line in changes.out.splitlines()] == ["REV", "4", "3"]
     assert "api key – → set at 4" in changes.out, "what it changed, where the one before is known"
-    assert "changed, openai/gpt-5" in changes.out
+    assert "changed, openai/gpt-6.1-terra" in changes.out
     mine = await run(server, "changes", "--actor", "nobody", "--json")
     assert mine.json["changes"] == []
 
 
 async def test_what_it_ran_at_a_time(server: InLoopServer, admin: Api) -> None:
     """One command says what an agent was at a moment of the past."""
-    await admin.create("a", llm_model="gpt-4o")
+    await admin.create("a", llm_model="gpt-6.1-sol")
     then = datetime.now(UTC).isoformat()
-    await admin.put("a", llm_model="gpt-5")
+    await admin.put("a", llm_model="gpt-6.1-terra")
     shown = await run(server, "agents", "history", "a", "--at", then)
-    assert "gpt-4o" in shown.out
-    assert "gpt-5" not in shown.out
+    assert "gpt-6.1-sol" in shown.out
+    assert "gpt-6.1-terra" not in shown.out
     before = await run(server, "agents", "history", "a", "--at", "2001-01-01 14:03")
     assert before.code == 1
     assert before.error == "a was not there at 2001-01-01 14:03, or the history begins later"

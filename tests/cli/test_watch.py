@@ -66,7 +66,7 @@ async def test_lines_for_people(tmp_path: Path) -> None:
         told = [line.split(maxsplit=3) for line in lines]
         assert [(kind, rest) for _, _, kind, rest in told] == [
             ("created", "a  openai/m1"),
-            ("changed", "a  model m1 → m2, temperature 0.7 → 0.2"),
+            ("changed", "a  model m1 → m2, temperature – → 0.2"),
             ("changed", "a  API key set"),
             ("changed", "a  provider openai → anthropic, API key cleared"),
             ("deleted", "a"),

@@ -90,7 +90,7 @@ def test_any_number_of_threads_may_ask(server: ServerProcess) -> None:
     client = make(server)
     create(server, "billing", llm_model="m0", llm_temperature=0.0)
 
-    def ask(_: int) -> tuple[str, float]:
+    def ask(_: int) -> tuple[str, float | None]:
         config = client.resolve("billing")
         return config.llm_model, config.llm_temperature
 

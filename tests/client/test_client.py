@@ -23,7 +23,7 @@ from tests.server.raw import Api
 from tests.servers import InLoopServer, eventually
 
 NOBODY = "http://127.0.0.1:9"  # the discard port: nothing listens there
-KEYED: dict[str, Any] = {"llm_provider": "openai", "llm_model": "gpt-4"}
+KEYED: dict[str, Any] = {"llm_provider": "openai", "llm_model": "gpt-6.1-sol"}
 
 
 def make(url: str, server: InLoopServer, **options: Any) -> SLMClient:
@@ -82,7 +82,7 @@ async def test_a_change_is_the_next_answer(client: SLMClient, admin: Api) -> Non
         "llm_model": "new",
         "llm_api_key": None,
         "llm_timeout": 30,
-        "llm_temperature": 0.7,
+        "llm_temperature": None,
         "llm_max_tokens": None,
         "llm_options": {"seed": 1},
     }
@@ -269,10 +269,10 @@ async def test_a_cleared_key_is_dropped_without_a_request(
     created = await admin.create("billing", **KEYED, llm_api_key="sk-1")
     async with make(gate.url, server) as client:
         await eventually(lambda: client.revision >= created.revision)
-        answer = await admin.put("billing", llm_model="gpt-5")
+        answer = await admin.put("billing", llm_model="gpt-6.1-terra")
         await eventually(lambda: client.revision >= answer.revision)
         config = await client.resolve("billing")
-        assert (config.llm_model, key_of(config)) == ("gpt-5", "sk-1")
+        assert (config.llm_model, key_of(config)) == ("gpt-6.1-terra", "sk-1")
         answer = await admin.put("billing", llm_api_key=None)
         await eventually(lambda: client.revision >= answer.revision)
         assert key_of(await client.resolve("billing")) is None
@@ -624,11 +624,15 @@ async def test_an_encrypted_file_is_enough_to_go_on_and_to_resume(
         assert (config.step, key_of(config), config.stale) == (Step.AGENT, "sk-canary", True)
 
     gate.passed.clear()
-    answer = await admin.put("billing", llm_model="gpt-5")
+    answer = await admin.put("billing", llm_model="gpt-6.1-terra")
     async with make(gate.url, server, cache_file=path, cache_key=cache_key) as client:
         await eventually(lambda: client.revision >= answer.revision)
         config = await client.resolve("billing")
-        assert (config.llm_model, key_of(config), config.stale) == ("gpt-5", "sk-canary", False)
+        assert (config.llm_model, key_of(config), config.stale) == (
+            "gpt-6.1-terra",
+            "sk-canary",
+            False,
+        )
     assert gate.passed == []
 
 

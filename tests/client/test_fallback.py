@@ -40,7 +40,7 @@ def test_everything_set_is_used() -> None:
         {
             "AUTOBOT_LLM_PROVIDER": "openai",
             "AUTOBOT_LLM_ENDPOINT": "https://llm.example.com/v1",
-            "AUTOBOT_LLM_MODEL": "gpt-4",
+            "AUTOBOT_LLM_MODEL": "gpt-6.1-sol",
             "AUTOBOT_LLM_API_KEY": "sk-env\n",
             "AUTOBOT_LLM_TIMEOUT": "60",
             "AUTOBOT_LLM_TEMPERATURE": "0.2",
@@ -55,7 +55,7 @@ def test_everything_set_is_used() -> None:
     assert config.as_dict() == {
         "llm_provider": "openai",
         "llm_endpoint": "https://llm.example.com/v1",
-        "llm_model": "gpt-4",
+        "llm_model": "gpt-6.1-sol",
         "llm_api_key": "sk-env",
         "llm_timeout": 60,
         "llm_temperature": 0.2,
@@ -95,6 +95,19 @@ def test_another_provider_needs_a_model() -> None:
     assert any("AUTOBOT_LLM_MODEL" in warning for warning in answer.warnings)
 
 
+def test_a_temperature_that_nobody_set_is_not_sent() -> None:
+    """Only ollama's has a hardcoded one; `none` says that none is sent, there too."""
+    another = {"AUTOBOT_LLM_PROVIDER": "openai", "AUTOBOT_LLM_MODEL": "m"}
+    for environ in (
+        another,
+        {"AUTOBOT_LLM_MODEL": "m", "AUTOBOT_LLM_TEMPERATURE": "None"},
+        {"AUTOBOT_LLM_TEMPERATURE": "none"},
+    ):
+        answer = from_environment("a", environ)
+        assert answer.config is not None
+        assert (answer.config.llm_temperature, answer.warnings) == (None, ())
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -112,7 +125,7 @@ def test_what_decides_where_a_request_goes_must_parse(name: str, value: str) -> 
         "a",
         {
             "AUTOBOT_LLM_PROVIDER": "openai",
-            "AUTOBOT_LLM_MODEL": "gpt-4",
+            "AUTOBOT_LLM_MODEL": "gpt-6.1-sol",
             "AUTOBOT_LLM_API_KEY": "sk-canary",
             f"AUTOBOT_LLM_{name}": value,
         },
@@ -154,7 +167,7 @@ def test_a_number_alone_that_does_not_parse_answers_nothing() -> None:
 def test_a_key_without_a_provider_is_sent_to_nobody() -> None:
     """Somebody's key is not given to ollama because the provider's name was forgotten."""
     answer = from_environment(
-        "a", {"AUTOBOT_LLM_API_KEY": "sk-canary", "AUTOBOT_LLM_MODEL": "gpt-4"}
+        "a", {"AUTOBOT_LLM_API_KEY": "sk-canary", "AUTOBOT_LLM_MODEL": "gpt-6.1-sol"}
     )
     assert answer.config is not None
     assert answer.config.llm_api_key is None

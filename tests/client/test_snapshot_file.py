@@ -59,6 +59,16 @@ def test_what_was_saved_is_loaded(path: Path, key: str | None) -> None:
     assert (secret and secret.get_secret_value()) == (CANARY if key else None)
 
 
+@pytest.mark.parametrize("temperature", [None, 0.0, 0.7])
+def test_a_temperature_comes_back_as_it_was(path: Path, temperature: float | None) -> None:
+    """A number, as every file of before has one, or none at all."""
+    entry = (config("a", llm_temperature=temperature), True, True)
+    SnapshotFile(path).save(Contents([entry], "e1", 9, complete=True))
+    loaded = SnapshotFile(path).load()
+    assert loaded is not None
+    assert loaded.agents[0].llm_temperature == temperature
+
+
 @pytest.mark.parametrize("key", [None, KEY], ids=["plain", "encrypted"])
 def test_no_api_key_is_in_the_file_in_the_clear(path: Path, key: str | None) -> None:
     """Nobody who reads the file reads a key, and others cannot read it at all."""

@@ -58,7 +58,7 @@ def make_foreign_database(path: Path, key: bytes) -> dict[str, str]:
                     None if n % 2 else "made elsewhere",
                     "openai" if token else "ollama",
                     "https://llm.example.com/v1" if n == 3 else None,
-                    "gpt-4" if token else "mistral:7b-instruct",
+                    "gpt-6.1-sol" if token else "mistral:7b-instruct",
                     token,
                     None if n == 10 else 45,
                     None if n == 11 else 0.3,

@@ -27,13 +27,13 @@ async def test_the_three_changes_arrive_in_order(tmp_path: Path) -> None:
                 "agent_id": "code-assistant",
                 "name": "Code assistant",
                 "llm_provider": "openai",
-                "llm_model": "gpt-4",
+                "llm_model": "gpt-6.1-sol",
                 "llm_api_key": "sk-canary-raw",
             }
             created = await http.post(agents, json=body, headers=admin)
             assert created.status == 201
             changed = await http.put(
-                f"{agents}/code-assistant", json={"llm_model": "gpt-5"}, headers=admin
+                f"{agents}/code-assistant", json={"llm_model": "gpt-6.1-terra"}, headers=admin
             )
             deleted = await http.delete(f"{agents}/code-assistant", headers=admin)
             assert deleted.status == 204
@@ -54,9 +54,9 @@ async def test_the_three_changes_arrive_in_order(tmp_path: Path) -> None:
         assert frames[1]["config"] == {
             "llm_provider": "openai",
             "llm_endpoint": None,
-            "llm_model": "gpt-5",
+            "llm_model": "gpt-6.1-terra",
             "llm_timeout": 30,
-            "llm_temperature": 0.7,
+            "llm_temperature": None,
             "llm_max_tokens": None,
             "llm_options": {},
             "is_default": False,

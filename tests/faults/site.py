@@ -16,10 +16,9 @@ from sqlalchemy.engine import make_url
 
 from slm.schemas import Agent
 from tests.faults import recording
-from tests.faults.forked import ForkedServer
 from tests.faults.history import Frame
 from tests.faults.subscriber import CONFIG_FIELDS
-from tests.servers import InLoopServer
+from tests.servers import InLoopServer, ServerProcess
 
 KEY: Final = "MDEyMzQ1Njc4OTAxMjM0NTY3ODkwMTIzNDU2Nzg5MDE="
 
@@ -64,9 +63,9 @@ class Site:
         patient = {"idle_in_transaction_seconds": 5.0, "lock_timeout_seconds": 2.0} | more
         return InLoopServer(self.root / f"replica-{number}", **self.settings(**patient))
 
-    def process(self, number: int = 0, **more: Any) -> ForkedServer:
+    def process(self, number: int = 0, **more: Any) -> ServerProcess:
         """Return a server that will be a process of its own."""
-        return ForkedServer(self.root / f"replica-{number}", **self.settings(**more))
+        return ServerProcess(self.root / f"replica-{number}", **self.settings(**more))
 
     @property
     def admin_token(self) -> str:

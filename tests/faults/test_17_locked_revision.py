@@ -6,10 +6,9 @@ import asyncio
 
 import aiohttp
 
-from tests.faults.forked import ForkedServer
 from tests.faults.site import Operator, Site
 from tests.faults.subscriber import subscribers
-from tests.servers import eventually
+from tests.servers import ServerProcess, eventually
 
 HOLDS_A_REVISION = (
     "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
@@ -18,7 +17,7 @@ HOLDS_A_REVISION = (
 
 
 async def two_writes(
-    site: Site, http: aiohttp.ClientSession, slow: ForkedServer, quick: ForkedServer
+    site: Site, http: aiohttp.ClientSession, slow: ServerProcess, quick: ServerProcess
 ) -> tuple[tuple[int, str | None], tuple[int, str | None]]:
     """Write A through `slow`, B through `quick` once A holds its revision; return both answers."""
     a = Operator(http, slow.url, site.admin_token)

@@ -12,11 +12,10 @@ import aiohttp
 import pytest
 
 from tests.faults.backends import backend, believes, is_live
-from tests.faults.forked import ForkedServer
 from tests.faults.network import proxied
 from tests.faults.site import Operator, Site
 from tests.faults.subscriber import subscribers
-from tests.servers import eventually
+from tests.servers import ServerProcess, eventually
 
 REPLICAS = 3
 
@@ -61,7 +60,7 @@ async def churn(
     record: Callable[[str, object], None],
 ) -> None:
     dice = random.Random(20)
-    servers: list[ForkedServer] = [site.process(n) for n in range(REPLICAS)]
+    servers: list[ServerProcess] = [site.process(n) for n in range(REPLICAS)]
     async with AsyncExitStack() as stack:
         for server in servers:
             await stack.enter_async_context(server)

@@ -19,7 +19,7 @@ from tests.server.raw import Answer, Api
 from tests.servers import InLoopServer, eventually
 
 CANARY = "sk-canary-explain"
-KEYED = {"llm_provider": "openai", "llm_model": "gpt-4", "llm_api_key": CANARY}
+KEYED = {"llm_provider": "openai", "llm_model": "gpt-6.1-sol", "llm_api_key": CANARY}
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "messages.json").read_text())
 
 
@@ -72,7 +72,7 @@ async def test_an_outage_is_explained(
 ) -> None:
     """Without the SLM the steps say so, and the environment's answers name their variables."""
     monkeypatch.setenv("AUTOBOT_LLM_PROVIDER", "openai")
-    monkeypatch.setenv("AUTOBOT_LLM_MODEL", "gpt-4o")
+    monkeypatch.setenv("AUTOBOT_LLM_MODEL", "gpt-6.1-sol")
     monkeypatch.setenv("AUTOBOT_LLM_API_KEY", CANARY)
     client = SLMClient("http://127.0.0.1:1", token="t", start_timeout=0.1)
     async with client:

@@ -144,7 +144,7 @@ async def test_a_rollback_is_on_every_backend(server: InLoopServer, admin: Api) 
     old = {
         "llm_provider": "openai",
         "llm_endpoint": "https://one.example.com/v1",
-        "llm_model": "gpt-4",
+        "llm_model": "gpt-6.1-sol",
         "llm_timeout": 45,
         "llm_temperature": 0.25,
         "llm_max_tokens": 100,
@@ -159,7 +159,7 @@ async def test_a_rollback_is_on_every_backend(server: InLoopServer, admin: Api) 
         ]
         await eventually(lambda: applied(admin, clients[0].revision, *names))
         for edit in (
-            {"llm_model": "gpt-5", "comment": "newer"},
+            {"llm_model": "gpt-6.1-terra", "comment": "newer"},
             {"llm_temperature": 1.0, "llm_options": {}},
             {"llm_api_key": "sk-second"},
             {"llm_endpoint": "https://two.example.com/v1", "llm_api_key": "sk-third"},

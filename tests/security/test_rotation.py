@@ -22,7 +22,6 @@ from slm.server.prepare import prepare
 from slm.server.settings import Settings
 from slm.server.vault import fingerprint
 from tests.cli.command import slm
-from tests.faults.forked import ForkedServer
 from tests.security.http import Caller, admin, agent
 from tests.servers import InLoopServer, ServerProcess, eventually, read_token, running_server
 
@@ -373,7 +372,7 @@ async def test_a_server_killed_in_mid_rotation_harms_nobody(
     """Killed before any transaction: on the other replica no request fails, no key is lost."""
     ring = [Fernet.generate_key().decode() for _ in range(9)]
     env = {"SLM_DATABASE_URL": postgres_url, "SLM_ENCRYPTION_KEYS": ",".join(ring)}
-    victim = ForkedServer(tmp_path / "victim", env=env, testing=True)
+    victim = ServerProcess(tmp_path / "victim", env=env, testing=True)
     async with (
         _replicas(tmp_path, postgres_url, ring) as (steady,),
         victim,

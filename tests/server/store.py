@@ -113,7 +113,7 @@ def new_agent(agent_id: str = "billing", **fields: Any) -> AgentCreate:
             "agent_id": agent_id,
             "name": agent_id.title(),
             "llm_provider": "openai",
-            "llm_model": "gpt-4",
+            "llm_model": "gpt-6.1-sol",
         }
         | fields
     )

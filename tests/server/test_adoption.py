@@ -55,7 +55,7 @@ def make(folder: Path, rows: Sequence[dict[str, Any]] = (), *, script: str = MIS
                 "agent_id": f"agent-{number}",
                 "name": "Agent",
                 "llm_provider": "openai",
-                "llm_model": "gpt-4",
+                "llm_model": "gpt-6.1-sol",
             } | row
             marks = ", ".join("?" * len(full))
             connection.execute(
@@ -187,12 +187,12 @@ async def test_nulls_take_the_columns_default(tmp_path: Path) -> None:
     before = datetime.now(UTC).replace(microsecond=0)
     async with adopted(tmp_path) as store:
         agent = await store.agent("a")
-        assert (agent.llm_timeout, agent.llm_temperature) == (30, 0.7)
+        assert (agent.llm_timeout, agent.llm_temperature) == (30, None)
         assert (agent.is_default, agent.is_active, agent.description) == (False, True, None)
         assert before <= agent.created_at == agent.updated_at
         await store.check_laws()
     row = look(path, "SELECT llm_timeout, llm_temperature, is_default, is_active FROM agents")[0]
-    assert row == (30, 0.7, 0, 1)
+    assert row == (30, None, 0, 1)
 
 
 async def test_an_id_with_capitals_is_served_and_changed(tmp_path: Path) -> None:
@@ -219,8 +219,8 @@ async def test_an_id_with_capitals_is_served_and_changed(tmp_path: Path) -> None
         ("llm_timeout", 2**62, 2**62),
         ("llm_timeout", float("inf"), 30),
         ("llm_temperature", "0.5", 0.5),
-        ("llm_temperature", "warm", 0.7),
-        ("llm_temperature", float("inf"), 0.7),
+        ("llm_temperature", "warm", None),
+        ("llm_temperature", float("inf"), None),
         ("llm_max_tokens", "many", None),
         ("llm_max_tokens", 0, 0),
         ("is_active", "true", True),

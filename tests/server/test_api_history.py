@@ -18,7 +18,7 @@ OLD: dict[str, Any] = {
     "description": "as it was",
     "llm_provider": "openai",
     "llm_endpoint": "https://one.example.com/v1",
-    "llm_model": "gpt-4",
+    "llm_model": "gpt-6.1-sol",
     "llm_api_key": CANARY,
     "llm_timeout": 45,
     "llm_temperature": 0.25,
@@ -54,7 +54,7 @@ async def test_a_rollback_after_five_edits(http: aiohttp.ClientSession) -> None:
     """The old config is back to the last field; the key is not; six changes name who and why."""
     created = await send(http, "POST", "/api/agents", OLD, 201)
     for edit in (
-        {"llm_model": "gpt-5"},
+        {"llm_model": "gpt-6.1-terra"},
         {"llm_temperature": 1.0, "llm_options": {}},
         {"llm_api_key": "sk-second"},
         {"llm_endpoint": "https://two.example.com/v1", "llm_api_key": "sk-third"},
@@ -87,9 +87,9 @@ async def test_a_rollback_that_keeps_the_place_keeps_the_key(http: aiohttp.Clien
     """Where provider and origin are the same, the key of today stays, not the key of then."""
     await send(http, "POST", "/api/agents", OLD, 201)
     await send(http, "PUT", "/api/agents/billing", {"llm_api_key": "sk-today"})
-    await send(http, "PUT", "/api/agents/billing", {"llm_model": "gpt-5"})
+    await send(http, "PUT", "/api/agents/billing", {"llm_model": "gpt-6.1-terra"})
     back = await send(http, "POST", "/api/agents/billing/rollback", {})
-    assert back["llm_model"] == "gpt-4"
+    assert back["llm_model"] == "gpt-6.1-sol"
     assert "api_key_cleared" not in back
     keyed = await send(http, "GET", "/api/agents/billing/llm")
     assert keyed["llm_api_key"] == "sk-today"

@@ -153,7 +153,7 @@ async def test_the_key_is_in_the_keyed_answers_alone(admin: Api, backend: Api) -
         "llm_endpoint": None,
         "llm_model": "m",
         "llm_timeout": 30,
-        "llm_temperature": 0.7,
+        "llm_temperature": None,
         "llm_max_tokens": None,
         "llm_options": {},
         "is_default": False,

@@ -18,6 +18,7 @@ from pydantic import SecretStr
 from sqlalchemy import Connection, inspect
 
 from slm.server.audit import AuditLog
+from slm.server.bodies import AgentUpdate
 from slm.server.database import Database
 from slm.server.models import Base
 from slm.server.prepare import MIGRATIONS, migrate
@@ -65,7 +66,7 @@ async def test_a_row_of_the_missions_sql_works_here_too(store: Store) -> None:
     """An INSERT that names only what the mission needs takes its defaults."""
     await store.sql(
         "INSERT INTO agents (agent_id, name, llm_provider, llm_model)"
-        " VALUES ('raw', 'Raw', 'openai', 'gpt-4')"
+        " VALUES ('raw', 'Raw', 'openai', 'gpt-6.1-sol')"
     )
     agent = await store.agent("raw")
     assert (agent.llm_timeout, agent.llm_temperature, agent.llm_max_tokens) == (30, 0.7, None)
@@ -187,6 +188,7 @@ async def test_every_migration_keeps_what_an_old_database_holds(
         assert set(agents) == {"default", "billing", "support", "local", "asleep"}
         assert [each for each, agent in agents.items() if agent.is_default] == ["support"]
         assert agents["billing"].description == "Zürich 日本 🎉"
+        assert agents["billing"].llm_temperature == agents["default"].llm_temperature == 0.7
         assert agents["support"].llm_options == {"top_p": 0.5, "stop": ["ENDE"]}
         local = agents["local"]
         assert (local.llm_model, local.llm_timeout, local.llm_max_tokens) == ("llama3.1", 7, 99)
@@ -216,5 +218,37 @@ async def test_every_migration_keeps_what_an_old_database_holds(
         written = await store.registry.create(new_agent("later"), actor="tester")
         assert written.revision == len(told) + 1
         await store.check_laws()
+    finally:
+        await store.close()
+
+
+async def test_an_upgrade_changes_no_temperature(database_url: str, tmp_path: Path) -> None:
+    """What was served with 0.7 keeps it, a NULL too; from now on a NULL means that none is sent."""
+    load_old(database_url, tmp_path / "test.db")
+    database = Database(database_url)
+    await database.open()
+    await database.run(lambda connection: migrate(connection, "0007"))
+    await database.run(
+        lambda connection: connection.exec_driver_sql(
+            "UPDATE agents SET llm_temperature = NULL WHERE agent_id = 'billing'"
+        )
+    )
+    await database.close()
+    settings = Settings(
+        data_dir=tmp_path / "data",
+        database_url=SecretStr(database_url),
+        encryption_keys=SecretStr(f"{KEY},{OTHER_KEY}"),
+    )
+    store = await Store.open(settings)
+    try:
+        assert (await store.agent("billing")).llm_temperature == 0.7
+        await store.registry.update("billing", AgentUpdate(llm_temperature=None), actor="tester")
+        await store.registry.create(new_agent("later"), actor="tester")
+        for agent_id in ("billing", "later"):
+            assert (await store.agent(agent_id)).llm_temperature is None
+        await store.check_laws()
+        await store.close()
+        store = await Store.open(settings)
+        assert (await store.agent("billing")).llm_temperature is None, "a second start keeps it"
     finally:
         await store.close()

@@ -57,7 +57,7 @@ async def test_a_created_agent_is_one_row_and_one_change(store: Store) -> None:
     assert agent is not None
     assert (written.revision, written.changed, written.api_key_cleared) == (2, True, False)
     assert (agent.revision, agent.api_key_revision, agent.has_api_key) == (2, 2, True)
-    assert (agent.llm_timeout, agent.llm_temperature, agent.is_active) == (30, 0.7, True)
+    assert (agent.llm_timeout, agent.llm_temperature, agent.is_active) == (30, None, True)
     assert list(agent.llm_options.items()) == [
         ("stop", ["\n"]),
         ("top_p", 1.0),
@@ -125,11 +125,11 @@ async def test_fields_not_sent_stay(store: Store) -> None:
     """A change touches what was sent, and the revision and time of the row."""
     created = (await store.registry.create(new_agent(description="d"), actor="t")).agent
     assert created is not None
-    written = await change(store, llm_model="gpt-5", llm_max_tokens=7)
+    written = await change(store, llm_model="gpt-6.1-terra", llm_max_tokens=7)
     assert written.agent is not None
     assert written.agent == created.model_copy(
         update={
-            "llm_model": "gpt-5",
+            "llm_model": "gpt-6.1-terra",
             "llm_max_tokens": 7,
             "revision": 3,
             "updated_at": written.agent.updated_at,
@@ -190,7 +190,7 @@ async def test_a_write_that_alters_nothing_leaves_no_trace(store: Store) -> None
     before = await store.agent("billing")
     for fields in (
         {},
-        {"llm_model": "gpt-4", "is_default": False},
+        {"llm_model": "gpt-6.1-sol", "is_default": False},
         {"llm_options": {"a": 1}},
         {"llm_api_key": CANARY},
         {"description": None},

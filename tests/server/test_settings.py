@@ -11,7 +11,8 @@ import pytest
 from pydantic import SecretStr
 
 from slm.errors import ConfigurationError
-from slm.server.settings import load_settings
+from slm.server.settings import Settings, load_settings
+from slm.server.settings_source import ignored_variables
 
 
 @pytest.fixture(autouse=True)
@@ -105,3 +106,82 @@ def test_secrets_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLM_METRICS_TOKEN", "canary-token")
     monkeypatch.setenv("SLM_DATABASE_URL", "postgresql://u:canary-password@h/d")
     assert "canary" not in repr(load_settings())
+
+
+KUBERNETES = {
+    "SLM_SERVICE_HOST": "10.96.0.12",
+    "SLM_SERVICE_PORT": "8760",
+    "SLM_SERVICE_PORT_HTTP": "8760",
+    "SLM_PORT": "tcp://10.96.0.12:8760",
+    "SLM_PORT_8760_TCP": "tcp://10.96.0.12:8760",
+    "SLM_PORT_8760_TCP_PROTO": "tcp",
+    "SLM_PORT_8760_TCP_PORT": "8760",
+    "SLM_PORT_8760_TCP_ADDR": "10.96.0.12",
+}
+
+
+def test_what_kubernetes_sets_for_a_service_is_no_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a Service named slm each pod of the namespace has SLM_PORT=tcp://…: ignored, and said."""
+    for name, value in KUBERNETES.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("SLM_HOST", "0.0.0.0")
+    settings = load_settings()
+    assert (settings.host, settings.port) == ("0.0.0.0", 8760)
+    said = ignored_variables()
+    assert said is not None
+    assert said.startswith("ignored SLM_PORT, SLM_PORT_8760_TCP, SLM_PORT_8760_TCP_ADDR and 5 more")
+    assert ignored_variables({"SLM_HOST": "0.0.0.0", "SLM_PORT": "8760", "PORT": "tcp://x"}) is None
+
+
+@pytest.mark.parametrize("value", ["tcp://10.0.0.1:80", "udp://[::1]:53", ' "TCP://h" '])
+@pytest.mark.parametrize("name", ["SLM_PORT", "SLM_HEARTBEAT_SECONDS", "SLM_LOG_LEVEL", "SLM_HOST"])
+def test_no_setting_is_the_address_of_a_service(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    """Whatever the Service is called, its address is nobody's setting, and the default counts."""
+    monkeypatch.setenv(name, value)
+    assert load_settings() == Settings()
+    field = name.removeprefix("SLM_").lower()
+    assert getattr(load_settings(), field) == Settings.model_fields[field].default
+    assert name in (ignored_variables() or "")
+
+
+@pytest.mark.parametrize("form", ["{}", '"{}"', "'{}'", " {}\r\n", '\ufeff"{}"', "\u201c{}\u201d"])
+def test_values_may_come_in_quotes(monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+    """An env file's quotes, blanks and byte order mark are no part of a value."""
+    for name, value in {
+        "SLM_HOST": "0.0.0.0",
+        "SLM_PORT": "0",
+        "SLM_TESTING": "true",
+        "SLM_DATA_DIR": "/var/lib/s l m",
+        "SLM_DATABASE_URL": "postgresql://u:p%40@h/d",
+        "SLM_ENDPOINTS": "strict",
+        "SLM_ENDPOINT_ALLOW": "a.internal, 10.0.0.0/8",
+        "SLM_TRUSTED_PROXIES": "10.0.0.1, 10.0.0.2",
+        "SLM_ENCRYPTION_KEY_COMMAND": "vault read x",
+    }.items():
+        monkeypatch.setenv(name, form.format(value))
+    settings = load_settings()
+    assert (settings.host, settings.port, settings.testing) == ("0.0.0.0", 0, True)
+    assert settings.data_dir == Path("/var/lib/s l m")
+    assert settings.url.password == "p@"
+    assert settings.endpoint_policy.allow == ("a.internal", "10.0.0.0/8")
+    assert len(settings.trusted_proxies) == 2
+    assert settings.encryption_key_command == "vault read x"
+
+
+@pytest.mark.parametrize("password", ["p@ss", "a@b@c", "p@x/y", "p@x:y", "p?@", "p,@x"])
+def test_a_password_with_special_characters_is_explained(password: str) -> None:
+    """What makes a URL unreadable is named with its escape, and the password is not shown."""
+    with pytest.raises(ConfigurationError, match="@ is %40") as caught:
+        load_settings(database_url=SecretStr(f"postgresql://slm:{password}@db/slm"))
+    assert password not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"), [("p%40s%25", "p@s%"), ("pa/ss#?:", "pa/ss#?:"), ("a,b", "a,b")]
+)
+def test_other_passwords_are_understood(written: str, meant: str) -> None:
+    """Escapes are decoded, and what can be read without one is."""
+    url = load_settings(database_url=SecretStr(f"postgresql://slm:{written}@db/slm")).url
+    assert (url.password, url.host, url.database) == (meant, "db", "slm")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,6 +17,7 @@ import typer
 
 from slm.cli.connection import Target
 from slm.cli.output import UsageError
+from slm.environment import decoded, tidied
 from slm.errors import ConfigurationError
 from slm.files import NotTrusted, read_given
 
@@ -27,6 +29,7 @@ class Clearable(enum.StrEnum):
 
     DESCRIPTION = "description"
     ENDPOINT = "endpoint"
+    TEMPERATURE = "temperature"
     MAX_TOKENS = "max-tokens"
     API_KEY = "api-key"
 
@@ -55,8 +58,10 @@ Endpoint = Annotated[
     ),
 ]
 Temperature = Annotated[
-    float | None,
-    typer.Option("--temperature", metavar="NUMBER", help="0 to 2.", show_default=False),
+    str | None,
+    typer.Option(
+        "--temperature", metavar="NUMBER", help="0 to 2; none: none is sent.", show_default=False
+    ),
 ]
 MaxTokens = Annotated[
     int | None,
@@ -131,6 +136,21 @@ def sent(**fields: Any) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value is not None}
 
 
+def temperature_sent(field: str, text: str | None) -> dict[str, float | None]:
+    """Return a body's temperature as it was given: a number, null for `none`, or nothing at all."""
+    if text is None:
+        return {}
+    if text.strip().lower() == "none":
+        return {field: None}
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise UsageError("--temperature is a number from 0 to 2, or none")
+    return {field: number}
+
+
 def merged(options: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
     """Return the options with each NAME=JSON put in; what is not JSON is text; NAME= removes."""
     result = dict(options)
@@ -160,22 +180,25 @@ def read_key(target: Target, *, prompt: bool, file: Path | None, stdin: bool) ->
         return None
     if not target.is_private:
         raise ConfigurationError(
-            f"an API key is not sent to {target.url} without TLS; use https:// or a tunnel"
+            f"an API key is not sent to {target.url} without TLS; use https:// or a tunnel, or set"
+            " SLM_ALLOW_INSECURE=1 where something else encrypts, such as a mesh"
         )
     if file is not None:
         try:
-            key = read_given(file).decode()
+            key = decoded(read_given(file))
         except NotTrusted as error:
             raise ConfigurationError(f"the API key file cannot be used: {error}") from None
         except (OSError, UnicodeDecodeError):
             raise ConfigurationError(f"the API key file {file} cannot be read") from None
     elif stdin:
-        key = sys.stdin.read()
+        try:
+            key = decoded(sys.stdin.buffer.read())
+        except UnicodeDecodeError:
+            raise ConfigurationError("the API key on standard input is not text") from None
     elif not sys.stdin.isatty():
         raise UsageError("there is no terminal to ask at; use --api-key-stdin")
     else:
-        key = str(typer.prompt("API key", hide_input=True, err=True))
-    key = key.strip()
+        key = tidied(str(typer.prompt("API key", hide_input=True, err=True)))
     if not key:
         raise ConfigurationError("the API key is empty; to remove it: --clear api-key")
     return key

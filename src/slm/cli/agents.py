@@ -119,7 +119,7 @@ def _row(agent: Agent) -> list[str]:
         escape(agent.llm_provider),
         escape(agent.llm_model),
         "[dim]own[/]" if agent.llm_endpoint is None else escape(agent.llm_endpoint),
-        f"{agent.llm_temperature:g}",
+        "–" if agent.llm_temperature is None else f"{agent.llm_temperature:g}",
         output.shown(agent.llm_max_tokens),
         "yes" if agent.has_api_key else "–",
         _state(agent, short=True),

@@ -93,6 +93,7 @@ def _root(
 
 def run() -> int:
     """Run the command that sys.argv names and return the process's exit code."""
+    output.take_any_text()
     try:
         # The name, since `python -m slm` would show another in usage lines.
         code = app(prog_name="slm", standalone_mode=False)

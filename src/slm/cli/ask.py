@@ -15,6 +15,7 @@ import typer
 
 from slm import LLMInterface, SLMClient
 from slm.cli import output
+from slm.cli.agent_options import sent, temperature_sent
 from slm.cli.connection import Target, at_a_server
 from slm.client.config import ResolvedConfig, Step
 
@@ -33,8 +34,13 @@ def ask(
         str | None, typer.Option("--system", help="A system message.", show_default=False)
     ] = None,
     temperature: Annotated[
-        float | None,
-        typer.Option("--temperature", help="For this request alone.", show_default=False),
+        str | None,
+        typer.Option(
+            "--temperature",
+            metavar="NUMBER",
+            help="For this request alone; none: none is sent.",
+            show_default=False,
+        ),
     ] = None,
     max_tokens: Annotated[
         int | None,
@@ -61,8 +67,7 @@ def ask(
     messages = [{"role": "user", "content": prompt}]
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})
-    given = {"temperature": temperature, "max_tokens": max_tokens}
-    overrides = {name: value for name, value in given.items() if value is not None}
+    overrides = sent(max_tokens=max_tokens) | temperature_sent("temperature", temperature)
     asyncio.run(_ask(target, agent, messages, overrides, as_json=as_json))
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import inspect
 import ipaddress
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,14 +18,22 @@ import typer
 from pydantic import SecretStr
 
 from slm.client.tls import ClientCert
+from slm.environment import decoded, flag, is_service_link, tidied, variable
 from slm.errors import ConfigurationError
 from slm.files import NotTrusted, read_given, read_own
 
+_ROUTES: Final = ("/api", "/api/agents", "/api/snapshot", "/ws", "/readyz", "/healthz", "/metrics")
 DEFAULT_URL: Final = "http://127.0.0.1:8760"
 URL_FILE: Final = "server.url"
 """Written into the data directory by `slm serve` while it runs."""
 
 _PANEL: Final = "Which server"
+
+
+def _path(text: str | Path) -> Path:
+    """Return what an option or its variable names; a variable may come in quotes."""
+    return Path(tidied(str(text)))
+
 
 Url = Annotated[
     str | None,
@@ -56,6 +63,7 @@ CaFile = Annotated[
         "--ca-file",
         metavar="FILE",
         envvar="SLM_CA_FILE",
+        parser=_path,
         help="Certificates of a private CA, in PEM.",
         rich_help_panel=_PANEL,
         show_default=False,
@@ -67,6 +75,7 @@ DataDir = Annotated[
         "--data",
         metavar="DIR",
         envvar="SLM_DATA_DIR",
+        parser=_path,
         help="The data directory of a server on this machine.",
         rich_help_panel=_PANEL,
     ),
@@ -94,8 +103,13 @@ class Target:
 
     @property
     def is_private(self) -> bool:
-        """Whether nobody on the network can read what is sent: TLS, or this very machine."""
-        return self.url.startswith("https://") or is_loopback(self.url)
+        """Whether nobody on the network can read what is sent: TLS, or this very machine.
+
+        Or somebody who knows the network has said so, with SLM_ALLOW_INSECURE.
+        """
+        if self.url.startswith("https://") or is_loopback(self.url):
+            return True
+        return flag("SLM_ALLOW_INSECURE")
 
 
 def find(
@@ -143,7 +157,7 @@ def at_a_server(command: Callable[..., None], *, unless: str | None = None) -> C
 
 def _client_cert() -> ClientCert | None:
     """Return what SLM_CLIENT_CERT and SLM_CLIENT_KEY name; both may be one file."""
-    cert, key = os.environ.get("SLM_CLIENT_CERT"), os.environ.get("SLM_CLIENT_KEY")
+    cert, key = variable("SLM_CLIENT_CERT"), variable("SLM_CLIENT_KEY")
     return (cert, key) if cert and key else cert or None
 
 
@@ -159,11 +173,11 @@ def is_loopback(url: str) -> bool:
 def _find_url(given: str | None, data_dir: Path) -> tuple[str, str]:
     if given is not None:
         return _checked_url(given, "--url"), "--url"
-    if named := os.environ.get("SLM_URL"):
+    if (named := variable("SLM_URL")) and not is_service_link(named):
         return _checked_url(named, "SLM_URL"), "SLM_URL"
     file = data_dir / URL_FILE
     try:
-        text = read_own(file)[0].decode().strip()
+        text = decoded(read_own(file)[0])
     except NotTrusted as error:
         raise ConfigurationError(
             f"{error}; the address in {file} is not used, since a token is sent to it: name the"
@@ -175,7 +189,7 @@ def _find_url(given: str | None, data_dir: Path) -> tuple[str, str]:
 
 
 def _checked_url(text: str, source: str) -> str:
-    url = text.rstrip("/")
+    url = tidied(text).rstrip("/")
     for websocket, http in (("ws://", "http://"), ("wss://", "https://")):
         if url.startswith(websocket):
             url = http + url.removeprefix(websocket)
@@ -187,15 +201,21 @@ def _checked_url(text: str, source: str) -> str:
     if not usable or "@" in url or "?" in url or "#" in url:
         # Not shown: it may hold a password.
         raise ConfigurationError(f"{source} is not an address like https://slm.example:8760")
+    for route in _ROUTES:
+        if url.endswith(route):
+            raise ConfigurationError(
+                f"{source} ends with {route}, which belongs to the routes of the API: it is the"
+                f" address of the server alone, such as {parts.scheme}://{parts.netloc}"
+            )
     return url
 
 
 def _find_token(given: Path | None, data_dir: Path, url: str) -> tuple[str, str]:
     if given is not None:
         return read_token(given), str(given)
-    if token := os.environ.get("SLM_TOKEN"):
-        return token.strip(), "SLM_TOKEN"
-    if named := os.environ.get("SLM_TOKEN_FILE"):
+    if token := variable("SLM_TOKEN"):
+        return _checked_token(token, "SLM_TOKEN"), "SLM_TOKEN"
+    if named := variable("SLM_TOKEN_FILE"):
         return read_token(Path(named)), named
     file = data_dir / "admin.token"
     if is_loopback(url) and file.exists():
@@ -226,7 +246,7 @@ def read_token(file: Path) -> str:
         ConfigurationError: it cannot be read, or holds nothing.
     """
     try:
-        token = read_given(file).decode().strip()
+        token = decoded(read_given(file))
     except NotTrusted as error:
         raise ConfigurationError(f"the token file cannot be used: {error}") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -234,4 +254,13 @@ def read_token(file: Path) -> str:
         raise ConfigurationError(f"the token file {file} cannot be read: {reason}") from None
     if not token:
         raise ConfigurationError(f"the token file {file} is empty")
+    return _checked_token(token, f"the token file {file}")
+
+
+def _checked_token(token: str, source: str) -> str:
+    """Refuse what no header can carry; a token of ours is one word."""
+    if not token.isascii() or not token.isprintable() or " " in token:
+        raise ConfigurationError(
+            f"{source} holds more than a token: it is one word that begins with slm_"
+        )
     return token

@@ -63,6 +63,11 @@ def fleet(
         if each["state"] != "gone"
         for agent_id, held in each["not_in_force"].items()
     )
+    output.some(
+        f"{escape(each['backend'])} is connected [yellow]over plain http[/]"
+        for each in backends
+        if each["state"] != "gone" and each.get("plain_http")
+    )
     counts = dict.fromkeys(_STATES, 0)
     for each in backends:
         counts[each["state"]] = counts.get(each["state"], 0) + 1

@@ -5,7 +5,9 @@ On a terminal with colours and as wide as it is; into a pipe plain text, never w
 
 from __future__ import annotations
 
+import codecs
 import contextlib
+import io
 import json
 import re
 import sys
@@ -37,10 +39,38 @@ _OBEYED: Final = re.compile(
 )
 
 
+# What we write ourselves, for a terminal that has no such character.
+_PLAINER: Final = {"–": "-", "—": "-", "→": "->", "…": "...", "“": '"', "”": '"', "’": "'"}
+
+
 class UsageError(TyperException):
     """The command cannot be understood as it was given; the exit code is 2."""
 
     exit_code = 2
+
+
+def take_any_text() -> None:
+    """Have stdout and stderr take every character, whatever charset they have.
+
+    Names, answers of a model and our own dashes would end a command on a Windows pipe or in the
+    POSIX locale. What the charset lacks is written as an escape.
+    """
+    codecs.register_error("slm", _written_out)
+    for stream, errors in ((sys.stdin, "replace"), (sys.stdout, "slm"), (sys.stderr, "slm")):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
+
+
+def _written_out(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    missing = error.object[error.start : error.end]
+    return "".join(_PLAINER.get(char) or _escaped(char) for char in missing), error.end
+
+
+def _escaped(char: str) -> str:
+    """Return the character as JSON writes it, which a person can look up, too."""
+    return json.dumps(char)[1:-1]
 
 
 def _console(*, stderr: bool) -> Console:
@@ -101,9 +131,14 @@ def note(text: str) -> None:
 
 def print_json(value: Any, *, lines: bool = False) -> None:
     """Print a value as JSON on stdout: indented, or as one line of a stream of lines."""
-    text = json.dumps(value, ensure_ascii=False, indent=None if lines else 2)
+    indent = None if lines else 2
     # The same text to whoever parses it.
-    print(printable(text), flush=lines)
+    text = printable(json.dumps(value, ensure_ascii=False, indent=indent))
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(value, indent=indent)
+    print(text, flush=lines)
 
 
 def table(

@@ -107,6 +107,7 @@ def serve(
     # Only here: the other commands need neither FastAPI nor SQLAlchemy, and start faster.
     from slm.server.run import serve as run_server
     from slm.server.settings import load_settings
+    from slm.server.settings_source import ignored_variables
 
     settings = load_settings(
         host=host,
@@ -118,6 +119,8 @@ def serve(
         tls_client_ca=tls_client_ca,
     )
     _log_to_stderr(settings.log_level)
+    if ignored := ignored_variables():
+        logger.warning(ignored)
     left: list[str] = []
 
     def ready(url: str) -> None:

@@ -77,7 +77,8 @@ def create(
         body["expires_in_seconds"] = _seconds(expires)
     if not target.is_private:
         raise ConfigurationError(
-            f"a token may not travel to {target.url} in plain text; use https there"
+            f"a token may not travel to {target.url} in plain text; use https there, or set"
+            " SLM_ALLOW_INSECURE=1 where something else encrypts, such as a mesh"
         )
     file = None if token_to is None else _create_private(token_to)
     try:

@@ -35,6 +35,7 @@ from slm.cli.agent_options import (
     merged,
     read_key,
     sent,
+    temperature_sent,
 )
 from slm.cli.connection import Target, at_a_server
 from slm.cli.http import Answer, Api, agent_path, call, parsed
@@ -74,10 +75,10 @@ def create(
     wait_limit: WaitLimit = None,
     as_json: Json = False,
 ) -> None:
-    """Create an agent. What is not given takes its default: 0.7, 30 s, the provider's endpoint.
+    """Create an agent. What is not given takes its default: 30 s, the provider's endpoint.
 
     [bold]Example[/]
-      slm agents create classifier --provider openai --model gpt-4o-mini --api-key
+      slm agents create classifier --provider openai --model gpt-6-luna --api-key
     """
     body = sent(
         name=name or agent,
@@ -86,7 +87,6 @@ def create(
         llm_provider=provider,
         llm_endpoint=endpoint,
         llm_model=model,
-        llm_temperature=temperature,
         llm_max_tokens=max_tokens,
         llm_timeout=timeout,
         llm_options=merged({}, option) if option else None,
@@ -94,7 +94,8 @@ def create(
         is_default=default or None,
         llm_api_key=read_key(target, prompt=api_key, file=api_key_file, stdin=api_key_stdin),
     )
-    answer = call(target, "POST", "/api/agents", body={"agent_id": agent} | body)
+    body |= {"agent_id": agent} | temperature_sent("llm_temperature", temperature)
+    answer = call(target, "POST", "/api/agents", body=body)
     revision = _revision_of(answer)
     if not as_json:
         said = f"[bold]{escape(agent)}[/] created at revision {revision}"
@@ -124,7 +125,8 @@ def set_agent(
         typer.Option(
             "--clear",
             metavar="FIELD",
-            help="Set to nothing: description, endpoint, max-tokens or api-key. Repeatable.",
+            help="Set to nothing: description, endpoint, temperature, max-tokens or api-key."
+            " Repeatable.",
             show_default=False,
         ),
     ] = None,
@@ -145,9 +147,9 @@ def set_agent(
     key clears it, and the command says so.
 
     [bold]Examples[/]
-      slm agents set code-assistant --model gpt-4o --temperature 0.2
-      slm agents set code-assistant --model gpt-4o --comment "cheaper" --wait
-      slm agents set code-assistant --provider anthropic --model claude-sonnet-4-5 --api-key
+      slm agents set code-assistant --model gpt-6.1-sol --temperature 0.2
+      slm agents set code-assistant --model gpt-6.1-sol --comment "cheaper" --wait
+      slm agents set code-assistant --provider anthropic --model claude-sonnet-5-5 --api-key
       slm agents set code-assistant --option top_p=0.9 --clear max-tokens
     """
     body = sent(
@@ -156,12 +158,12 @@ def set_agent(
         llm_provider=provider,
         llm_endpoint=endpoint,
         llm_model=model,
-        llm_temperature=temperature,
         llm_max_tokens=max_tokens,
         llm_timeout=timeout,
         is_active=active,
         is_default=default or None,
     )
+    body |= temperature_sent("llm_temperature", temperature)
     for cleared in clear or []:
         field = cleared.replace("-", "_")
         field = field if cleared is Clearable.DESCRIPTION else f"llm_{field}"

@@ -47,7 +47,7 @@ class ResolvedConfig:
         llm_model: the model's name.
         llm_api_key: the key, or None.
         llm_timeout: seconds for the whole call; of a stream, to its first token and between tokens.
-        llm_temperature: 0 to 2.
+        llm_temperature: 0 to 2, or None: none is sent.
         llm_max_tokens: the most tokens to generate, or None for the provider's default.
         llm_options: whatever else the provider takes, passed on as it is; not to be changed.
         revision: the revision of this config; None outside the SLM's steps.
@@ -63,7 +63,7 @@ class ResolvedConfig:
     llm_endpoint: str | None = None
     llm_api_key: SecretStr | None = None
     llm_timeout: int = 30
-    llm_temperature: float = 0.7
+    llm_temperature: float | None = None
     llm_max_tokens: int | None = None
     llm_options: Mapping[str, Any] = field(default_factory=dict)
     revision: int | None = None

@@ -20,6 +20,7 @@ from slm.schemas import ApiKey, Endpoint, MaxTokens, Model, Provider, Temperatur
 PREFIX: Final = "AUTOBOT_LLM_"
 HARDCODED_PROVIDER: Final = "ollama"
 HARDCODED_MODEL: Final = "mistral:7b-instruct"
+HARDCODED_TEMPERATURE: Final = 0.7
 
 _NAMES: Final = (
     "PROVIDER",
@@ -40,6 +41,8 @@ _TYPES: Final[dict[str, Any]] = {
     "MAX_TOKENS": MaxTokens,
 }
 _NUMBERS: Final = {"TIMEOUT": int, "TEMPERATURE": float, "MAX_TOKENS": int}
+_NONE: Final = "none"
+"""AUTOBOT_LLM_TEMPERATURE=none: no temperature is sent."""
 # Without these the request would go to another place than the one that was meant.
 _WHERE: Final = frozenset({"PROVIDER", "ENDPOINT", "MODEL", "API_KEY"})
 
@@ -77,10 +80,13 @@ def from_environment(
     warnings: list[str] = []
     values: dict[str, Any] = {}
     for name, text in texts.items():
+        if name == "TEMPERATURE" and text.lower() == _NONE:
+            values[name] = None
+            continue
         try:
             values[name] = _adapter(name).validate_python(_NUMBERS.get(name, str)(text))
-        except (ValidationError, ValueError):
-            warnings.append(f"{PREFIX}{name} is passed over: it is not a valid value")
+        except (ValidationError, ValueError) as error:
+            warnings.append(f"{PREFIX}{name} is passed over: it {_reason(error)}")
             if name in _WHERE:
                 return FromEnvironment(None, _step_passed_over(warnings))
     if "PROVIDER" not in values and values.pop("API_KEY", None) is not None:
@@ -108,6 +114,16 @@ def _adapter(name: str) -> TypeAdapter[Any]:
     return TypeAdapter(_TYPES[name])
 
 
+def _reason(error: ValueError) -> str:
+    """Return what is wrong with a value, without the value."""
+    if isinstance(error, ValidationError):
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        if first["type"] == "value_error":
+            # One of ours, which holds no value.
+            return first["msg"].removeprefix("Value error, ")
+    return "is not a valid value"
+
+
 def _step_passed_over(warnings: list[str]) -> tuple[str, ...]:
     return (*warnings, f"the environment step is passed over: see {PREFIX}* above")
 
@@ -126,6 +142,6 @@ def _config(
         llm_model=values.get("MODEL", HARDCODED_MODEL),
         llm_api_key=key,
         llm_timeout=values.get("TIMEOUT", 30),
-        llm_temperature=values.get("TEMPERATURE", 0.7),
+        llm_temperature=values.get("TEMPERATURE", HARDCODED_TEMPERATURE if ollama else None),
         llm_max_tokens=values.get("MAX_TOKENS"),
     )

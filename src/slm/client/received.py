@@ -22,7 +22,7 @@ class ReceivedAgent:
     llm_endpoint: str | None = None
     llm_model: str
     llm_timeout: int = 30
-    llm_temperature: float = 0.7
+    llm_temperature: float | None = None
     llm_max_tokens: int | None = None
     llm_options: dict[str, Any] = field(default_factory=dict)
     is_default: bool = False

@@ -63,6 +63,7 @@ class Backend:
         replica: the lease of the server that it is, or was, connected to.
         server: that server's name, for people.
         view: what its token may see.
+        plain_http: whether its last connection came over the network without TLS.
         since: when it came or went, seconds since 1970.
         known_since: when it first connected; the first to use a name keeps it.
         stretches: its connections, the newest last.
@@ -79,6 +80,7 @@ class Backend:
     replica: str
     server: str
     view: View = EVERYTHING
+    plain_http: bool = False
     since: float = 0.0
     known_since: float = math.inf
     stretches: list[Stretch] = field(default_factory=list)
@@ -205,6 +207,7 @@ class Backend:
             "token": self.token,
             "server": self.server,
             "view": self.view.to_text(),
+            "plain_http": self.plain_http,
             "since": self.since + offset_seconds,
             "known_since": self.known_since + offset_seconds,
             "stretches": [
@@ -225,7 +228,7 @@ class Backend:
         """Take in what its replica tells of it; acks that are here already stay."""
         told = data if isinstance(data, Told) else Told.of(data)
         self.client, self.token, self.server = told.client, told.token, told.server
-        self.view = View.from_text(told.view)
+        self.view, self.plain_http = View.from_text(told.view), told.plain_http
         self.since = told.since - offset_seconds
         known_since = told.since if told.known_since is None else told.known_since
         self.known_since = known_since - offset_seconds
@@ -297,6 +300,7 @@ class Told(BaseModel):
     view: Annotated[str, Field(max_length=64 * 1024)] | None
     since: Annotated[FiniteFloat, Field(ge=0, le=_LAST_SECOND)]
     known_since: Annotated[FiniteFloat, Field(ge=0, le=_LAST_SECOND)] | None = None
+    plain_http: StrictBool = False
     stretches: Annotated[
         list[tuple[Integer, Integer | None, FiniteFloat | None]], Field(max_length=_MAX_STRETCHES)
     ]

@@ -6,11 +6,24 @@ rest that it imports of ours.
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Final, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    PrivateAttr,
+    StrictBool,
+    StrictInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
+from slm.errors import InvalidRequest
 from slm.schemas import (
+    Agent,
     AgentId,
     ApiKey,
     Comment,
@@ -24,6 +37,14 @@ from slm.schemas import (
     Temperature,
     TimeoutSeconds,
 )
+
+_STORED: Final = frozenset(
+    {
+        *("name", "description", "llm_provider", "llm_endpoint", "llm_model", "llm_timeout"),
+        *("llm_temperature", "llm_max_tokens", "llm_options"),
+    }
+)
+"""Fields whose stored value may break a rule: the table was adopted, or the rule is a newer one."""
 
 
 class _Written(BaseModel):
@@ -49,7 +70,7 @@ class AgentCreate(_Written):
     llm_model: Model
     llm_api_key: ApiKey | None = None
     llm_timeout: TimeoutSeconds = 30
-    llm_temperature: Temperature = 0.7
+    llm_temperature: Temperature | None = None
     llm_max_tokens: MaxTokens | None = None
     llm_options: Options = Field(default_factory=dict)
     is_default: StrictBool = False
@@ -63,6 +84,11 @@ class AgentUpdate(_Written):
     `model_fields_set` tells a field that was sent as null from one that was not sent. A null clears
     a nullable field and is refused for another (docs/protocol.md section 3).
     """
+
+    # Which fields a rule refuses or changes, as they were sent, and the rules broken: one that
+    # equals what is stored is not judged again (docs/protocol.md section 3).
+    _as_sent: dict[str, Any] = PrivateAttr(default_factory=dict)
+    _broken: dict[str, list[dict[str, Any]]] = PrivateAttr(default_factory=dict)
 
     # Not checked against the pattern: a path's agent_id is taken literally, and this must equal it.
     agent_id: str | None = None
@@ -80,13 +106,57 @@ class AgentUpdate(_Written):
     is_active: StrictBool | None = None
     comment: Comment | None = None
 
+    @model_validator(mode="wrap")
+    @classmethod
+    def _judge_later(cls, value: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """Leave what a row may hold from before to whoever can compare it with the row."""
+        broken: dict[str, list[dict[str, Any]]] = {}
+        try:
+            update = handler(value)
+        except ValidationError as error:
+            for each in error.errors(include_url=False, include_input=False):
+                rule = {
+                    "loc": ["body", *each["loc"][:1]],
+                    "msg": each["msg"].removeprefix("Value error, "),
+                    "type": each["type"],
+                }
+                broken.setdefault(str(each["loc"][0]) if each["loc"] else "", []).append(rule)
+            if not _STORED.issuperset(broken):
+                raise
+            update = handler({k: v for k, v in value.items() if k not in broken})
+        if isinstance(value, dict):
+            update._broken = broken
+            update._as_sent = {
+                name: value[name]
+                for name in _STORED & value.keys()
+                if name in broken or value[name] != getattr(update, name)
+            }
+        return update
+
+    def judged_beside(self, stored: Agent) -> dict[str, Any]:
+        """Return the fields that are to be written, for an agent that is stored like this.
+
+        Raises:
+            InvalidRequest: one breaks a rule, and is not what is stored.
+        """
+        same = {
+            name
+            for name, value in self._as_sent.items()
+            if type(value) is type(getattr(stored, name)) and value == getattr(stored, name)
+        }
+        broken = [
+            rule for name, rules in self._broken.items() if name not in same for rule in rules
+        ]
+        if broken:
+            raise InvalidRequest(errors=broken)
+        return {name: getattr(self, name) for name in self.model_fields_set - same}
+
     @field_validator(
         "agent_id",
         "name",
         "llm_provider",
         "llm_model",
         "llm_timeout",
-        "llm_temperature",
         "llm_options",
         "is_default",
         "is_active",

@@ -27,6 +27,10 @@ from slm.errors import (
 )
 from slm.server.postgresql import behind_a_pooler
 
+_PERCENT: Final = (
+    "; special characters of a password are percent-encoded in the URL: @ is %40, % itself %25"
+)
+
 
 class DatabaseHeld(StartupError):
     """Another process has the SQLite file."""
@@ -53,7 +57,8 @@ def why_not_opened(error: SQLAlchemyError | sqlite3.Error, name: str) -> Startup
         words = str(cause).strip().splitlines() or [type(cause).__name__]
         if "pooling mode" in words[0]:
             return behind_a_pooler(name)
-        return StartupError(f"The database {name} cannot be opened: {words[0]}")
+        hint = _PERCENT if "password authentication failed" in words[0] else ""
+        return StartupError(f"The database {name} cannot be opened: {words[0]}{hint}")
     match primary_code(cause):
         case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:
             return DatabaseHeld.of(name)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from slm import files
+from slm.environment import decoded
 from slm.errors import StartupError
 
 
@@ -129,7 +130,7 @@ def read_private(path: Path, notes: list[str]) -> str | None:
     """
     try:
         content, mode = files.read_own(path)
-        text = content.decode("ascii").strip()
+        text = decoded(content)
     except FileNotFoundError:
         return None
     except files.NotTrusted as error:

@@ -190,6 +190,7 @@ class Fleet:
             backend = self._own[key] = Backend(key, client, token, self.replica, self.server)
             self._names.anew()
         backend.client, backend.token, backend.view = client, token, subscriber.view
+        backend.plain_http = subscriber.plain_http
         backend.begin(self.head, self._clock())
         self._by_subscriber[subscriber] = backend
         self._current[key] = subscriber
@@ -486,6 +487,7 @@ class Fleet:
             "token": backend.token,
             "agents": backend.view.patterns,
             "server": backend.server,
+            "plain_http": backend.plain_http,
             "state": state,
             "since": _time(backend.since),
             "applied": backend.applied,

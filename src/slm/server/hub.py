@@ -80,10 +80,14 @@ class Subscriber:
         view: what its token may see.
         token_id: whose token it is; None where no token opened it.
         client: who it says it is.
+        plain_http: whether it came over the network without TLS.
     """
 
     # A broadcast visits thousands; each line of memory less is seen in its time.
-    __slots__ = ("change_id", "client", "epoch", "live", "position", "sink", "token_id", "view")
+    __slots__ = (
+        *("change_id", "client", "epoch", "live", "plain_http", "position", "sink", "token_id"),
+        "view",
+    )
 
     def __init__(self, sink: Sink, view: View = EVERYTHING, token_id: int | None = None) -> None:
         self.sink = sink
@@ -94,6 +98,7 @@ class Subscriber:
         self.change_id = ""
         self.live = False
         self.client: ClientInfo | None = None
+        self.plain_http = False
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from typing import Final
 from pydantic import SecretStr
 from sqlalchemy import Connection, insert, select, update
 
+from slm.environment import decoded
 from slm.errors import ConfigurationError, EncryptionKeyMissing, StartupError
 from slm.server.audit import Event, Who, append
 from slm.server.database import Database
@@ -126,7 +127,7 @@ def _output_of(command: str, seconds: float, environment: Mapping[str, str]) -> 
             timeout=seconds,
             check=True,
         )
-        return done.stdout.decode("ascii")
+        return decoded(done.stdout)
     except subprocess.TimeoutExpired:
         why = f"it took longer than {seconds:g} s"
     except subprocess.CalledProcessError as error:

@@ -331,7 +331,7 @@ def agent_of(row: Row[*tuple[Any, ...]] | Mapping[str, Any]) -> schemas.Agent:
         llm_endpoint=text_of(value["llm_endpoint"] or "") or None,
         llm_model=text_of(value["llm_model"]),
         llm_timeout=_read(_whole, value["llm_timeout"], 30),
-        llm_temperature=_read(_number, value["llm_temperature"], 0.7),
+        llm_temperature=_read(_number, value["llm_temperature"], None),
         llm_max_tokens=_read(_whole, value["llm_max_tokens"], None),
         llm_options=_read(_options, value["llm_options"], dict[str, Any]()),
         is_default=_read(_flag, value["is_default"], False),

@@ -14,23 +14,30 @@ from starlette.datastructures import Headers
 from starlette.requests import HTTPConnection
 
 from slm.errors import TlsRequired
-from slm.server.settings import Network
+from slm.server.settings import Network, Settings
 
 _DEFAULT_PORTS: Final = {"http": 80, "ws": 80, "https": 443, "wss": 443}
 _SECURE: Final = frozenset({"https", "wss"})
 
 
-def require_private(connection: HTTPConnection, trusted_proxies: Sequence[Network]) -> None:
+def require_private(connection: HTTPConnection, settings: Settings) -> None:
     """Refuse a request that a key may not travel on.
 
     Private is TLS, or a loopback peer whose request no proxy has forwarded. What forwarding headers
-    claim counts only from a proxy that the operator named.
+    claim counts only from a proxy that the operator named. Plain http counts as private where every
+    hop is in a network that the operator trusts.
 
     Raises:
-        TlsRequired: it is neither.
+        TlsRequired: it is none of these.
     """
-    if not is_private(connection, trusted_proxies):
-        raise TlsRequired("Use https, or ask from the server's own machine without a proxy.")
+    if is_private(connection, settings.trusted_proxies):
+        return
+    if not _all_hops_among(connection, settings.trusted_networks):
+        raise TlsRequired(
+            "Use https, or ask from the server's own machine without a proxy. Behind a proxy that"
+            " ends TLS, or in a mesh that encrypts by itself, the server needs SLM_TRUSTED_PROXIES"
+            " or SLM_TRUSTED_NETWORKS."
+        )
 
 
 def is_private(connection: HTTPConnection, trusted_proxies: Sequence[Network]) -> bool:
@@ -45,6 +52,23 @@ def is_private(connection: HTTPConnection, trusted_proxies: Sequence[Network]) -
     return address is not None and address.is_loopback and not forwarded
 
 
+def _all_hops_among(connection: HTTPConnection, networks: Sequence[Network]) -> bool:
+    """Say whether the peer and everyone for whom it says it forwards are in these networks.
+
+    Anybody on such a network could leave a hop out, and could read what is sent there as well.
+    """
+    address = _address(connection)
+    if not networks or address is None or not _is_among(address, networks):
+        return False
+    headers = connection.headers
+    told = [part for value in headers.getlist("x-forwarded-for") for part in value.split(",")]
+    for value in headers.getlist("forwarded"):
+        for hop in value.split(","):
+            told += [v for n, v in map(_pair, hop.split(";")) if n == "for"]
+    hops = [_parsed(_without_port(text.strip())) for text in told]
+    return all(hop is not None and _is_among(hop, networks) for hop in hops)
+
+
 def client_address(connection: HTTPConnection, trusted_proxies: Sequence[Network]) -> str | None:
     """Return the address that a request came from, for limits and the audit.
 
@@ -56,10 +80,8 @@ def client_address(connection: HTTPConnection, trusted_proxies: Sequence[Network
         return None if address is None else str(address)
     told = ",".join(connection.headers.getlist("x-forwarded-for")).split(",")
     for text in reversed(told):
-        try:
-            # A zone index may be text of any length, and names nothing on this machine.
-            hop = ipaddress.ip_address(text.strip().partition("%")[0])
-        except ValueError:
+        hop = _parsed(text.strip())
+        if hop is None:
             break
         address = hop
         if not _is_among(hop, trusted_proxies):
@@ -91,10 +113,13 @@ def _place(url: str) -> tuple[str, int] | None:
 
 
 def _address(connection: HTTPConnection) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    if connection.client is None:
-        return None
+    return None if connection.client is None else _parsed(connection.client.host)
+
+
+def _parsed(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     try:
-        address = ipaddress.ip_address(connection.client.host.partition("%")[0])
+        # A zone index may be text of any length, and names nothing on this machine.
+        address = ipaddress.ip_address(text.partition("%")[0])
     except ValueError:
         return None
     if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
@@ -124,6 +149,13 @@ def _forwarded_over_tls(headers: Headers) -> bool:
             pairs = dict(_pair(part) for part in hop.split(";"))
             schemes.append(pairs.get("proto", ""))
     return bool(schemes) and all(scheme in _SECURE for scheme in schemes)
+
+
+def _without_port(text: str) -> str:
+    """Return the address of `10.0.0.7:4711`, `[::1]:4711` or `[::1]` (RFC 7239 section 6)."""
+    if text.startswith("["):
+        return text[1:].partition("]")[0]
+    return text.partition(":")[0] if text.count(":") == 1 else text
 
 
 def _pair(part: str) -> tuple[str, str]:

@@ -200,7 +200,7 @@ class AgentRegistry:
             functools.partial(
                 self._update,
                 agent_id=agent_id,
-                sent={name: getattr(update, name) for name in update.model_fields_set},
+                update=update,
                 author=Author(Who(actor, address, caller), comment),
                 if_match=if_match,
             )
@@ -320,13 +320,14 @@ class AgentRegistry:
         connection: Connection,
         *,
         agent_id: str,
-        sent: Mapping[str, Any],
+        update: AgentUpdate,
         author: Author,
         if_match: IfMatch,
     ) -> Written:
         head = self._next(connection, author)
         row = _found(connection, agent_id, if_match, head.epoch)
         before = agent_of(row)
+        sent = update.judged_beside(before)
         if sent.get("agent_id", agent_id) != agent_id:
             raise InvalidRequest(
                 "The body names another agent than the path.",
@@ -335,7 +336,8 @@ class AgentRegistry:
         values = row | _altered(before, sent)
         after = agent_of(values)
         _check_default(before, after)
-        if sent.keys() & {"llm_provider", "llm_endpoint"}:
+        place = before.llm_provider, before.llm_endpoint
+        if (after.llm_provider, after.llm_endpoint) != place:
             self._check_endpoint(after.llm_provider, after.llm_endpoint)
         cleared = self._place_key(values, before, after, sent, head.revision)
         if values == row:
@@ -347,7 +349,7 @@ class AgentRegistry:
         update_agent(connection, values)
         after = agent_of(values)
         change = record_change(connection, CHANGED, after, head, before.is_default, author)
-        _audit(connection, "agent.update", agent_id, head, author, sent)
+        _audit(connection, "agent.update", agent_id, head, author, update.model_fields_set)
         return _written(connection, change, head, demotion, author, cleared)
 
     def _place_key(

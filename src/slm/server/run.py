@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import logging
 import os
 import signal
@@ -161,6 +162,8 @@ class SLMServer:
             with _listening(self.settings) as listener:
                 await self._start_uvicorn(self._app, listener)
                 self.url = _url(self.settings, listener)
+                for exposed in _exposures(self.settings, listener):
+                    logger.warning(exposed)
         except BaseException:
             await self.stop()
             raise
@@ -314,6 +317,27 @@ def _tls_of(settings: Settings) -> ServerTls | None:
     # Before the database is touched: a wrong file is the quickest thing to tell.
     tls.context()
     return tls
+
+
+def _exposures(settings: Settings, listener: socket.socket) -> Iterator[str]:
+    """Yield what an operator has to know, at each start, of connections without TLS."""
+    if settings.trusted_networks:
+        networks = ", ".join(map(str, settings.trusted_networks))
+        yield (
+            f"API keys are handed out over plain http to {networks} (SLM_TRUSTED_NETWORKS): whoever"
+            " can read what is sent there can read the keys, unless something else encrypts it"
+        )
+    address = ipaddress.ip_address(listener.getsockname()[0].partition("%")[0])
+    encrypted = settings.tls_cert or settings.trusted_proxies or settings.trusted_networks
+    if not encrypted and not address.is_loopback:
+        yield (
+            f"listening on {address} without TLS: from other machines nobody can fetch or set an"
+            " API key (403 tls-required), SDKs and the command line refuse an http:// address of"
+            " another machine, and whoever does connect sends its token in the clear. Set"
+            " SLM_TLS_CERT and SLM_TLS_KEY (`slm certs dev` makes some to try with); where a proxy"
+            " ends TLS in front of this server, or a mesh encrypts, name it in SLM_TRUSTED_PROXIES"
+            " or SLM_TRUSTED_NETWORKS"
+        )
 
 
 def _url(settings: Settings, listener: socket.socket) -> str:

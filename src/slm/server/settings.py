@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
 from slm.endpoints import EndpointPolicy, parse_allowed
+from slm.environment import listed
 from slm.errors import ConfigurationError
 from slm.server.postgresql import sqlalchemy_spelling
+from slm.server.settings_source import PREFIX, TidyEnvironment
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -48,6 +50,8 @@ class Settings(BaseSettings):
         endpoint_allow: hosts, addresses and networks that `strict` lets through.
         metrics_token: what `/metrics` asks for; none: it is open.
         trusted_proxies: addresses or networks whose Forwarded headers count.
+        trusted_networks: addresses or networks from which plain http may ask for keys, such as
+            those of a mesh whose sidecars encrypt.
         changes_keep: how many changes are kept for resuming; none: all.
         audit_keep_days: how old an entry of the audit gets once it was exported; none: any age.
         log_level: how much the server tells on stderr.
@@ -95,12 +99,23 @@ class Settings(BaseSettings):
     """
 
     model_config = SettingsConfigDict(
-        env_prefix="SLM_",
+        env_prefix=PREFIX,
         extra="ignore",
         frozen=True,
         hide_input_in_errors=True,
-        env_ignore_empty=True,
     )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Read arguments, then the environment."""
+        return init_settings, TidyEnvironment(settings_cls)
 
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8760
@@ -111,11 +126,12 @@ class Settings(BaseSettings):
     tls_client_ca: Path | None = None
     encryption_keys: SecretStr | None = None
     encryption_key_command: str | None = None
-    encryption_key_command_env: Annotated[tuple[str, ...], NoDecode] = ()
+    encryption_key_command_env: tuple[str, ...] = ()
     endpoints: Literal["open", "strict"] = "open"
-    endpoint_allow: Annotated[tuple[str, ...], NoDecode] = ()
+    endpoint_allow: tuple[str, ...] = ()
     metrics_token: SecretStr | None = None
-    trusted_proxies: Annotated[tuple[Network, ...], NoDecode] = ()
+    trusted_proxies: tuple[Network, ...] = ()
+    trusted_networks: tuple[Network, ...] = ()
     changes_keep: Annotated[int, Field(ge=0)] | None = None
     audit_keep_days: Annotated[int, Field(ge=1, le=36_500)] | None = None
     log_level: Literal["debug", "info", "warning", "error"] = "info"
@@ -160,20 +176,17 @@ class Settings(BaseSettings):
     testing: bool = False
     failpoint: str | None = None
 
-    @field_validator("trusted_proxies", mode="before")
+    @field_validator("trusted_proxies", "trusted_networks", mode="before")
     @classmethod
     def _networks(cls, value: Any) -> Any:
         """Take `10.0.0.1, 192.168.0.0/16`; a single address is a network of one."""
-        if isinstance(value, str):
-            value = [part.strip() for part in value.split(",") if part.strip()]
-        return tuple(value)
+        return tuple(listed(value) if isinstance(value, str) else value)
 
     @field_validator("encryption_key_command_env", mode="before")
     @classmethod
     def _variables(cls, value: Any) -> Any:
         """Take `VAULT_ADDR, AWS_*`; the server's own variables hold secrets."""
-        if isinstance(value, str):
-            value = [part.strip() for part in value.split(",") if part.strip()]
+        value = listed(value) if isinstance(value, str) else value
         if any(name.upper().startswith(("SLM_", "AUTOBOT_")) for name in value):
             raise ValueError(
                 "must not name SLM_ or AUTOBOT_ variables: the command never gets those"
@@ -191,13 +204,22 @@ class Settings(BaseSettings):
         if value is None:
             return None
         try:
-            url = sqlalchemy_spelling(value.get_secret_value())
-            backend = make_url(url).get_backend_name()
+            url = make_url(sqlalchemy_spelling(value.get_secret_value()))
+            backend = url.get_backend_name()
         except (ArgumentError, ValueError):
             backend = ""
+        else:
+            # The part of a password after an "@" would be taken for the host.
+            before_query = value.get_secret_value().partition("?")[0]
+            if backend != "sqlite" and ("@" in (url.host or "") or before_query.count("@") > 1):
+                backend = ""
         # `from None`: the URL holds a password, and the chain would show it.
         if backend not in ("sqlite", "postgresql", "postgres"):
-            raise ValueError("must be a postgresql+psycopg:// or sqlite:/// URL") from None
+            raise ValueError(
+                "must be a postgresql+psycopg:// or sqlite:/// URL, in which special characters of"
+                " user and password are percent-encoded (@ is %40, / %2F, : %3A, # %23, ? %3F,"
+                " % %25)"
+            ) from None
         return value
 
     @model_validator(mode="after")

@@ -17,6 +17,7 @@ from typing import Final, NoReturn
 from cryptography.fernet import Fernet, InvalidToken, MultiFernet
 from pydantic import SecretStr
 
+from slm.environment import tidied
 from slm.errors import ConfigurationError, KeyUndecryptable
 from slm.server.sealed import SealedTexts
 
@@ -243,7 +244,7 @@ def fingerprint(key: str) -> str:
 
 def parse_keys(text: str) -> list[SecretStr]:
     """Return the keys of a list separated by commas or white space, as SLM_ENCRYPTION_KEYS has."""
-    return [SecretStr(part) for part in text.replace(",", " ").split()]
+    return [SecretStr(tidied(part)) for part in text.replace(",", " ").split()]
 
 
 def _refuse(why: str) -> NoReturn:

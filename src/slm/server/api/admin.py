@@ -35,7 +35,7 @@ async def make_backup(request: Request, services: Parts, caller: Admin) -> Strea
 
     The caller keeps it where it likes: the server leaves no copy of its own.
     """
-    require_private(request, services.settings.trusted_proxies)
+    require_private(request, services.settings)
     place = services.database.path
     if place is None:
         raise InvalidRequest("This backup is for a SQLite file; use pg_dump for PostgreSQL.")

@@ -205,7 +205,7 @@ async def get_llm_config(
     request: Request, agent_id: AgentIdPath, services: UpToDate, caller: KeyReader
 ) -> Response:
     """Return what an agent needs for a call, its API key included."""
-    require_private(request, services.settings.trusted_proxies)
+    require_private(request, services.settings)
     if not sees_today(services, caller, agent_id):
         # Without a look into the database, whose time would tell whether it is there.
         raise AgentNotFound
@@ -235,7 +235,7 @@ async def create_agent(
     """Create an agent; with is_default it takes the flag from the default of now."""
     caller.require_writable(agent.agent_id, makes_default=agent.is_default)
     if agent.llm_api_key is not None:
-        require_private(request, services.settings.trusted_proxies)
+        require_private(request, services.settings)
     who = who_of(request, caller)
     written = await services.registry.create(
         agent, actor=who.actor, comment=agent.comment, address=who.address, caller=caller
@@ -265,7 +265,7 @@ async def update_agent(
     """Change the fields that are sent; null clears a field that can be empty."""
     caller.require_writable(agent_id, makes_default=bool(update.is_default))
     if update.llm_api_key is not None:
-        require_private(request, services.settings.trusted_proxies)
+        require_private(request, services.settings)
     who = who_of(request, caller)
     written = await services.registry.update(
         agent_id,

@@ -396,8 +396,11 @@ def catalog_headers(services: Services) -> dict[str, str]:
 
 _ETAGS: Final = re.compile(r'\s*(?:(W/)?"([\x21\x23-\x7e\x80-\xff]*)"\s*(?:,|$)\s*)+')
 _ETAG: Final = re.compile(r'(W/)?"([\x21\x23-\x7e\x80-\xff]*)"')
-# As `catalog.agent_etag` makes it; without an epoch it is what a person types.
-_AGENT_ETAG: Final = re.compile(r"(?:([0-9A-Za-z._-]{1,64})-)?([0-9]{1,18})")
+# As `catalog.agent_etag` makes it; without an epoch it is what a person types. A proxy that
+# compresses writes its coding after it: Apache `-gzip`, others `--gzip` or `;br`.
+_AGENT_ETAG: Final = re.compile(
+    r"(?:([0-9A-Za-z._-]{1,64})-)?([0-9]{1,18})(?:(?:--?|;)(?:gzip|br|deflate|zstd))?"
+)
 
 
 def none_match(headers: Headers, etag: str) -> bool:
@@ -419,8 +422,10 @@ def versions_matched(headers: Headers) -> list[Version] | None:
 
     Raises:
         BadRequest: it is not a list of entity tags.
-        PreconditionFailed: no tag of it can be an agent's; a weak tag never matches.
+        PreconditionFailed: no tag of it can be an agent's.
     """
+    # Strictly, a weak tag never matches here. But it is what a proxy that compresses makes of ours
+    # (nginx `W/"…"`), and it names one revision all the same: it is no digest of a text.
     values = headers.getlist("if-match")
     header = ", ".join(values)
     if not values or header.strip() == "*":
@@ -429,8 +434,8 @@ def versions_matched(headers: Headers) -> list[Version] | None:
         raise BadRequest("If-Match takes entity tags, such as an ETag with its quotes.")
     named = [
         Version(int(found[2]), found[1])
-        for weak, tag in _ETAG.findall(header)
-        if not weak and (found := _AGENT_ETAG.fullmatch(tag))
+        for _, tag in _ETAG.findall(header)
+        if (found := _AGENT_ETAG.fullmatch(tag))
     ]
     if not named:
         raise PreconditionFailed

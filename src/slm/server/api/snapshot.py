@@ -35,7 +35,7 @@ router = APIRouter(prefix="/api", route_class=SLMRoute, tags=["agents"])
 )
 async def get_snapshot(request: Request, services: UpToDate, caller: KeyReader) -> Response:
     """Return every agent that the token sees, with its key, read in one transaction."""
-    require_private(request, services.settings.trusted_proxies)
+    require_private(request, services.settings)
     if not services.snapshots.take(None):
         raise Overloaded("Too many snapshots are being requested at once.")
     try:

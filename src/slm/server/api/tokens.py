@@ -121,7 +121,7 @@ async def create_token(
     request: Request, wanted: TokenCreate, services: Parts, caller: Admin
 ) -> Response:
     """Make a token; its answer is the one place where it ever stands."""
-    require_private(request, services.settings.trusted_proxies)
+    require_private(request, services.settings)
     written, token = await services.token_store.create(
         wanted.name,
         list(dict.fromkeys(wanted.scopes)),

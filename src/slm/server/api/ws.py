@@ -26,7 +26,7 @@ from slm.server.frames import Frames
 from slm.server.handshake import TAKE_OVER
 from slm.server.hub import Sink, Subscriber
 from slm.server.openings import Place
-from slm.server.peer import has_foreign_origin
+from slm.server.peer import has_foreign_origin, is_private
 from slm.server.problems import problem_response
 from slm.server.replay import open_stream
 from slm.server.services import Services
@@ -62,7 +62,8 @@ async def stream(websocket: WebSocket) -> None:
     except ProblemError as problem:
         await _refuse(websocket, problem)
         return
-    conversation = _Conversation(services, caller, place)
+    plain_http = not is_private(websocket, services.settings.trusted_proxies)
+    conversation = _Conversation(services, caller, place, plain_http=plain_http)
     try:
         await websocket.accept()
     except BaseException:
@@ -97,16 +98,20 @@ class _Conversation:
     __slots__ = (
         "_opening",
         "_place",
+        "_plain_http",
         "_services",
         "_subscribed",
         "_token_id",
         "subscriber",
     )
 
-    def __init__(self, services: Services, caller: Caller, place: Place) -> None:
+    def __init__(
+        self, services: Services, caller: Caller, place: Place, *, plain_http: bool
+    ) -> None:
         self._services = services
         self._token_id = caller.token_id
         self._place: Place | None = place
+        self._plain_http = plain_http
         self._subscribed = False
         self._opening: asyncio.Task[None] | None = None
         self.subscriber: Subscriber
@@ -114,6 +119,7 @@ class _Conversation:
     def begin(self, sink: Sink, view: View) -> None:
         """Take the connection in, now that it is accepted."""
         self.subscriber = self._services.hub.attach(sink, view, self._token_id)
+        self.subscriber.plain_http = self._plain_http
 
     def heard(self, message: str | bytes) -> None:
         """Take one message."""

@@ -85,7 +85,6 @@ def _take_over(connection: sa.Connection, inspector: sa.Inspector) -> None:
         op.alter_column("agents", "llm_model", type_=sa.String(256))
     for statement in (
         "UPDATE agents SET llm_timeout = 30 WHERE llm_timeout IS NULL",
-        "UPDATE agents SET llm_temperature = 0.7 WHERE llm_temperature IS NULL",
         "UPDATE agents SET is_active = TRUE WHERE is_active IS NULL",
         "UPDATE agents SET created_at = CURRENT_TIMESTAMP WHERE created_at IS NULL",
         "UPDATE agents SET updated_at = created_at WHERE updated_at IS NULL",
@@ -174,8 +173,8 @@ def _exactly_one_default(connection: sa.Connection) -> None:
     for statement in (
         "UPDATE agents SET is_default = TRUE WHERE agent_id = 'default'"
         " AND NOT EXISTS (SELECT 1 FROM agents WHERE is_default = TRUE)",
-        "INSERT INTO agents (agent_id, name, llm_provider, llm_model, is_default)"
-        " SELECT 'default', 'Default Agent', 'ollama', 'mistral:7b-instruct', TRUE"
+        "INSERT INTO agents (agent_id, name, llm_provider, llm_model, llm_temperature, is_default)"
+        " SELECT 'default', 'Default Agent', 'ollama', 'mistral:7b-instruct', NULL, TRUE"
         " WHERE NOT EXISTS (SELECT 1 FROM agents WHERE is_default = TRUE)",
         "UPDATE agents SET is_active = TRUE WHERE is_default = TRUE",
     ):

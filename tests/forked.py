@@ -1,4 +1,4 @@
-"""`ServerProcess` whose start costs a fork instead of a new interpreter and its imports."""
+"""The command `slm` as a process whose start costs a fork, not an interpreter and its imports."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.servers import ServerProcess
-
 
 class _Zygote:
-    """The one process of this test run that servers are forked from; started when first needed."""
+    """The one process of this test run that commands are forked from; started when first needed."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -27,8 +26,8 @@ class _Zygote:
         with self._lock:
             if self._process is None:
                 self._process = subprocess.Popen(
-                    [sys.executable, "-m", "tests.faults.zygote"],
-                    cwd=Path(__file__).parents[2],
+                    [sys.executable, "-m", "tests.zygote"],
+                    cwd=Path(__file__).parents[1],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     text=True,
@@ -39,7 +38,7 @@ class _Zygote:
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
             answer = self._process.stdout.readline()
-            assert answer, "the process that servers are forked from has ended; see stderr"
+            assert answer, "the process that commands are forked from has ended; see stderr"
             return json.loads(answer)
 
     @staticmethod
@@ -52,7 +51,7 @@ class _Zygote:
 _zygote = _Zygote()
 
 
-class _Child:
+class Forked:
     """The part of `subprocess.Popen` that a test needs, for a process forked by another."""
 
     def __init__(self, pid: int) -> None:
@@ -82,9 +81,32 @@ class _Child:
         self.send_signal(signal.SIGKILL)
 
 
-class ForkedServer(ServerProcess):
-    """`slm serve` as a process of its own, forked from one that has everything imported."""
+def forked(
+    arguments: Sequence[str],
+    environment: Mapping[str, str],
+    *,
+    stdin: str = os.devnull,
+    stdout: str,
+    stderr: str,
+    cwd: Path | None = None,
+) -> Forked:
+    """Start `slm` with these arguments and this environment alone.
 
-    def _spawn(self, arguments: list[str], environment: dict[str, str]) -> Any:
-        request = {"arguments": arguments, "environment": environment, "log": str(self.log_path)}
-        return _Child(_zygote.ask(request))
+    Args:
+        arguments: what follows `slm`.
+        environment: its whole environment. What the interpreter itself reads as it starts
+            (`PYTHON…`, `LC_ALL`) has no effect, but for PYTHONIOENCODING.
+        stdin: the file that it reads.
+        stdout: the file that it appends to.
+        stderr: the same; may be the same file.
+        cwd: where it runs; None: where the tests do.
+    """
+    request = {
+        "arguments": list(arguments),
+        "environment": dict(environment),
+        "stdin": stdin,
+        "stdout": stdout,
+        "stderr": stderr,
+        "cwd": str(cwd or Path.cwd()),
+    }
+    return Forked(_zygote.ask(request))
