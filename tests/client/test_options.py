@@ -182,3 +182,11 @@ def test_a_token_file_that_is_no_text_is_named_without_its_content(tmp_path: Pat
     with pytest.raises(ConfigurationError, match="it is not text") as caught:
         options(slm_url="https://slm.internal", token=None, token_file=file)
     assert caught.value.__context__ is None
+
+
+@pytest.mark.parametrize("route", ["/api", "/ws", "/api/agents/", "/readyz"])
+def test_a_route_at_the_end_of_an_address_is_pointed_out(route: str) -> None:
+    """Whoever copied a route along is told so, rather than getting a 404 from somewhere."""
+    with pytest.raises(ConfigurationError, match="route of the API"):
+        usable_urls(f"https://slm.example{route}")
+    assert usable_urls("https://slm.example/slm-api") == ("https://slm.example/slm-api",)

@@ -18,6 +18,9 @@ from slm.errors import ConfigurationError
 MAX_ADDRESSES: Final = 16
 """More is a mistake, not a deployment."""
 
+ROUTES: Final = ("/api", "/api/agents", "/api/snapshot", "/ws", "/readyz", "/healthz", "/metrics")
+"""What somebody may copy along with the address, and does not belong to it."""
+
 _SCHEMES: Final = {"http": "http", "ws": "http", "https": "https", "wss": "https"}
 
 
@@ -49,6 +52,11 @@ def normalised_url(slm_url: str, *, allow_insecure: bool = False) -> str:
         raise ConfigurationError(
             "slm_url may hold neither a user name, nor a password, nor a query; give the token as "
             "token= or SLM_TOKEN"
+        )
+    if parts.path.rstrip("/").endswith(ROUTES):
+        raise ConfigurationError(
+            "slm_url ends with a route of the API, such as /api or /ws: it is the address of the "
+            "server alone, such as https://slm.example:8760"
         )
     if scheme == "http" and not allow_insecure and not is_loopback(host):
         raise ConfigurationError(

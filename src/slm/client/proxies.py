@@ -108,6 +108,13 @@ class Proxies:
         given = urllib.request.getproxies().get(parts.scheme)
         return parsed_proxy(given, f"{parts.scheme.upper()}_PROXY") if given else None
 
+    def full_url(self, url: str) -> URL | None:
+        """Return the proxy for a session that goes to this address alone, password and all."""
+        way = self.on_the_way_to(url)
+        if way is None or way.user is None:
+            return None if way is None else URL(way.url)
+        return URL(way.url).with_user(way.user).with_password(way.password.get_secret_value())
+
     def options(self, url: str, headers: dict[str, str]) -> dict[str, Any]:
         """Return the arguments of a request to this address with these headers."""
         way = self.on_the_way_to(url)
