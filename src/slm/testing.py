@@ -191,27 +191,27 @@ class FakeSLMClient(SLMClient):
 
     async def resolve(self, agent_id: str) -> ResolvedConfig:
         """Answer as `SLMClient.resolve` does."""
-        return self._answer(agent_id)
+        return self._at_once(agent_id)
 
     def resolve_now(self, agent_id: str) -> ResolvedConfig:
         """Answer as `SLMClient.resolve_now` does."""
-        return self._answer(agent_id)
+        return self._at_once(agent_id)
 
     async def get_agent_config(self, agent_id: str) -> dict[str, Any]:
         """Answer as `SLMClient.get_agent_config` does."""
-        return self._answer(agent_id).as_dict()
+        return self._at_once(agent_id).as_dict()
 
     def get_agent_config_now(self, agent_id: str) -> dict[str, Any]:
         """Answer as `SLMClient.get_agent_config_now` does."""
-        return self._answer(agent_id).as_dict()
+        return self._at_once(agent_id).as_dict()
 
     async def get_default_agent_config(self) -> dict[str, Any]:
         """Answer as `SLMClient.get_default_agent_config` does."""
-        return self._answer(None).as_dict()
+        return self._at_once(None).as_dict()
 
     def get_default_agent_config_now(self) -> dict[str, Any]:
         """Answer as `SLMClient.get_default_agent_config_now` does."""
-        return self._answer(None).as_dict()
+        return self._at_once(None).as_dict()
 
     async def explain(self, agent_id: str) -> Explanation:
         """Answer as `SLMClient.explain` does."""
@@ -221,7 +221,7 @@ class FakeSLMClient(SLMClient):
         """Answer as `SLMClient.explain_now` does."""
         answer, error = None, None
         try:
-            answer = self._answer(agent_id)
+            answer = self._at_once(agent_id)
         except SLMError as problem:
             error = str(problem)
         unreachable = self._error or f"it is {self._status.value}"
@@ -266,7 +266,7 @@ class FakeSLMClient(SLMClient):
 
     # --- inside ---
 
-    def _answer(self, agent_id: str | None) -> ResolvedConfig:
+    def _at_once(self, agent_id: str | None) -> ResolvedConfig:
         answering = self._chain.answer(agent_id, None)
         try:
             answering.send(None)

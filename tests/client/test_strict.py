@@ -17,7 +17,6 @@ from slm import (
     Timings,
 )
 from slm.client.unknown import MAX_SAID, UnknownAgents, nearest
-from slm.llm.interface import PROVIDERS
 from tests.faults.backends import TENTH
 from tests.server.raw import Api
 from tests.servers import InLoopServer, eventually
@@ -82,7 +81,9 @@ async def test_strict_where_the_slm_cannot_be_asked(
         assert config.step is Step.ENVIRONMENT
         monkeypatch.delenv("AUTOBOT_LLM_MODEL")
     async with SLMClient(server.url, "slm_wrong", **quick) as client:
-        with pytest.raises(SLMUnavailable, match="does not accept the token"):
+        with pytest.raises(
+            SLMUnavailable, match=r"cannot be resolved: .*token is unknown, expired or revoked;"
+        ):
             await client.resolve("billing")
 
 
@@ -96,7 +97,6 @@ async def test_what_failed_first_is_said_first(
         raise ModuleNotFoundError(name=name)
 
     monkeypatch.setattr(LLMInterface, "_make", missing)
-    assert "ollama" in PROVIDERS
 
     async def said(client: SLMClient) -> str:
         async with client, LLMInterface(client) as llm:
@@ -110,7 +110,7 @@ async def test_what_failed_first_is_said_first(
     wrong = await said(SLMClient(server.url, "slm_wrong", **quick))
     nobody = await said(SLMClient(NOBODY, "slm_t", **quick))
     typo = await said(follow(server))
-    assert "does not accept the token" in wrong
+    assert "token" in wrong.partition("AUTOBOT_LLM_")[0]
     assert "127.0.0.1:9" in nobody
     assert typo.startswith("the SLM has no agent 'code-asistant'")
     assert "so the default agent answers" in typo

@@ -62,7 +62,7 @@ def test_a_change_is_in_force_when_it_returns() -> None:
     heard: list[tuple[str, str | None]] = []
 
     def plain(agent_id: str, config: ResolvedConfig | None) -> None:
-        heard.append((agent_id, config and config.llm_model))
+        heard.append((agent_id, None if config is None else config.llm_model))
 
     async def coroutine(agent_id: str, config: ResolvedConfig | None) -> None:
         await asyncio.sleep(0)

@@ -76,7 +76,8 @@ class Chain:
             return self._unknown.sentence(agent_id, self._cache.names)
         if sync is None:
             return "this client is closed"
-        return sync.last_error or f"the SLM has not answered yet ({sync.status.value})"
+        said = sync.last_error or f"the SLM has not answered yet ({sync.status.value})"
+        return said.rstrip(".")
 
     async def _own(self, agent_id: str, sync: Synchroniser | None) -> ResolvedConfig | None:
         """Step 1: the agent's own config, or None where it is unknown or inactive."""
