@@ -196,9 +196,9 @@ def connect(data: Data) -> Judged:
 
 
 def llm(data: Data) -> Judged:
-    """Held against the SDK as it comes, and against one on the transport that LLMInterface uses."""
+    """Held against the SDK as it comes, and against one on a lean HTTP client."""
     texts, met = [], True
-    for suffix, beside in (("", ""), (", same transport", " beside it on the same transport")):
+    for suffix, beside in (("", ""), (", same transport", " beside it on a lean HTTP client")):
         ratio = figure([100 * (value - 1) for value in data[f"cpu_ratio{suffix}"]])
         added = figure(data[f"added_ms{suffix}"])
         texts.append(f"{show(ratio, ' %')} more CPU, {show(added, ' ms')} more{beside}")

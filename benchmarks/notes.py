@@ -81,8 +81,8 @@ LLMInterface, so that what a backend uses is loaded; a provider's SDK comes with
 LLM = """\
 The same chat completion to an endpoint on loopback that answers at once: what is left is the
 client's own work. Both keep their connection; blocks of calls take turns in one process. A ratio
-below 1 comes from the shared, leaner HTTP transport that LLMInterface hands to the SDK. The SDK
-with that transport handed to it by hand shows what LLMInterface itself adds."""
+below 1 comes from what LLMInterface leaves out: it speaks the protocol by itself, without the SDK's
+models. The SDK is there on a lean HTTP client, too, without proxies, netrc and time-outs."""
 
 GROWTH = """\
 One server and one connected client for each size, all up at once, asked in turn."""

@@ -217,7 +217,7 @@ def _startup(data: Data) -> list[str]:
 
 
 def _llm(data: Data) -> list[str]:
-    head = ["", "ratio", "LLMInterface", "openai SDK", "openai SDK, same transport"]
+    head = ["", "ratio", "LLMInterface", "openai SDK", "openai SDK, lean client"]
     lines = [
         ["CPU a call", show(figure(data["cpu_ratio"])), *_each(data, "cpu_ms")],
         [

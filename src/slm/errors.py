@@ -314,7 +314,7 @@ class AgentUnknown(SLMError):
 class LLMError(SLMError):
     """A call to a language model failed.
 
-    Carries what an operator needs to see which configuration was at work; the provider SDK's own
+    Carries what an operator needs to see which configuration was at work; the HTTP library's own
     exception object is not kept, since the key can be reached through it.
 
     Attributes:
@@ -324,7 +324,7 @@ class LLMError(SLMError):
         revision: the revision of the config the call began with; None outside the SLM's steps.
         step: which step of the chain answered (`agent`, `default`, `environment`, `hardcoded`).
         status: the provider's HTTP status, where there was one.
-        provider_error: the class name of the provider SDK's exception, where there was one.
+        provider_error: the class name of the exception that the call ended with.
         retry_after_seconds: what the provider asked for, where it did.
         passed_over: why the earlier steps of the chain did not answer, where another one did.
     """
@@ -383,6 +383,12 @@ class LLMRateLimited(LLMError):
     code, retryable = "llm-rate-limited", True
 
 
+class LLMQuotaExhausted(LLMRateLimited):
+    """Nothing is left to pay the provider with; trying again does not help, a person has to act."""
+
+    code, retryable = "llm-quota-exhausted", False
+
+
 class LLMAuthError(LLMError):
     """The provider refuses the key."""
 
@@ -428,7 +434,7 @@ class LLMEndpointRefused(LLMError):
 
 
 class LLMProviderMissing(LLMError):
-    """The provider is unknown here, or its extra is not installed; the message says which pip."""
+    """The provider is unknown here; the message says which are known."""
 
     code = "llm-provider-missing"
 

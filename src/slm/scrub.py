@@ -25,6 +25,9 @@ _ESCAPE: Final = re.compile(
     r"|(\\+[nrtbfv]?)|(.)",
     re.IGNORECASE | re.DOTALL,
 )
+_NUMBERS: Final = re.compile(r"(?<!\d)\d{1,3}(?:[\s,;|]+\d{1,3}){7,}(?!\d)")
+_MARK: Final = re.compile(r"0x(?=[0-9a-f]{2})")
+_NUMBER: Final = re.compile(r"\d{1,3}")
 # Of letters that are more than one character in lower case, none is in an API key.
 _LOWER: Final = str.maketrans({chr(code): chr(code + 32) for code in range(65, 91)})
 
@@ -43,8 +46,9 @@ def scrubbed(text: str, secret: str) -> str:
 
     Found are the secret and every piece of 8 or more of its characters: plain, in either case, with
     line breaks inside, as URLs, JSON, HTML and Python escape it, once or twice over, in hexadecimal
-    and in base64 at any offset. A secret of fewer than 8 characters is hidden where it stands as a
-    word of its own, so that one of a single letter does not take every such letter out.
+    and in base64 at any offset, in base64 twice over, in base32, backwards, as a list of numbers,
+    and with signs between its characters. A secret of fewer than 8 characters is hidden where it
+    stands as a word of its own, so that one of a single letter does not take every such letter out.
 
     Args:
         text: somebody else's words.
@@ -57,6 +61,8 @@ def scrubbed(text: str, secret: str) -> str:
         long = re.sub(re.escape(secret), HIDDEN, long, flags=re.IGNORECASE)
     folded = _folded([(char, at, at + 1) for at, char in enumerate(text)])
     found = [*_plain(text.translate(_LOWER), secret.translate(_LOWER)), *_within(folded, secret)]
+    if len(secret) >= PIECE:
+        found += [*_spaced(folded, secret), *_numbered(text, secret)]
     return long + _without(text, found)
 
 
@@ -90,6 +96,74 @@ def _within(folded: Folded, secret: str) -> Iterator[tuple[int, int]]:
                 yield folded[at][1], folded[at + length - 1][2]
 
 
+def _spaced(folded: Folded, secret: str) -> Iterator[tuple[int, int]]:
+    """Find the secret by its letters and digits alone, whatever stands between these."""
+    whole = _fold(secret)
+    yield from _runs(folded, PIECE, _pieces(whole[::-1], PIECE), 0, 0)
+    kept = [item for item in folded if item[0].isalnum()]
+    # With nothing between them they were found before; `s-k-1` has something between all.
+    yield from _runs(kept, PIECE, _pieces(_alone(whole), PIECE), 1, 3)
+    for length, pieces in _coded(secret.encode()).items():
+        yield from _runs(kept, length, pieces, 0, 3)
+    # `0x73, 0x6b` is hexadecimal, too.
+    plain = "".join(char for char, _, _ in kept)
+    marks = {at for found in _MARK.finditer(plain) for at in range(*found.span())}
+    if marks:
+        kept = [item for at, item in enumerate(kept) if at not in marks]
+        yield from _runs(kept, 2 * PIECE, _pieces(secret.encode().hex(), 2 * PIECE), 0, 4)
+
+
+def _runs(
+    items: Folded, length: int, pieces: frozenset[str], least: int, most: int
+) -> Iterator[tuple[int, int]]:
+    """Find the pieces where `least` to `most` characters stand between two of theirs."""
+    text = "".join(char for char, _, _ in items)
+    # How many characters before each one follow each other so closely.
+    run = 0
+    for at in range(len(items)):
+        between = items[at][1] - items[at - 1][2] if at else -1
+        run = run + 1 if least <= between <= most else 0
+        if run >= length - 1 and text[at - length + 1 : at + 1] in pieces:
+            yield items[at - length + 1][1], items[at][2]
+
+
+def _coded(raw: bytes) -> dict[int, frozenset[str]]:
+    """Return the pieces of the secret's encodings by their length, letters and digits alone."""
+    once = _base64(raw)
+    codes = [*once, *(twice for each in once for twice in _base64(each.encode()))]
+    coded = PIECE * 4 // 3
+    wide = set(_pieces(raw.hex(), 2 * PIECE))
+    for offset in range(5):
+        code = base64.b32encode(b"\0" * offset + raw).decode().rstrip("=")
+        wide |= _pieces(code[-(-offset * 8 // 5) : -1].lower(), 2 * PIECE)
+    narrow = frozenset().union(*(_pieces(_alone(code.lower()), coded) for code in codes))
+    return {coded: narrow, 2 * PIECE: frozenset(wide)}
+
+
+def _numbered(text: str, secret: str) -> Iterator[tuple[int, int]]:
+    """Find the secret as a list of the numbers of its characters."""
+    known = _pieces(secret.translate(_LOWER), PIECE)
+    for run in _NUMBERS.finditer(text):
+        numbers = list(_NUMBER.finditer(text, *run.span()))
+        chars = "".join(chr(int(number[0])).translate(_LOWER) for number in numbers)
+        for at in range(len(chars) - PIECE + 1):
+            if chars[at : at + PIECE] in known:
+                yield numbers[at].start(), numbers[at + PIECE - 1].end()
+
+
+def _alone(text: str) -> str:
+    return "".join(char for char in text if char.isalnum())
+
+
+def _base64(raw: bytes) -> list[str]:
+    """Return the base64 of the bytes at each offset, without what the bytes beside them change."""
+    codes = []
+    for offset in range(3):
+        code = base64.b64encode(b"\0" * offset + raw).decode().rstrip("=")
+        codes.append(code[-(-offset * 8 // 6) : len(code) - (1 if (offset + len(raw)) % 3 else 0)])
+    return codes
+
+
 def _searched(secret: str) -> tuple[re.Pattern[str] | None, dict[int, frozenset[str]]]:
     """Return a short secret as a pattern, or all pieces of a longer one by their length."""
     raw = secret.encode()
@@ -98,11 +172,8 @@ def _searched(secret: str) -> tuple[re.Pattern[str] | None, dict[int, frozenset[
         forms = {plain, *((raw.hex(), _fold(base64.b64encode(raw).decode())) if raw[3:] else ())}
         words = "|".join(re.escape(form) for form in sorted(forms - {""}, key=len, reverse=True))
         return re.compile(words) if words else None, {}
-    # The bytes beside it change the first and the last characters of its base64.
     codes: set[str] = set()
-    for offset in range(3):
-        code = base64.b64encode(b"\0" * offset + raw).decode().rstrip("=")
-        inner = code[-(-offset * 8 // 6) : len(code) - (1 if (offset + len(raw)) % 3 else 0)]
+    for inner in _base64(raw):
         codes |= {inner.lower(), inner.lower().replace("+", "-").replace("/", "_")}
     coded = PIECE * 4 // 3
     return None, {

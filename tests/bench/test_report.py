@@ -115,12 +115,12 @@ def test_a_farm_that_limits_is_a_caveat(kept: Kept) -> None:
     assert text.index("was a limit itself.** At 5,000 subscribers") < text.index("## Targets")
 
 
-def test_the_sdk_on_the_same_transport_is_a_column(kept: Kept) -> None:
+def test_the_sdk_on_a_lean_client_is_a_column(kept: Kept) -> None:
     """The third contestant of the LLM bench is shown beside the other two."""
     for name in ("cpu_ms", "p50_ms"):
         kept.results["llm"][f"sdk, same transport_{name}"] = [1.0] * 5
     told = section(report.render(kept), "## LLMInterface beside the bare SDK")
-    assert "| openai SDK, same transport |" in told
+    assert "| openai SDK, lean client |" in told
     assert told.count("**1** ms (1 to 1) |") == 2
 
 

@@ -12,7 +12,7 @@ from slm.server.ack_log import RECEIPT_REVISIONS, Acked, AckLog
 
 REFUSALS: tuple[dict[str, NotInForce], ...] = (
     {},
-    {"a": NotInForce(revision=1, reason="the anthropic extra is not installed")},
+    {"a": NotInForce(revision=1, reason="anthropic is not approved here")},
     {"a": NotInForce(revision=2, reason="the key did not come")},
 )
 STRETCHES = st.lists(

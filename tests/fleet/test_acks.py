@@ -127,29 +127,23 @@ async def test_a_validator_that_goes_lets_the_config_in(server: InLoopServer, ad
         await eventually(lambda: _in_force(admin, "one"))
 
 
-async def test_a_missing_extra_is_told_before_any_call(
+async def test_no_providers_sdk_is_needed(
     server: InLoopServer, admin: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With LLMInterface at hand, a provider whose SDK is not there is refused by name."""
-    from slm.llm import validator
-
+    """A backend takes a provider whose SDK is not there: none is used."""
     await admin.create("a", llm_model="local")
-    validator._installed.cache_clear()
     # What Python itself does for a package that is not installed.
-    monkeypatch.setitem(sys.modules, "anthropic", None)
-    try:
-        async with sdk(server.url, server.backend_token, "one") as client, LLMInterface(client):
-            await eventually(lambda: applied(admin, client.revision, "one"))
-            answer = await admin.call(
-                "PUT",
-                "/api/agents/a?wait=30s",
-                json={"llm_provider": "anthropic", "llm_model": "claude", "llm_api_key": "sk-c"},
-            )
-            (refusal,) = answer.json["receipt"]["refused"]
-            assert refusal["reason"] == "the anthropic extra is not installed"
-            assert (await client.resolve("a")).llm_provider == "ollama"
-    finally:
-        validator._installed.cache_clear()
+    for name in ("anthropic", "openai", "ollama", "httpx", "httpx2"):
+        monkeypatch.setitem(sys.modules, name, None)
+    async with sdk(server.url, server.backend_token, "one") as client, LLMInterface(client):
+        await eventually(lambda: applied(admin, client.revision, "one"))
+        answer = await admin.call(
+            "PUT",
+            "/api/agents/a?wait=30s",
+            json={"llm_provider": "anthropic", "llm_model": "claude", "llm_api_key": "sk-c"},
+        )
+        assert answer.json["receipt"]["refused"] == []
+        assert (await client.resolve("a")).llm_provider == "anthropic"
 
 
 async def test_an_endpoint_that_is_refused_here_is_told_before_any_call(

@@ -14,7 +14,7 @@ from slm.server.fleet import KEEP_GONE_SECONDS
 from tests.server.raw import Api, Socket
 from tests.servers import InLoopServer, eventually
 
-REASON = "the anthropic extra is not installed"
+REASON = "anthropic is not approved here"
 
 
 async def joined(socket: Socket) -> None:

@@ -21,7 +21,7 @@ from tests.fleet.sdk import applied, fleet_of, sdk
 from tests.server.raw import Api
 from tests.servers import InLoopServer, eventually
 
-REASON = "the anthropic extra is not installed"
+REASON = "anthropic is not approved here"
 LIGHT = 294
 SDKS = 6
 

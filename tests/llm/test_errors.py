@@ -155,7 +155,7 @@ async def test_a_server_that_is_not_there(bench: Bench) -> None:
     ],
 )
 async def test_an_answer_of_no_protocol(bench: Bench, body: bytes, content_type: str) -> None:
-    """An answer that is not the provider's is one clear error, and nothing of it is shown."""
+    """An answer that is not the provider's is one clear error, which quotes its text in short."""
 
     async def handler(request: Received, answer: Answer) -> None:
         await answer.whole(body, content_type=content_type)
@@ -163,7 +163,8 @@ async def test_an_answer_of_no_protocol(bench: Bench, body: bytes, content_type:
     bench.server.handler = handler
     with pytest.raises(LLMBadResponse, match="not of the provider's protocol") as caught:
         await bench.llm.chat("a", ASK)
-    assert "hotel" not in str(caught.value)
+    assert ("Welcome to the hotel" in str(caught.value)) == (b"hotel" in body)
+    assert "<" not in str(caught.value)
     with pytest.raises(LLMError):
         await ask(bench.llm, streamed=True)
 

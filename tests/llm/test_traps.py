@@ -154,8 +154,7 @@ async def test_nothing_is_taken_from_the_environment(
         for request in server.received:
             assert b"hostile" not in request.raw.lower()
             assert request.headers["host"] == server.url.removeprefix("http://")
-            sent = request.headers["authorization"]
-            assert sent == f"Bearer {key or 'no-key'}"
+            assert request.headers.get("authorization") == (f"Bearer {key}" if key else None)
     assert hostile.received == []
     assert hostile.connections == 0
 

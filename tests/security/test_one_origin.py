@@ -10,6 +10,7 @@ import socket
 from typing import Any
 from urllib.parse import urlsplit
 
+import aiohttp
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -19,7 +20,7 @@ from slm import SLMClient
 from slm.endpoints import DEFAULT_ENDPOINTS, canonical_url, origin, refused_endpoint
 from slm.errors import LLMEndpointRefused, LLMError
 from slm.llm import LLMInterface, RetrySettings
-from slm.llm.transport import CheckedBackend
+from slm.llm.providers import http
 from tests.llm.conftest import ASK
 from tests.llm.providers import DIALECTS, Configs, Dialect, RecordingServer, answering
 from tests.security.http import Caller, agent
@@ -51,41 +52,21 @@ URLS = st.builds(
 )
 
 
-class _Stream:
-    """Notes where a HTTP library connects to, and whether TLS begins there; sends nothing."""
-
-    def __init__(self, seen: list[str], place: str, core: Any) -> None:
-        self._seen, self._place, self._core = seen, place, core
-
-    async def start_tls(self, *_: Any, **__: Any) -> Any:
-        self._seen.append(f"https://{self._place}")
-        raise self._core.ConnectError("seen")
-
-    async def write(self, *_: Any, **__: Any) -> None:
-        self._seen.append(f"http://{self._place}")
-        raise self._core.WriteError("seen")
-
-    async def read(self, *_: Any, **__: Any) -> bytes:
-        raise self._core.ReadError("seen")
-
-    async def aclose(self) -> None:
-        pass
-
-    def get_extra_info(self, _: str) -> None:
-        return None
-
-
 @pytest.mark.parametrize("stored", [False, True], ids=["saved now", "stored before"])
-def test_every_sdk_connects_where_the_key_is_bound_to(
+def test_every_adapter_connects_where_the_key_is_bound_to(
     stored: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Any spelling of a URL is refused, or all three SDKs connect to the origin of the key."""
+    """Any spelling of a URL is refused, or all three adapters connect to the origin of the key."""
     wire: list[str] = []
 
-    async def connect_tcp(self: CheckedBackend, host: str, port: int, **_: Any) -> Any:
-        return _Stream(wire, f"[{host}]:{port}" if ":" in host else f"{host}:{port}", self._core)
+    async def connect(self: aiohttp.TCPConnector, request: Any, *_: Any, **__: Any) -> Any:
+        """Note where the HTTP library connects to, and whether by TLS; connect nowhere."""
+        to = request.connection_key
+        host = f"[{to.host}]" if ":" in to.host else to.host
+        wire.append(f"{'https' if to.is_ssl else 'http'}://{host}:{to.port}")
+        raise aiohttp.ClientConnectionError("seen")
 
-    monkeypatch.setattr(CheckedBackend, "connect_tcp", connect_tcp)
+    monkeypatch.setattr(aiohttp.TCPConnector, "connect", connect)
 
     async def where(llm: LLMInterface, configs: Configs, dialect: Dialect, url: str) -> list[str]:
         wire.clear()
@@ -205,7 +186,7 @@ async def test_a_stored_dot_leads_where_the_key_is_bound_to(
 async def test_what_is_connected_to_is_compared_with_the_bound_origin(
     dialect: Dialect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Should an SDK read a URL in its own way, the request is refused before a byte is sent."""
+    """Should a URL lead elsewhere by mistake, the request is refused before a byte is sent."""
     async with (
         RecordingServer(answering(dialect)).running() as right,
         RecordingServer(answering(dialect)).running() as wrong,
@@ -213,12 +194,8 @@ async def test_what_is_connected_to_is_compared_with_the_bound_origin(
         configs = Configs(dialect.config(right.url))
         async with LLMInterface(configs, retry=ONCE) as llm:
             await llm.chat("a", ASK)
-            connections = await llm._connections.current()
-            ((_, client),) = connections._sdk_clients.items()
-            inner = getattr(client, "_client", client)
-            inner.base_url = dialect.endpoint(wrong.url)
-            if inner is not client:
-                client.base_url = dialect.endpoint(wrong.url)
+            astray = http.url_of(dialect.endpoint(wrong.url), dialect.path)
+            monkeypatch.setattr(http, "url_of", lambda *_: astray)
             with pytest.raises(LLMEndpointRefused, match="another place"):
                 await llm.chat("a", ASK)
             with pytest.raises(LLMEndpointRefused, match="another place"):

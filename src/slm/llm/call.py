@@ -77,10 +77,10 @@ class Call:
         return result_of(completion, self.config, self.model, self._stale)
 
     def failure(self, error: Exception, *, timed_out: bool = False) -> LLMError:
-        """Return our error for what the SDK raised; raises nothing, whatever the provider sent.
+        """Return our error for what the adapter raised; raises nothing, whatever the provider sent.
 
         To be raised outside the `except` block. There it has no `__context__`: the key can be
-        reached through the SDK's exception, as `exc.request.headers`.
+        reached through the HTTP library's exception, as `exc.request_info.headers`.
         """
         if timed_out:
             detail = f"no answer within llm_timeout ({self.timeout_seconds:g} s)"
@@ -125,7 +125,15 @@ class Call:
 
     def _without_key(self, text: str) -> str:
         key = self.config.llm_api_key
-        return text if key is None else scrubbed(text, key.get_secret_value())
+        if key is not None:
+            text = scrubbed(text, key.get_secret_value())
+        for secret in self._other_secrets():
+            text = scrubbed(text, secret)
+        return text
+
+    def _other_secrets(self) -> list[str]:
+        endpoint = canonical_url(self.config.llm_provider, self.config.llm_endpoint)
+        return [] if endpoint is None else self.provider.secrets(endpoint)
 
     def _request(self, messages: Sequence[Message], overrides: Overrides) -> ChatRequest:
         config = self.config

@@ -5,12 +5,14 @@ Knows no provider and no transport.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
 from slm.client.config import ResolvedConfig, Step
-from slm.llm.providers.base import Completion, ToolCall, Usage
+from slm.endpoints import origin
+from slm.llm.providers.base import PARTS, Completion, ToolCall, Usage
 
 
 class Overrides(TypedDict, total=False):
@@ -59,6 +61,9 @@ class ChatResult:
         revision: the revision of the config the call began with; None outside the SLM's steps.
         stale: whether the SLM may have had a newer config when the call began.
         reasoning: what the model thought, where the provider shows it.
+        adjusted: what of the request the model refused, and was left out or sent differently, such
+            as `temperature dropped`.
+        parts: what the provider wants back with the next request; part of `message`.
     """
 
     text: str
@@ -73,9 +78,16 @@ class ChatResult:
     revision: int | None
     stale: bool
     reasoning: str = ""
+    adjusted: tuple[str, ...] = ()
+    parts: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
-    def as_message(self) -> dict[str, Any]:
-        """Return the answer as the message to append before the answers of its tool calls."""
+    @property
+    def message(self) -> dict[str, Any]:
+        """The assistant's turn, ready to append before the answers of its tool calls.
+
+        It is plain JSON. What only its provider understands, such as signatures of what it thought,
+        is in `provider_parts`: sent back to the same origin as it came, and to no other.
+        """
         message: dict[str, Any] = {"role": "assistant", "content": self.text}
         if self.tool_calls:
             message["tool_calls"] = [
@@ -86,7 +98,13 @@ class ChatResult:
                 }
                 for call in self.tool_calls
             ]
+        if self.parts:
+            message[PARTS] = copy.deepcopy(dict(self.parts))
         return message
+
+    def as_message(self) -> dict[str, Any]:
+        """Return `message`."""
+        return self.message
 
 
 def result_of(
@@ -106,4 +124,14 @@ def result_of(
         revision=config.revision,
         stale=stale,
         reasoning=completion.reasoning,
+        adjusted=completion.adjusted,
+        parts=_marked(completion.parts, config),
     )
+
+
+def _marked(parts: Mapping[str, Any], config: ResolvedConfig) -> Mapping[str, Any]:
+    """Return the parts with where they come from."""
+    if not parts:
+        return {}
+    place = origin(config.llm_provider, config.llm_endpoint)
+    return {"provider": config.llm_provider, "origin": place, "parts": dict(parts)}

@@ -47,6 +47,8 @@ def end(span: Any, outcome: ChatResult | BaseException | None) -> None:
         tracing.failed(span, code)
     elif outcome is not None:
         span.set_attribute("gen_ai.response.finish_reasons", (outcome.finish_reason,))
+        if outcome.adjusted:
+            span.set_attribute("slm.adjusted", outcome.adjusted)
         if outcome.usage is not None:
             span.set_attribute("gen_ai.usage.input_tokens", outcome.usage.input_tokens)
             span.set_attribute("gen_ai.usage.output_tokens", outcome.usage.output_tokens)

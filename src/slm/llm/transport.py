@@ -1,39 +1,54 @@
-"""HTTP clients for the provider SDKs: one set an event loop, each bound to one origin.
+"""HTTP to the providers: one pool of connections an event loop, every address checked.
 
-Addresses are checked, no redirect is followed. Knows nothing of providers' protocols or agents.
-Neither HTTP library is imported before it is used: openai and anthropic stand on httpx2, ollama on
-httpx.
+No redirect is followed, no cookie kept, nothing taken from the environment that was not asked for.
+Knows nothing of providers' protocols or agents.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import ipaddress
 import os
+import re
 import socket
 import ssl
-from collections import OrderedDict
-from collections.abc import AsyncGenerator, Callable, Iterable
+import urllib.request
+import zlib
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Protocol
+from urllib.parse import urlsplit
 
-from slm.endpoints import EndpointPolicy, origin
+import aiohttp
+from aiohttp.abc import AbstractResolver, ResolveResult
+from yarl import URL
+
+from slm.endpoints import EndpointPolicy, literal_address, origin
+from slm.environment import variable
 from slm.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    import http.cookiejar
+    from aiohttp import ClientResponse
 
-    import httpx
-    import httpx2
+_HEADER_NAME: Final = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
+_HEADER_VALUE: Final = re.compile(r"[\x20-\x7e]*")
+_SECRET_NAME: Final = re.compile(r"key|token|secret|auth|cookie|passw|signature|credential")
+# What a server may send in one header; content security policies grow past aiohttp's 8 KiB.
+_MAX_HEADER_BYTES: Final = 65536
+_LARGE_BYTES: Final = 2**20
 
-T = TypeVar("T")
-
-_MAX_SDK_CLIENTS: Final = 256
+KEY_MARK: Final = "{key}"
+"""Stands for the agent's key in a header of `TransportSettings.headers`."""
 
 
 class AddressRefused(Exception):
     """A request would go to a place that it may not go to; nothing was sent."""
+
+
+class AnswerUnreadable(Exception):
+    """The answer is larger than allowed, or compressed in a way that nobody asked for."""
 
 
 def _policy_of_environment() -> EndpointPolicy:
@@ -43,37 +58,110 @@ def _policy_of_environment() -> EndpointPolicy:
         raise ConfigurationError(f"SLM_ENDPOINTS or SLM_ENDPOINT_ALLOW: {error}") from None
 
 
+def _proxy_of_environment() -> str | None:
+    return variable("SLM_PROVIDER_PROXY")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransportSettings:
     """How connections to providers are made and kept.
 
     Attributes:
         ca_file: certificates of a private CA, trusted beside the system's.
+        proxy: an HTTP proxy that all requests go through, such as `http://user:pw@proxy:3128`; by
+            default what SLM_PROVIDER_PROXY says. The proxy resolves the providers' names then.
+        trust_env: also use HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and NO_PROXY where `proxy` is not
+            set. By default they are ignored, since they decide where keys and prompts go.
+        headers: further headers, by origin: `{"https://gateway.example": {"X-Team": "billing"}}`.
+            `{key}` in a value stands for the agent's key; the key is then sent in no other header:
+            `{"https://x.azure-api.net": {"api-key": "{key}"}}`. None as a value leaves a header
+            out that would be sent otherwise.
         max_connections: at once, of one event loop.
         keepalive_seconds: how long an idle connection is kept.
-        address_seconds: for one address of a name, before the next one is tried.
+        address_seconds: for one address of a name, before the next one is tried beside it.
+        max_answer_bytes: the most that is read of one answer, decompressed.
         endpoints: which addresses requests may go to; by default what SLM_ENDPOINTS and
             SLM_ENDPOINT_ALLOW say in this process's environment.
+
+    Raises:
+        ConfigurationError: the proxy or a header makes no sense.
     """
 
     ca_file: str | None = None
+    proxy: str | None = field(default_factory=_proxy_of_environment, repr=False)
+    trust_env: bool = False
+    headers: Mapping[str, Mapping[str, str | None]] = field(default_factory=dict, repr=False)
     max_connections: int = 1000
     keepalive_seconds: float = 30.0
     address_seconds: float = 2.0
+    max_answer_bytes: int = 64 * 2**20
     endpoints: EndpointPolicy = field(default_factory=_policy_of_environment)
+
+    def __post_init__(self) -> None:
+        if self.proxy and not _is_proxy(self.proxy):
+            raise ConfigurationError(
+                "proxy (or SLM_PROVIDER_PROXY) must be a URL such as http://proxy.example:3128"
+            )
+        for place, named in self.headers.items():
+            if not origin("", place).startswith("http"):
+                raise ConfigurationError(f"headers: {place!r} is no origin such as https://host")
+            for name, value in named.items():
+                if not _HEADER_NAME.fullmatch(name):
+                    raise ConfigurationError(f"headers: {name!r} is no name of a header")
+                if value is not None and not _HEADER_VALUE.fullmatch(value):
+                    raise ConfigurationError(f"headers: {name} holds what no header can carry")
+
+
+def _is_proxy(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
 
 
 class Connections:
-    """The HTTP clients of each event loop, and the SDK clients built on them.
+    """The connections of each event loop.
 
     Closed by `aclose` for the loop it is called in; a loop that ends by itself closes its own, as
     `asyncio.run` does with every asynchronous generator that is still open.
     """
 
     def __init__(self, settings: TransportSettings) -> None:
-        self._settings = settings
+        self.settings = settings
+        self._headers = {
+            origin("", place): dict(named) for place, named in settings.headers.items()
+        }
         self._loops: dict[asyncio.AbstractEventLoop, LoopConnections] = {}
         self._ssl_context: ssl.SSLContext | None = None
+
+    @contextlib.asynccontextmanager
+    async def post(
+        self,
+        url: str,
+        body: bytes,
+        headers: Mapping[str, str],
+        *,
+        bound_to: str,
+        secret: str | None,
+    ) -> AsyncIterator[Answer]:
+        """Send a request and give its answer once the head of it is there.
+
+        Args:
+            url: where to.
+            body: JSON.
+            headers: what the protocol wants; the settings' own headers replace these.
+            bound_to: the origin that the key is bound to, as `slm.endpoints` words it.
+            secret: what `{key}` stands for.
+
+        Raises:
+            AddressRefused: it would go to another origin, or to an address of a kind that no
+                request may go to.
+        """
+        loop = await self.current()
+        sent = self._all_headers(bound_to, headers, secret)
+        async with loop.post(url, body, sent, bound_to) as response:
+            yield Answer(response, self.settings.max_answer_bytes)
 
     async def current(self) -> LoopConnections:
         """Return those of the running loop."""
@@ -83,7 +171,7 @@ class Connections:
             for other in list(self._loops):
                 if other.is_closed():
                     self._loops.pop(other, None)
-            found = self._loops[loop] = LoopConnections(self._settings, self.prepare())
+            found = self._loops[loop] = LoopConnections(self.settings, self.prepare())
             await found.open()
         return found
 
@@ -101,24 +189,47 @@ class Connections:
         """
         if self._ssl_context is None:
             context = ssl.create_default_context()
-            if self._settings.ca_file is not None:
+            if self.settings.ca_file is not None:
                 try:
-                    context.load_verify_locations(self._settings.ca_file)
+                    context.load_verify_locations(self.settings.ca_file)
                 except OSError as error:
                     raise ConfigurationError(f"ca_file cannot be read: {error}") from None
             self._ssl_context = context
         return self._ssl_context
 
+    def secrets(self, place: str) -> list[str]:
+        """Return the secrets in the headers set for an origin: they may come back in an error."""
+        named = self._headers.get(place, {}).items()
+        return [value for name, value in named if value and _SECRET_NAME.search(name.lower())]
+
+    def _all_headers(
+        self, place: str, headers: Mapping[str, str], secret: str | None
+    ) -> dict[str, str]:
+        ours = self._headers.get(place)
+        if not ours:
+            return dict(headers)
+        elsewhere = any(value and KEY_MARK in value for value in ours.values())
+        kept = {
+            name: value
+            for name, value in headers.items()
+            if name.lower() not in {name.lower() for name in ours}
+            and not (elsewhere and secret and secret in value)
+        }
+        for name, value in ours.items():
+            # Without a key, a header that is there to carry it is left out.
+            if value is not None and not (KEY_MARK in value and secret is None):
+                kept[name] = value.replace(KEY_MARK, secret or "")
+        return kept
+
 
 class LoopConnections:
-    """One event loop's HTTP clients; made by `Connections`."""
+    """One event loop's connections; made by `Connections`."""
 
     def __init__(self, settings: TransportSettings, context: ssl.SSLContext) -> None:
         self._settings = settings
         self._context = context
-        self._httpx2: httpx2.AsyncHTTPTransport | None = None
-        self._httpx: httpx.AsyncHTTPTransport | None = None
-        self._sdk_clients: OrderedDict[tuple[str, str, str], Any] = OrderedDict()
+        self._direct: aiohttp.ClientSession | None = None
+        self._proxied: aiohttp.ClientSession | None = None
         self._closer = self._close_at_the_end()
 
     async def open(self) -> None:
@@ -129,175 +240,209 @@ class LoopConnections:
         """Close all connections."""
         await self._closer.aclose()
 
-    def sdk_client(self, provider: str, endpoint: str, key: str, build: Callable[[], T]) -> T:
-        """Return the SDK's client for this endpoint and this key, built once.
+    def post(self, url: str, body: bytes, headers: Mapping[str, str], bound_to: str) -> Any:
+        """Return the context manager of one request.
 
-        A changed key or endpoint is another client, so no key can meet an endpoint not its own.
+        Raises:
+            AddressRefused: the URL is of another origin, or names an address that no request may
+                go to.
         """
-        name = (provider, endpoint, key)
-        client = self._sdk_clients.get(name)
-        if client is None:
-            client = self._sdk_clients[name] = build()
-            if len(self._sdk_clients) > _MAX_SDK_CLIENTS:
-                self._sdk_clients.popitem(last=False)
-        else:
-            self._sdk_clients.move_to_end(name)
-        found: T = client
+        target = URL(url, encoded=True)
+        # What is compared is what is connected to: the URL as the HTTP library reads it.
+        if _destination(target) != bound_to:
+            raise AddressRefused("the request would go to another place than the endpoint's origin")
+        proxy = self._settings.proxy or (_proxy_of(target) if self._settings.trust_env else None)
+        self._check_literal(target.host or "")
+        session = self._session(proxied=proxy is not None)
+        # A body of megabytes, as images make it, is sent in pieces: the loop has others to serve.
+        data = body if len(body) < _LARGE_BYTES else io.BytesIO(body)
+        return session.post(target, data=data, headers=headers, proxy=proxy, allow_redirects=False)
+
+    def _check_literal(self, host: str) -> None:
+        # A name is judged by what it resolves to; an address is not resolved.
+        address = literal_address(host)
+        if address is not None:
+            reason = self._settings.endpoints.refused_address(address, host)
+            if reason is not None:
+                raise AddressRefused(f"the endpoint's address {reason}")
+
+    def _session(self, *, proxied: bool) -> aiohttp.ClientSession:
+        found = self._proxied if proxied else self._direct
+        if found is None:
+            # The proxy's own address is the operator's choice; the providers' names are its affair.
+            resolver = None if proxied else CheckedResolver(self._settings.endpoints)
+            found = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(
+                    ssl=self._context,
+                    resolver=resolver,
+                    # Look-up and connection are one step, so a name that resolves differently the
+                    # second time gains nothing (docs/protocol.md section 1, row `llm_endpoint`).
+                    use_dns_cache=False,
+                    limit=self._settings.max_connections,
+                    keepalive_timeout=self._settings.keepalive_seconds,
+                    happy_eyeballs_delay=self._settings.address_seconds,
+                ),
+                # The interface has a deadline of its own.
+                timeout=aiohttp.ClientTimeout(total=None, sock_connect=None),
+                cookie_jar=aiohttp.DummyCookieJar(),
+                # Decompressed in `Answer`, where it has a bound.
+                auto_decompress=False,
+                trust_env=False,
+                max_line_size=_MAX_HEADER_BYTES,
+                max_field_size=_MAX_HEADER_BYTES,
+            )
+            if proxied:
+                self._proxied = found
+            else:
+                self._direct = found
         return found
-
-    def httpx2_client(self, endpoint: str) -> httpx2.AsyncClient:
-        """Return a client for openai or anthropic that sends to the endpoint's origin alone."""
-        import httpx2
-
-        if self._httpx2 is None:
-            import httpcore2
-
-            self._httpx2 = httpx2.AsyncHTTPTransport(verify=self._context, trust_env=False)
-            self._httpx2._pool = self._pool(httpcore2)
-        bound: Any = BoundTransport(self._httpx2, origin("", endpoint))
-        return httpx2.AsyncClient(
-            transport=bound,
-            follow_redirects=False,
-            trust_env=False,
-            timeout=None,  # the interface has a deadline of its own
-            cookies=no_cookies(),
-        )
-
-    def httpx_transport(self, endpoint: str) -> httpx.AsyncBaseTransport:
-        """Return a transport for ollama that sends to the endpoint's origin alone."""
-        if self._httpx is None:
-            import httpcore
-            import httpx
-
-            self._httpx = httpx.AsyncHTTPTransport(verify=self._context, trust_env=False)
-            self._httpx._pool = self._pool(httpcore)
-        bound: Any = BoundTransport(self._httpx, origin("", endpoint))
-        return bound  # type: ignore[no-any-return]
-
-    def _pool(self, core: Any) -> Any:
-        """Return a connection pool that checks addresses; `core` is httpcore or httpcore2."""
-        return core.AsyncConnectionPool(
-            ssl_context=self._context,
-            max_connections=self._settings.max_connections,
-            max_keepalive_connections=self._settings.max_connections,
-            keepalive_expiry=self._settings.keepalive_seconds,
-            network_backend=CheckedBackend(
-                core, self._settings.address_seconds, self._settings.endpoints
-            ),
-        )
 
     async def _close_at_the_end(self) -> AsyncGenerator[None, None]:
         try:
             yield
         finally:
-            self._sdk_clients.clear()
-            if self._httpx2 is not None:
-                await self._httpx2.aclose()
-            if self._httpx is not None:
-                await self._httpx.aclose()
+            for session in (self._direct, self._proxied):
+                if session is not None:
+                    await session.close()
 
 
-class BoundTransport:
-    """Passes on requests to one origin, and refuses any other before a byte is sent.
-
-    What it compares is what the pool below connects to: the URL as the SDK and its HTTP library
-    read it. So no disagreement of theirs with `slm.endpoints`, and no redirect, takes a key
-    elsewhere. Connections are shared by all, so closing one of these closes none.
-    """
-
-    def __init__(self, inner: Any, bound_to: str) -> None:
-        self._inner = inner
-        self._bound_to = bound_to
-
-    async def handle_async_request(self, request: Any) -> Any:
-        """Send the request.
-
-        Raises:
-            AddressRefused: it would go to another origin.
-        """
-        if _destination(request.url) != self._bound_to:
-            raise AddressRefused("the request would go to another place than the endpoint's origin")
-        return await self._inner.handle_async_request(request)
-
-    async def aclose(self) -> None:
-        """Do nothing."""
-
-    async def __aenter__(self) -> BoundTransport:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        pass
+def _proxy_of(url: URL) -> str | None:
+    if url.host is None or urllib.request.proxy_bypass(url.host):
+        return None
+    proxies = urllib.request.getproxies()
+    proxy = proxies.get(url.scheme) or proxies.get("all")
+    if not proxy:
+        return None
+    proxy = proxy if "://" in proxy else f"http://{proxy}"
+    if not _is_proxy(proxy):
+        # Going straight out instead is what whoever set it did not want.
+        raise AddressRefused("the environment names a proxy that is not an HTTP proxy")
+    return proxy
 
 
-def _destination(url: Any) -> str:
-    """Return where httpx or httpx2 would connect to, as `slm.endpoints.origin` words it."""
-    scheme, host = url.raw_scheme.decode("ascii"), url.raw_host.decode("ascii")
-    port = url.port or {"http": 80, "https": 443}.get(scheme)
-    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+def _destination(url: URL) -> str:
+    """Return where the HTTP library would connect to, as `slm.endpoints.origin` words it."""
+    host = url.host or ""
+    return (
+        f"{url.scheme}://[{host}]:{url.port}"
+        if ":" in host
+        else f"{url.scheme}://{host}:{url.port}"
+    )
 
 
-class CheckedBackend:
-    """A network backend that looks a name up itself and connects only to allowed addresses.
+class CheckedResolver(AbstractResolver):
+    """Looks a name up and refuses it where one of its addresses may not be connected to."""
 
-    The look-up and the connection are one step here, so a name that resolves differently the
-    second time gains nothing (docs/protocol.md section 1, row `llm_endpoint`).
-    """
-
-    def __init__(self, core: Any, address_seconds: float, policy: EndpointPolicy) -> None:
-        self._core = core
+    def __init__(self, policy: EndpointPolicy) -> None:
         self._policy = policy
-        self._inner = core.AnyIOBackend()
-        self._address_seconds = address_seconds
 
-    async def connect_tcp(
-        self,
-        host: str,
-        port: int,
-        timeout: float | None = None,
-        local_address: str | None = None,
-        socket_options: Iterable[Any] | None = None,
-    ) -> Any:
-        """Connect to the first address of `host` that answers.
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
+    ) -> list[ResolveResult]:
+        """Return the addresses of `host`.
 
         Raises:
             AddressRefused: one of the addresses is of a kind that no request may go to.
         """
-        addresses = await self._addresses(host, port)
-        for address in addresses[:-1]:
-            with contextlib.suppress(self._core.ConnectError, self._core.ConnectTimeout):
-                return await self._inner.connect_tcp(
-                    address, port, self._address_seconds, local_address, socket_options
-                )
-        return await self._inner.connect_tcp(
-            addresses[-1], port, timeout, local_address, socket_options
-        )
-
-    async def connect_unix_socket(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuse: an endpoint is an http or https URL."""
-        raise AddressRefused("is a socket of this machine")
-
-    async def sleep(self, seconds: float) -> None:
-        """Wait, between attempts of the pool."""
-        await asyncio.sleep(seconds)
-
-    async def _addresses(self, host: str, port: int) -> list[str]:
         loop = asyncio.get_running_loop()
         try:
             found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         except (OSError, UnicodeError):
-            raise self._core.ConnectError("the endpoint's name cannot be resolved") from None
-        addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
-        for address in addresses:
-            parsed = ipaddress.ip_address(address.partition("%")[0])
-            reason = self._policy.refused_address(parsed, host)
+            raise OSError("the endpoint's name cannot be resolved") from None
+        results: dict[str, ResolveResult] = {}
+        for kind, _, protocol, _, place in found:
+            text = str(place[0])
+            address = ipaddress.ip_address(text.partition("%")[0])
+            reason = self._policy.refused_address(address, host)
             if reason is not None:
                 raise AddressRefused(f"the endpoint's name resolves to an address that {reason}")
-        return addresses
+            results[text] = ResolveResult(
+                hostname=host,
+                host=text,
+                port=port,
+                family=kind,
+                proto=protocol,
+                flags=socket.AI_NUMERICHOST,
+            )
+        return list(results.values())
+
+    async def close(self) -> None:
+        """Do nothing."""
 
 
-def no_cookies() -> http.cookiejar.CookieJar:
-    """Return a jar that keeps nothing: one provider's cookie must not go along with another key."""
-    # Imported here: an interface that has called nobody yet starts faster without it.
-    import http.cookiejar
+class Answer:
+    """An answer whose head is there and whose body comes piece by piece, decompressed.
 
-    return http.cookiejar.CookieJar(http.cookiejar.DefaultCookiePolicy(allowed_domains=[]))
+    Attributes:
+        status: the HTTP status.
+        headers: by name, in any case.
+        content_type: without its parameters, in lower case.
+    """
+
+    def __init__(self, response: ClientResponse, max_bytes: int) -> None:
+        self._response = response
+        self._left = max_bytes
+        self._max_bytes = max_bytes
+        self.status = response.status
+        self.headers: Mapping[str, str] = response.headers
+        self.content_type = (
+            response.headers.get("content-type", "").partition(";")[0].strip().lower()
+        )
+        self._inflate = _decompressor(response.headers.get("content-encoding", ""))
+
+    async def some(self) -> bytes:
+        """Return the next bytes of the body, none at its end.
+
+        Raises:
+            AnswerUnreadable: it is larger than allowed, or its compression is broken.
+        """
+        while data := await self._response.content.readany():
+            if self._inflate is not None:
+                data = self._inflated(data, self._inflate)
+            self._left -= len(data)
+            if self._left < 0:
+                raise AnswerUnreadable(f"the answer is larger than {self._max_bytes} bytes")
+            if data:
+                return data
+        return b""
+
+    async def read(self, limit: int | None = None) -> bytes:
+        """Return the body, or its first `limit` bytes."""
+        parts: list[bytes] = []
+        size = 0
+        while data := await self.some():
+            parts.append(data)
+            size += len(data)
+            if limit is not None and size >= limit:
+                break
+        return b"".join(parts)[:limit]
+
+    async def drain(self, seconds: float) -> None:
+        """Read what is left, if it comes soon: the connection can be used again then."""
+        with contextlib.suppress(Exception):
+            async with asyncio.timeout(seconds):
+                while await self.some():
+                    pass
+
+    def _inflated(self, data: bytes, inflate: Decompressor) -> bytes:
+        try:
+            # One byte more than allowed is enough to know; the rest is never unpacked.
+            return inflate.decompress(data, self._left + 1)
+        except zlib.error:
+            raise AnswerUnreadable("the answer is not compressed as it says") from None
+
+
+class Decompressor(Protocol):
+    """What `zlib.decompressobj` returns."""
+
+    def decompress(self, data: bytes, max_length: int, /) -> bytes:
+        """Return what the data unpacks to, so many bytes at most."""
+
+
+def _decompressor(encoding: str) -> Decompressor | None:
+    encoding = encoding.strip().lower()
+    if encoding in ("", "identity"):
+        return None
+    if encoding in ("gzip", "x-gzip", "deflate"):
+        return zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)
+    raise AnswerUnreadable("the answer is compressed in a way that was not asked for")

@@ -1,24 +1,23 @@
-"""Says before its first call that a config cannot work here: extra not installed, URL refused.
+"""Says before its first call that a config cannot work here: unknown provider, URL refused.
 
 `LLMInterface` registers it with the client, which then keeps the last good config and tells the
-SLM. Imports no provider's SDK; looks whether it is there.
+SLM. Knows no provider's protocol.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib.util
 from typing import Final
 
 from slm.client.config import ResolvedConfig
 from slm.endpoints import EndpointPolicy, effective_endpoint, refused_endpoint
 
 PROVIDERS: Final = {
-    "ollama": ("slm.llm.providers.ollama", "OllamaProvider", "ollama"),
-    "openai": ("slm.llm.providers.openai", "OpenAIProvider", "openai"),
-    "anthropic": ("slm.llm.providers.anthropic", "AnthropicProvider", "anthropic"),
+    "ollama": ("slm.llm.providers.ollama", "OllamaProvider"),
+    "openai": ("slm.llm.providers.openai", "OpenAIProvider"),
+    "anthropic": ("slm.llm.providers.anthropic", "AnthropicProvider"),
 }
-"""By name: our module, its class, and the SDK that the extra of the same name installs."""
+"""By name: our module and its class."""
 
 
 @functools.lru_cache(maxsize=1024)
@@ -37,8 +36,6 @@ def reason_against(config: ResolvedConfig, policy: EndpointPolicy) -> str | None
     name = config.llm_provider
     if name not in PROVIDERS:
         return unknown_provider()
-    if not _installed(PROVIDERS[name][2]):
-        return f"the {name} extra is not installed"
     endpoint = effective_endpoint(name, config.llm_endpoint) or ""
     refused = refused_address(endpoint) or policy.refused(name, config.llm_endpoint)
     return None if refused is None else f"the endpoint {refused}"
@@ -47,8 +44,3 @@ def reason_against(config: ResolvedConfig, policy: EndpointPolicy) -> str | None
 def unknown_provider() -> str:
     """Return the sentence about a provider that is not ours."""
     return f"unknown provider; known are {', '.join(sorted(PROVIDERS))}"
-
-
-@functools.lru_cache(maxsize=16)
-def _installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None

@@ -1,173 +1,146 @@
-"""Anthropic's Messages, through its own SDK.
+"""Anthropic's Messages, as Anthropic and those who are compatible with it speak them.
 
 Knows nothing of agents, retries or deadlines.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import AsyncGenerator, Mapping, Sequence
+import re
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-import anthropic
-import httpx2
-from anthropic.types import Message as AnthropicMessage
-
-from slm.errors import LLMError
+from slm.endpoints import origin
+from slm.llm.providers.anthropic_answer import AnthropicParser, finish, usage
 from slm.llm.providers.base import (
+    PARTS,
     ChatRequest,
     Completion,
     Message,
-    StreamChunk,
-    ToolCall,
-    ToolCallDelta,
-    Usage,
     arguments_of,
-    counted,
     data_url,
+    parts_of,
     text_of,
-    translated,
 )
-from slm.llm.providers.failures import (
-    Failure,
-    Unsupported,
-    by_status,
-    connection_failure,
-    other_failure,
-    retry_after_seconds,
-    status_failure,
-)
+from slm.llm.providers.failures import Refused, Unsupported
+from slm.llm.providers.http import HTTPProvider, Sent
 from slm.llm.transport import Connections
 
 DEFAULT_MAX_TOKENS: Final = 4096
 """Used where the agent has no llm_max_tokens: this protocol has no request without a limit."""
 
-_FINISH: Final = {
-    "end_turn": "stop",
-    "stop_sequence": "stop",
-    "max_tokens": "length",
-    "model_context_window_exceeded": "length",
-    "tool_use": "tool_calls",
-    "refusal": "content_filter",
-}
+VERSION: Final = "2023-06-01"
 
-# An error inside a stream comes with the stream's own 200; its type says what it would have been.
-_STATUS_OF_TYPE: Final = {
-    "invalid_request_error": 400,
-    "authentication_error": 401,
-    "billing_error": 402,
-    "permission_error": 403,
-    "not_found_error": 404,
-    "request_too_large": 413,
-    "rate_limit_error": 429,
-    "api_error": 500,
-    "timeout_error": 504,
-    "overloaded_error": 529,
-}
+# What the common form has in a message and this protocol has not, or says elsewhere.
+_OF_THE_COMMON_FORM: Final = frozenset(
+    [
+        *("role", "content", "tool_calls", "tool_call_id", "name", "refusal", "annotations"),
+        *("audio", "function_call", "reasoning_content", "reasoning", "reasoning_details", PARTS),
+    ]
+)
+_KEY_HEADER_WORDS: Final = re.compile(r"x-api-key|bearer|authorization")
+_MAX_ORIGINS: Final = 256
 
 
-class AnthropicProvider:
+class AnthropicProvider(HTTPProvider):
     """The adapter; see `slm.llm.providers.base.Provider`."""
 
+    name = "anthropic"
+    route = "/v1/messages"
+    members = frozenset({"type", "content", "role", "stop_reason", "id", "usage", "delta", "index"})
+
     def __init__(self, connections: Connections) -> None:
-        self._connections = connections
+        super().__init__(connections)
+        # Origins that take the key as X-Api-Key alone, as Anthropic's own SDK sent it before 2.0.
+        self._older: OrderedDict[str, None] = OrderedDict()
 
-    async def chat(self, request: ChatRequest) -> Completion:
-        """Return the whole answer."""
-        client = await self._client(request)
-        body, max_tokens = translated(_body, request)
-        answer = await client.messages.create(
-            model=request.model, messages=[], max_tokens=max_tokens, extra_body=body
-        )
-        # Another content type than JSON comes back as a string.
-        if not isinstance(answer, AnthropicMessage):
-            raise TypeError("not a message")
-        texts, thoughts, calls = [], [], []
-        for block in answer.content:
-            if block.type == "text":
-                texts.append(text_of(block.text))
-            elif block.type == "thinking":
-                thoughts.append(block.thinking)
-            elif block.type == "tool_use":
-                arguments = json.dumps(block.input)
-                calls.append(ToolCall(id=block.id, name=block.name, arguments_json=arguments))
+    def headers(self, request: ChatRequest, place: str) -> dict[str, str]:
+        """Return the headers of this protocol."""
+        secret = request.secret()
+        headers = {"anthropic-version": VERSION}
+        if secret is not None:
+            older = place in self._older
+            headers |= {"X-Api-Key": secret} if older else {"Authorization": f"Bearer {secret}"}
+        return headers
+
+    def learn(self, sent: Sent, error: Refused) -> bool:
+        """Return whether the request is to be sent again, differently."""
+        if error.status != 401:
+            return super().learn(sent, error)
+        if sent.place in self._older:
+            # It was the key that was wrong, not its header.
+            del self._older[sent.place]
+            return False
+        if not _KEY_HEADER_WORDS.search(error.words.text.lower()):
+            return False
+        self._older[sent.place] = None
+        if len(self._older) > _MAX_ORIGINS:
+            self._older.popitem(last=False)
+        return True
+
+    def body(self, request: ChatRequest, *, streamed: bool) -> tuple[dict[str, Any], list[str]]:
+        """Return the request's body."""
+        body, max_tokens = _body(request)
+        adjusted = []
+        if _goes_on_without_thinking(body):
+            # As when the agent came here from another provider between a call and its answer.
+            del body["thinking"]
+            adjusted.append("thinking dropped, since the turn that goes on began without it")
+        if request.max_tokens and request.max_tokens != max_tokens:
+            adjusted.append(f"max_tokens raised to {max_tokens}, above thinking.budget_tokens")
+        if request.temperature is not None and "temperature" not in body:
+            adjusted.append("temperature dropped, which thinking excludes")
+        body |= {"model": request.model, "max_tokens": max_tokens}
+        if streamed:
+            body["stream"] = True
+        return {name: value for name, value in body.items() if value is not None}, adjusted
+
+    def completion(self, answer: Mapping[str, Any]) -> Completion:
+        """Return a whole answer."""
+        content = answer["content"]
+        blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        parser = AnthropicParser()
+        parser.finish_reason = finish(answer.get("stop_reason"))
+        for block in blocks or ():
+            parser.whole(block)
+        end = parser.ended()
         return Completion(
-            text="".join(texts),
-            reasoning="".join(thoughts),
-            tool_calls=tuple(calls),
-            finish_reason=_finish(answer.stop_reason) or "stop",
-            usage=_usage(answer.usage, 0),
+            text=parser.text,
+            reasoning=parser.reasoning,
+            tool_calls=end.tool_calls,
+            finish_reason=parser.finish_reason or ("tool_calls" if end.tool_calls else "stop"),
+            usage=usage(answer.get("usage"), None),
+            parts=end.parts,
         )
 
-    async def stream(self, request: ChatRequest) -> AsyncGenerator[StreamChunk, None]:
-        """Yield the answer as it comes."""
-        client = await self._client(request)
-        body, max_tokens = translated(_body, request)
-        stream = await client.messages.create(
-            model=request.model, messages=[], max_tokens=max_tokens, stream=True, extra_body=body
-        )
-        prompt: Any = None
-        async with stream:
-            async for event in stream:
-                if event.type == "message_start":
-                    prompt = event.message.usage
-                elif event.type == "content_block_start" and event.content_block.type == "tool_use":
-                    call = ToolCallDelta(
-                        index=event.index, id=event.content_block.id, name=event.content_block.name
-                    )
-                    yield StreamChunk(tool_calls=(call,))
-                elif event.type == "content_block_delta":
-                    chunk = _delta(event)
-                    if chunk is not None:
-                        yield chunk
-                elif event.type == "message_delta":
-                    yield StreamChunk(
-                        finish_reason=_finish(event.delta.stop_reason),
-                        usage=_usage(prompt, event.usage.output_tokens),
-                    )
+    def parser(self, request: ChatRequest) -> AnthropicParser:
+        """Return what reads one stream."""
+        return AnthropicParser()
 
-    def explain(self, error: Exception) -> Failure:
-        """Say what an exception of this SDK means."""
-        if isinstance(error, anthropic.APIStatusError):
-            text = error.api_message if isinstance(error.api_message, str) else error.message
-            if error.status_code < 300:
-                status = _STATUS_OF_TYPE.get(str(error.type), 500)
-                wait = retry_after_seconds(error.response.headers)
-                return Failure(by_status(status), text, status, wait)
-            return status_failure(error.status_code, text, error.response.headers)
-        if isinstance(error, anthropic.APIConnectionError | httpx2.HTTPError):
-            return connection_failure(error)
-        if isinstance(error, anthropic.AnthropicError):
-            return Failure(LLMError, "the provider's SDK failed")
-        return other_failure(error)
 
-    async def _client(self, request: ChatRequest) -> anthropic.AsyncAnthropic:
-        connections = await self._connections.current()
-
-        def build() -> anthropic.AsyncAnthropic:
-            client = anthropic.AsyncAnthropic(
-                api_key=request.secret(),
-                base_url=request.endpoint,
-                webhook_key="",
-                open_telemetry=False,
-                http_client=connections.httpx2_client(request.endpoint),
-                max_retries=0,
-                timeout=None,
-            )
-            # ANTHROPIC_CUSTOM_HEADERS, an Authorization among them, is taken whatever is given.
-            client._custom_headers = {}
-            return client
-
-        return connections.sdk_client("anthropic", request.endpoint, request.secret(), build)
+# --- the request ---
 
 
 def _body(request: ChatRequest) -> tuple[dict[str, Any], int]:
-    """Return the body and `max_tokens`; the SDK has no argument for temperature and top_p now."""
-    system, messages = _messages(request.messages)
+    """Return the body, and the limit that goes with it."""
+    options = dict(request.options)
+    system, messages = _messages(request.messages, origin("anthropic", request.endpoint))
     body: dict[str, Any] = {"messages": messages}
     if system:
         body["system"] = system
-    if request.temperature is not None:
+    if "stop" in options and "stop_sequences" not in options:
+        stop = options.pop("stop")
+        options["stop_sequences"] = [stop] if isinstance(stop, str) else stop
+    max_tokens = options.pop("max_completion_tokens", None) or request.max_tokens
+    max_tokens = max_tokens or DEFAULT_MAX_TOKENS
+    thinking = options.get("thinking")
+    thinks = isinstance(thinking, Mapping) and thinking.get("type") not in (None, "disabled")
+    if isinstance(thinking, Mapping) and isinstance(thinking.get("budget_tokens"), int):
+        budget = thinking["budget_tokens"]
+        if thinks and max_tokens <= budget:
+            # What is thought counts, too: what was meant for the answer is left for it.
+            max_tokens += budget
+    if request.temperature is not None and not thinks:
         # The protocol's range ends at 1, an agent's at 2.
         body["temperature"] = min(request.temperature, 1.0)
     if request.tools:
@@ -176,29 +149,63 @@ def _body(request: ChatRequest) -> tuple[dict[str, Any], int]:
             body["tool_choice"] = _tool_choice(request.tool_choice)
     if request.response_format is not None:
         body["output_config"] = _output_config(request)
-    return dict(request.options) | body, request.max_tokens or DEFAULT_MAX_TOKENS
+    return options | body, max_tokens
 
 
-def _messages(messages: Sequence[Message]) -> tuple[str, list[dict[str, Any]]]:
+def _goes_on_without_thinking(body: Mapping[str, Any]) -> bool:
+    """Whether the turn that goes on after a tool's answer began without the thinking asked for."""
+    thinking = body.get("thinking")
+    if not isinstance(thinking, Mapping) or thinking.get("type") != "enabled":
+        return False
+    began: Any = None
+    answered = False
+    for turn in body["messages"]:
+        if turn["role"] == "assistant":
+            began = began or turn["content"][0].get("type")
+            answered = False
+        else:
+            answered = any(part.get("type") == "tool_result" for part in turn["content"])
+            began = began if answered else None
+    return answered and began is not None and began not in _THOUGHTS
+
+
+def _messages(messages: Sequence[Message], place: str) -> tuple[Any, list[dict[str, Any]]]:
     """Return the system prompt, which stands apart here, and the turns in alternation."""
-    system: list[str] = []
+    system: list[dict[str, Any]] = []
     turns: list[dict[str, Any]] = []
     for message in messages:
         role = message["role"]
         if role in ("system", "developer"):
-            system.append(text_of(message.get("content")))
+            system += _marked(_parts(message.get("content")), message)
             continue
-        blocks = _blocks(message)
         # The answers to all tool calls of a turn must come in the one turn after it.
         role = "assistant" if role == "assistant" else "user"
+        blocks = _blocks(message, place)
+        more = {name: each for name, each in message.items() if name not in _OF_THE_COMMON_FORM}
+        more.pop("cache_control", None)
+        if message["role"] == "tool":
+            # Of an answer, such as `is_error`: `_blocks` puts it there.
+            more.clear()
         if turns and turns[-1]["role"] == role:
             turns[-1]["content"] += blocks
+            turns[-1] |= more
         elif blocks:
-            turns.append({"role": role, "content": blocks})
-    return "\n\n".join(text for text in system if text), turns
+            turns.append({"role": role, "content": blocks} | more)
+    plain = all(block.keys() == {"type", "text"} and block["type"] == "text" for block in system)
+    if plain:
+        return "\n\n".join(block["text"] for block in system), turns
+    return system, turns
 
 
-def _blocks(message: Message) -> list[dict[str, Any]]:
+def _marked(blocks: list[dict[str, Any]], message: Message) -> list[dict[str, Any]]:
+    """Put a message's cache mark where this protocol has it: on its last block."""
+    mark = message.get("cache_control")
+    if mark is not None and blocks:
+        blocks[-1] = blocks[-1] | {"cache_control": mark}
+    return blocks
+
+
+def _blocks(message: Message, place: str) -> list[dict[str, Any]]:
     content = message.get("content")
     if message["role"] == "tool":
         answer: dict[str, Any] = {
@@ -206,9 +213,16 @@ def _blocks(message: Message) -> list[dict[str, Any]]:
             "tool_use_id": message["tool_call_id"],
             "content": content if isinstance(content, str) else _parts(content),
         }
-        return [answer]
-    blocks = _parts(content)
-    for call in message.get("tool_calls") or ():
+        more = {name: each for name, each in message.items() if name not in _OF_THE_COMMON_FORM}
+        return [more | answer]
+    own = parts_of(message, "anthropic", place).get("content") or []
+    calls = message.get("tool_calls") or ()
+    if own and _says_the_same(own, content, calls):
+        return _marked([dict(block) for block in own], message)
+    # The text was changed by the caller, but what was thought before it was not.
+    blocks = [dict(block) for block in own if block.get("type") in _THOUGHTS]
+    blocks += _parts(content)
+    for call in calls:
         blocks.append(
             {
                 "type": "tool_use",
@@ -217,35 +231,69 @@ def _blocks(message: Message) -> list[dict[str, Any]]:
                 "input": arguments_of(call),
             }
         )
-    return blocks
+    return _marked(blocks, message)
+
+
+_THOUGHTS: Final = ("thinking", "redacted_thinking")
+
+
+def _says_the_same(own: Sequence[Any], content: Any, calls: Sequence[Mapping[str, Any]]) -> bool:
+    text = "".join(block.get("text") or "" for block in own if block.get("type") == "text")
+    uses = [
+        (block.get("id"), block.get("name"), block.get("input"))
+        for block in own
+        if block.get("type") == "tool_use"
+    ]
+    called = [(call.get("id"), call["function"]["name"], arguments_of(call)) for call in calls]
+    return text == text_of(content) and uses == called
 
 
 def _parts(content: Any) -> list[dict[str, Any]]:
     if content is None or isinstance(content, str):
         # An empty text block is refused by the provider.
         return [{"type": "text", "text": content}] if content else []
-    return [_part(part) for part in content]
+    parts = [_part(part) for part in content]
+    return [part for part in parts if part.get("type") != "text" or part.get("text")]
 
 
 def _part(part: Mapping[str, Any]) -> dict[str, Any]:
-    if part.get("type") != "image_url":
+    kind = part.get("type")
+    if kind == "file" and isinstance(part.get("file"), Mapping):
+        return _file(part)
+    if kind == "input_audio":
+        raise Unsupported("anthropic takes no audio")
+    if kind != "image_url":
         return dict(part)
+    more = {name: value for name, value in part.items() if name not in ("type", "image_url")}
     inline = data_url(part)
     if inline is None:
-        return {"type": "image", "source": {"type": "url", "url": part["image_url"]["url"]}}
+        return more | {"type": "image", "source": {"type": "url", "url": part["image_url"]["url"]}}
     source = {"type": "base64", "media_type": inline[0], "data": inline[1]}
-    return {"type": "image", "source": source}
+    return more | {"type": "image", "source": source}
+
+
+def _file(part: Mapping[str, Any]) -> dict[str, Any]:
+    file = part["file"]
+    more = {name: value for name, value in part.items() if name not in ("type", "file")}
+    if file.get("file_id"):
+        source = {"type": "file", "file_id": file["file_id"]}
+    else:
+        inline = data_url({"image_url": {"url": file["file_data"]}})
+        if inline is None:
+            raise Unsupported("anthropic takes files as data URLs or by their id")
+        source = {"type": "base64", "media_type": inline[0], "data": inline[1]}
+    title = {"title": file["filename"]} if file.get("filename") else {}
+    return more | {"type": "document", "source": source} | title
 
 
 def _tool(tool: Mapping[str, Any]) -> dict[str, Any]:
     if tool.get("type") != "function":
         return dict(tool)
     function = tool["function"]
-    schema = function.get("parameters") or {"type": "object", "properties": {}}
-    named = {"name": function["name"], "input_schema": schema}
-    if function.get("description"):
-        named["description"] = function["description"]
-    return named
+    named = {name: value for name, value in tool.items() if name not in ("type", "function")}
+    named |= {name: value for name, value in function.items() if name != "parameters"}
+    named["input_schema"] = function.get("parameters") or {"type": "object", "properties": {}}
+    return {name: value for name, value in named.items() if value is not None}
 
 
 def _tool_choice(choice: str | Mapping[str, Any]) -> dict[str, Any]:
@@ -266,32 +314,3 @@ def _output_config(request: ChatRequest) -> dict[str, Any]:
     given = request.options.get("output_config")
     schema = {"type": "json_schema", "schema": wanted["json_schema"]["schema"]}
     return (dict(given) if isinstance(given, Mapping) else {}) | {"format": schema}
-
-
-def _delta(event: Any) -> StreamChunk | None:
-    delta = event.delta
-    if delta.type == "text_delta":
-        return StreamChunk(text=text_of(delta.text))
-    if delta.type == "thinking_delta":
-        return StreamChunk(reasoning=delta.thinking)
-    if delta.type == "input_json_delta":
-        call = ToolCallDelta(index=event.index, arguments_json=delta.partial_json)
-        return StreamChunk(tool_calls=(call,))
-    return None
-
-
-def _finish(reason: str | None) -> str | None:
-    return _FINISH.get(reason, reason) if reason else None
-
-
-def _usage(usage: Any, output_tokens: Any) -> Usage | None:
-    """Return the usage; `input_tokens` counts only what was not cached, ours counts all."""
-    if usage is None:
-        return None
-    cached = counted(usage.cache_read_input_tokens)
-    uncached = counted(usage.input_tokens) + counted(usage.cache_creation_input_tokens)
-    return Usage(
-        input_tokens=uncached + cached,
-        output_tokens=counted(output_tokens or usage.output_tokens),
-        cached_input_tokens=cached,
-    )

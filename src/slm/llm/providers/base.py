@@ -1,6 +1,6 @@
 """What every provider adapter takes and gives: the request, and the answer in pieces or whole.
 
-Knows no provider SDK and nothing of agents; an adapter translates between these values and its SDK.
+Knows no provider and nothing of agents; an adapter translates between these values and a protocol.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from slm.llm.transport import Connections
 
 T = TypeVar("T")
 
-NO_KEY: Final = "no-key"
-"""Sent where an agent has no key: an SDK given nothing takes a key from its environment."""
+PARTS: Final = "provider_parts"
+"""The member of a message that holds what its provider wants back; see `Parts`."""
 
 Message = Mapping[str, Any]
 """A message in the common form: `role`, `content`, and for tools `tool_calls`, `tool_call_id`."""
@@ -90,6 +90,21 @@ class ToolCallDelta:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class End:
+    """What is known only when a stream is over.
+
+    Attributes:
+        tool_calls: whole.
+        parts: what the provider wants back with the next request, in its own form.
+        adjusted: what of the request the model refused, and was sent differently.
+    """
+
+    tool_calls: tuple[ToolCall, ...] = ()
+    parts: Mapping[str, Any] = field(default_factory=dict)
+    adjusted: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StreamChunk:
     """A piece of a streamed answer; most hold a few characters of `text` and nothing else.
 
@@ -99,6 +114,7 @@ class StreamChunk:
         tool_calls: pieces of tool calls; whole ones are in the stream's `result`.
         finish_reason: set in the piece with which the provider says that it is done.
         usage: what the provider has counted so far, where this piece says so.
+        end: set in the last piece, for `LLMStream.result`.
     """
 
     text: str = ""
@@ -106,6 +122,7 @@ class StreamChunk:
     tool_calls: tuple[ToolCallDelta, ...] = ()
     finish_reason: str | None = None
     usage: Usage | None = None
+    end: End | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         texts(self.text, self.reasoning, self.finish_reason or "")
@@ -120,6 +137,8 @@ class Completion:
     tool_calls: tuple[ToolCall, ...]
     finish_reason: str
     usage: Usage | None
+    parts: Mapping[str, Any] = field(default_factory=dict)
+    adjusted: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         texts(self.text, self.reasoning, self.finish_reason)
@@ -127,7 +146,7 @@ class Completion:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatRequest:
-    """One request, with everything that it needs; no default of the provider's SDK is left in.
+    """One request, with everything that it needs.
 
     Attributes:
         endpoint: the base URL, checked.
@@ -151,13 +170,13 @@ class ChatRequest:
     response_format: Mapping[str, Any] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
-    def secret(self) -> str:
-        """Return the key in plain text, or a dummy; never to be kept in a variable of a frame."""
-        return self.key.get_secret_value() if self.key is not None else NO_KEY
+    def secret(self) -> str | None:
+        """Return the key in plain text; never to be kept in a variable of a frame."""
+        return self.key.get_secret_value() if self.key is not None else None
 
 
 class Provider(Protocol):
-    """What an adapter does. Its methods raise whatever the SDK raises; `explain` reads that."""
+    """What an adapter does. Its methods raise whatever comes; `explain` reads that."""
 
     def __init__(self, connections: Connections) -> None: ...
 
@@ -167,25 +186,33 @@ class Provider(Protocol):
     def stream(self, request: ChatRequest) -> AsyncGenerator[StreamChunk, None]:
         """Yield the answer as it comes; each piece is progress, so pings are not yielded."""
 
+    def secrets(self, endpoint: str) -> list[str]:
+        """Return what else is sent to the endpoint that an error must not repeat."""
+
     def explain(self, error: Exception) -> Failure:
-        """Say what the SDK's exception means."""
+        """Say what an exception of the adapter's methods means."""
 
 
 class Accumulator:
     """Puts the pieces of a stream together.
 
     Attributes:
-        finish_reason: None until the provider said that it is done.
+        finish_reason: None until the provider said why it is done.
         started: whether anything came.
     """
 
     def __init__(self) -> None:
         self._text: list[str] = []
         self._reasoning: list[str] = []
-        self._calls: dict[int, dict[str, str]] = {}
         self._usage: Usage | None = None
+        self._end: End | None = None
         self.finish_reason: str | None = None
         self.started = False
+
+    @property
+    def ended(self) -> bool:
+        """Whether the answer is whole."""
+        return self._end is not None
 
     @property
     def text(self) -> str:
@@ -199,29 +226,21 @@ class Accumulator:
             self._text.append(chunk.text)
         if chunk.reasoning:
             self._reasoning.append(chunk.reasoning)
-        for delta in chunk.tool_calls:
-            call = self._calls.setdefault(delta.index, {"id": "", "name": "", "arguments": ""})
-            call["id"] = call["id"] or delta.id
-            call["name"] = call["name"] or delta.name
-            call["arguments"] += delta.arguments_json
         self._usage = chunk.usage or self._usage
+        self._end = chunk.end or self._end
         self.finish_reason = chunk.finish_reason or self.finish_reason
 
     def completion(self) -> Completion:
         """Return the whole, once `finish_reason` is set."""
+        end = self._end or End()
         return Completion(
             text=self.text,
             reasoning="".join(self._reasoning),
-            tool_calls=tuple(
-                ToolCall(
-                    id=call["id"] or f"call_{index}",
-                    name=call["name"],
-                    arguments_json=call["arguments"] or "{}",
-                )
-                for index, call in sorted(self._calls.items())
-            ),
+            tool_calls=end.tool_calls,
             finish_reason=self.finish_reason or "",
             usage=self._usage,
+            parts=end.parts,
+            adjusted=end.adjusted,
         )
 
 
@@ -240,7 +259,7 @@ def translated(build: Callable[[ChatRequest], T], request: ChatRequest) -> T:
 
 
 def texts(*values: object) -> None:
-    """Refuse what is not text where the protocol has text; the SDKs pass on what came.
+    """Refuse what is not text where the protocol has text.
 
     Raises:
         TypeError: one of the values is not a string.
@@ -257,11 +276,6 @@ def counted(number: object) -> int:
     if not isinstance(number, int | float) or not 0 <= number < 2**63:
         return 0
     return int(number)
-
-
-def json_text(arguments: Any) -> str:
-    """Return a tool call's arguments as text; some servers send them as an object."""
-    return arguments if isinstance(arguments, str) else json.dumps(arguments or {})
 
 
 def text_of(content: Any) -> str:
@@ -292,3 +306,23 @@ def arguments_of(call: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(arguments, Mapping):
         raise Unsupported("the arguments of a tool call in the messages are not a JSON object")
     return dict(arguments)
+
+
+def parts_of(message: Message, provider: str, place: str) -> Mapping[str, Any]:
+    """Return what the message's own provider wants back, if it goes to that provider again.
+
+    Signatures and reasoning mean nothing elsewhere; another server refuses them, or is told what
+    was not meant for it.
+
+    Args:
+        message: an earlier turn.
+        provider: where the request goes.
+        place: the origin it goes to.
+    """
+    held = message.get(PARTS)
+    if not isinstance(held, Mapping):
+        return {}
+    if held.get("provider") != provider or held.get("origin") != place:
+        return {}
+    parts = held.get("parts")
+    return parts if isinstance(parts, Mapping) else {}

@@ -1,16 +1,18 @@
-"""What an adapter makes of an exception: which of our errors, and the facts kept of it.
+"""What a provider's refusal means: which of our errors, in the provider's own words.
 
-Knows HTTP's statuses and what lies below an SDK; each SDK's own exceptions are read in its adapter.
+Knows HTTP's statuses and the shapes in which providers word an error; nothing of what was asked.
 """
 
 from __future__ import annotations
 
 import email.utils
-import math
+import re
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
+
+import aiohttp
 
 from slm.errors import (
     LLMAuthError,
@@ -18,12 +20,55 @@ from slm.errors import (
     LLMBadResponse,
     LLMEndpointRefused,
     LLMError,
+    LLMQuotaExhausted,
     LLMRateLimited,
     LLMUnavailable,
 )
-from slm.llm.transport import AddressRefused
+from slm.llm.providers.wire import NotOfTheProtocol
+from slm.llm.providers.words import Words, calls_itself_error, number, words_of
+from slm.llm.transport import AddressRefused, AnswerUnreadable
 
 _MAX_WAIT_SECONDS: Final = 365 * 86400.0
+
+
+# An error inside a 200 or a stream has no status of its own; its code says what it would have been.
+_STATUS_OF_CODE: Final = {
+    **dict.fromkeys(("invalid_request_error", "invalid_argument", "failed_precondition"), 400),
+    **dict.fromkeys(("bad_request", "badrequesterror", "validation_error"), 400),
+    **dict.fromkeys(("unsupported_parameter", "unsupported_value", "content_filter"), 400),
+    **dict.fromkeys(("context_length_exceeded", "string_above_max_length"), 400),
+    **dict.fromkeys(("authentication_error", "invalid_api_key", "unauthenticated"), 401),
+    **dict.fromkeys(("api_key_invalid", "unauthorized", "authenticationerror"), 401),
+    **dict.fromkeys(("billing_error", "insufficient_quota", "insufficient_balance"), 402),
+    **dict.fromkeys(("insufficient_credits", "quota_exhausted", "billing_hard_limit_reached"), 402),
+    **dict.fromkeys(("permission_error", "permission_denied", "forbidden"), 403),
+    **dict.fromkeys(("not_found_error", "not_found", "model_not_found", "notfounderror"), 404),
+    **dict.fromkeys(("request_too_large", "request_too_large_error"), 413),
+    **dict.fromkeys(("rate_limit_error", "rate_limit_exceeded", "resource_exhausted"), 429),
+    **dict.fromkeys(("rate_limit", "ratelimiterror", "too_many_requests", "throttled"), 429),
+    **dict.fromkeys(("throttlingexception", "tokens", "requests"), 429),
+    **dict.fromkeys(("api_error", "server_error", "internal", "internal_error"), 500),
+    **dict.fromkeys(("internal_server_error", "internalservererror"), 500),
+    **dict.fromkeys(("unavailable", "service_unavailable", "serviceunavailable"), 503),
+    **dict.fromkeys(("timeout_error", "deadline_exceeded"), 504),
+    **dict.fromkeys(("overloaded_error", "overloaded", "engine_overloaded"), 529),
+}
+_BY_WORDS: Final = (
+    (402, re.compile(r"insufficient[ _](quota|balance|credit|fund)|credit balance is too low"
+                     r"|out of credits|requires? more credits|payment required"
+                     r"|arrears|exceeded your current quota")),
+    (429, re.compile(r"rate.?limit|too many requests|throttl|slow down")),
+    (529, re.compile(r"over ?load|at capacity|over capacity|server is busy|try again later")),
+    (401, re.compile(r"(invalid|incorrect|missing|wrong|no) (api.?key|credential|x-api-key|bearer)"
+                     r"|unauthori[sz]ed|api key not valid|authentication")),
+    (404, re.compile(r"unexpected endpoint|model .{0,80}not (found|exist)|no such model"
+                     r"|does not exist|unknown model|page not found")),
+    (400, re.compile(r"bad request|invalid request|context (length|window)|maximum context"
+                     r"|(unsupported|unrecogni[sz]ed|unknown) (parameter|argument|value|field)"
+                     r"|not permitted|does not support|is not supported")),
+)  # fmt: skip
+# What gives hope that a quota comes back by itself, as Gemini's do each minute.
+_COMES_BACK: Final = re.compile(r"retry in|try again in|per (minute|second|day)|retrydelay")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +85,101 @@ class Unsupported(Exception):
     """The request asks for something that the provider's protocol has no word for."""
 
 
+class Refused(Exception):
+    """The provider answered with an error, with whatever status.
+
+    Attributes:
+        status: the answer's; of an error inside a 200 or a stream, what it stands for.
+        words: what the error says.
+        failure: which of our errors that is.
+    """
+
+    def __init__(self, status: int, words: Words, failure: Failure) -> None:
+        super().__init__(failure.detail)
+        self.status = status
+        self.words = words
+        self.failure = failure
+
+
+def refused(
+    status: int, body: Any, headers: Mapping[str, str], place: str, *, in_answer: bool = False
+) -> Refused:
+    """Return what an error means.
+
+    Args:
+        status: the answer's HTTP status.
+        body: its JSON, or its text.
+        headers: the answer's.
+        place: which path was asked, without its query: an endpoint with a segment too many is seen
+            by that alone.
+        in_answer: the error came in an answer of status 200, or in the middle of a stream.
+    """
+    words = words_of(body)
+    if 300 <= status < 400:
+        words = Words("the endpoint answers with a redirect, and redirects are never followed")
+    elif in_answer:
+        said = _status_said(words)
+        if said is None and not calls_itself_error(body):
+            text = f"the answer is not of the provider's protocol: {words.text}"
+            return Refused(status, words, Failure(LLMBadResponse, text))
+        status = said or 500
+    kind = _kind(status, words)
+    wait = retry_after_seconds(headers)
+    text = words.text or "the answer says no more"
+    if status in (404, 405, 501) or not words.text:
+        text = f"POST {place}: {text}"
+    wait = words.wait_seconds if wait is None else wait
+    return Refused(status, words, Failure(kind, text, status, wait))
+
+
+def not_an_answer(body: bytes, place: str) -> Failure:
+    """Return the failure for an answer of status 200 that is HTML, text or something else."""
+    text = words_of(body.decode("utf-8", "replace")).text
+    said = f": {text}" if text else ""
+    return Failure(
+        LLMBadResponse,
+        f"the answer to POST {place} is not of the provider's protocol{said}",
+    )
+
+
+def _kind(status: int, words: Words) -> type[LLMError]:
+    said = _status_by_code(words)
+    if status in (402, 429) or said == 402:
+        # Nothing left to pay with is no rate limit: the next try fails as this one did.
+        text = words.text.lower()
+        paid = said == 402 or (_BY_WORDS[0][1].search(text) and not _COMES_BACK.search(text))
+        if status == 402 or (paid and words.wait_seconds is None):
+            return LLMQuotaExhausted
+    if status in (400, 403, 500) and said in (401, 402, 429, 529):
+        return by_status(said)
+    if status == 400 and _BY_WORDS[0][1].search(words.text.lower()):
+        return LLMQuotaExhausted
+    return by_status(status)
+
+
+def _status_said(words: Words) -> int | None:
+    """Return the HTTP status that an error without one stands for, where it says so."""
+    for code in words.codes:
+        status = status_of(code)
+        if status is not None:
+            return status
+    status = _status_by_code(words)
+    if status is not None:
+        return status
+    text = words.text.lower()
+    return next((status for status, pattern in _BY_WORDS if pattern.search(text)), None)
+
+
+def _status_by_code(words: Words) -> int | None:
+    found = [_STATUS_OF_CODE[code] for code in words.codes if code in _STATUS_OF_CODE]
+    # "insufficient_quota" stands beside "rate_limit_error", and "api_key_invalid" beside
+    # "invalid_argument": what says most counts.
+    if 402 in found:
+        return 402
+    telling = [status for status in found if status not in (400, 500)]
+    return next(iter([*telling, *found]), None)
+
+
 def status_of(code: object) -> int | None:
     """Return the HTTP status that an error's own `code` stands for, where it is one."""
     if isinstance(code, str) and len(code) == 3 and code.isascii() and code.isdecimal():
@@ -49,6 +189,8 @@ def status_of(code: object) -> int | None:
 
 def by_status(status: int) -> type[LLMError]:
     """Return the error that an HTTP status stands for (RFC 9110; 529 is Anthropic's overload)."""
+    if status == 402:
+        return LLMQuotaExhausted
     if status == 429:
         return LLMRateLimited
     if status in (401, 403):
@@ -60,20 +202,18 @@ def by_status(status: int) -> type[LLMError]:
     return LLMBadResponse
 
 
-def status_failure(status: int, text: str, headers: Mapping[str, str]) -> Failure:
-    """Return the failure for an answer with an HTTP status other than success."""
-    if 300 <= status < 400:
-        text = "the endpoint answers with a redirect, and redirects are never followed"
-    return Failure(by_status(status), text, status, retry_after_seconds(headers))
-
-
 def connection_failure(error: BaseException) -> Failure:
-    """Return the failure for an exception from below the SDK, or one the SDK made of such."""
+    """Return the failure for an exception from below the protocol."""
     for cause in causes(error):
         if isinstance(cause, AddressRefused):
             return Failure(LLMEndpointRefused, str(cause))
         if isinstance(cause, Unsupported):
             return Failure(LLMBadRequest, str(cause))
+        if isinstance(cause, aiohttp.ClientHttpProxyError):
+            # Its text would name the proxy's URL, which may hold a password.
+            return Failure(LLMUnavailable, f"the proxy refuses the request with {cause.status}")
+        if isinstance(cause, aiohttp.ClientResponseError):
+            return Failure(LLMUnavailable, "no connection, or it broke: the answer is no HTTP")
     # The innermost says most, such as which check of a certificate failed.
     reason = [str(cause) for cause in causes(error) if str(cause)][-1:]
     return Failure(LLMUnavailable, ": ".join(["no connection, or it broke", *reason]))
@@ -85,24 +225,22 @@ _OF_NO_PROTOCOL: Final = (
 )
 
 
-def other_failure(error: Exception) -> Failure:
-    """Return the failure for an exception of no SDK's own: what came was not of the protocol."""
+def failure_of(error: Exception) -> Failure:
+    """Return the failure for any exception that a call can end with."""
+    if isinstance(error, Refused):
+        return error.failure
     if isinstance(error, Unsupported):
         return Failure(LLMBadRequest, str(error))
-    if isinstance(error, UnicodeEncodeError) or _unsendable(error):
-        return Failure(LLMBadRequest, "the request holds a value that JSON cannot carry")
-    if isinstance(error, OSError | AddressRefused):
+    if isinstance(error, AnswerUnreadable):
+        return Failure(LLMBadResponse, str(error))
+    if isinstance(error, NotOfTheProtocol):
+        said = words_of(error.text).text
+        return Failure(LLMBadResponse, f"{error}: {said}" if said else str(error))
+    if isinstance(error, OSError | AddressRefused | aiohttp.ClientError):
         return connection_failure(error)
     if isinstance(error, _OF_NO_PROTOCOL):
         return Failure(LLMBadResponse, "the answer is not of the provider's protocol")
     return Failure(LLMError, "failed in a way that is not known")
-
-
-def _unsendable(error: Exception) -> bool:
-    """Whether this is what the JSON encoder, which runs inside the SDK, raises."""
-    if isinstance(error, TypeError | ValueError):
-        return "JSON serializable" in str(error) or "JSON compliant" in str(error)
-    return False
 
 
 def causes(error: BaseException) -> Iterable[BaseException]:
@@ -112,7 +250,8 @@ def causes(error: BaseException) -> Iterable[BaseException]:
     while current is not None and id(current) not in seen:
         seen.add(id(current))
         yield current
-        current = current.__cause__ or current.__context__
+        below = None if current.__suppress_context__ else current.__context__
+        current = current.__cause__ or below
 
 
 def retry_after_seconds(headers: Mapping[str, str]) -> float | None:
@@ -120,25 +259,17 @@ def retry_after_seconds(headers: Mapping[str, str]) -> float | None:
 
     None where it does not say so, or in no way that makes sense; a year at most.
     """
-    milliseconds = _number(headers.get("retry-after-ms"))
+    milliseconds = number(headers.get("retry-after-ms"))
     if milliseconds is not None:
         return _wait(milliseconds / 1000)
     text = headers.get("retry-after")
-    seconds = _number(text)
+    seconds = number(text)
     if seconds is None and text is not None:
         try:
             seconds = email.utils.parsedate_to_datetime(text).timestamp() - time.time()
         except Exception:  # ValueError is the usual one; years and zones overflow in several ways
             seconds = None
     return None if seconds is None else _wait(seconds)
-
-
-def _number(text: str | None) -> float | None:
-    try:
-        number = float(text or "")
-    except ValueError:
-        return None
-    return None if math.isnan(number) else number
 
 
 def _wait(seconds: float) -> float:

@@ -1,142 +1,76 @@
-"""Ollama's own chat protocol, through its own SDK.
+"""Ollama's own chat protocol.
 
 Knows nothing of agents, retries or deadlines.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-import httpx
-import ollama
-
-from slm.errors import LLMUnavailable
+from slm.endpoints import origin
 from slm.llm.providers.base import (
+    PARTS,
     ChatRequest,
     Completion,
+    End,
     Message,
     StreamChunk,
-    ToolCall,
-    ToolCallDelta,
     Usage,
     arguments_of,
     counted,
     data_url,
+    parts_of,
     text_of,
-    translated,
 )
-from slm.llm.providers.failures import (
-    Failure,
-    Unsupported,
-    causes,
-    connection_failure,
-    other_failure,
-    status_failure,
-)
-from slm.llm.transport import Connections, no_cookies
+from slm.llm.providers.failures import Unsupported
+from slm.llm.providers.http import HTTPProvider
+from slm.llm.providers.tool_calls import ToolCalls
+from slm.llm.providers.wire import Event
 
 # These stand beside `options` in a request; everything else is the model's own and goes inside.
 _TOP_LEVEL: Final = frozenset({"format", "keep_alive", "logprobs", "think", "top_logprobs"})
+# Members of the common form that this protocol says elsewhere, or not at all.
+_OTHERS: Final = frozenset(
+    [
+        *("tool_calls", "tool_call_id", "name", "refusal", "annotations", "audio"),
+        *("function_call", "reasoning_content", "reasoning", PARTS),
+    ]
+)
+_COMMON: Final = frozenset({"role", "content", "tool_calls", "images", "tool_name"})
 
 
-class OllamaProvider:
+class OllamaProvider(HTTPProvider):
     """The adapter; see `slm.llm.providers.base.Provider`."""
 
-    def __init__(self, connections: Connections) -> None:
-        self._connections = connections
+    name = "ollama"
+    route = "/api/chat"
+    lines = True
+    members = frozenset({"message", "done", "model", "created_at"})
 
-    async def chat(self, request: ChatRequest) -> Completion:
-        """Return the whole answer."""
-        client = await self._client(request)
-        # Not client.chat(): that cuts a tool's JSON Schema down to the members it knows, nested
-        # objects, anyOf and $ref among the lost.
-        answer = await client._request(
-            ollama.ChatResponse, "POST", "/api/chat", json=translated(_body, request)
-        )
-        calls = tuple(
-            ToolCall(
-                id=f"call_{index}",
-                name=call.function.name,
-                arguments_json=json.dumps(call.function.arguments),
-            )
-            for index, call in enumerate(answer.message.tool_calls or ())
-        )
+    def body(self, request: ChatRequest, *, streamed: bool) -> tuple[dict[str, Any], list[str]]:
+        """Return the request's body."""
+        return _body(request) | {"stream": streamed}, []
+
+    def completion(self, answer: Mapping[str, Any]) -> Completion:
+        """Return a whole answer."""
+        if not isinstance(answer.get("message"), Mapping) and not answer.get("done"):
+            raise TypeError("an answer without a message")
+        parser = OllamaParser()
+        parser.read(answer)
+        end = parser.ended()
         return Completion(
-            text=answer.message.content or "",
-            reasoning=answer.message.thinking or "",
-            tool_calls=calls,
-            finish_reason="tool_calls" if calls else answer.done_reason or "stop",
+            text=parser.text,
+            reasoning=parser.reasoning,
+            tool_calls=end.tool_calls,
+            finish_reason="tool_calls" if end.tool_calls else parser.finish_reason or "stop",
             usage=_usage(answer),
+            parts=end.parts,
         )
 
-    async def stream(self, request: ChatRequest) -> AsyncGenerator[StreamChunk, None]:
-        """Yield the answer as it comes."""
-        client = await self._client(request)
-        body = translated(_body, request) | {"stream": True}
-        stream: Any = await client._request(
-            ollama.ChatResponse, "POST", "/api/chat", json=body, stream=True
-        )
-        calls = 0
-        try:
-            async for part in stream:
-                whole = tuple(
-                    ToolCallDelta(
-                        index=calls + offset,
-                        id=f"call_{calls + offset}",
-                        name=call.function.name,
-                        arguments_json=json.dumps(call.function.arguments),
-                    )
-                    for offset, call in enumerate(part.message.tool_calls or ())
-                )
-                calls += len(whole)
-                finish = (part.done_reason or "stop") if part.done else None
-                chunk = StreamChunk(
-                    text=part.message.content or "",
-                    reasoning=part.message.thinking or "",
-                    tool_calls=whole,
-                    finish_reason="tool_calls" if finish and calls else finish,
-                    usage=_usage(part) if part.done else None,
-                )
-                if chunk != _NOTHING:
-                    yield chunk
-        finally:
-            await stream.aclose()
-
-    def explain(self, error: Exception) -> Failure:
-        """Say what an exception of this SDK means."""
-        if isinstance(error, ollama.ResponseError):
-            if error.status_code < 0:
-                # A line of the stream that says `error`; it comes with no status of its own.
-                return Failure(LLMUnavailable, str(error.error))
-            below = (cause for cause in causes(error) if isinstance(cause, httpx.HTTPStatusError))
-            response = next((cause.response for cause in below), None)
-            headers: Mapping[str, str] = {} if response is None else response.headers
-            return status_failure(error.status_code, str(error.error), headers)
-        if isinstance(error, httpx.HTTPError):
-            return connection_failure(error)
-        return other_failure(error)
-
-    async def _client(self, request: ChatRequest) -> ollama.AsyncClient:
-        connections = await self._connections.current()
-
-        def build() -> ollama.AsyncClient:
-            # Without host and authorization the SDK takes OLLAMA_HOST and OLLAMA_API_KEY.
-            return ollama.AsyncClient(
-                host=request.endpoint,
-                headers={"authorization": f"Bearer {request.secret()}"},
-                follow_redirects=False,
-                trust_env=False,
-                timeout=None,
-                transport=connections.httpx_transport(request.endpoint),
-                cookies=no_cookies(),
-            )
-
-        return connections.sdk_client("ollama", request.endpoint, request.secret(), build)
-
-
-_NOTHING: Final = StreamChunk()
+    def parser(self, request: ChatRequest) -> OllamaParser:
+        """Return what reads one stream."""
+        return OllamaParser()
 
 
 def _body(request: ChatRequest) -> dict[str, Any]:
@@ -155,31 +89,37 @@ def _body(request: ChatRequest) -> dict[str, Any]:
         body["tools"] = list(request.tools)
     return body | {
         "model": request.model,
-        "messages": _messages(request.messages),
+        "messages": _messages(request.messages, origin("ollama", request.endpoint)),
         "options": options,
         "stream": False,
     }
 
 
-def _messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
+def _messages(messages: Sequence[Message], place: str) -> list[dict[str, Any]]:
     names: dict[str, str] = {}
     turns = []
     for message in messages:
         role = message["role"]
         turn: dict[str, Any] = {
+            **{name: each for name, each in message.items() if name not in _OTHERS},
             "role": "system" if role == "developer" else role,
             "content": text_of(message.get("content")),
         }
         images = _images(message.get("content"))
         if images:
-            turn["images"] = images
+            turn["images"] = [*turn.get("images", ()), *images]
+        parts = parts_of(message, "ollama", place)
+        for name, value in parts.get("message", {}).items():
+            turn.setdefault(name, value)
         if message.get("tool_calls"):
+            extras = parts.get("tool_calls") or {}
             turn["tool_calls"] = []
             for call in message["tool_calls"]:
                 names[str(call.get("id"))] = name = call["function"]["name"]
-                turn["tool_calls"].append(
-                    {"function": {"name": name, "arguments": arguments_of(call)}}
-                )
+                extra = extras.get(call.get("id")) or {}
+                function = {**(extra.get("function") or {}), "name": name}
+                function["arguments"] = arguments_of(call)
+                turn["tool_calls"].append({**extra, "function": function})
         if role == "tool":
             # The protocol names the tool, not the call.
             name = message.get("name") or names.get(str(message.get("tool_call_id")), "")
@@ -217,9 +157,100 @@ def _format(wanted: Mapping[str, Any]) -> Any:
     raise Unsupported("of response_format, ollama knows json_object and json_schema alone")
 
 
-def _usage(answer: ollama.ChatResponse) -> Usage | None:
-    if answer.prompt_eval_count is None and answer.eval_count is None:
+class OllamaParser:
+    """Reads one stream, or the one part of a whole answer."""
+
+    def __init__(self) -> None:
+        self.finish_reason: str | None = None
+        self.done = False
+        self._answered = False
+        self._text: list[str] = []
+        self._reasoning: list[str] = []
+        self._calls = ToolCalls()
+        self._extra: dict[str, Any] = {}
+
+    @property
+    def text(self) -> str:
+        """The text so far."""
+        return "".join(self._text)
+
+    @property
+    def reasoning(self) -> str:
+        """The reasoning so far."""
+        return "".join(self._reasoning)
+
+    def take(self, event: Event) -> StreamChunk | None:
+        """Return what the event adds to the answer."""
+        chunk = self.read(event.value)
+        return None if chunk == _NOTHING else chunk
+
+    def read(self, part: Mapping[str, Any]) -> StreamChunk:
+        """Take one part, and return what it adds."""
+        message = part.get("message")
+        if message is None:
+            message = {}
+        if not isinstance(message, Mapping):
+            raise TypeError("a message is no object")
+        self._answered = self._answered or bool(message) or bool(part.get("done"))
+        text, reasoning = _string(message.get("content")), _string(message.get("thinking"))
+        self._text.append(text)
+        self._reasoning.append(reasoning)
+        # Each comes whole, and all of them with index 0.
+        pieces = tuple(self._calls.whole(call) for call in message.get("tool_calls") or ())
+        for name, value in message.items():
+            if name not in _COMMON and name != "thinking" and value not in (None, "", [], {}):
+                self._extra[name] = value
+        finish = None
+        if part.get("done") in (True, "true"):
+            self.done = True
+            reason = _string(part.get("done_reason")) or "stop"
+            finish = self.finish_reason = "tool_calls" if len(self._calls) else reason
+        return StreamChunk(
+            text=text,
+            reasoning=reasoning,
+            tool_calls=pieces,
+            finish_reason=finish,
+            usage=_usage(part) if finish else None,
+        )
+
+    def end(self) -> StreamChunk | None:
+        """Return the last piece; None where the stream was cut."""
+        if not (self._answered and self.done):
+            return None
+        end = self.ended()
+        finish = None
+        if self.finish_reason is None:
+            finish = self.finish_reason = "tool_calls" if end.tool_calls else "stop"
+        return StreamChunk(finish_reason=finish, end=end)
+
+    def ended(self) -> End:
+        """Return what is known only at the end."""
+        calls = self._calls.result()
+        extra = dict(self._extra)
+        if calls and self.reasoning:
+            # Models that think lose their thread between the calls of one turn without it.
+            extra["thinking"] = self.reasoning
+        parts: dict[str, Any] = {"message": extra} if extra else {}
+        if extras := self._calls.extras():
+            parts["tool_calls"] = extras
+        return End(tool_calls=calls, parts=parts)
+
+
+_NOTHING: Final = StreamChunk()
+
+
+def _string(value: Any) -> str:
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise TypeError("a member of the answer is not text")
+    return value
+
+
+def _usage(part: Mapping[str, Any]) -> Usage | None:
+    if part.get("prompt_eval_count") is None and part.get("eval_count") is None:
         return None
     return Usage(
-        input_tokens=counted(answer.prompt_eval_count), output_tokens=counted(answer.eval_count)
+        input_tokens=counted(part.get("prompt_eval_count")),
+        output_tokens=counted(part.get("eval_count")),
     )

@@ -1,221 +1,348 @@
-"""OpenAI's chat completions, through its own SDK; also for any server that speaks the same.
+"""OpenAI's chat completions, as OpenAI and everybody who is compatible with it speaks them.
 
-Knows nothing of agents, retries or deadlines.
+Knows nothing of agents, retries or deadlines. Which host is asked decides nothing here.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping
-from typing import Any, Final
-
-import httpx2
-import openai
-from openai.types import CompletionUsage
-from openai.types.chat import ChatCompletion, ChatCompletionChunk
+import json
+from collections.abc import Mapping
+from typing import Any, ClassVar, Final
 
 from slm.endpoints import origin
-from slm.errors import LLMBadResponse
 from slm.llm.providers.base import (
-    NO_KEY,
+    PARTS,
     ChatRequest,
     Completion,
+    End,
     StreamChunk,
-    ToolCall,
-    ToolCallDelta,
     Usage,
     counted,
-    json_text,
-    text_of,
-    translated,
+    parts_of,
 )
-from slm.llm.providers.failures import (
-    Failure,
-    by_status,
-    causes,
-    connection_failure,
-    other_failure,
-    status_failure,
-    status_of,
+from slm.llm.providers.http import HTTPProvider
+from slm.llm.providers.tool_calls import ToolCalls
+from slm.llm.providers.wire import Event
+
+# What a message of an answer has beside these is the provider's own, and goes back to it.
+_COMMON: Final = frozenset(
+    [
+        *("role", "content", "tool_calls", "refusal", "annotations", "audio", "function_call"),
+        *("name", "finish_reason", "index", "padding", "obfuscation", "token_ids", "logprobs"),
+    ]
 )
-from slm.llm.transport import Connections
+# DeepSeek wants it back after tool calls, and refuses it in any other turn of some models.
+_OF_TOOL_TURNS: Final = frozenset({"reasoning_content", "reasoning"})
 
-_OPENAI: Final = origin("openai", None)
 
-
-class OpenAIProvider:
+class OpenAIProvider(HTTPProvider):
     """The adapter; see `slm.llm.providers.base.Provider`."""
 
-    def __init__(self, connections: Connections) -> None:
-        self._connections = connections
-        # The SDK imports its larger half when a client is made and its resources are looked at:
-        # 0.4 s, here in the thread that makes the adapter rather than in the first call's loop.
-        idle = httpx2.AsyncClient(transport=httpx2.AsyncBaseTransport(), trust_env=False)
-        _ = openai.AsyncOpenAI(
-            api_key=NO_KEY, base_url="http://x", http_client=idle
-        ).chat.completions
+    name = "openai"
+    route = "/chat/completions"
+    # OpenAI's newer models refuse the former name, most compatible servers know only that.
+    renamed: ClassVar[Mapping[str, str]] = {
+        "max_tokens": "max_completion_tokens",
+        "max_completion_tokens": "max_tokens",
+    }
+    members = frozenset({"choices", "usage", "id", "object", "model", "prompt_filter_results"})
 
-    async def chat(self, request: ChatRequest) -> Completion:
-        """Return the whole answer."""
-        client = await self._client(request)
-        answer = await client.chat.completions.create(
-            model=request.model,
-            messages=[],
-            extra_body=translated(_body, request),
-        )
-        # Another content type than JSON comes back as a string, other members as they are.
-        if not isinstance(answer, ChatCompletion):
-            raise TypeError("not a chat completion")
-        choice = answer.choices[0]
-        message = choice.message
-        calls = tuple(
-            ToolCall(
-                id=str(call.id or f"call_{index}"),
-                name=call.function.name,
-                arguments_json=json_text(call.function.arguments),
-            )
-            for index, call in enumerate(message.tool_calls or ())
-            if call.type != "custom"
-        )
+    def body(self, request: ChatRequest, *, streamed: bool) -> tuple[dict[str, Any], list[str]]:
+        """Return the request's body."""
+        body = _body(request)
+        if streamed:
+            body["stream"] = True
+            # Null in llm_options switches it off, as with every member.
+            body.setdefault("stream_options", {"include_usage": True})
+        return {name: value for name, value in body.items() if value is not None}, []
+
+    def completion(self, answer: Mapping[str, Any]) -> Completion:
+        """Return a whole answer."""
+        choice = _choice(answer["choices"], None)
+        if choice is None:
+            raise TypeError("an answer without a choice")
+        parser = OpenAIParser()
+        parser.choose(choice, delta=False)
+        message = choice.get("message")
+        if not isinstance(message, Mapping) and not parser.finish_reason:
+            raise TypeError("a choice without a message")
+        end = parser.ended()
         return Completion(
-            text=text_of(message.content or message.refusal),
-            reasoning=_reasoning(message),
-            tool_calls=calls,
-            finish_reason=choice.finish_reason or ("tool_calls" if calls else "stop"),
-            usage=_usage(answer.usage),
+            text=parser.text,
+            reasoning=parser.reasoning,
+            tool_calls=end.tool_calls,
+            finish_reason=parser.finish_reason or ("tool_calls" if end.tool_calls else "stop"),
+            usage=_usage(answer.get("usage")),
+            parts=end.parts,
         )
 
-    async def stream(self, request: ChatRequest) -> AsyncGenerator[StreamChunk, None]:
-        """Yield the answer as it comes."""
-        client = await self._client(request)
-        body = {"stream_options": {"include_usage": True}} | translated(_body, request)
-        stream = await client.chat.completions.create(
-            model=request.model, messages=[], stream=True, extra_body=body
-        )
-        calls = 0
-        async with stream:
-            async for event in stream:
-                chunk = _chunk(event, calls)
-                calls += sum(1 for call in chunk.tool_calls if call.id)
-                if chunk != _NOTHING:
-                    yield chunk
-
-    def explain(self, error: Exception) -> Failure:
-        """Say what an exception of this SDK means."""
-        if isinstance(error, openai.APIStatusError):
-            return status_failure(
-                error.status_code, _text(error.body) or error.message, error.response.headers
-            )
-        if isinstance(error, openai.APIConnectionError | httpx2.HTTPError):
-            return connection_failure(error)
-        if isinstance(error, openai.APIResponseValidationError):
-            return Failure(LLMBadResponse, "the answer is not of the provider's protocol")
-        if isinstance(error, openai.APIError):
-            # An error inside the stream has no HTTP status; vLLM and others give it as `code`.
-            status = status_of(error.code) or 500
-            return Failure(by_status(status), error.message, status)
-        if any(isinstance(cause, httpx2.HTTPError) for cause in causes(error)):
-            return connection_failure(error)
-        return other_failure(error)
-
-    async def _client(self, request: ChatRequest) -> openai.AsyncOpenAI:
-        connections = await self._connections.current()
-
-        def build() -> openai.AsyncOpenAI:
-            client = openai.AsyncOpenAI(
-                api_key=request.secret(),
-                base_url=request.endpoint,
-                http_client=connections.httpx2_client(request.endpoint),
-                max_retries=0,
-                timeout=None,
-            )
-            # Taken from the environment where not given (OPENAI_ORG_ID, OPENAI_PROJECT_ID, …), and
-            # OPENAI_CUSTOM_HEADERS, an Authorization among them, whatever is given.
-            client.organization = client.project = None
-            client.admin_api_key = client.webhook_secret = None
-            client._custom_headers = {}
-            return client
-
-        return connections.sdk_client("openai", request.endpoint, request.secret(), build)
-
-
-_NOTHING: Final = StreamChunk()
+    def parser(self, request: ChatRequest) -> OpenAIParser:
+        """Return what reads one stream."""
+        several = request.options.get("n") not in (None, 1)
+        return OpenAIParser(0 if several else None)
 
 
 def _body(request: ChatRequest) -> dict[str, Any]:
-    """Return the request's body; `extra_body` wins over arguments, so all of it goes there."""
-    options = dict(request.options)
-    body: dict[str, Any] = {"messages": [_message(message) for message in request.messages]}
+    place = origin("openai", request.endpoint)
+    body: dict[str, Any] = {
+        "model": request.model,
+        "messages": [_message(message, place) for message in request.messages],
+    }
     if request.temperature is not None:
         body["temperature"] = request.temperature
     if request.max_tokens is not None:
-        # OpenAI's newer models refuse max_tokens; most compatible servers know only that.
-        ours = origin("openai", request.endpoint) == _OPENAI
-        body["max_completion_tokens" if ours else "max_tokens"] = request.max_tokens
+        body["max_tokens"] = request.max_tokens
     if request.tools:
         body["tools"] = list(request.tools)
     if request.tool_choice is not None:
         body["tool_choice"] = request.tool_choice
     if request.response_format is not None:
         body["response_format"] = request.response_format
-    return options | body
+    return dict(request.options) | body
 
 
-def _message(message: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the message as OpenAI takes it: arguments of tool calls are text there."""
-    calls = message.get("tool_calls")
-    if not calls:
-        return dict(message)
-    return dict(message) | {"tool_calls": [_call(call) for call in calls]}
+def _message(message: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """Return the message as OpenAI takes it, with what its own provider wants back."""
+    turn = {name: value for name, value in message.items() if name != PARTS}
+    parts = parts_of(message, "openai", place)
+    calls = turn.get("tool_calls")
+    if calls:
+        extras = parts.get("tool_calls") or {}
+        turn["tool_calls"] = [_call(call, extras.get(call.get("id")) or {}) for call in calls]
+    for name, value in (parts.get("message") or {}).items():
+        if calls or name not in _OF_TOOL_TURNS:
+            turn.setdefault(name, value)
+    content = parts.get("content")
+    # A caller who changed the text meant to.
+    if content and _joined(content) == turn.get("content"):
+        turn["content"] = content
+    return turn
 
 
-def _call(call: Mapping[str, Any]) -> dict[str, Any]:
-    function = dict(call["function"])
-    function["arguments"] = json_text(function.get("arguments"))
-    return {"type": "function"} | dict(call) | {"function": function}
+def _call(call: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
+    function = {**(extra.get("function") or {}), **call["function"]}
+    given = function.get("arguments")
+    # Arguments are text in this protocol; other libraries hand them over as an object.
+    function["arguments"] = given if isinstance(given, str) else json.dumps(given or {})
+    return {**extra, "type": "function", **call, "function": function}
 
 
-def _chunk(event: ChatCompletionChunk, calls: int) -> StreamChunk:
-    usage = _usage(event.usage)
-    if not event.choices:
-        return StreamChunk(usage=usage)
-    choice = event.choices[0]
-    delta = choice.delta
-    return StreamChunk(
-        text=text_of(delta.content),
-        reasoning=_reasoning(delta),
-        tool_calls=tuple(
-            ToolCallDelta(
-                # Some servers send each call whole and without an index.
-                index=calls + offset if call.index is None else call.index,
-                id=str(call.id or ""),
-                name=(call.function and call.function.name) or "",
-                arguments_json=json_text((call.function and call.function.arguments) or ""),
-            )
-            for offset, call in enumerate(delta.tool_calls or ())
-        ),
-        finish_reason=choice.finish_reason or None,
-        usage=usage,
-    )
+class OpenAIParser:
+    """Reads one stream, or the one choice of a whole answer.
+
+    Args:
+        wanted: the index of the choice that is read; None reads the first one that comes.
+    """
+
+    def __init__(self, wanted: int | None = None) -> None:
+        self.finish_reason: str | None = None
+        self.done = False
+        self._wanted = wanted
+        self._answered = False
+        self._text: list[str] = []
+        self._reasoning: list[str] = []
+        self._calls = ToolCalls()
+        self._extra: dict[str, list[Any]] = {}
+        self._content: list[dict[str, Any]] = []
+
+    @property
+    def text(self) -> str:
+        """The text so far."""
+        return "".join(self._text)
+
+    @property
+    def reasoning(self) -> str:
+        """The reasoning so far."""
+        return "".join(self._reasoning)
+
+    def take(self, event: Event) -> StreamChunk | None:
+        """Return what the event adds to the answer."""
+        usage = _usage(event.value.get("usage"))
+        choice = _choice(event.value.get("choices") or (), self._wanted)
+        if choice is None:
+            return StreamChunk(usage=usage) if usage else None
+        if usage is None:
+            # Groq and some proxies put it there.
+            below = choice.get("usage") or event.value.get("x_groq")
+            usage = _usage(below.get("usage", below) if isinstance(below, Mapping) else None)
+        if self._wanted is None:
+            self._wanted = _number(choice)
+        chunk = self.choose(choice, delta=True)
+        if chunk == _NOTHING and usage is None:
+            return None
+        return StreamChunk(
+            text=chunk.text,
+            reasoning=chunk.reasoning,
+            tool_calls=chunk.tool_calls,
+            finish_reason=chunk.finish_reason,
+            usage=usage,
+        )
+
+    def choose(self, choice: Mapping[str, Any], *, delta: bool) -> StreamChunk:
+        """Take one choice, and return what it adds."""
+        self._answered = True
+        # One event with the whole message is a stream, too.
+        message = choice.get("delta") if delta else None
+        whole = message is None
+        message = choice.get("message") if whole else message
+        if message is None:
+            message = {}
+        if not isinstance(message, Mapping):
+            raise TypeError("a message is no object")
+        content = message.get("content")
+        text, reasoning = _said(content if content is not None else choice.get("text"))
+        if isinstance(content, list):
+            self._content += [dict(part) for part in content]
+        elif self._content and text:
+            self._content.append({"type": "text", "text": text})
+        text = text or _string(message.get("refusal"))
+        reasoning = reasoning or _reasoning(message)
+        pieces = []
+        former = message.get("function_call")
+        for call in message.get("tool_calls") or ([{"function": former}] if former else ()):
+            if call.get("type") != "custom":
+                piece = self._calls.whole(call) if whole else self._calls.piece(call)
+                pieces += [] if piece is None else [piece]
+        for name, value in message.items():
+            if name not in _COMMON and value not in (None, "", [], {}):
+                self._extra.setdefault(name, []).append(value)
+        finish = choice.get("finish_reason") or None
+        if finish in ("stop", "function_call") and len(self._calls):
+            finish = "tool_calls"
+        chunk = StreamChunk(
+            text=text, reasoning=reasoning, tool_calls=tuple(pieces), finish_reason=finish
+        )
+        self._text.append(text)
+        self._reasoning.append(reasoning)
+        self.finish_reason = finish or self.finish_reason
+        return chunk
+
+    def end(self) -> StreamChunk | None:
+        """Return the last piece; None where the stream was cut."""
+        if not self._answered or not (self.done or self.finish_reason):
+            return None
+        end = self.ended()
+        finish = None
+        if self.finish_reason is None:
+            finish = self.finish_reason = "tool_calls" if end.tool_calls else "stop"
+        return StreamChunk(finish_reason=finish, end=end)
+
+    def ended(self) -> End:
+        """Return what is known only at the end."""
+        calls = self._calls.result()
+        parts: dict[str, Any] = {}
+        if self._extra:
+            parts["message"] = {name: _merged(values) for name, values in self._extra.items()}
+        if any(part.get("type") != "text" for part in self._content):
+            parts["content"] = _merged_parts(self._content)
+        if extras := self._calls.extras():
+            parts["tool_calls"] = extras
+        return End(tool_calls=calls, parts=parts)
 
 
-def _reasoning(message: Any) -> str:
-    # Not OpenAI's own: vLLM, llama.cpp and DeepSeek name it so.
-    text = getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None)
+_NOTHING: Final = StreamChunk()
+
+
+def _choice(choices: Any, wanted: int | None) -> Mapping[str, Any] | None:
+    """Return the choice that is read; of several answers there is only ever one."""
+    found = None
+    for choice in choices:
+        if choice is None:
+            continue
+        if not isinstance(choice, Mapping):
+            raise TypeError("a choice is no object")
+        if _number(choice) == (wanted or 0):
+            return choice
+        if found is None and wanted is None:
+            found = choice
+    return found
+
+
+def _number(choice: Mapping[str, Any]) -> int:
+    index = choice.get("index")
+    return index if isinstance(index, int) else 0
+
+
+def _string(value: Any) -> str:
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise TypeError("a member of the answer is not text")
+    return value
+
+
+def _said(content: Any) -> tuple[str, str]:
+    """Return text and reasoning of a content, which is text or a list of parts."""
+    if content is None or isinstance(content, str):
+        return content or "", ""
+    texts, thoughts = [], []
+    for part in content:
+        kind = part.get("type")
+        if kind in (None, "text", "output_text"):
+            texts.append(_string(part.get("text")))
+        elif kind == "refusal":
+            texts.append(_string(part.get("refusal")))
+        elif kind in ("thinking", "reasoning"):
+            inner = part.get(kind) or part.get("text")
+            thoughts.append("".join(_said(inner)))
+    return "".join(texts), "".join(thoughts)
+
+
+def _joined(content: Any) -> str:
+    return _said(content)[0]
+
+
+def _reasoning(message: Mapping[str, Any]) -> str:
+    # Not OpenAI's own: vLLM, llama.cpp, DeepSeek, OpenRouter and others name it so.
+    text = message.get("reasoning_content") or message.get("reasoning")
     return text if isinstance(text, str) else ""
 
 
-def _usage(usage: CompletionUsage | None) -> Usage | None:
-    if usage is None:
+def _merged(values: list[Any]) -> Any:
+    """Return one value of the pieces that a stream cut it into."""
+    if all(isinstance(value, str) for value in values):
+        return "".join(values)
+    if all(isinstance(value, list) for value in values):
+        return [item for value in values for item in value]
+    if all(isinstance(value, dict) for value in values):
+        return {name: item for value in values for name, item in value.items()}
+    return values[-1]
+
+
+def _merged_parts(parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the parts of a content, those of one kind that follow each other as one."""
+    merged: list[dict[str, Any]] = []
+    texts: list[list[str]] = []
+    for part in parts:
+        kind = part.get("type")
+        if kind not in ("text", "thinking"):
+            merged.append(part)
+            texts.append([])
+            continue
+        said = "".join(_said(part.get(kind) if kind == "thinking" else part.get("text")))
+        if merged and texts[-1] and merged[-1].get("type") == kind:
+            texts[-1].append(said)
+            merged[-1] |= part
+        else:
+            merged.append(dict(part))
+            texts.append([said])
+    for part, said_in in zip(merged, texts, strict=True):
+        if part.get("type") == "text":
+            part["text"] = "".join(said_in)
+        elif part.get("type") == "thinking":
+            part["thinking"] = [{"type": "text", "text": "".join(said_in)}]
+    return merged
+
+
+def _usage(usage: Any) -> Usage | None:
+    if not isinstance(usage, Mapping) or not usage:
         return None
-    details = usage.prompt_tokens_details
+    details = usage.get("prompt_tokens_details")
+    cached = details.get("cached_tokens") if isinstance(details, Mapping) else None
+    # DeepSeek and Moonshot have names of their own for it.
+    cached = cached or usage.get("prompt_cache_hit_tokens") or usage.get("cached_tokens")
     return Usage(
-        input_tokens=counted(usage.prompt_tokens),
-        output_tokens=counted(usage.completion_tokens),
-        cached_input_tokens=counted(details and details.cached_tokens),
+        input_tokens=counted(usage.get("prompt_tokens")),
+        output_tokens=counted(usage.get("completion_tokens")),
+        cached_input_tokens=counted(cached),
     )
-
-
-def _text(body: object) -> str:
-    """Return the error's own words, where the body has them where OpenAI puts them."""
-    message = body.get("message") if isinstance(body, dict) else None
-    return message if isinstance(message, str) else ""

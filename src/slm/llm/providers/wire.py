@@ -1,0 +1,213 @@
+"""What comes over the wire, bytes into values: server-sent events, JSON a line, or a plain body.
+
+A tolerant reader of what servers really send, whatever they call it. Knows no provider.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+_FIELD: Final = re.compile(rb"(data|event|id|retry)?:|(data|event|id|retry)[\r\n]")
+_FIELD_BEGUN: Final = re.compile(rb"(d(at?|ata)?|e(v|ve|ven|vent)?|id?|r(e|et|etr|etry)?)?\Z")
+# Words that some servers send in place of a comment, to keep a connection open.
+_IDLE_WORDS: Final = frozenset({"", "null", "ping", "pong", "keepalive", "keep-alive", "heartbeat"})
+
+
+class NotOfTheProtocol(ValueError):
+    """What came is not what the protocol has in its place; `text` is what came instead."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__("the answer is not of the provider's protocol")
+        self.text = text
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One event of a stream: its name, where it has one, and its JSON object."""
+
+    name: str
+    value: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Body:
+    """What came is no stream but one body: JSON, HTML or text."""
+
+    data: bytes
+
+
+class Done(enum.Enum):
+    """`[DONE]`, with which many servers say that a stream is whole."""
+
+    DONE = enum.auto()
+
+
+class _Kind(enum.Enum):
+    UNKNOWN = enum.auto()
+    EVENTS = enum.auto()
+    LINES = enum.auto()
+    BODY = enum.auto()
+
+
+class StreamReader:
+    """Takes the bytes of an answer as they come, and gives what is in them.
+
+    Args:
+        content_type: what the answer calls itself; believed only where its bytes do not say.
+        lines: whether the protocol has a JSON object a line rather than server-sent events.
+    """
+
+    def __init__(self, content_type: str = "", *, lines: bool = False) -> None:
+        self._lines = lines or "ndjson" in content_type or "jsonl" in content_type
+        self._says_events = content_type == "text/event-stream"
+        self._kind = _Kind.UNKNOWN
+        # What has been split into lines already is not looked at again: a line may be megabytes.
+        self._line: list[bytes] = []
+        self._after_cr = False
+        self._name = ""
+        self._data: list[bytes] = []
+        self._begun = False
+
+    def feed(self, data: bytes) -> Iterator[Event | Done]:
+        """Yield what these bytes make whole.
+
+        Raises:
+            NotOfTheProtocol: an event holds no JSON object.
+        """
+        if self._kind is _Kind.UNKNOWN:
+            self._line.append(data)
+            data = b"".join(self._line).lstrip(b"\xef\xbb\xbf \t\r\n")
+            self._kind = self._kind_of(data)
+            self._line.clear()
+        if self._kind in (_Kind.UNKNOWN, _Kind.BODY):
+            self._line.append(data)
+        elif self._kind is _Kind.LINES:
+            yield from self._fed_lines(data)
+        else:
+            yield from self._fed_events(data)
+
+    def end(self) -> Iterator[Event | Done | Body]:
+        """Yield what is left when nothing more comes."""
+        rest = b"".join(self._line)
+        self._line.clear()
+        if self._kind in (_Kind.EVENTS, _Kind.LINES):
+            # The last event may lack its blank line; half of one says only that the stream is cut.
+            try:
+                if self._kind is _Kind.LINES:
+                    yield from _objects("", rest)
+                else:
+                    yield from [*self._taken(rest), *self._dispatched()]
+            except NotOfTheProtocol:
+                if not self._begun:
+                    raise
+        elif rest.strip():
+            yield Body(rest)
+
+    def _kind_of(self, data: bytes) -> _Kind:
+        if not data:
+            return _Kind.UNKNOWN
+        if data[:1] in b"{[":
+            return _Kind.LINES if self._lines else _Kind.BODY
+        if data[:1] == b"<":
+            return _Kind.BODY
+        if self._says_events or _FIELD.match(data):
+            return _Kind.EVENTS
+        return _Kind.UNKNOWN if _FIELD_BEGUN.match(data[:8]) else _Kind.BODY
+
+    def _fed_lines(self, data: bytes) -> Iterator[Event | Done]:
+        # At "\n" alone: U+2028 and U+0085 stand inside JSON, and end no line there.
+        *whole, rest = data.split(b"\n")
+        for line in whole:
+            self._line.append(line)
+            line = b"".join(self._line)
+            self._line.clear()
+            yield from self._noted(_objects("", line))
+        self._line.append(rest)
+
+    def _fed_events(self, data: bytes) -> Iterator[Event | Done]:
+        if self._after_cr and data.startswith(b"\n"):
+            data = data[1:]
+        self._after_cr = data.endswith(b"\r")
+        if b"\r" in data:
+            data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        *whole, rest = data.split(b"\n")
+        for line in whole:
+            if self._line:
+                self._line.append(line)
+                line = b"".join(self._line)
+                self._line.clear()
+            if line:
+                yield from self._taken(line)
+            else:
+                yield from self._dispatched()
+        if rest:
+            self._line.append(rest)
+
+    def _taken(self, line: bytes) -> Iterator[Event | Done]:
+        name, _, value = line.partition(b":")
+        value = value.removeprefix(b" ")
+        if name == b"data":
+            self._data.append(value)
+        elif name == b"event":
+            # Some servers leave out the blank line between events.
+            yield from self._dispatched()
+            self._name = value.decode("utf-8", "replace").strip()
+
+    def _dispatched(self) -> Iterator[Event | Done]:
+        name, parts = self._name, self._data
+        self._name, self._data = "", []
+        if len(parts) < 2:
+            yield from self._noted(_objects(name, *parts))
+            return
+        # An event of several lines is one value; servers that leave out blank lines have several.
+        try:
+            found = list(_objects(name, b"\n".join(parts)))
+        except NotOfTheProtocol:
+            found = [each for part in parts for each in _objects(name, part)]
+        yield from self._noted(found)
+
+    def _noted(self, found: Iterable[Event | Done]) -> Iterator[Event | Done]:
+        for each in found:
+            self._begun = True
+            yield each
+
+
+def _objects(name: str, data: bytes = b"") -> Iterator[Event | Done]:
+    if data[:5] == b"data:":
+        data = data[5:]
+    data = data.strip(b" \t\r\n")
+    if not data:
+        return
+    if data == b"[DONE]":
+        yield Done.DONE
+        return
+    try:
+        value = json_of(data)
+    except (ValueError, RecursionError):
+        value = data.decode("utf-8", "replace")
+        if value.lower() in _IDLE_WORDS:
+            return
+        if name != "error":
+            raise NotOfTheProtocol(value[:2048]) from None
+    for each in value if isinstance(value, list) else [value]:
+        if isinstance(each, dict):
+            yield Event(name, each)
+        elif isinstance(each, str) and each.strip():
+            yield Event("error", {"error": each})
+        elif each is not None and each != "":
+            raise NotOfTheProtocol(data[:2048].decode("utf-8", "replace"))
+
+
+def json_of(data: bytes) -> Any:
+    """Return the JSON value; a byte that is no UTF-8 costs one character, not the answer.
+
+    Raises:
+        ValueError: it is not JSON.
+        RecursionError: it is nested too deeply.
+    """
+    return json.loads(data.decode("utf-8", "replace"))
