@@ -93,9 +93,15 @@ class BackendNotFound(ProblemError):
 
 
 class BackendSilent(ProblemError):
-    """The backend was asked and did not answer in time."""
+    """The backend was asked and did not answer in time, or closed its connection instead."""
 
     code, status, title = "backend-silent", 504, "The backend does not answer"
+
+
+class BackendUnclear(ProblemError):
+    """The backend answered with what cannot be read; the text says what is wrong with it."""
+
+    code, status, title = "backend-unclear", 502, "The backend's answer cannot be read"
 
 
 class TokenNotFound(ProblemError):
@@ -255,6 +261,20 @@ class ProtocolError(SLMError):
     """A message that is not JSON or not of the contract's shape; never holds the message."""
 
     code = "protocol"
+
+
+class UnclearAnswer(ProtocolError):
+    """An answer to a question that is not of the contract's shape.
+
+    Attributes:
+        question: the id of the question, where the answer names one.
+    """
+
+    code = "unclear-answer"
+
+    def __init__(self, message: str, question: str | None) -> None:
+        super().__init__(message)
+        self.question = question
 
 
 class NotJSON(ProtocolError):

@@ -22,7 +22,7 @@ from pydantic import (
     ValidationError,
 )
 
-from slm.errors import NotJSON, ProtocolError
+from slm.errors import NotJSON, ProtocolError, UnclearAnswer
 from slm.schemas import WITHOUT_NUL, AgentConfig
 
 if TYPE_CHECKING:
@@ -306,6 +306,7 @@ def parse_client_message(text: str) -> ClientMessage | None:
         ProtocolError: it is not a JSON object, or not of the contract's shape, or has a `since`
             without an epoch, or holds what cannot be stored: NUL, a lone surrogate, a number
             beyond 64 bits or one that is not finite.
+        UnclearAnswer: the same, of an answer to `Explain`.
     """
     data = _json_object(text)
     if "subscribe" in data:
@@ -316,8 +317,19 @@ def parse_client_message(text: str) -> ClientMessage | None:
     if "ack" in data:
         return _validated(Ack, data)
     if "explained" in data:
-        return _validated(Explained, data)
+        return _explained(data)
     return None
+
+
+def _explained(data: dict[str, Any]) -> Explained:
+    try:
+        return Explained.model_validate(data)
+    except ValidationError as error:
+        # Names of fields and numbers of steps alone: nothing in it has names of a client's own.
+        place = ".".join(map(str, _first(error)["loc"]))
+        question = data["explained"] if isinstance(data["explained"], str) else None
+        text = f"a message of type Explained is not of the contract's shape at {place}"
+        raise UnclearAnswer(text, question) from None
 
 
 def _json_object(text: str) -> dict[str, Any]:

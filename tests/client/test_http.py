@@ -14,6 +14,7 @@ from aiohttp import web
 from pydantic import SecretStr
 
 from slm.client.http import Connection, EpochChanged, TokenSource, normalised_url
+from slm.client.retry import NobodyListens
 from slm.client.site import Site
 from slm.client.timings import Timings
 from slm.client.tls import TlsFiles
@@ -368,6 +369,24 @@ async def test_a_failure_does_not_carry_the_token() -> None:
         assert error.__context__ is None
         assert error.__cause__ is None
         assert TOKEN not in repr(error)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+async def test_a_refused_connection_is_told_from_a_bad_answer(host: str) -> None:
+    """Where no server is at all one may ask again soon; one that answers badly is left alone."""
+
+    async def handler(_: web.Request) -> web.Response:
+        return web.Response(status=502)
+
+    async with connection(f"http://{host}:9") as slm:
+        with pytest.raises(NobodyListens):
+            await slm.open_stream()
+        with pytest.raises(NobodyListens):
+            await slm.get_snapshot(min_revision=0)
+    async with answering(handler) as url, connection(url) as slm:
+        with pytest.raises(SLMError) as answered:
+            await slm.open_stream()
+    assert not isinstance(answered.value, NobodyListens)
 
 
 async def test_a_silent_slm_is_given_up() -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from slm import SLMClient
 from slm.client.cache import AgentConfigCache
-from slm.client.keys import MAX_SINGLE, KeyFetcher
+from slm.client.keys import FEW, MAX_SINGLE, KeyFetcher
 from slm.client.timings import Timings
 from slm.errors import SLMError, SLMUnavailable
 from slm.server.audit import AuditLog
@@ -136,8 +136,8 @@ class Asked:
     ("wanted", "size", "requests"),
     [
         (1, 200, 1),
-        (MAX_SINGLE, 200, MAX_SINGLE),
-        (MAX_SINGLE + 1, 200, 1),
+        (FEW, 200, FEW),
+        (FEW + 1, 200, 1),
         (200, 200, 1),
         (MAX_SINGLE + 1, 100_000, MAX_SINGLE + 1),
     ],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from slm.client.retry import Backoff, ClientStatus, is_retryable, status_after
+from slm.client.retry import Backoff, ClientStatus, NobodyListens, is_retryable, status_after
 from slm.client.timings import Timings
 from slm.errors import (
     BadRequest,
@@ -45,6 +45,17 @@ def test_most_failures_are_tried_again_with_backoff(error: SLMError) -> None:
     assert [backoff.delay_after(error) for _ in range(8)] == [0.5, 1, 2, 4, 8, 16, 30, 30]
     backoff.reset()
     assert backoff.delay_after(error) == 0.5
+
+
+def test_where_nobody_listens_the_waits_stay_short() -> None:
+    """A restart is noticed within four seconds, and is not held against the server afterwards."""
+    backoff = Backoff(Timings(), longest)
+    refused = NobodyListens("")
+    assert status_after(refused) is ClientStatus.DISCONNECTED
+    assert [backoff.delay_after(refused) for _ in range(20)] == [0.5, 1, 2] + [4] * 17
+    assert [backoff.delay_after(Unavailable()) for _ in range(4)] == [4, 8, 16, 30]
+    # It may only make the waits shorter.
+    assert Backoff(Timings(backoff_max_seconds=0.1), longest).delay_after(refused) == 0.1
 
 
 @pytest.mark.parametrize("error", [Unauthorized(), Forbidden(), TlsRequired()])

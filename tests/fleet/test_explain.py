@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -145,6 +147,105 @@ async def test_an_older_client_is_said_to_be_silent(
         assert (await stream.next())["type"] == "agent_created"
 
 
+def report(**fields: Any) -> dict[str, Any]:
+    """Return a report of the contract's shape but for these fields."""
+    told: dict[str, Any] = copy.deepcopy(GOLDEN["client"]["explained"]["report"])
+    return told | fields
+
+
+UNCLEAR: dict[str, tuple[Callable[[str], str | bytes], str]] = {
+    "a report of another shape": (
+        lambda question: json.dumps({"explained": question, "report": report(steps=[{"step": 1}])}),
+        "at report.steps.0.step",
+    ),
+    "no report": (lambda question: json.dumps({"explained": question}), "at report"),
+    "a text that cannot be stored": (
+        lambda question: json.dumps({"explained": question, "report": report(status="\0")}),
+        "at report.status",
+    ),
+    "no question": (lambda _: json.dumps({"explained": 5, "report": report()}), "at explained"),
+    "a number of many digits": (
+        lambda question: f'{{"explained": "{question}", "report": {"9" * 5000}}}',
+        "a number in a message is too long",
+    ),
+    "a list": (lambda question: json.dumps(["explained", question]), "not a JSON object"),
+    "no JSON": (lambda question: question, "not JSON"),
+    "bytes": (lambda question: question.encode(), "not text"),
+    "too much": (
+        lambda question: json.dumps({"explained": question, "report": report(x="x" * 70_000)}),
+        "too big",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", UNCLEAR)
+async def test_an_answer_that_cannot_be_read_is_told_at_once(
+    admin: Api, backend: Api, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The operator hears what is wrong with it, and does not wait for another one."""
+    monkeypatch.setattr("slm.server.explanations.ANSWER_SECONDS", 600)
+    answer, wrong = UNCLEAR[what]
+    async with backend.stream(client={"name": "odd"}) as stream:
+        await stream.frame()
+        asking = asyncio.create_task(admin.get("/api/explain?agent_id=a&backend=odd"))
+        said = answer((await stream.next())["id"])
+        await (stream.ws.send_str(said) if isinstance(said, str) else stream.ws.send_bytes(said))
+        told = await asyncio.wait_for(asking, 10)
+        assert (told.status, told.code) == (502, "backend-unclear")
+        assert told.json["detail"].startswith("The answer of odd cannot be read: ")
+        assert wrong in told.json["detail"]
+
+
+async def test_what_names_another_question_leaves_this_one_open(
+    admin: Api, backend: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An odd late answer and an odd ack say nothing of the question that is open."""
+    monkeypatch.setattr("slm.server.explanations.ANSWER_SECONDS", 600)
+    async with backend.stream(client={"name": "odd"}) as stream:
+        await stream.frame()
+        asking = asyncio.create_task(admin.get("/api/explain?agent_id=a&backend=odd"))
+        question = (await stream.next())["id"]
+        await stream.send(explained="another", report={})
+        await stream.send(ack="odd")
+        assert [(await stream.next())["type"] for _ in range(2)] == ["error", "error"]
+        await stream.send(explained=question, report=report())
+        assert (await asyncio.wait_for(asking, 10)).json == report()
+
+
+async def test_a_backend_that_goes_away_is_not_waited_for(
+    replicas: list[InLoopServer], apis: list[Api], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its connection ends while it is asked, by its own server or another: that is told at once."""
+    monkeypatch.setattr("slm.server.explanations.ANSWER_SECONDS", 600)
+    token = replicas[0].backend_token
+    for number, api in enumerate(apis[:2]):
+        name = f"leaves{number}"
+        async with Api(replicas[1], api.session, token).stream(client={"name": name}) as stream:
+            await stream.send(ack=(await stream.frame())["revision"])
+            await eventually(functools.partial(applied, api, 1, name))
+            asking = asyncio.create_task(api.get(f"/api/explain?agent_id=a&backend={name}"))
+            await stream.next()
+        told = await asyncio.wait_for(asking, 10)
+        assert (told.status, told.code) == (504, "backend-silent")
+        assert told.json["detail"] == f"{name} closed its connection before it answered."
+
+
+async def test_another_server_tells_what_is_wrong_with_an_answer(
+    replicas: list[InLoopServer], apis: list[Api], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever server the operator asks, an answer that cannot be read ends the wait."""
+    monkeypatch.setattr("slm.server.explanations.ANSWER_SECONDS", 600)
+    token = replicas[0].backend_token
+    async with Api(replicas[1], apis[1].session, token).stream(client={"name": "odd"}) as stream:
+        await stream.send(ack=(await stream.frame())["revision"])
+        await eventually(lambda: applied(apis[0], 1, "odd"))
+        asking = asyncio.create_task(apis[0].get("/api/explain?agent_id=a&backend=odd"))
+        await stream.send(explained=(await stream.next())["id"], report=report(revision="x"))
+        told = await asyncio.wait_for(asking, 10)
+        assert (told.status, told.code) == (502, "backend-unclear")
+        assert "at report.revision" in told.json["detail"]
+
+
 async def test_a_backend_of_another_replica_is_asked_too(
     replicas: list[InLoopServer], apis: list[Api]
 ) -> None:
@@ -160,8 +261,8 @@ async def test_a_long_explanation_crosses_replicas(
     replicas: list[InLoopServer], apis: list[Api]
 ) -> None:
     """A report of several times what one notification takes arrives whole, letter by letter."""
-    report = copy.deepcopy(GOLDEN["client"]["explained"]["report"])
-    for step in report["steps"][:2]:
+    told = report()
+    for step in told["steps"][:2]:
         step["said"] = "ü" * 4096
     token = replicas[0].backend_token
     async with Api(replicas[1], apis[1].session, token).stream(client={"name": "there"}) as stream:
@@ -169,7 +270,7 @@ async def test_a_long_explanation_crosses_replicas(
         await eventually(lambda: applied(apis[0], 1, "there"))
         for _ in range(2):
             asking = asyncio.create_task(apis[0].get("/api/explain?agent_id=a&backend=there"))
-            await stream.send(explained=(await stream.next())["id"], report=report)
+            await stream.send(explained=(await stream.next())["id"], report=told)
             answer = await asking
             assert answer.status == 200, answer.body
-            assert answer.json == report
+            assert answer.json == told

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -275,6 +276,30 @@ async def test_changes_that_come_during_a_broadcast_wait_for_one_write(
     for listener in listeners:
         frames = [list(FrameReader().feed(write)) for write in listener.writes]
         assert [len(each) for each in frames] == [1, 4]
+
+
+async def test_other_changes_of_numbers_that_were_sent_are_no_repetition(
+    services: Services,
+) -> None:
+    """What comes again is left out; another change of that number sends everyone to a snapshot."""
+    listener = listen(services)
+    first, second = changes_ahead(services, 2)
+    for _ in range(2):
+        services.hub.publish([first, second])
+        assert await services.hub.reached(second.revision, services.hub.epoch, 10)
+
+    def told() -> list[dict[str, Any]]:
+        return [json.loads(text) for text in listener.texts[1:]]
+
+    assert [frame["revision"] for frame in told()] == [first.revision, second.revision]
+    services.hub.publish([replace(first, change_id="another")])
+    await eventually(lambda: len(told()) == 3)
+    resync = told()[2]
+    assert (resync["type"], resync["reason"]) == ("resync", "forked")
+    assert (resync["revision"], resync["change_id"]) == (first.revision, "another")
+    services.hub.publish([replace(second, change_id="newer")])
+    await eventually(lambda: len(told()) == 4)
+    assert (told()[3]["revision"], told()[3]["change_id"]) == (second.revision, "newer")
 
 
 async def test_one_broken_connection_leaves_the_others_live(services: Services) -> None:

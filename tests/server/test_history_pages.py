@@ -265,8 +265,20 @@ async def test_every_page_is_read_by_an_index(long: Store) -> None:
                 await log.page(entries, 1000 if entries.before else 100)
 
 
+@pytest.mark.parametrize("newest_first", [False, True])
+async def test_a_page_ends_at_its_bounds(long: Store, newest_first: bool) -> None:
+    """However much there is of an agent or an actor, what is outside the bounds is not walked."""
+    history = History(long.database)
+    middle = ROWS // 2
+    for since, upto in ((0, 10), (ROWS - 10, None), (middle, middle + 10)):
+        for agent_id, actor in (("agent-000", None), (None, "ci"), (None, "admin")):
+            wanted = ChangeFilter(agent_id, actor, since, upto, None, newest_first)
+            async with _judged(long, str(wanted), examined=20):
+                await history.changes(wanted, 100)
+
+
 @contextlib.asynccontextmanager
-async def _judged(store: Store, what: str) -> AsyncIterator[None]:
+async def _judged(store: Store, what: str, examined: int = MAX_EXAMINED) -> AsyncIterator[None]:
     """Explain what the block ran on the two tables, and count the rows that it looked at."""
     run: list[tuple[str, Any]] = []
 
@@ -283,7 +295,7 @@ async def _judged(store: Store, what: str) -> AsyncIterator[None]:
         _sqlite_steps if store.database.dialect == "sqlite" else _postgresql_rows
     )
     seen = await store.database.read(lambda c: sum(look(c, *each) for each in run))
-    assert seen <= MAX_EXAMINED + len(run), what
+    assert seen <= examined + len(run), what
 
 
 def _sqlite_steps(connection: Connection, statement: str, parameters: Any) -> int:
@@ -307,9 +319,9 @@ def _sqlite_steps(connection: Connection, statement: str, parameters: Any) -> in
 
 
 def _postgresql_rows(connection: Connection, statement: str, parameters: Any) -> int:
-    """Return the rows that the plan's lowest nodes looked at."""
+    """Return the rows that the plan's lowest nodes looked at, and check where they looked."""
     connection.exec_driver_sql("SET LOCAL enable_sort = off")  # as for the page itself
-    explain = f"EXPLAIN (ANALYZE, TIMING OFF, FORMAT JSON) {statement}"
+    explain = f"EXPLAIN (ANALYZE, BUFFERS, TIMING OFF, FORMAT JSON) {statement}"
     found = connection.exec_driver_sql(explain, parameters).scalar_one()
     nodes = [(found if isinstance(found, list) else json.loads(found))[0]["Plan"]]
     seen = 0
@@ -317,5 +329,9 @@ def _postgresql_rows(connection: Connection, statement: str, parameters: Any) ->
         nodes += node.get("Plans", [])
         assert node["Node Type"] not in ("Seq Scan", "Sort", "Bitmap Heap Scan"), statement
         if "Scan" in node["Node Type"]:
-            seen += node["Actual Rows"] + node.get("Rows Removed by Filter", 0)
+            rows = node["Actual Rows"] + node.get("Rows Removed by Filter", 0)
+            # An index that is walked beyond the last row shows in its blocks alone.
+            blocks = node["Shared Hit Blocks"] + node["Shared Read Blocks"]
+            assert blocks <= 2 * rows + 20, (blocks, rows, statement)
+            seen += rows
     return int(seen)

@@ -123,6 +123,55 @@ async def test_one_snapshot_serves_all_who_ask_until_something_changes(
     assert (await _audit(store, "key.read_all"))[0]["agents"] == ["b"]
 
 
+async def test_after_a_change_only_what_changed_is_opened_anew(
+    store: Store, reads: KeyedReads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A snapshot after n changes opens n keys, however many agents there are.
+
+    A row that was altered behind the server's back is a new one.
+    """
+    opened: list[str] = []
+    with_key = reads._with_key
+
+    def counted(agent: Any, row: Any) -> Any:
+        opened.append(agent.agent_id)
+        return with_key(agent, row)
+
+    monkeypatch.setattr(reads, "_with_key", counted)
+
+    async def keys() -> dict[str, str | None]:
+        snapshot = await reads.snapshot(who=ADA, view=EVERYTHING)
+        return {
+            each.agent_id: each.llm_api_key.get_secret_value() if each.llm_api_key else None
+            for each in snapshot.agents
+        }
+
+    async def change(**fields: Any) -> None:
+        await store.registry.update("a", AgentUpdate.model_validate(fields), actor="tester")
+
+    first = await keys()
+    assert set(opened) == set(first)
+    for number in range(3):
+        opened.clear()
+        await change(llm_api_key=f"{CANARY}-{number}")
+        assert await keys() == first | {"a": f"{CANARY}-{number}"}
+        assert opened == ["a"]
+    # A key that is bound to another place than the row names is not handed out of what is kept.
+    await store.sql("UPDATE agents SET llm_endpoint = 'https://elsewhere.test' WHERE agent_id='b'")
+    await change(llm_model="other")
+    assert (await keys())["b"] is None
+    assert "b" in reads.undecryptable
+    # And it is tried again each time.
+    opened.clear()
+    await change(llm_model="another")
+    await keys()
+    assert sorted(opened) == ["a", "b"]
+    # With other encryption keys nothing that is kept counts.
+    store.vault.replace([store.vault.generate_key()])
+    await change(llm_model="third")
+    assert (await keys())["a"] is None
+
+
 async def test_who_read_an_agents_key_is_found_in_snapshots_too(
     store: Store, reads: KeyedReads
 ) -> None:

@@ -9,7 +9,9 @@ from contextlib import asynccontextmanager
 import pytest
 from sqlalchemy.engine import make_url
 
+from slm.server import listener as listener_module
 from slm.server.listener import CHANNEL, ChangeListener
+from tests.faults.network import Proxy
 from tests.postgres import connect
 from tests.servers import eventually
 
@@ -60,6 +62,30 @@ async def test_a_killed_listener_listens_again(postgres_url: str) -> None:
             await eventually(lambda: listener.connections == 2 and heard == [None, None])
             other.execute(f"NOTIFY {CHANNEL}, '45'")
             await eventually(lambda: heard[-1] == 45)
+
+
+async def test_a_relay_that_went_silent_is_noticed(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A connection that is alive and passes nothing on is given up for another."""
+    monkeypatch.setattr(listener_module, "CHECK_SECONDS", 0.1)
+    monkeypatch.setattr(listener_module, "ANSWER_SECONDS", 0.1)
+    url = make_url(postgres_url)
+    relay = Proxy(url.host or "", url.port or 0)
+    await relay.open()
+    try:
+        relayed = url.set(host="127.0.0.1", port=relay.port)
+        async with listening(relayed.render_as_string(False)) as (listener, heard):
+            await eventually(lambda: heard == [None])
+            relay.stall()
+            await eventually(lambda: not listener.listening)
+            relay.resume()
+            await eventually(lambda: listener.connections == 2)
+            with connect(postgres_url) as other:
+                other.execute(f"NOTIFY {CHANNEL}, '46'")
+                await eventually(lambda: heard[-1] == 46)
+    finally:
+        await relay.close()
 
 
 async def test_nobody_there(unused_tcp_port: int, caplog: pytest.LogCaptureFixture) -> None:

@@ -371,6 +371,25 @@ async def test_a_write_with_an_etag_of_another_epoch_is_refused(quiet: Api) -> N
         assert (await quiet.get("/api/agents/default", headers=same)).status == 304, header
 
 
+async def test_an_etag_counts_no_more_once_the_database_runs_elsewhere(
+    tmp_path: Path, postgres_url: str
+) -> None:
+    """Between a failover and the new epoch no If-Match is taken for one of the lost changes."""
+    async with _served(tmp_path / "data", postgres_url, **QUIET) as api:
+        read = await api.get("/api/agents/default")
+        await _parts(api).feed.stop()
+        # The same number and the same epoch, and yet another change.
+        promoted = update(STATE).values(timeline=STATE.c.timeline + "0")
+        await _parts(api).database.run(lambda c: c.execute(promoted) and None)
+        seen = {"If-Match": read.headers["ETag"]}
+        assert (await api.put("default", seen, description="on top of it")).status == 412
+        assert (await api.delete("default", headers=seen)).status == 412
+        _parts(api).feed.follow()
+        await eventually(lambda: _parts(api).feed.epoch not in read.headers["ETag"])
+        now = {"If-Match": (await api.get("/api/agents/default")).headers["ETag"]}
+        assert (await api.put("default", now, description="on top of it")).status == 200
+
+
 async def test_the_snapshot_names_its_position(quiet: Api) -> None:
     """A snapshot's revision, epoch and change id can be resumed from."""
     await quiet.put("default", description="one")

@@ -170,7 +170,9 @@ async def test_exhausted_connections_wait_for_one_of_ours(postgres_url: str) -> 
                 stuck = [database.run(execute("SELECT pg_sleep(1)")) for _ in range(2)]
                 held = [asyncio.ensure_future(each) for each in stuck]
                 database._lock_timeout_seconds = 0.1
-                await asyncio.sleep(0.2)
+                busy = f"SELECT count(*) FROM pg_stat_activity WHERE usename = '{role}'"
+                busy += " AND state = 'active' AND query LIKE '%pg_sleep(1)%'"
+                await eventually(lambda: admin.execute(busy).fetchall() == [(2,)])
                 with pytest.raises(DatabaseUnavailable):
                     await database.run(execute("SELECT 1"))
                 await asyncio.gather(*held)
@@ -197,6 +199,21 @@ def test_libpqs_spelling_of_several_hosts(given: str, read: str) -> None:
     """Hosts and ports are named one after the other, as SQLAlchemy reads them."""
     assert sqlalchemy_spelling(given) == read
     make_url(read)
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("postgresql+psycopg:///d?host=a,b&port=1,2", "read-write"),
+        ("postgresql+psycopg:///d?host=a:1&host=b:2", "read-write"),
+        ("postgresql+psycopg:///d?host=a,b&target_session_attrs=any", "any"),
+        ("postgresql+psycopg://a/d", None),
+        ("postgresql+psycopg:///d?host=/run/postgresql", None),
+    ],
+)
+def test_of_several_hosts_the_writable_one_is_meant(given: str, meant: str | None) -> None:
+    """A standby that is named first, or that was the primary once, takes no connection of ours."""
+    assert Database(given).url.query.get("target_session_attrs") == meant
 
 
 def test_a_port_that_is_none_is_named_by_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:

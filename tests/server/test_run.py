@@ -34,7 +34,8 @@ async def test_sigterm_closes_the_streams_and_ends(
         closed = await asyncio.gather(*(_closed_at(stream) for stream in streams))
         assert {code for code, _ in closed} == {1012}
         times = sorted(at for _, at in closed)
-        assert times[-1] - times[0] > 0.25
+        # Five hundred a second, and no slower than the setting says.
+        assert times[-1] - times[0] > 0.02
         assert await server.wait() == 0
         with pytest.raises(aiohttp.ClientConnectorError):
             await session.get(f"{server.url}/healthz")

@@ -208,7 +208,7 @@ async def test_postgresql_has_two_tasks_more_and_a_listener(
     async with running_server(tmp_path / "data", **options) as server:
         states = server.running.services.supervisor.states
         others = {state.name for state in states() if not state.needed}
-        assert others == {"listener", "fleet-write", "fleet-read", "compaction"}
+        assert others == {"listener", "fleet-write", "fleet-read", "fleet-forget", "compaction"}
         for name in others:
             cancel(name)
         await eventually(

@@ -1,8 +1,8 @@
 """Acks: tells the SLM what was received, what of it is not in force, and which keys are held.
 
 The full state each time: at once in an idle process, after its callbacks in a busy one, and at most
-once an interval. Reads the cache and changes nothing; how a message reaches the
-SLM is the stream's affair (docs/protocol.md section 4).
+once an interval, which grows with what there is to name. Reads the cache and changes nothing; how a
+message reaches the SLM is the stream's affair (docs/protocol.md section 4).
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ from slm.protocol import MAX_REASON, Ack, NotInForce, encode, storable
 KEY_DID_NOT_COME: Final = "the key did not come"
 _MAX_NAMED: Final = 5000
 """So many agents fit into an ack of 1 MiB."""
+
+_NAMED_AN_INTERVAL: Final = 16
+_MAX_INTERVALS: Final = 10
 
 
 class Acks:
@@ -58,6 +61,7 @@ class Acks:
         self._last: Ack | None = None
         self._synced_epoch: str | None = None
         self._passed = 0
+        self._named = 0
         self._awaited: dict[str, tuple[int, float]] = {}
 
     def subscribed(self) -> None:
@@ -67,16 +71,29 @@ class Acks:
 
     def changed(self) -> None:
         """Note that something may be different; it is told once the loop has nothing else to do."""
+        free_at = self._sent_at + self._interval()
         if self._noted:
-            return
+            if self._soon is None or free_at >= self._soon.when():
+                return
+            self._soon.cancel()
         self._noted = True
-        free_at = self._sent_at + self._interval_seconds
         if free_at <= self._loop.time():
             self._when_quiet()
         else:
             self._soon = self._loop.call_at(free_at, self._when_quiet)
 
+    def _interval(self) -> float:
+        """Return the shortest time between two acks, now.
+
+        To say of two hundred agents that their keys are awaited takes two hundred times as long as
+        of one, on both sides; once all are here that is told without delay.
+        """
+        if self._named == 0 or next(self._cache.unsettled(), None) is None:
+            return self._interval_seconds
+        return self._interval_seconds * min(1 + self._named / _NAMED_AN_INTERVAL, _MAX_INTERVALS)
+
     def _when_quiet(self) -> None:
+        self._soon = None
         self._quiet.then(self._due.set, self._delay_seconds)
 
     def changed_elsewhere(self) -> None:
@@ -129,6 +146,7 @@ class Acks:
                 keys[agent_id] = min(held, keys.get(agent_id) or held)
         self._look_again_in(again_at)
         self._passed = revision
+        self._named = len(unsettled)
         return Ack(ack=revision, not_in_force=not_in_force, keys=keys)
 
     def _received(self) -> int:

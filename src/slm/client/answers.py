@@ -6,6 +6,7 @@ Tells the SLM's own words from those of what stands in front of it. Sends nothin
 from __future__ import annotations
 
 import contextlib
+import errno
 from collections.abc import Callable, Mapping
 from email.utils import parsedate_to_datetime
 from typing import Final
@@ -14,6 +15,7 @@ from urllib.parse import urlsplit
 import aiohttp
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from slm.client.retry import NobodyListens
 from slm.errors import (
     BadRequest,
     Forbidden,
@@ -225,7 +227,8 @@ def failure_of(
         return SLMUnavailable(f"{place.name} broke HTTP: {type(error).__name__}")
     if isinstance(error, aiohttp.ClientError | OSError):
         said = one_line(str(error)) or type(error).__name__
-        return SLMUnavailable(f"the SLM did not answer: {said}")
+        refused = getattr(error, "errno", None) == errno.ECONNREFUSED
+        return (NobodyListens if refused else SLMUnavailable)(f"the SLM did not answer: {said}")
     # Whatever else an answer makes the library raise, the client must go on.
     return SLMUnavailable(f"the SLM's answer cannot be read: {type(error).__name__}")
 

@@ -1,8 +1,9 @@
 """Fetches the keys that come after their change: a few one by one, many with one snapshot.
 
-An event carries no key, so every backend asks for it at the same moment. Requests are spread over a
-short time and one client has one under way; a call that waits for its key is not put off. Knows
-when to ask; asking is `sync`'s.
+An event carries no key, so every backend asks for it at the same moment. Requests are spread over
+a short time and one client has one under way; a call that waits for its key is not put off. While
+keys go on changing, more of them come together the slower the last request was. Knows when to ask;
+asking is `sync`'s (docs/decisions/0039-what-a-key-storm-costs.md).
 """
 
 from __future__ import annotations
@@ -19,8 +20,12 @@ from slm.client.retry import Backoff
 from slm.client.timings import Timings
 from slm.errors import SLMError, SLMUnavailable
 
+FEW: Final = 3
+"""With more keys than this to fetch, one snapshot brings them all: a request of its own for each
+costs both sides more than a few dozen agents in an answer."""
+
 MAX_SINGLE: Final = 8
-"""With more keys than this to fetch, one snapshot brings them all."""
+"""How many are asked for one by one at once, where a snapshot would be waste."""
 
 _SHARE: Final = 64
 """A snapshot of more than so many times what is awaited would be waste."""
@@ -28,6 +33,12 @@ _SHARE: Final = 64
 _PATIENCE: Final = 4
 """After an answer a client waits about so many times as long as that took: a server that is busy
 is asked less often."""
+
+_PATIENCE_WHEN_OVER: Final = 1
+"""The same once no further key changes: what is missing then is the last of it."""
+
+_OVER_AFTER: Final = 3
+"""After so many times the jitter without a change, no further one is waited for."""
 
 
 @dataclass(slots=True, eq=False)
@@ -79,19 +90,27 @@ class KeyFetcher:
         self._loop = asyncio.get_running_loop()
         self._awaited: dict[str, _Awaited] = {}
         self._asking: set[str] = set()
-        self._free_at = 0.0
+        # When the next request may begin: while keys go on changing, and once they do not.
+        self._free_at = self._free_when_over = 0.0
+        self._wanted_at = float("-inf")
+        # Until when `run` waits; None: until something is awaited.
+        self._until: float | None = None
         self._changed = asyncio.Event()
 
     def want(self, agent_id: str) -> None:
         """Note that this agent's key is awaited, or awaited anew since it changed again."""
-        soon = self._loop.time() + self._uniform(0, self._timings.key_jitter_seconds)
+        now = self._wanted_at = self._loop.time()
         awaited = self._awaited.get(agent_id)
         if awaited is None:
-            self._awaited[agent_id] = _Awaited(Backoff(self._timings), soon)
+            awaited = self._awaited[agent_id] = _Awaited(Backoff(self._timings), float("inf"))
         else:
-            awaited.not_before = min(awaited.not_before, soon)
             awaited.again, awaited.failed = True, False
-        self._changed.set()
+        if awaited.not_before > now:
+            soon = now + self._uniform(0, self._timings.key_jitter_seconds)
+            awaited.not_before = min(awaited.not_before, soon)
+        until = self._until
+        if until is None or (awaited.not_before < until and self._free() < until):
+            self._changed.set()
 
     def hurry(self, agent_id: str) -> None:
         """Ask for this agent's key now: a call waits for it."""
@@ -109,18 +128,27 @@ class KeyFetcher:
         while True:
             self._changed.clear()
             began = loop.time()
-            due = self._due(began)
-            if due and began >= self._free_at:
+            if began >= self._free() and (due := self._due(began)):
                 await self._fetch(due)
-                took = loop.time() - began
-                pause = took * self._uniform(_PATIENCE / 2, _PATIENCE * 1.5)
-                self._free_at = loop.time() + min(pause, self._timings.key_pause_max_seconds)
+                self._pause(loop.time() - began)
                 continue
             times = [a.not_before for i, a in self._awaited.items() if i not in self._asking]
-            until = max(min(times), self._free_at) if times else None
+            self._until = max(min(times), self._free()) if times else None
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout_at(until):
+                async with asyncio.timeout_at(self._until):
                     await self._changed.wait()
+
+    def _pause(self, took: float) -> None:
+        """Leave the server alone for a while, after a request that took so long."""
+        now, longest = self._loop.time(), self._timings.key_pause_max_seconds
+        took *= self._uniform(0.5, 1.5)
+        self._free_at = now + min(took * _PATIENCE, longest)
+        self._free_when_over = now + min(took * _PATIENCE_WHEN_OVER, longest)
+
+    def _free(self) -> float:
+        """Return when the next request may begin, if nothing more changes."""
+        over_at = self._wanted_at + _OVER_AFTER * self._timings.key_jitter_seconds
+        return min(self._free_at, max(self._free_when_over, over_at))
 
     def _due(self, now: float) -> list[str]:
         for agent_id in list(self._awaited):
@@ -139,7 +167,7 @@ class KeyFetcher:
     async def _fetch(self, agent_ids: list[str]) -> None:
         """Ask for these, and say of each that is still missing when it is asked for again."""
         cache = self._cache
-        many = len(agent_ids) > MAX_SINGLE and len(agent_ids) * _SHARE >= cache.size
+        many = len(agent_ids) > FEW and len(agent_ids) * _SHARE >= cache.size
         if not (many and cache.synced):
             # With no snapshot yet, the one under way brings the others.
             agent_ids = agent_ids[:MAX_SINGLE]

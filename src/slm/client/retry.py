@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable
 
 from slm.client.timings import Timings
-from slm.errors import ProblemError, TLSError
+from slm.errors import ProblemError, SLMUnavailable, TLSError
 
 
 class ClientStatus(enum.StrEnum):
@@ -44,6 +44,10 @@ class ClientStatus(enum.StrEnum):
     """`close()` was called; what is known is still served, as stale."""
 
 
+class NobodyListens(SLMUnavailable):
+    """The SLM's host refused the connection: no server is there, so asking costs none anything."""
+
+
 def is_retryable(error: BaseException) -> bool:
     """Say whether trying again soon may help.
 
@@ -64,7 +68,8 @@ class Backoff:
     """How long to wait before the next try: full jitter, doubling, and what the server asked for.
 
     Full jitter as in "Exponential Backoff And Jitter" (AWS Architecture Blog, 2015): a thousand
-    backends that lost their SLM at one moment must not come back at one moment.
+    backends that lost their SLM at one moment must not come back at one moment. While nobody
+    listens at all the waits stay short, so that a server is found soon once it is up.
     """
 
     def __init__(
@@ -91,10 +96,12 @@ class Backoff:
         timings = self._timings
         if not is_retryable(error):
             return timings.refused_retry_seconds * self._uniform(0.75, 1.25)
-        longest = min(
-            timings.backoff_max_seconds,
-            timings.backoff_initial_seconds * 2.0 ** min(self._failures, 30),
-        )
-        self._failures += 1
+        limit = timings.backoff_max_seconds
+        if isinstance(error, NobodyListens):
+            limit = min(limit, timings.nobody_max_seconds)
+        longest = min(limit, timings.backoff_initial_seconds * 2.0 ** min(self._failures, 30))
+        if longest < limit:
+            # A long absence does not count against the server that comes back.
+            self._failures += 1
         asked = error.retry_after_seconds if isinstance(error, ProblemError) else None
         return min(asked or 0.0, timings.retry_after_max_seconds) + self._uniform(0, longest)

@@ -19,6 +19,8 @@ class Timings:
         backoff_initial_seconds: the longest first wait before connecting again; each further one
             may be twice as long (full jitter: the wait is drawn between 0 and that).
         backoff_max_seconds: what the longest wait grows to.
+        nobody_max_seconds: what it grows to while nobody listens at the SLM's address: being
+            refused a connection costs no server anything, and a restart is over sooner.
         healthy_seconds: how long a client must have been caught up for its connection to count as
             healthy, so that backoff starts anew.
         refused_retry_seconds: how often the SLM is tried again after it refused the token.
@@ -35,15 +37,18 @@ class Timings:
         save_interval_seconds: how often the snapshot file is written at most.
         ack_delay_seconds: how long a loop that is behind with its work may put an ack off, so that
             callbacks come before it.
-        ack_interval_seconds: the shortest time between two acks; an idle client acks at once.
+        ack_interval_seconds: the shortest time between two acks; an idle client acks at once. It
+            grows with what an ack has to name, up to ten times this.
         key_jitter_seconds: over how long the fetching of a changed key is spread: a thousand
             backends must not ask in one millisecond. A call that waits for the key asks at once.
-        key_pause_max_seconds: the longest pause between two fetches of keys from a busy SLM.
+        key_pause_max_seconds: the longest pause between two fetches of keys from a busy SLM, while
+            further keys change.
         close_timeout_seconds: how long the SLM has to answer the closing of the stream.
     """
 
     backoff_initial_seconds: float = 0.5
     backoff_max_seconds: float = 30.0
+    nobody_max_seconds: float = 4.0
     healthy_seconds: float = 2.0
     refused_retry_seconds: float = 180.0
     retry_after_max_seconds: float = 600.0
@@ -57,7 +62,7 @@ class Timings:
     ack_delay_seconds: float = 0.04
     ack_interval_seconds: float = 0.1
     key_jitter_seconds: float = 0.1
-    key_pause_max_seconds: float = 1.0
+    key_pause_max_seconds: float = 4.0
     close_timeout_seconds: float = 1.0
 
     def __post_init__(self) -> None:

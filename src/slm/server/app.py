@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 from collections.abc import AsyncIterator, Callable
 from importlib.metadata import version
@@ -16,9 +17,10 @@ from starlette.exceptions import HTTPException
 from slm.errors import ProblemError
 from slm.server import explanations, fleet_sync
 from slm.server.api import admin, agents, audit, fleet, health, history, keys, snapshot, tokens, ws
-from slm.server.audit_retention import AuditRetention
-from slm.server.compaction import Compaction
+from slm.server.audit_retention import trim
+from slm.server.compaction import compact
 from slm.server.edge import Edge
+from slm.server.fleet import FORGET_EVERY_SECONDS
 from slm.server.listener import ChangeListener
 from slm.server.prepare import Prepared
 from slm.server.problems import (
@@ -31,6 +33,7 @@ from slm.server.problems import (
 )
 from slm.server.services import Services, make_services
 from slm.server.settings import Settings
+from slm.server.upkeep import Upkeep
 
 LAST_WORDS_SECONDS = 0.5
 """How long each of the last writes may take: what was used, and that this server is gone."""
@@ -114,25 +117,16 @@ def _workers(services: Services) -> list[_Worker]:
         }
         workers.append(ChangeListener(database.url, services.feed.hear, others, supervisor))
         workers.append(sync)
+    clean = services.fleet.forget_long_gone
+    workers.append(Upkeep("fleet-forget", clean, FORGET_EVERY_SECONDS, supervisor))
     if settings.changes_keep is not None:
-        workers.append(
-            Compaction(
-                database,
-                keep=settings.changes_keep,
-                interval_seconds=settings.compact_interval_seconds,
-                supervisor=supervisor,
-            )
-        )
+        work = functools.partial(compact, database, keep=settings.changes_keep)
+        workers.append(Upkeep("compaction", work, settings.compact_interval_seconds, supervisor))
     if settings.audit_keep_days is not None:
-        workers.append(
-            AuditRetention(
-                database,
-                services.keyring,
-                keep_days=settings.audit_keep_days,
-                interval_seconds=settings.audit_trim_seconds,
-                supervisor=supervisor,
-            )
+        work = functools.partial(
+            trim, database, services.keyring, keep_days=settings.audit_keep_days
         )
+        workers.append(Upkeep("audit-retention", work, settings.audit_trim_seconds, supervisor))
     return workers
 
 

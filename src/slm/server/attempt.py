@@ -100,9 +100,14 @@ class Attempt:
             if not self.committing:
                 connection.interrupt()
             return
-        # The socket is ended and not closed: its number belongs to the driver.
-        with (
-            contextlib.suppress(Exception),
-            socket.socket(fileno=os.dup(connection.fileno())) as own,
-        ):
-            own.shutdown(socket.SHUT_RDWR)
+        shut_down(connection)
+
+
+def shut_down(connection: HasSocket) -> None:
+    """End a connection, whatever waits on it; its driver notices and closes it."""
+    # The socket is not closed: its number belongs to the driver.
+    with (
+        contextlib.suppress(Exception),
+        socket.socket(fileno=os.dup(connection.fileno())) as own,
+    ):
+        own.shutdown(socket.SHUT_RDWR)

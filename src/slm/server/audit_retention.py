@@ -16,14 +16,13 @@ from typing import Final
 
 from sqlalchemy import Connection, delete, select, update
 
-from slm.errors import Conflict, ProblemError
+from slm.errors import Conflict
 from slm.server.audit import Event, Who, append
 from slm.server.audit_chain import Link, Walk
 from slm.server.audit_read import EXPORTED, ends, entries_after, exported_upto, link_at
 from slm.server.database import Database
 from slm.server.keyring import Keyring
 from slm.server.models import AUDIT, AUDIT_HEAD, STATE, utc_now
-from slm.server.supervisor import Supervisor
 from slm.server.vault import Vault
 
 logger = logging.getLogger(__name__)
@@ -35,55 +34,6 @@ CUT: Final = "audit.cut"
 
 _PAUSE_SECONDS: Final = 0.02
 _LOCK_STATE: Final = select(STATE.c.keyring_version).where(STATE.c.id == 1).with_for_update()
-
-
-class AuditRetention:
-    """Trims now and then in the background.
-
-    Args:
-        database: where the audit is.
-        keyring: seals the cut.
-        keep_days: how old an entry gets.
-        interval_seconds: how often to look.
-        supervisor: of the server's tasks.
-    """
-
-    def __init__(
-        self,
-        database: Database,
-        keyring: Keyring,
-        *,
-        keep_days: int,
-        interval_seconds: float,
-        supervisor: Supervisor | None = None,
-    ) -> None:
-        self._database = database
-        self._keyring = keyring
-        self._keep_days = keep_days
-        self._interval_seconds = interval_seconds
-        supervisor = supervisor or Supervisor()
-        self._task = supervisor.task("audit-retention", self._run, needed=False)
-
-    async def start(self) -> None:
-        """Begin; the first look is at once."""
-        self._task.start()
-
-    async def stop(self) -> None:
-        """Stop; a batch under way is committed or rolled back as a whole."""
-        await self._task.stop()
-
-    async def _run(self) -> None:
-        while True:
-            try:
-                removed = await trim(self._database, self._keyring, keep_days=self._keep_days)
-                if removed:
-                    logger.info("audit: removed %d exported entries", removed)
-            except ProblemError as error:
-                logger.warning("audit: nothing more is removed: %s", error.detail)
-            except Exception as error:
-                # The class alone: a driver's text may hold what was read.
-                logger.error("trimming the audit failed: %s", type(error).__name__)
-            await asyncio.sleep(self._interval_seconds)
 
 
 async def trim(database: Database, keyring: Keyring, *, keep_days: int) -> int:
@@ -107,6 +57,7 @@ async def trim(database: Database, keyring: Keyring, *, keep_days: int) -> int:
         await asyncio.sleep(_PAUSE_SECONDS)
     if removed:
         await database.run(_note_cut)
+        logger.info("audit: removed %d exported entries", removed)
     return removed
 
 
@@ -136,14 +87,14 @@ def _batch(connection: Connection, *, keyring: Keyring, upto: Link, before: str)
     """Move the cut by at most BATCH rows and remove what is under it, both or neither."""
     keyring.follow(connection, connection.execute(_LOCK_STATE).scalar_one())
     if link_at(connection, upto.seq) != upto:
-        raise Conflict("the exported entries are not those in the audit.")
+        raise Conflict("the exported entries are not those in the audit; nothing more is removed.")
     cut = ends(connection).cut
     entries = entries_after(connection, cut.seq, upto.seq, BATCH)
     old = list(itertools.takewhile(lambda entry: str(entry.at) < before, entries))
     walk = Walk(cut)
     if not walk.go(old):
         # What was altered is evidence.
-        raise Conflict(f"entry {walk.at.seq + 1}: {walk.reason}.")
+        raise Conflict(f"entry {walk.at.seq + 1}: {walk.reason}; nothing more is removed.")
     if old:
         connection.execute(delete(AUDIT).where(AUDIT.c.seq <= walk.at.seq))
         connection.execute(

@@ -6,69 +6,20 @@ lock makes them take turns, and a client below the floor gets a resync (docs/pro
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import logging
 from typing import Final
 
 from sqlalchemy import Connection, delete, select, update
 
-from slm.errors import ProblemError
 from slm.server import failpoints
 from slm.server.database import Database
 from slm.server.models import CHANGES, STATE
-from slm.server.supervisor import Supervisor
 
 logger = logging.getLogger(__name__)
 
 BATCH: Final = 1000
 """So many changes in one transaction: writers wait for the state row as long as it takes."""
-
-
-class Compaction:
-    """Compacts now and then in the background.
-
-    Args:
-        database: where the changes are.
-        keep: how many of the newest changes stay.
-        interval_seconds: how often to look.
-        supervisor: of the server's tasks.
-    """
-
-    def __init__(
-        self,
-        database: Database,
-        *,
-        keep: int,
-        interval_seconds: float,
-        supervisor: Supervisor | None = None,
-    ) -> None:
-        self._database = database
-        self._keep = keep
-        self._interval_seconds = interval_seconds
-        supervisor = supervisor or Supervisor()
-        self._task = supervisor.task("compaction", self._run, needed=False)
-
-    async def start(self) -> None:
-        """Begin; the first look is at once."""
-        self._task.start()
-
-    async def stop(self) -> None:
-        """Stop; a batch under way is committed or rolled back as a whole."""
-        await self._task.stop()
-
-    async def _run(self) -> None:
-        while True:
-            try:
-                removed = await compact(self._database, keep=self._keep)
-                if removed:
-                    logger.info("compaction: removed %d changes", removed)
-            except ProblemError as error:
-                logger.warning("compaction: %s", error.detail)
-            except Exception as error:
-                # The class alone: a driver's text may hold what was read.
-                logger.error("compaction failed: %s", type(error).__name__)
-            await asyncio.sleep(self._interval_seconds)
 
 
 async def compact(database: Database, *, keep: int, batch: int = BATCH) -> int:
@@ -80,6 +31,8 @@ async def compact(database: Database, *, keep: int, batch: int = BATCH) -> int:
     removed = 0
     while moved := await database.run(functools.partial(_batch, keep=keep, batch=batch)):
         removed += moved
+    if removed:
+        logger.info("compaction: removed %d changes", removed)
     return removed
 
 

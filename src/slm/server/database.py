@@ -79,7 +79,7 @@ class Database:
         idle_in_transaction_seconds: float = 5.0,
         pool_size: int = 8,
     ) -> None:
-        self.url = make_url(url)
+        self.url = _for_writes(make_url(url))
         self.dialect: Literal["sqlite", "postgresql"] = (
             "sqlite" if self.url.get_backend_name() == "sqlite" else "postgresql"
         )
@@ -511,6 +511,15 @@ class _Lane:
         self.threads.shutdown()
         if engine is not None:
             engine.dispose()
+
+
+def _for_writes(url: URL) -> URL:
+    """Of several hosts mean the one that takes writes, unless the URL says otherwise."""
+    hosts = url.query.get("host", "")
+    several = "," in hosts or not isinstance(hosts, str)
+    if not several or "target_session_attrs" in url.query:
+        return url
+    return url.update_query_dict({"target_session_attrs": "read-write"})
 
 
 def _outside(lane: _Lane, statement: str, *parameters: str) -> None:

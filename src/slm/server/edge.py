@@ -22,6 +22,7 @@ from slm.server.database_errors import is_altered
 from slm.server.metrics import UNKNOWN_ROUTE
 from slm.server.problems import problem_response
 from slm.server.services import Services
+from slm.server.turnstile import Turnstile
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,9 @@ _METHODS: Final = frozenset({"GET", "POST", "PUT", "DELETE"})
 
 # RFC 6797: a browser that was here over TLS never comes back without.
 _TLS_ONLY: Final = (b"strict-transport-security", b"max-age=31536000")
+
+
+_KEY_READS: Final = ("/llm", "/api/snapshot")
 
 
 @dataclass
@@ -76,6 +80,7 @@ class Edge:
         self.app = app
         self.services = services
         self.streams = streams
+        self._key_reads = Turnstile()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on."""
@@ -101,6 +106,10 @@ class Edge:
             parts = _ENCODED_SLASH.split(raw_path.decode("ascii", "replace"))
             scope["path"] = ENCODED_SLASH.join(map(unquote, parts))
         started, status, begun = False, 500, perf_counter()
+        if scope["path"].endswith(_KEY_READS) and scope["method"] == "GET":
+            # After a change every backend asks at the same moment: whoever writes does not wait
+            # for all of them.
+            await self._key_reads.enter()
 
         async def stamped_send(message: Message) -> None:
             nonlocal started, status

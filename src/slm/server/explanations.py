@@ -10,13 +10,13 @@ import asyncio
 import json
 import logging
 import secrets
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from pydantic import BaseModel, TypeAdapter
 from sqlalchemy import Connection, func, select
 
 from slm import protocol
-from slm.errors import BackendNotFound, BackendSilent, ProblemError
+from slm.errors import BackendNotFound, BackendSilent, BackendUnclear, ProblemError
 from slm.protocol import Explain, Explained, Explanation, Name, ShortText, Text
 from slm.server.backends import Backend
 from slm.server.database import Database
@@ -56,7 +56,26 @@ class _Answer(BaseModel):
     report: Explanation
 
 
-_TOLD: Final = TypeAdapter[_Ask | _Answer](_Ask | _Answer)
+class _Failure(BaseModel):
+    """Why there is no answer to a question, by its id."""
+
+    failed: Name
+    code: Literal["backend-silent", "backend-unclear"]
+    why: ShortText
+
+    def problem(self, backend: str) -> ProblemError:
+        """Return it as an answer to whoever asked."""
+        if self.code == "backend-silent":
+            return BackendSilent(f"{backend} {self.why}.")
+        return BackendUnclear(f"The answer of {backend} cannot be read: {self.why}.")
+
+
+_Told = Explanation | _Failure
+"""What comes of a question."""
+
+_LEFT: Final = "closed its connection before it answered"
+
+_TOLD: Final = TypeAdapter[_Ask | _Answer | _Failure](_Ask | _Answer | _Failure)
 
 
 class Explanations:
@@ -66,19 +85,27 @@ class Explanations:
         self._database = database
         self._fleet = fleet
         self._hub = hub
-        self._asked: dict[str, tuple[Subscriber | None, asyncio.Future[Explanation]]] = {}
+        self._asked: dict[str, tuple[Subscriber | None, asyncio.Future[_Told]]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._pieces: list[str] = []
 
-    def find(self, name: str) -> Backend:
-        """Return the connected backend that is shown under this name, the whole of it.
+    async def ask(self, name: str, agent_id: str) -> Explanation:
+        """Return what the connected backend that is shown under this whole name says of an agent.
 
         Raises:
-            BackendNotFound: none is; the text names those that it may have meant.
+            BackendNotFound: there is none; the text names those that it may have meant.
+            BackendSilent: it did not answer in time, or went away; an older SDK does not know the
+                question.
+            BackendUnclear: what it answered cannot be read.
+            DatabaseUnavailable: it is at another replica, which cannot be asked now.
         """
-        names = {
-            self._fleet.name_of(each): each for each in self._fleet.backends() if each.connected
-        }
+        told = await self._ask(await self._find(name), agent_id)
+        if isinstance(told, _Failure):
+            raise told.problem(name)
+        return told
+
+    async def _find(self, name: str) -> Backend:
+        names = {shown: each async for shown, each in self._fleet.shown() if each.connected}
         if name in names:
             return names[name]
         if not names:
@@ -86,16 +113,10 @@ class Explanations:
         meant = [each for each in names if each.startswith(name)] or list(names)
         raise BackendNotFound(f"No connected backend has this name; connected: {_named(meant)}.")
 
-    async def ask(self, backend: Backend, agent_id: str) -> Explanation:
-        """Return what the backend says about an agent.
-
-        Raises:
-            BackendSilent: it did not answer in time; an older SDK does not know the question.
-            DatabaseUnavailable: it is at another replica, which cannot be asked now.
-        """
+    async def _ask(self, backend: Backend, agent_id: str) -> _Told:
         subscriber = self._fleet.subscriber(backend.id)
         question = secrets.token_hex(8)
-        answer: asyncio.Future[Explanation] = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[_Told] = asyncio.get_running_loop().create_future()
         self._asked[question] = (subscriber, answer)
         try:
             if subscriber is not None:
@@ -112,18 +133,48 @@ class Explanations:
             async with asyncio.timeout(ANSWER_SECONDS):
                 return await answer
         except TimeoutError:
-            raise BackendSilent(
-                f"{self._fleet.name_of(backend)} did not answer within {ANSWER_SECONDS:g} s;"
-                " it hangs, or its SDK is older than this question."
-            ) from None
+            why = (
+                f"did not answer within {ANSWER_SECONDS:g} s; it hangs, or its SDK is older than"
+                " this question"
+            )
+            return _Failure(failed=question, code="backend-silent", why=why)
         finally:
             del self._asked[question]
 
     def answered(self, subscriber: Subscriber, said: Explained) -> None:
         """Take a backend's answer; one that was not asked for says nothing."""
-        asked = self._asked.get(said.explained)
+        self._settle(said.explained, subscriber, said.report)
+
+    def unclear(self, subscriber: Subscriber, why: str, question: str | None = None) -> None:
+        """Note that a backend said something that cannot be read.
+
+        Args:
+            subscriber: its connection.
+            why: what is wrong with it, in words of ours.
+            question: which question it answers; None: it may have been the answer to any.
+        """
+        self._fail(subscriber, "backend-unclear", why, question)
+
+    def left(self, subscriber: Subscriber) -> None:
+        """Note that a connection is gone: what it was asked it will not answer."""
+        self._fail(subscriber, "backend-silent", _LEFT)
+
+    def _fail(
+        self,
+        subscriber: Subscriber,
+        code: Literal["backend-silent", "backend-unclear"],
+        why: str,
+        question: str | None = None,
+    ) -> None:
+        asked = list(self._asked) if question is None else [question]
+        for each in asked:
+            self._settle(each, subscriber, _Failure(failed=each, code=code, why=why))
+
+    def _settle(self, question: str, subscriber: Subscriber | None, told: _Told) -> None:
+        """End a question that was put to this connection, or to another replica."""
+        asked = self._asked.get(question)
         if asked is not None and asked[0] is subscriber and not asked[1].done():
-            asked[1].set_result(said.report)
+            asked[1].set_result(told)
 
     def hear(self, payload: str) -> None:
         """Take a piece of what another replica asks or answers; the last one makes it whole.
@@ -149,9 +200,9 @@ class Explanations:
             logger.warning("a notification about an explanation cannot be read")
             return
         if isinstance(told, _Answer):
-            asked = self._asked.get(told.answer)
-            if asked is not None and asked[0] is None and not asked[1].done():
-                asked[1].set_result(told.report)
+            self._settle(told.answer, None, told.report)
+        elif isinstance(told, _Failure):
+            self._settle(told.failed, None, told)
         elif told.replica == self._fleet.replica and len(self._tasks) < MAX_ANSWERS:
             task = asyncio.create_task(self._answer_for(told), name="slm-explain")
             self._tasks.add(task)
@@ -161,10 +212,14 @@ class Explanations:
         """Ask a backend of ours for another replica."""
         try:
             backend = next((b for b in self._fleet.own() if b.id == told.backend), None)
-            if backend is None or self._fleet.subscriber(backend.id) is None:
-                return
-            report = await self.ask(backend, told.agent_id)
-            await self._notify({"answer": told.ask, "report": report.model_dump(mode="json")})
+            found: _Told = _Failure(failed=told.ask, code="backend-silent", why=_LEFT)
+            if backend is not None and self._fleet.subscriber(backend.id) is not None:
+                found = await self._ask(backend, told.agent_id)
+            if isinstance(found, _Failure):
+                answer = found.model_copy(update={"failed": told.ask}).model_dump()
+            else:
+                answer = {"answer": told.ask, "report": found.model_dump(mode="json")}
+            await self._notify(answer)
         except ProblemError as error:
             logger.debug("not now: %s", error.code)
         except Exception as error:

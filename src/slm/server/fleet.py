@@ -15,7 +15,7 @@ import logging
 import math
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any, Final, NamedTuple, TypeVar
 
@@ -33,7 +33,7 @@ from slm.server.backends import (
     outcome_of,
 )
 from slm.server.hub import Subscriber
-from slm.server.slices import in_slices
+from slm.server.slices import Steps, at_once, in_slices, sliced, sorted_in_steps
 from slm.server.view import View
 
 logger = logging.getLogger(__name__)
@@ -47,8 +47,9 @@ MAX_ACK_BYTES_OF_ALL: Final = 256 * 1024 * 1024
 MAX_TOLD: Final = 50_000
 """How many backends of another replica are kept."""
 
+FORGET_EVERY_SECONDS: Final = 10.0
+
 _MAX_GONE: Final = 10_000
-_FORGET_EVERY_SECONDS: Final = 10.0
 _T = TypeVar("_T")
 
 
@@ -65,26 +66,31 @@ class Lapse(NamedTuple):
 
 
 class Waiter:
-    """Someone who waits until every expected backend has answered for one change."""
+    """Someone who waits until every expected backend has answered for one change.
+
+    Attributes:
+        subject: the change.
+        done: set once nobody is waited for.
+        has_looked: whether it knows whom it waits for.
+    """
 
     def __init__(self, subject: Subject) -> None:
         self.subject = subject
         self.done = asyncio.Event()
-        self._left: set[str] | None = None
+        self.has_looked = False
+        self._left: set[str] = set()
 
-    @property
-    def has_looked(self) -> bool:
-        """Whether it knows whom it waits for."""
-        return self._left is not None
-
-    def look(self, expected: Iterable[Backend]) -> None:
-        """Look at everyone who is expected."""
-        self._left = {b.id for b in expected if b.acks and not self._answered(b)}
+    async def look(self, expected: Iterable[Backend]) -> None:
+        """Look at everyone who is expected, one by one; who answers meanwhile is struck off."""
+        async for backend in in_slices(expected):
+            if backend.acks and not self._answered(backend):
+                self._left.add(backend.id)
+        self.has_looked = True
         self._check()
 
     def heard(self, backend: Backend) -> None:
         """Strike the backend off once it has answered."""
-        if self._left and backend.id in self._left and self._answered(backend):
+        if backend.id in self._left and self._answered(backend):
             self._left.discard(backend.id)
             self._check()
 
@@ -92,7 +98,7 @@ class Waiter:
         return outcome_of(backend, self.subject).answered
 
     def _check(self) -> None:
-        if not self._left:
+        if self.has_looked and not self._left:
             self.done.set()
 
 
@@ -197,7 +203,6 @@ class Fleet:
         self._current[key] = subscriber
         self._names.changed(backend)
         self._changed(backend)
-        self._forget_long_gone()
 
     def acked(
         self, subscriber: Subscriber, ack: Ack, at: float | None = None, *, missed: int = 0
@@ -282,11 +287,10 @@ class Fleet:
         self._tell(backend.id)
 
     def _tell(self, key: str) -> None:
-        if not self.waiters:
-            return
-        backend = self._whole(key)
-        for waiter in tuple(self.waiters):
-            waiter.heard(backend)
+        backend = self._whole(key) if self.waiters else None
+        if backend is not None:
+            for waiter in tuple(self.waiters):
+                waiter.heard(backend)
 
     # --- what other replicas know ---
 
@@ -355,17 +359,31 @@ class Fleet:
                 self._names.anew()
         self._told_of.pop(replica, None)
 
-    def look(self, waiter: Waiter) -> None:
+    async def look(self, waiter: Waiter) -> None:
         """Have someone who waits look at all who are expected, once everyone is known."""
         if not waiter.has_looked:
-            waiter.look(self._expected(waiter.subject))
+            await waiter.look(self._expected(waiter.subject))
 
     # --- who asks ---
 
     def backends(self) -> list[Backend]:
-        """Return every backend that is here or went away within the last hour, by name."""
+        """Return every backend that is known, by name, in one turn of the loop: `shown` has many.
+
+        Backends that went away are known for an hour.
+        """
         self._forget_long_gone()
         return sorted(self._wholes(), key=self.name_of)
+
+    async def shown(self) -> AsyncIterator[tuple[str, Backend]]:
+        """Yield every backend that is known with what it is shown as, by name.
+
+        However many there are, the loop has its turns in between.
+        """
+        await self.forget_long_gone()
+        async for key, name in in_slices((await self._names.all()).items()):
+            backend = self._whole(key)
+            if backend is not None:
+                yield name, backend
 
     def name_of(self, backend: Backend) -> str:
         """Return what a backend is shown as: its own name, unless another token had it first."""
@@ -386,20 +404,8 @@ class Fleet:
         told_until = subject.committed_at + KEEP_GONE_SECONDS
         return not alone and not self._is_anew and self._clock() < told_until
 
-    def expected(self, subject: Subject) -> list[Backend]:
-        """Return who listened when the change was committed and was entitled to see it, by name."""
-        self._forget_long_gone()
-        return sorted(self._expected(subject), key=self.name_of)
-
     def _expected(self, subject: Subject) -> Iterator[Backend]:
-        for backend in self._wholes():
-            there = (
-                backend.was_there(subject.revision, subject.committed_at)
-                if subject.changed
-                else backend.connected
-            )
-            if there and backend.view.sees(subject.agent_id, subject.is_default):
-                yield backend
+        return (backend for backend in self._wholes() if _is_expected(backend, subject))
 
     @contextlib.contextmanager
     def _waiting(self, subject: Subject) -> Any:
@@ -419,15 +425,15 @@ class Fleet:
             alone: there is no other replica; else `look` is called once they have told.
         """
         with self._waiting(subject) as waiter:
-            if alone:
-                waiter.look(self._expected(subject))
             self.asked.set()
             if not self._closed:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(seconds):
+                        if alone:
+                            await self.look(waiter)
                         await waiter.done.wait()
 
-    def receipt(self, subject: Subject, named: str | None = None) -> dict[str, Any]:
+    async def receipt(self, subject: Subject, named: str | None = None) -> dict[str, Any]:
         """Return who applied the change, who refused it and why, and who has not answered.
 
         Backends that never ack are `unknown` and are not waited for. Times are counted from the
@@ -442,11 +448,13 @@ class Fleet:
         others = dict.fromkeys(told, 0)
         applied = 0
         times: list[float] = []
-        for backend in self.expected(subject):
+        async for name, backend in self.shown():
+            if not _is_expected(backend, subject):
+                continue
             outcome = outcome_of(backend, subject)
-            entry: Any = self.name_of(backend)
+            entry: Any = name
             if outcome.reason is not None:
-                kind, entry = "refused", {"backend": entry, "reason": outcome.reason}
+                kind, entry = "refused", {"backend": name, "reason": outcome.reason}
             elif outcome.answered:
                 kind = "applied"
                 applied += 1
@@ -471,8 +479,13 @@ class Fleet:
             "p99_ms": _percentile(times, 0.99),
         }
 
-    def describe(self, backend: Backend) -> dict[str, Any]:
-        """Return what `GET /api/fleet` tells of a backend."""
+    def describe(self, backend: Backend, name: str | None = None) -> dict[str, Any]:
+        """Return what `GET /api/fleet` tells of a backend.
+
+        Args:
+            backend: the backend.
+            name: what it is shown as, where that is known.
+        """
         last = backend.acks.last
         lag = None if last is None else max(0, self.head - last.revision)
         lag_seconds = self._lag_seconds(last.revision) if last is not None and lag else 0.0
@@ -483,7 +496,7 @@ class Fleet:
         else:
             state = "stale" if lag_seconds > self._stale_after_seconds else "live"
         return {
-            "backend": self.name_of(backend),
+            "backend": self.name_of(backend) if name is None else name,
             **backend.client.model_dump(),
             "token": backend.token,
             "agents": backend.view.patterns,
@@ -504,17 +517,17 @@ class Fleet:
 
     async def described(self) -> bytes:
         """Return the list of `GET /api/fleet` as JSON; who cannot be described is left out."""
-        texts: list[str] = []
-        async for backend in in_slices(self.backends()):
+        texts: list[bytes] = []
+        async for name, backend in self.shown():
             try:
-                texts.append(json.dumps(self.describe(backend), allow_nan=False))
+                texts.append(json.dumps(self.describe(backend, name), allow_nan=False).encode())
             except Exception as error:
                 # One must not keep all others from being seen. The class alone: the text may hold
                 # what was said.
                 if not self.unreadable:
                     logger.error("a backend cannot be described: %s", type(error).__name__)
                 self.unreadable += 1
-        return ("[" + ",".join(texts) + "]").encode()
+        return b"[" + b",".join(texts) + b"]"
 
     def _lag_seconds(self, revision: int) -> float:
         """Return since when there is something newer than `revision`."""
@@ -524,13 +537,13 @@ class Fleet:
         return max(0.0, self._clock() - self._head_times[place])
 
     def _wholes(self) -> Iterator[Backend]:
-        """Yield each backend as all replicas together know it."""
-        for key, own in list(self._own.items()):
-            yield own if key not in self._others else self._whole(key)
-        for key in self._others.keys() - self._own.keys():
-            yield self._whole(key)
+        """Yield each backend as all replicas together know it; they may come and go meanwhile."""
+        for key in [*self._own, *(key for key in self._others if key not in self._own)]:
+            backend = self._whole(key)
+            if backend is not None:
+                yield backend
 
-    def _whole(self, key: str) -> Backend:
+    def _whole(self, key: str) -> Backend | None:
         own = self._own.get(key)
         at_replicas = self._others.get(key)
         if own is not None and not at_replicas:
@@ -538,24 +551,41 @@ class Fleet:
         known = [self._as_it_is(each) for each in (at_replicas or {}).values()]
         if own is not None:
             known.append(own)
-        return functools.reduce(Backend.together_with, known)
+        return functools.reduce(Backend.together_with, known) if known else None
 
     def _as_it_is(self, backend: Backend) -> Backend:
         lapse = self._lapsed.get(backend.replica)
         return backend if lapse is None else backend.gone_with(*lapse)
 
+    async def forget_long_gone(self) -> None:
+        """Forget who went away more than an hour ago, and the first of too many that went."""
+        await sliced(self._forgetting())
+
     def _forget_long_gone(self) -> None:
+        at_once(self._forgetting())
+
+    def _forgetting(self) -> Steps[None]:
         now = self._clock()
-        if now - self._forgot_at < _FORGET_EVERY_SECONDS:
+        if now - self._forgot_at < FORGET_EVERY_SECONDS:
             return
         self._forgot_at = now
-        gone = [
-            each for each in self._wholes() if not each.connected and not self._may_return(each)
-        ]
-        gone.sort(key=lambda backend: backend.since, reverse=True)
-        for number, backend in enumerate(gone):
-            if backend.since < now - KEEP_GONE_SECONDS or number >= _MAX_GONE:
-                self._forget(backend.id)
+        gone: list[tuple[float, str]] = []
+        for backend in self._wholes():
+            if not backend.connected and not self._may_return(backend):
+                if backend.since < now - KEEP_GONE_SECONDS:
+                    self._forget(backend.id)
+                else:
+                    gone.append((backend.since, backend.id))
+            yield
+        if len(gone) <= _MAX_GONE:
+            return
+        first = yield from sorted_in_steps(gone, lambda each: each)
+        for since, key in first[: len(gone) - _MAX_GONE]:
+            left = self._whole(key)
+            # It may have come back in between.
+            if left is not None and not left.connected and left.since == since:
+                self._forget(key)
+            yield
 
     def _may_return(self, backend: Backend) -> bool:
         """Whether it is gone only as long as its server's lease is."""
@@ -573,6 +603,16 @@ class Fleet:
             self.ack_bytes -= backend.bytes
         self.dirty.discard(key)
         self._names.anew()
+
+
+def _is_expected(backend: Backend, subject: Subject) -> bool:
+    """Whether it listened when the change was committed and was entitled to see it."""
+    there = (
+        backend.was_there(subject.revision, subject.committed_at)
+        if subject.changed
+        else backend.connected
+    )
+    return there and backend.view.sees(subject.agent_id, subject.is_default)
 
 
 def _milliseconds(at: float, subject: Subject) -> float:

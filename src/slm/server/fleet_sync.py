@@ -24,7 +24,7 @@ from slm.server.backends import Backend, Subject
 from slm.server.database import Database
 from slm.server.fleet import KEEP_GONE_SECONDS, Fleet, Lapse
 from slm.server.models import REPLICAS
-from slm.server.replicas import database_time
+from slm.server.replicas import database_time, is_live
 from slm.server.slices import in_slices
 from slm.server.supervisor import Supervisor
 from slm.server.told_rows import Page, TellTale
@@ -235,7 +235,7 @@ class FleetSync:
         def work(connection: Connection) -> tuple[int, tuple[int, int]]:
             now, self._offset = _clock(connection)
             others = select(func.count()).where(
-                REPLICAS.c.seen_at >= now - self._lease_seconds,
+                REPLICAS.c.seen_at.between(now - self._lease_seconds, now + self._lease_seconds),
                 REPLICAS.c.id != self._fleet.replica,
             )
             if now - self._cleaned_at >= _CLEAN_SECONDS:
@@ -309,7 +309,7 @@ class FleetSync:
             live = [each for each in self.accounts.values() if each.live]
             for waiter in tuple(fleet.waiters):
                 if all(each.head >= waiter.subject.revision for each in live):
-                    fleet.look(waiter)
+                    await fleet.look(waiter)
             await asyncio.sleep(LOOK_SECONDS)
         fleet.asked.clear()
 
@@ -368,8 +368,8 @@ class FleetSync:
     def _take_leases(self, page: Page, offset: float) -> None:
         for replica, seen_at in page.leases.items():
             account = self.accounts.setdefault(replica, Account())
-            account.live = page.now - seen_at <= self._lease_seconds
-            account.ends_at = seen_at + self._lease_seconds - offset
+            account.live = is_live(seen_at, page.now, self._lease_seconds)
+            account.ends_at = min(seen_at + self._lease_seconds, page.now) - offset
         long_ago = page.now - offset - KEEP_GONE_SECONDS
         for replica, account in list(self.accounts.items()):
             if replica not in page.leases:

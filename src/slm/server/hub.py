@@ -146,8 +146,10 @@ class Hub:
         self.head = 0
         self.epoch = ""
         self.head_id = ""
-        # The last revision that was put into the queue.
+        # The last revision that was put into the queue, and which changes the last ones were.
         self._queued_head = 0
+        self._queued_ids: dict[int, str] = {}
+        self._queued_epoch = ""
         self.is_behind: Callable[[], bool] = lambda: False
         self.counts = HubCounts()
         self.committed_at: dict[int, float] = {}
@@ -179,7 +181,7 @@ class Hub:
     def start(self, revision: int, epoch: str, change_id: str = "") -> None:
         """Begin at the catalog's revision."""
         self.head, self.epoch, self.head_id = revision, epoch, change_id
-        self._queued_head = revision
+        self._queued_head, self._queued_epoch = revision, epoch
         self._observer.moved(revision, restarted=True)
         for task in self._tasks:
             task.start()
@@ -373,8 +375,19 @@ class Hub:
     def publish(self, changes: Iterable[CommittedChange]) -> None:
         """Queue committed changes, in order, all or none; each is encoded once, here.
 
-        What is in the queue already is left out: a feed that failed after this comes again.
+        What is in the queue already is left out: a feed that failed after this comes again. Where
+        it has other changes of these numbers then, as after a failover, everyone takes a snapshot.
         """
+        changes = list(changes)
+        if not changes:
+            return
+        # A feed begins where it has passed all before on.
+        known = {r: i for r, i in self._queued_ids.items() if r >= changes[0].revision}
+        self._queued_ids = known | {change.revision: change.change_id for change in changes}
+        if any(self._queued_ids[revision] != known[revision] for revision in known):
+            head = changes[-1]
+            self.restart(self._queued_epoch, head.revision, "forked", head.change_id)
+            return
         encoded = [
             (change, encode_change(change))
             for change in changes
@@ -391,7 +404,8 @@ class Hub:
         """Send everyone to a snapshot: another epoch counts, or changes are missing."""
         self.committed_at.clear()
         self._queue.append(_Restart(epoch, revision, reason, change_id))
-        self._queued_head = revision
+        self._queued_head, self._queued_epoch = revision, epoch
+        self._queued_ids.clear()
         self._queued.set()
 
     def beat_now(self) -> None:

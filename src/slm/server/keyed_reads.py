@@ -1,13 +1,15 @@
-"""Hands out agents with their keys: from the database, decrypted now, and never unrecorded.
+"""Hands out agents with their keys: as the database has them now, and never unrecorded.
 
-Every key that is handed out is in the audit before it leaves. Nothing keyed is kept
-(docs/protocol.md section 3). Knows no HTTP.
+Every key that is handed out is in the audit before it leaves. What is kept of one is sealed and for
+this very row (docs/protocol.md section 3). Knows no HTTP.
 """
 
 from __future__ import annotations
 
 import asyncio
 import functools
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
@@ -22,13 +24,20 @@ from slm.server.database import Database
 from slm.server.keyring import Keyring
 from slm.server.models import AGENTS, CHANGES, SELECT_AGENTS, STATE, agent_of
 from slm.server.read_batches import MAX_ROWS, Asked, Batches
-from slm.server.snapshots import Head, SealedSnapshot, SnapshotStore
-from slm.server.stored import require_state
+from slm.server.sealed import SealedTexts
+from slm.server.snapshots import Head, Piece, SealedSnapshot, SnapshotStore
+from slm.server.stored import require_state, text_of
 from slm.server.vault import KeyBinding
 from slm.server.view import View
 
+_KEYED: Final = "+"
+_KEYLESS: Final = "-"
+"""What a piece begins with, by whether a key is in it."""
+
 _LARGE: Final = 2000
 """A table with more agents is read where no write waits for it."""
+
+_PIECES_BYTES: Final = 16 * 1024 * 1024
 
 _HEAD: Final = select(
     STATE.c.revision.label("head_revision"),
@@ -85,6 +94,9 @@ class KeyedReads:
         self._database = database
         self._keyring = keyring
         self._snapshots = SnapshotStore(self._read_for_snapshot)
+        # The pieces of small snapshots: after a change, all but one are as they were.
+        self._pieces = SealedTexts(_PIECES_BYTES)
+        self._pieces_under: tuple[str, ...] = ()
         self._batches = Batches(database, self._read_batch)
 
     async def llm(
@@ -198,13 +210,14 @@ class KeyedReads:
 
     # --- all agents ---
 
-    async def _read_for_snapshot(self, view: View) -> tuple[Head, Iterator[LLMConfigWithKey]]:
+    async def _read_for_snapshot(self, view: View) -> tuple[Head, Iterator[Piece]]:
         some = functools.partial(self._read_all, limit=_LARGE + 1)
         head, rows = await self._database.read(some)
         if len(rows) > _LARGE:
             # Beside the writers, none of whom is to wait for a hundred thousand rows.
             head, rows = await self._database.read_long(self._read_all)
-        return head, self._all_with_keys(rows, view)
+            return head, map(_piece_of, self._all_with_keys(rows, view))
+        return head, self._pieces_of(rows, view)
 
     async def check(self) -> None:
         """Try every stored key, so that `undecryptable` is right; hands none out.
@@ -246,12 +259,38 @@ class KeyedReads:
             except KeyUndecryptable:
                 yield _config(agent, None, "undecryptable")
 
+    def _pieces_of(self, rows: Sequence[Any], view: View) -> Iterator[Piece]:
+        """Yield the pieces of a snapshot; only what is new since the last one is decrypted."""
+        under = self._keyring.vault.fingerprints
+        if under != self._pieces_under:
+            # What was opened with a key that has gone since is not handed out.
+            self._pieces, self._pieces_under = SealedTexts(_PIECES_BYTES), under
+        for row in rows:
+            name = hashlib.sha256(repr(tuple(row)).encode()).digest()
+            known = None if view.is_limited else self._pieces.get(name)
+            if known is not None:
+                text = known[len(_KEYED) :].encode()
+                yield Piece(text_of(row.agent_id), text, known.startswith(_KEYED))
+                continue
+            for agent in self._all_with_keys((row,), view):
+                piece = _piece_of(agent)
+                if not piece.undecryptable:
+                    mark = _KEYED if piece.with_key else _KEYLESS
+                    self._pieces.put(name, mark + piece.json.decode())
+                yield piece
+
     def _with_key(self, agent: Agent, row: Any) -> LLMConfigWithKey:
         key = None
         if agent.has_api_key:
             token = str(row.llm_api_key_encrypted)
             key = self._keyring.vault.decrypt(token, binding_of(agent))
         return _config(agent, key, None)
+
+
+def _piece_of(agent: LLMConfigWithKey) -> Piece:
+    text = json.dumps(agent.to_wire(), ensure_ascii=False).encode()
+    lost = agent.key_error is not None
+    return Piece(agent.agent_id, text, agent.llm_api_key is not None, lost)
 
 
 def _head_of(row: Any) -> Head:

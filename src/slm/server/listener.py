@@ -14,12 +14,19 @@ from typing import Any, Final
 
 from sqlalchemy.engine import URL
 
+from slm.server.attempt import shut_down
 from slm.server.supervisor import FIRST_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS, Supervisor
 
 logger = logging.getLogger(__name__)
 
 CHANNEL: Final = "slm_changes"
 """A commit that others should look at; the payload is the new revision, or empty."""
+
+CHECK_SECONDS: Final = 15.0
+"""How often the database is asked whether it is still there."""
+
+ANSWER_SECONDS: Final = 5.0
+"""How long it has to answer that."""
 
 _BIGINT_DIGITS: Final = 19
 
@@ -106,8 +113,16 @@ class ChangeListener:
             # Only now: a change committed before the LISTEN is found by this look, one after it
             # by its notification.
             self._wake(None)
-            async for note in connection.notifies():
-                self._hear(note.channel, note.payload)
+            while True:
+                async for note in connection.notifies(timeout=CHECK_SECONDS):
+                    self._hear(note.channel, note.payload)
+                # A relay between may keep the connection alive and pass nothing on.
+                loop = asyncio.get_running_loop()
+                silent = loop.call_later(ANSWER_SECONDS, shut_down, connection)
+                try:
+                    await connection.execute("SELECT 1")
+                finally:
+                    silent.cancel()
         finally:
             # A broken connection may raise on its way out, and has nothing left to say.
             with contextlib.suppress(Exception):

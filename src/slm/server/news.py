@@ -202,6 +202,17 @@ def tells_timeline(connection: Connection) -> bool:
     return True
 
 
+def has_moved(connection: Connection) -> bool:
+    """Say whether the database runs elsewhere than its epoch was made: that epoch is over.
+
+    Only PostgreSQL tells, and only where it was asked before.
+    """
+    if connection.execute(select(STATE.c.timeline)).scalar_one() is None:
+        return False
+    moved = STATE.c.timeline != literal_column(_TIMELINE)
+    return bool(connection.execute(select(moved)).scalar_one())
+
+
 def read_page(connection: Connection, since: int, limit: int, upto: int) -> Page:
     """Return at most `limit` changes after `since`, none after `upto`."""
     *horizon, id_here = connection.execute(_SELECT_WHERE, {"position": since}).one()

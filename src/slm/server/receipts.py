@@ -96,7 +96,7 @@ class Receipts:
             await self._fleet.wait(subject, seconds, alone=self._alone)
         else:
             await self.refresh()
-        return self._fleet.receipt(subject, named)
+        return await self._fleet.receipt(subject, named)
 
     async def refresh(self) -> None:
         """Take in what other replicas have told of their backends, where there are any."""

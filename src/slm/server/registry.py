@@ -46,6 +46,7 @@ from slm.server.database import Database
 from slm.server.keyed_reads import KeyedReads, binding_of
 from slm.server.keyring import Keyring
 from slm.server.models import agent_of, utc_now
+from slm.server.news import has_moved
 from slm.server.vault import KeyBinding, Vault
 from slm.server.view import EVERYTHING, View
 
@@ -420,6 +421,9 @@ def _found(connection: Connection, agent_id: str, if_match: IfMatch, epoch: str)
     wanted = (Version(if_match),) if isinstance(if_match, int) else if_match
     if not any(each.revision == row["revision"] and each.epoch in (None, epoch) for each in wanted):
         raise PreconditionFailed(f"The agent is at revision {row['revision']} of epoch {epoch}.")
+    if has_moved(connection):
+        # After a failover another change may have the number that the caller has seen.
+        raise PreconditionFailed("The database runs elsewhere now; its next epoch is being made.")
     return row
 
 

@@ -47,6 +47,9 @@ Less than what requests have, so that whoever waits for one is told how it ended
 START_ENDS_SECONDS = 1.5
 """How long an interrupted start may take to end in an orderly way."""
 
+CLOSED_A_SECOND = 500
+"""How many streams a stopping server closes in a second: whoever takes them has time for each."""
+
 UNSENT_BYTES = 128 * 1024
 """How much the kernel holds for a peer that does not read; the rest waits where it is counted.
 
@@ -270,7 +273,9 @@ class _Uvicorn(uvicorn.Server):
         answers = self._slm.services.feed.current
         self._slm.services.database.give_up_in(GIVE_UP_SECONDS if answers else 0)
         self._slm.services.fleet.close()
-        await self._slm.services.hub.close_streams(self._slm.settings.shutdown_seconds)
+        hub = self._slm.services.hub
+        spread = len(hub.subscribers()) / CLOSED_A_SECOND
+        await hub.close_streams(min(spread, self._slm.settings.shutdown_seconds))
         await self.shutdown()
         self._slm.services.connections.stop_watching()
         for connection in list(self.server_state.connections):

@@ -14,7 +14,6 @@ from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
-from slm.schemas import LLMConfigWithKey
 from slm.server.audit import Event, Who
 from slm.server.audit_read import READ_ALL
 from slm.server.sealed import Sealer
@@ -31,6 +30,22 @@ MAX_NAMED: Final = 500
 
 _SLICE: Final = 64
 _PAUSE_SECONDS: Final = 0.0005
+
+
+class Piece(NamedTuple):
+    """One agent of a snapshot.
+
+    Attributes:
+        agent_id: whose it is.
+        json: the agent with its key.
+        with_key: whether there is one in it.
+        undecryptable: whether there should be, and it cannot be opened.
+    """
+
+    agent_id: str
+    json: bytes
+    with_key: bool
+    undecryptable: bool = False
 
 
 class Head(NamedTuple):
@@ -104,7 +119,7 @@ class SnapshotStore:
 
     def __init__(
         self,
-        read: Callable[[View], Awaitable[tuple[Head, Iterator[LLMConfigWithKey]]]],
+        read: Callable[[View], Awaitable[tuple[Head, Iterator[Piece]]]],
         kept_bytes: int = KEPT_BYTES,
     ) -> None:
         self._read = read
@@ -148,7 +163,7 @@ class SnapshotStore:
         while len(self._kept) > 1 and self.bytes_held > self._kept_bytes:
             self._kept.popitem(last=False)
 
-    def _seal(self, head: Head, agents: Iterator[LLMConfigWithKey]) -> SealedSnapshot:
+    def _seal(self, head: Head, agents: Iterator[Piece]) -> SealedSnapshot:
         with_key: list[str] = []
         undecryptable: set[str] = set()
         chunks: list[bytes] = []
@@ -159,10 +174,10 @@ class SnapshotStore:
         for agent in agents:
             if count:
                 pending += b", "
-            pending += json.dumps(agent.to_wire(), ensure_ascii=False).encode()
-            if agent.llm_api_key is not None:
+            pending += agent.json
+            if agent.with_key:
                 with_key.append(agent.agent_id)
-            elif agent.key_error is not None:
+            elif agent.undecryptable:
                 undecryptable.add(agent.agent_id)
             count += 1
             if len(pending) >= CHUNK_BYTES:

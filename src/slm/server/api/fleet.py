@@ -6,7 +6,13 @@ from typing import Any
 
 from fastapi import APIRouter, Response
 
-from slm.errors import BackendNotFound, BackendSilent, Forbidden, RevisionNotFound
+from slm.errors import (
+    BackendNotFound,
+    BackendSilent,
+    BackendUnclear,
+    Forbidden,
+    RevisionNotFound,
+)
 from slm.protocol import Explanation
 from slm.server.api.common import (
     KEYED_PROBLEMS,
@@ -42,7 +48,7 @@ async def get_fleet(services: Parts, caller: Reader) -> Response:
 @router.get(
     "/explain",
     response_model=Explanation,
-    responses=problem_responses(*KEYED_PROBLEMS, BackendNotFound, BackendSilent),
+    responses=problem_responses(*KEYED_PROBLEMS, BackendNotFound, BackendSilent, BackendUnclear),
 )
 async def explain(
     services: Parts, caller: Reader, agent_id: FilterText, backend: BackendName
@@ -51,8 +57,7 @@ async def explain(
     if caller.view.is_limited:
         raise Forbidden("The token is limited to some agents; backends serve others as well.")
     await services.receipts.refresh()
-    explanations = services.explanations
-    return await explanations.ask(explanations.find(backend), agent_id)
+    return await services.explanations.ask(backend, agent_id)
 
 
 @router.get(

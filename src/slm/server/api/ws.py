@@ -17,6 +17,7 @@ from slm.errors import (
     ProblemError,
     ProtocolError,
     TooManyRequests,
+    UnclearAnswer,
 )
 from slm.protocol import MAX_FRAME_BYTES, Ack, ClientMessage, Explained, Subscribe
 from slm.server.ack_queue import Waiting
@@ -124,7 +125,7 @@ class _Conversation:
     def heard(self, message: str | bytes) -> None:
         """Take one message."""
         if isinstance(message, bytes):
-            self.subscriber.sink.end(1003, "text frames only")
+            self._end(1003, "text frames only", "a message is not text")
         elif _BEGINS_AN_ACK.match(message):
             self._services.acks.put(self, message)
         else:
@@ -141,6 +142,7 @@ class _Conversation:
             self._opening.cancel()
         if hasattr(self, "subscriber"):
             self._services.acks.finish(self)
+            self._services.explanations.left(self.subscriber)
             self._services.hub.detach(self.subscriber)
         self._services.streams.release(self._token_id)
 
@@ -160,10 +162,13 @@ class _Conversation:
         try:
             said = protocol.parse_client_message(text)
         except NotJSON:
-            self.subscriber.sink.end(1007, "not JSON")
+            self._end(1007, "not JSON", "a message is not JSON")
             return
         except ProtocolError as error:
             wrong = str(error)
+            if waited is None:
+                question = error.question if isinstance(error, UnclearAnswer) else None
+                self._services.explanations.unclear(self.subscriber, wrong, question)
         if isinstance(said, Ack):
             if waited is None:
                 self._services.acks.finish(self)
@@ -171,7 +176,7 @@ class _Conversation:
             else:
                 self._services.fleet.acked(self.subscriber, said, waited.at, missed=waited.missed)
         elif waited is None and len(text.encode()) > MAX_FRAME_BYTES:
-            self.subscriber.sink.end(1009, "too big")
+            self._end(1009, "too big", "a message is too big")
         elif said is None:
             self._complain(wrong)
         elif isinstance(said, Explained):
@@ -202,6 +207,11 @@ class _Conversation:
     def _stream_is_open(self, _: object) -> None:
         self._opening = None
         self._opened()
+
+    def _end(self, code: int, reason: str, wrong: str) -> None:
+        """Close the stream for what the peer sent, which may have been an answer."""
+        self._services.explanations.unclear(self.subscriber, wrong)
+        self.subscriber.sink.end(code, reason)
 
     def _complain(self, detail: str) -> None:
         text = protocol.encode(protocol.Error(code="bad-message", detail=detail))
