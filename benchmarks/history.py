@@ -52,6 +52,7 @@ LISTS = {
     "changes, the oldest": ("admin", "/api/changes"),
     "changes of one agent": ("admin", "/api/changes?agent=agent-199"),
     "changes of a busy agent": ("admin", "/api/changes?agent=busy&newest_first=true"),
+    "changes of a busy agent, the first": ("admin", "/api/changes?agent=busy&upto=20"),
     "changes by one who made few": ("admin", "/api/changes?actor=early&newest_first=true"),
     "changes by nobody": ("admin", "/api/changes?actor=nobody"),
     "an agent at a time": ("admin", "/api/agents/busy/history?at=2020-01-01T00:00:00Z"),

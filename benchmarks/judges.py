@@ -21,6 +21,7 @@ MANY_AGENTS = 10_000
 READ_AGENTS = 1_000
 CONNECTIONS = 3_000
 GROWTH = (10, 100_000)
+HISTORY = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -228,3 +229,18 @@ def growth(data: Data) -> Judged:
     if not whole:
         return Judged(text, None, f"not judged ({fewest:,} to {most:,})")
     return Judged(text, met)
+
+
+def history(data: Data) -> Judged:
+    """The slowest list and the one that took the most memory count, on both engines."""
+    texts, met = [], True
+    for engine, lists in data["engines"].items():
+        slowest = max((figure(taken["p50_ms"]) for taken in lists.values()), key=_median)
+        largest = max((figure(taken["memory_mib"]) for taken in lists.values()), key=_median)
+        texts.append(f"{engine}: {show(slowest, ' ms')}, {show(largest, ' MiB')}")
+        met = met and slowest.median <= 20 and largest.median <= 5
+    return _at_size("; ".join(texts), met, data["rows"], HISTORY)
+
+
+def _median(value: Figure) -> float:
+    return value.median

@@ -180,4 +180,11 @@ _TARGETS = (
         "flat (at most 1.2 times)",
         judges.growth,
     ),
+    _Target(
+        "history",
+        "history",
+        "a page of 100 of the history or the audit, of 1,000,000 rows, any filter, both engines",
+        "p50 at most 20 ms; 5 MiB of the server's memory",
+        judges.history,
+    ),
 )

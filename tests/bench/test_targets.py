@@ -97,6 +97,19 @@ FLAT = both(
 )
 KIB = 1024
 
+
+def pages(engine: str, **fields: float) -> Doctor:
+    """Set the figures of every list of an engine."""
+
+    def doctor(results: Results) -> None:
+        for taken in results["history"]["engines"][engine].values():
+            taken.update({name: [value] * 5 for name, value in fields.items()})
+
+    return doctor
+
+
+QUICK_PAGES = both(*(pages(each, p50_ms=20, memory_mib=5) for each in ("SQLite", "PostgreSQL")))
+
 BESIDE_EITHER_SDK = both(
     *(
         listed("llm", f"{name}{which}", value=value)
@@ -179,13 +192,15 @@ AT_THE_EDGE: list[tuple[str, Doctor, Doctor]] = [
         listed("startup", "imports_ms", "slm", value=131),
     ),
     ("growth", FLAT, listed("growth", "per_size", "100000", "resolve_ns", value=121)),
+    ("history", QUICK_PAGES, pages("PostgreSQL", p50_ms=20.1)),
+    ("history", QUICK_PAGES, pages("SQLite", memory_mib=5.1)),
 ]
 
 
 def test_the_committed_results_judge_every_target() -> None:
     """A full run on a machine with every peer leaves nothing open, and each miss is explained."""
     found = targets.rows(COMMITTED.results, COMMITTED.missing)
-    assert len({row.key for row in found}) == len(found) == 15
+    assert len({row.key for row in found}) == len(found) == 16
     assert {row.verdict for row in found} <= {"met", "**missed**"}
     assert {row.key for row in found if row.met is False} <= set(notes.MISSED)
     assert set(notes.MISSED) <= {row.key for row in found}
@@ -208,7 +223,7 @@ def test_every_target_has_an_edge() -> None:
     assert {key for key, _, _ in AT_THE_EDGE} == {row.key for row in targets.rows({}, {})}
 
 
-WITHOUT_TARGET = {"polling", "history"}
+WITHOUT_TARGET = {"polling"}
 """Benches that are measured and not judged."""
 
 
@@ -256,6 +271,7 @@ def fewer_watchers(results: Results) -> None:
         ("during", cut("http", "subscribers", 1_000), "not judged (at 1,000)"),
         ("connect", cut("startup", "agents", 1_000), "not judged (at 1,000)"),
         ("growth", only_sizes("growth", "10", "10000"), "not judged (10 to 10,000)"),
+        ("history", cut("history", "rows", 20_000), "not judged (at 20,000)"),
     ],
 )
 def test_another_size_is_shown_and_not_judged(

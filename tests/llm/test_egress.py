@@ -14,7 +14,7 @@ from slm.errors import ConfigurationError, LLMAuthError, LLMUnavailable
 from slm.llm import TransportSettings
 from tests.llm.providers import CANARY, Answer, Dialect, Received, RecordingServer, answering
 from tests.llm.reach import reaches
-from tests.llm.talking import completion, message, says, talking
+from tests.llm.talking import completion, says, talking
 
 NOWHERE = "http://llm.corp.invalid/v1"
 
@@ -190,33 +190,43 @@ def test_settings_that_make_no_sense_are_refused(settings: Any) -> None:
         TransportSettings(**settings)
 
 
-async def test_anthropics_key_goes_in_the_header_that_the_server_takes() -> None:
-    """Authorization by default, X-Api-Key where a server asks for it; what works is remembered."""
+KEY_HEADERS = {
+    "anthropic": ("x-api-key", "x-api-key header is required", "invalid x-api-key"),
+    "openai": (
+        "api-key",
+        "Access denied due to missing subscription key.",
+        "Access denied due to invalid subscription key or wrong API endpoint.",
+    ),
+}
 
-    async def older(request: Received, answer: Answer) -> None:
-        if "x-api-key" in request.headers:
-            await says(message({"type": "text", "text": "Hi"}))(request, answer)
+
+@pytest.mark.parametrize("provider", KEY_HEADERS)
+async def test_the_key_goes_in_the_header_that_the_server_takes(provider: str) -> None:
+    """Authorization, or the other one where a server asks for it; what works is remembered."""
+    header, missing, wrong = KEY_HEADERS[provider]
+    dialect = Dialect(provider)
+
+    async def other(request: Received, answer: Answer) -> None:
+        if header in request.headers:
+            await says(dialect.answer("Hi"))(request, answer)
         else:
-            error = {"type": "authentication_error", "message": "x-api-key header is required"}
-            await says({"type": "error", "error": error}, status=401)(request, answer)
+            await says({"error": {"message": missing}}, status=401)(request, answer)
 
-    async with talking("anthropic", older) as talk:
-        for _ in range(2):
-            await talk.ask()
+    async with talking(provider, other) as talk:
+        for streamed in (False, True):
+            await talk.ask(streamed=streamed)
         sent = [
-            (request.headers.get("authorization"), request.headers.get("x-api-key"))
-            for request in talk.server.received
+            (r.headers.get("authorization"), r.headers.get(header)) for r in talk.server.received
         ]
         assert sent == [(f"Bearer {CANARY}", None), (None, CANARY), (None, CANARY)]
-    wrong = {
-        "type": "error",
-        "error": {"type": "authentication_error", "message": "invalid x-api-key"},
-    }
-    async with talking("anthropic", says(wrong, status=401)) as talk:
+    async with talking(provider, other) as talk:
+        # Those under way while another learns it are answered, too.
+        assert {r.text for r in await asyncio.gather(*(talk.ask() for _ in range(9)))} == {"Hi"}
+    async with talking(provider, says({"error": {"message": wrong}}, status=401)) as talk:
         assert type(await talk.fails()) is LLMAuthError
         assert len(talk.server.received) == 2
         # A wrong key teaches nothing about headers.
-        talk.server.handler = says(message({"type": "text", "text": "Hi"}))
+        talk.server.handler = says(dialect.answer("Hi"))
         await talk.ask()
         assert talk.server.received[2].headers["authorization"] == f"Bearer {CANARY}"
 

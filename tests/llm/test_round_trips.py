@@ -90,7 +90,7 @@ def deepseek(body: Any) -> Handler:
     turns = body["messages"]
     tools = sum(1 for turn in turns if turn["role"] == "tool")
     for turn in turns:
-        if turn["role"] == "assistant" and ("reasoning_content" in turn) != ("tool_calls" in turn):
+        if turn["role"] == "assistant" and not turn.get("reasoning_content"):
             return refusal("Missing `reasoning_content` field in the assistant message.")
     if tools < 2:
         use = call(f"c{tools}", "weather", '{"city": "Oslo"}', 0)
@@ -204,12 +204,33 @@ async def test_magistrals_thinking_parts_are_kept(streamed: bool) -> None:
         assert talk.bodies[2]["messages"][1]["content"] == "Another answer"
 
 
-async def test_a_server_that_refuses_its_own_words_gets_them_no_more() -> None:
+OWN_WORDS: dict[str, Any] = {
+    "Groq": {"error": {"message": "property 'messages.1.reasoning_content' is unsupported"}},
+    "OpenAI": {
+        "error": {
+            "message": "Unknown parameter: 'messages[1].reasoning_content'.",
+            "param": "messages[1].reasoning_content",
+        }
+    },
+    "Mistral": {
+        "detail": [
+            {
+                "type": "extra_forbidden",
+                "loc": ["body", "messages", 1, "assistant", "reasoning_content"],
+                "msg": "Extra inputs are not permitted",
+            }
+        ]
+    },
+}
+
+
+@pytest.mark.parametrize("who", OWN_WORDS)
+async def test_a_server_that_refuses_its_own_words_gets_them_no_more(who: str) -> None:
     """Where a server sends reasoning and refuses to have it back, it is left out from then on."""
 
     def choose(body: Any) -> Handler:
         if any("reasoning_content" in turn for turn in body["messages"]):
-            return refusal("property 'messages.1.reasoning_content' is unsupported")
+            return says(OWN_WORDS[who], status=422 if who == "Mistral" else 400)
         used = call("c1", "weather", "{}", 0)
         return says(completion(None, "tool_calls", tool_calls=[used], reasoning_content="hm"))
 

@@ -47,6 +47,8 @@ SHAPES: dict[str, Any] = {
     "OpenRouter's upstream": {
         "error": {"message": "Provider returned error", "metadata": {"raw": REASON}}
     },
+    "a cause in JSON text": {"error": {"cause": json.dumps({"error": {"message": REASON}})}},
+    "AWS": {"__type": "com.amazon.coral.service#ValidationException", "message": REASON},
     "JSON text": json.dumps(REASON),
     "plain text": REASON,
     "HTML": f"<html><head><title>400</title></head><body><h1>No</h1><p>{REASON}</p></body></html>",
@@ -113,6 +115,8 @@ async def test_an_error_in_a_200_is_what_it_says(dialect: Dialect, said: Any, wa
         (429, {"error": {"message": "x", "type": "insufficient_quota"}}, LLMQuotaExhausted, 1),
         (429, {"error": {"message": "Insufficient Balance"}}, LLMQuotaExhausted, 1),
         (402, {"error": {"message": "Insufficient Balance"}}, LLMQuotaExhausted, 1),
+        (429, {"error": {"code": "1113", "message": "您的账户已欠费"}}, LLMQuotaExhausted, 1),
+        (400, {"__type": "x#ThrottlingException", "message": "Too many"}, LLMRateLimited, 3),
         (400, {"error": {"message": "Your credit balance is too low"}}, LLMQuotaExhausted, 1),
         (429, {"error": {"message": "x", "code": "rate_limit_exceeded"}}, LLMRateLimited, 3),
         (

@@ -32,10 +32,8 @@ _SHARE: Final = 64
 
 _PATIENCE: Final = 4
 """After an answer a client waits about so many times as long as that took: a server that is busy
-is asked less often."""
-
-_PATIENCE_WHEN_OVER: Final = 1
-"""The same once no further key changes: what is missing then is the last of it."""
+is asked less often. Once no further key changes, a quarter of that is enough: what is missing then
+is the last of it."""
 
 _OVER_AFTER: Final = 3
 """After so many times the jitter without a change, no further one is waited for."""
@@ -143,7 +141,7 @@ class KeyFetcher:
         now, longest = self._loop.time(), self._timings.key_pause_max_seconds
         took *= self._uniform(0.5, 1.5)
         self._free_at = now + min(took * _PATIENCE, longest)
-        self._free_when_over = now + min(took * _PATIENCE_WHEN_OVER, longest)
+        self._free_when_over = now + min(took, longest / _PATIENCE)
 
     def _free(self) -> float:
         """Return when the next request may begin, if nothing more changes."""

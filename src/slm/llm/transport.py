@@ -37,6 +37,7 @@ _HEADER_VALUE: Final = re.compile(r"[\x20-\x7e]*")
 _SECRET_NAME: Final = re.compile(r"key|token|secret|auth|cookie|passw|signature|credential")
 # What a server may send in one header; content security policies grow past aiohttp's 8 KiB.
 _MAX_HEADER_BYTES: Final = 65536
+_STALE_TRIES: Final = 5
 _LARGE_BYTES: Final = 2**20
 
 KEY_MARK: Final = "{key}"
@@ -160,7 +161,16 @@ class Connections:
         """
         loop = await self.current()
         sent = self._all_headers(bound_to, headers, secret)
-        async with loop.post(url, body, sent, bound_to) as response:
+        for left in reversed(range(_STALE_TRIES)):
+            try:
+                response = await loop.post(url, body, sent, bound_to)
+                break
+            except aiohttp.ClientConnectionResetError:
+                # The server closed a kept connection just now, and nothing was sent on it.
+                if not left:
+                    raise
+                await asyncio.sleep(0)
+        async with response:
             yield Answer(response, self.settings.max_answer_bytes)
 
     async def current(self) -> LoopConnections:
@@ -241,7 +251,7 @@ class LoopConnections:
         await self._closer.aclose()
 
     def post(self, url: str, body: bytes, headers: Mapping[str, str], bound_to: str) -> Any:
-        """Return the context manager of one request.
+        """Return one request, to be awaited.
 
         Raises:
             AddressRefused: the URL is of another origin, or names an address that no request may

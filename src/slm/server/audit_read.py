@@ -209,16 +209,12 @@ def _filter(column: ColumnElement[str], value: str) -> ColumnElement[bool]:
 
 def _actions(connection: Connection) -> list[str]:
     """Return every action that is in the audit, each by one step into the index."""
-    found: list[str] = []
-    while len(found) < _MAX_ACTIONS:
-        wanted = select(AUDIT.c.action).order_by(AUDIT.c.action).limit(1)
-        if found:
-            wanted = wanted.where(AUDIT.c.action > found[-1])
-        name = connection.execute(wanted).scalar_one_or_none()
-        if not isinstance(name, str):
-            break
-        found.append(name)
-    return found
+    least = select(func.min(AUDIT.c.action))
+    actions = select(least.scalar_subquery().label("action")).cte("actions", recursive=True)
+    more = least.where(AUDIT.c.action > actions.c.action).scalar_subquery()
+    actions = actions.union_all(select(more).where(actions.c.action.is_not(None)))
+    found = connection.execute(select(actions.c.action).limit(_MAX_ACTIONS)).scalars()
+    return [name for name in found if isinstance(name, str)]
 
 
 def _entry(row: Row[Any]) -> Entry:

@@ -6,7 +6,6 @@ Knows nothing of agents, retries or deadlines.
 from __future__ import annotations
 
 import re
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -22,9 +21,8 @@ from slm.llm.providers.base import (
     parts_of,
     text_of,
 )
-from slm.llm.providers.failures import Refused, Unsupported
-from slm.llm.providers.http import HTTPProvider, Sent
-from slm.llm.transport import Connections
+from slm.llm.providers.failures import Unsupported
+from slm.llm.providers.http import HTTPProvider
 
 DEFAULT_MAX_TOKENS: Final = 4096
 """Used where the agent has no llm_max_tokens: this protocol has no request without a limit."""
@@ -38,8 +36,6 @@ _OF_THE_COMMON_FORM: Final = frozenset(
         *("audio", "function_call", "reasoning_content", "reasoning", "reasoning_details", PARTS),
     ]
 )
-_KEY_HEADER_WORDS: Final = re.compile(r"x-api-key|bearer|authorization")
-_MAX_ORIGINS: Final = 256
 
 
 class AnthropicProvider(HTTPProvider):
@@ -49,34 +45,13 @@ class AnthropicProvider(HTTPProvider):
     route = "/v1/messages"
     members = frozenset({"type", "content", "role", "stop_reason", "id", "usage", "delta", "index"})
 
-    def __init__(self, connections: Connections) -> None:
-        super().__init__(connections)
-        # Origins that take the key as X-Api-Key alone, as Anthropic's own SDK sent it before 2.0.
-        self._older: OrderedDict[str, None] = OrderedDict()
+    # Anthropic's own SDK sent the key so before 2.0.
+    other_key_header = "X-Api-Key"
+    other_key_words = re.compile(r"x-api-key|bearer|authorization")
 
-    def headers(self, request: ChatRequest, place: str) -> dict[str, str]:
+    def headers(self, request: ChatRequest, *, other: bool) -> dict[str, str]:
         """Return the headers of this protocol."""
-        secret = request.secret()
-        headers = {"anthropic-version": VERSION}
-        if secret is not None:
-            older = place in self._older
-            headers |= {"X-Api-Key": secret} if older else {"Authorization": f"Bearer {secret}"}
-        return headers
-
-    def learn(self, sent: Sent, error: Refused) -> bool:
-        """Return whether the request is to be sent again, differently."""
-        if error.status != 401:
-            return super().learn(sent, error)
-        if sent.place in self._older:
-            # It was the key that was wrong, not its header.
-            del self._older[sent.place]
-            return False
-        if not _KEY_HEADER_WORDS.search(error.words.text.lower()):
-            return False
-        self._older[sent.place] = None
-        if len(self._older) > _MAX_ORIGINS:
-            self._older.popitem(last=False)
-        return True
+        return {"anthropic-version": VERSION} | super().headers(request, other=other)
 
     def body(self, request: ChatRequest, *, streamed: bool) -> tuple[dict[str, Any], list[str]]:
         """Return the request's body."""

@@ -56,7 +56,7 @@ _STATUS_OF_CODE: Final = {
 _BY_WORDS: Final = (
     (402, re.compile(r"insufficient[ _](quota|balance|credit|fund)|credit balance is too low"
                      r"|out of credits|requires? more credits|payment required"
-                     r"|arrears|exceeded your current quota")),
+                     r"|arrears|exceeded your current quota|余额不足|欠费")),
     (429, re.compile(r"rate.?limit|too many requests|throttl|slow down")),
     (529, re.compile(r"over ?load|at capacity|over capacity|server is busy|try again later")),
     (401, re.compile(r"(invalid|incorrect|missing|wrong|no) (api.?key|credential|x-api-key|bearer)"
@@ -134,7 +134,8 @@ def refused(
 
 def not_an_answer(body: bytes, place: str) -> Failure:
     """Return the failure for an answer of status 200 that is HTML, text or something else."""
-    text = words_of(body.decode("utf-8", "replace")).text
+    # JSON without a reason may be somebody's answer, which belongs in no log.
+    text = words_of(body.decode("utf-8", "replace"), dumped=False).text
     said = f": {text}" if text else ""
     return Failure(
         LLMBadResponse,
@@ -219,7 +220,7 @@ def connection_failure(error: BaseException) -> Failure:
     return Failure(LLMUnavailable, ": ".join(["no connection, or it broke", *reason]))
 
 
-_OF_NO_PROTOCOL: Final = (
+OF_NO_PROTOCOL: Final = (
     *(ValueError, LookupError, TypeError, AttributeError),
     *(ArithmeticError, AssertionError, RecursionError),
 )
@@ -238,7 +239,7 @@ def failure_of(error: Exception) -> Failure:
         return Failure(LLMBadResponse, f"{error}: {said}" if said else str(error))
     if isinstance(error, OSError | AddressRefused | aiohttp.ClientError):
         return connection_failure(error)
-    if isinstance(error, _OF_NO_PROTOCOL):
+    if isinstance(error, OF_NO_PROTOCOL):
         return Failure(LLMBadResponse, "the answer is not of the provider's protocol")
     return Failure(LLMError, "failed in a way that is not known")
 

@@ -10,6 +10,8 @@ import asyncio
 import contextlib
 import functools
 import json
+import re
+from collections import OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Final, Protocol, TypeVar
@@ -30,6 +32,7 @@ from slm.llm.providers.base import (
     translated,
 )
 from slm.llm.providers.failures import (
+    OF_NO_PROTOCOL,
     Failure,
     Refused,
     Unsupported,
@@ -47,6 +50,7 @@ GRACE_SECONDS: Final = 0.25
 """How long a stream may go on after its finish reason: some servers send the usage after it, others
 keep the connection open and send nothing more."""
 
+MAX_ORIGINS: Final = 256
 _DRAIN_SECONDS: Final = 0.05
 _ERROR_SECONDS: Final = 5.0
 _MAX_ERROR_BYTES: Final = 65536
@@ -80,6 +84,7 @@ class Sent:
     path: str
     body: dict[str, Any]
     adjusted: tuple[str, ...]
+    other_header: bool
 
 
 class HTTPProvider:
@@ -92,16 +97,26 @@ class HTTPProvider:
     # One of these is in whatever is no error.
     members: ClassVar[frozenset[str]] = frozenset()
 
+    # The header that some servers take the key from instead, and what they say where it is missing.
+    other_key_header: ClassVar[str] = "api-key"
+    other_key_words: ClassVar[re.Pattern[str]] = re.compile(r"subscription key|\bapi-key\b")
+
     def __init__(self, connections: Connections) -> None:
         self._connections = connections
         self._adjustments = Adjustments(self.renamed)
+        # Origins that take the key from the other header alone.
+        self._others: OrderedDict[str, None] = OrderedDict()
 
     # --- what an adapter says ---
 
-    def headers(self, request: ChatRequest, place: str) -> dict[str, str]:
+    def headers(self, request: ChatRequest, *, other: bool) -> dict[str, str]:
         """Return the headers of this protocol."""
         secret = request.secret()
-        return {} if secret is None else {"Authorization": f"Bearer {secret}"}
+        if secret is None:
+            return {}
+        if other:
+            return {self.other_key_header: secret}
+        return {"Authorization": f"Bearer {secret}"}
 
     def body(self, request: ChatRequest, *, streamed: bool) -> tuple[dict[str, Any], list[str]]:
         """Return the request's body, and what in it is not as the agent has it."""
@@ -117,10 +132,24 @@ class HTTPProvider:
 
     def learn(self, sent: Sent, error: Refused) -> bool:
         """Return whether the request is to be sent again, differently."""
+        if error.status == 401 and sent.request.key is not None:
+            return self._learn_key_header(sent, error)
         earlier = _earlier_members(sent.request.messages, self.name, sent.place)
         return self._adjustments.learn(
             sent.place, sent.request.model, sent.body, error, earlier=earlier
         )
+
+    def _learn_key_header(self, sent: Sent, error: Refused) -> bool:
+        if sent.other_header:
+            # It was the key that was wrong, not its header.
+            self._others.pop(sent.place, None)
+            return False
+        if not self.other_key_words.search(error.words.text.lower()):
+            return False
+        self._others[sent.place] = None
+        if len(self._others) > MAX_ORIGINS:
+            self._others.popitem(last=False)
+        return True
 
     # --- what is done with it ---
 
@@ -175,7 +204,8 @@ class HTTPProvider:
         body, more = translated(functools.partial(self.body, streamed=streamed), request)
         adjusted = self._adjustments.applied(place, request.model, body)
         url, path = url_of(request.endpoint, self.route)
-        return Sent(request, place, url, path, body, (*own, *more, *adjusted))
+        other = place in self._others
+        return Sent(request, place, url, path, body, (*own, *more, *adjusted), other)
 
     @contextlib.asynccontextmanager
     async def _post(self, sent: Sent) -> AsyncIterator[Answer]:
@@ -186,7 +216,7 @@ class HTTPProvider:
             # A stream that is compressed comes late; what is decompressed has a bound all the same.
             "Accept-Encoding": "identity",
             "User-Agent": f"autobot-slm/{__version__}",
-            **self.headers(sent.request, sent.place),
+            **self.headers(sent.request, other=sent.other_header),
         }
         async with self._connections.post(
             sent.url, data, headers, bound_to=sent.place, secret=sent.request.secret()
@@ -228,7 +258,9 @@ class HTTPProvider:
         self._raise_error_in(value, answer, sent)
         if not isinstance(value, dict):
             raise _no_answer(data, sent)
-        return self.completion(value)
+        with contextlib.suppress(*OF_NO_PROTOCOL):
+            return self.completion(value)
+        raise _no_answer(data, sent)
 
     async def _chunks(self, sent: Sent, answer: Answer) -> AsyncGenerator[StreamChunk, None]:
         reader = StreamReader(answer.content_type, lines=self.lines)

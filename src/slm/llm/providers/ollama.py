@@ -227,7 +227,7 @@ class OllamaParser:
         """Return what is known only at the end."""
         calls = self._calls.result()
         extra = dict(self._extra)
-        if calls and self.reasoning:
+        if self.reasoning:
             # Models that think lose their thread between the calls of one turn without it.
             extra["thinking"] = self.reasoning
         parts: dict[str, Any] = {"message": extra} if extra else {}

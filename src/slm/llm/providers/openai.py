@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar, Final
 
 from slm.endpoints import origin
@@ -31,8 +32,6 @@ _COMMON: Final = frozenset(
         *("name", "finish_reason", "index", "padding", "obfuscation", "token_ids", "logprobs"),
     ]
 )
-# DeepSeek wants it back after tool calls, and refuses it in any other turn of some models.
-_OF_TOOL_TURNS: Final = frozenset({"reasoning_content", "reasoning"})
 
 
 class OpenAIProvider(HTTPProvider):
@@ -110,8 +109,7 @@ def _message(message: Mapping[str, Any], place: str) -> dict[str, Any]:
         extras = parts.get("tool_calls") or {}
         turn["tool_calls"] = [_call(call, extras.get(call.get("id")) or {}) for call in calls]
     for name, value in (parts.get("message") or {}).items():
-        if calls or name not in _OF_TOOL_TURNS:
-            turn.setdefault(name, value)
+        turn.setdefault(name, value)
     content = parts.get("content")
     # A caller who changed the text meant to.
     if content and _joined(content) == turn.get("content"):
@@ -168,15 +166,9 @@ class OpenAIParser:
         if self._wanted is None:
             self._wanted = _number(choice)
         chunk = self.choose(choice, delta=True)
-        if chunk == _NOTHING and usage is None:
-            return None
-        return StreamChunk(
-            text=chunk.text,
-            reasoning=chunk.reasoning,
-            tool_calls=chunk.tool_calls,
-            finish_reason=chunk.finish_reason,
-            usage=usage,
-        )
+        if usage is not None:
+            return replace(chunk, usage=usage)
+        return None if chunk == _NOTHING else chunk
 
     def choose(self, choice: Mapping[str, Any], *, delta: bool) -> StreamChunk:
         """Take one choice, and return what it adds."""

@@ -18,11 +18,20 @@ MAX_WORDS: Final = 2048
 _REASONS: Final = (
     *("message", "msg", "detail", "details", "error_message", "error_msg", "error_description"),
     *("reason", "raw", "title", "description", "error", "errors", "fault", "faultstring"),
-    *("status_msg", "base_resp"),
+    *("cause", "innererror", "status_msg", "base_resp"),
 )
 _INSTEAD: Final = (*_REASONS, "base_resp", "success")
-_CODES: Final = ("code", "type", "status", "error_type", "error_code", "errorCode", "reason")
-_TAG: Final = re.compile(r"(?is)<(script|style|head)\b.*?</\1\s*>|<[^>]*>")
+_CODES: Final = (
+    "code",
+    "type",
+    "status",
+    "error_type",
+    "error_code",
+    "errorCode",
+    "reason",
+    "__type",
+)
+_TAG: Final = re.compile(r"(?is)<(script|style|head|title)\b.*?</\1\s*>|<[^>]*>")
 _TITLE: Final = re.compile(r"(?is)<title[^>]*>(.*?)</title")
 
 
@@ -72,8 +81,13 @@ def calls_itself_error(value: Any) -> bool:
     return isinstance(first, dict) and bool(first.get("error"))
 
 
-def words_of(body: Any) -> Words:
-    """Return what an error says, whatever its shape: an object, a list, text or HTML."""
+def words_of(body: Any, *, dumped: bool = True) -> Words:
+    """Return what an error says, whatever its shape: an object, a list, text or HTML.
+
+    Args:
+        body: its JSON, or its text.
+        dumped: whether JSON that gives no reason is quoted as it is.
+    """
     if isinstance(body, str):
         parsed = _parsed(body)
         if parsed is None:
@@ -85,7 +99,9 @@ def words_of(body: Any) -> Words:
     wait = None
     for place, each in _walk(body):
         if isinstance(each, Mapping):
-            codes += [str(each[name]).lower() for name in _CODES if _is_code(each.get(name))]
+            # AWS puts a namespace before it: com.amazon.coral.service#ThrottlingException.
+            given = [str(each[name]) for name in _CODES if _is_code(each.get(name))]
+            codes += [code.rpartition("#")[2].lower() for code in given]
             parameters += _parameters(each)
             wait = _delay(each.get("retryDelay")) if wait is None else wait
         elif isinstance(each, str) and place in _REASONS:
@@ -93,7 +109,7 @@ def words_of(body: Any) -> Words:
             if text and not any(text in other for other in texts):
                 texts.append(text)
     text = "; ".join(texts)[:MAX_WORDS]
-    if not text and body not in (None, {}, []):
+    if not text and dumped and body not in (None, {}, []):
         text = _plain(body if isinstance(body, str) else _dumped(body))
     return Words(text, tuple(codes[:20]), tuple(parameters[:20]), wait)
 
@@ -131,8 +147,8 @@ def _parameters(error: Mapping[str, Any]) -> list[str]:
     named = [error.get("param"), error.get("parameter")]
     place = error.get("loc")
     if isinstance(place, list) and place:
-        # FastAPI says ["body", "seed"]; what is deeper is no parameter of its own.
-        named.append(place[1] if len(place) == 2 and place[0] == "body" else None)
+        # FastAPI says ["body", "seed"], or ["body", "messages", 1, "assistant", "reasoning"].
+        named.append(".".join(str(part) for part in place[place[0] == "body" :][:8]))
     return [each for each in named if isinstance(each, str) and len(each) < 80]
 
 
