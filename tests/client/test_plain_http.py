@@ -9,6 +9,7 @@ import pytest
 from slm import ConfigurationError, SLMClient
 from slm.client import addresses
 from slm.client.addresses import is_insecure
+from slm.server.fleet import Fleet
 from tests.servers import InLoopServer, eventually
 
 
@@ -52,6 +53,9 @@ async def test_it_is_logged_at_each_start_and_shown_in_the_fleet(
             said = [r.getMessage() for r in caplog.records if "plain http" in r.getMessage()]
             assert len(said) == start
             assert server.url in said[-1]
-            await eventually(
-                lambda: [b.plain_http for b in fleet.backends() if b.name == "mesh"][-1:] == [True]
-            )
+            await eventually(lambda: _plain(fleet) == ["mesh"])
+
+
+def _plain(fleet: Fleet) -> list[str | None]:
+    """Return who is shown as connected without TLS."""
+    return list({b.client.name for b in fleet.backends() if b.plain_http})
