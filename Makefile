@@ -8,10 +8,13 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 UV_COMPILE := uv pip compile --quiet --universal --generate-hashes --no-header --no-annotate
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench bench-quick bench-peers soak lock clean
+# Environments of tests/integrations: each has its locked requirements beside it.
+INTEGRATIONS := $(filter-out common,$(basename $(notdir $(wildcard tests/integrations/*.in))))
+
+.PHONY: help demo test test-integrations lint format bench bench-quick bench-peers soak lock clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' Makefile
 
 demo: .venv/installed ## change an agent's LLM live, with a real language model, and watch the next request use it
 	@$(BIN)/slm demo --find-model || $(MAKE) --no-print-directory .venv/model
@@ -19,6 +22,13 @@ demo: .venv/installed ## change an agent's LLM live, with a real language model,
 
 test: .venv/installed .venv/model lint ## lint, type checks and every test
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+test-integrations: $(INTEGRATIONS:%=.venv-int-%/installed) ## the adapters beside both ends of each SDK's range, an environment each
+	@failed=0; for name in $(INTEGRATIONS); do \
+		echo "== $$name"; \
+		SLM_TEST_ENVIRONMENT=$$name .venv-int-$$name/bin/python -m pytest -n 2 --dist loadgroup -m 'not soak and not real_llm' \
+			tests/llm tests/integrations || failed=1; \
+	done; exit $$failed
 
 lint: .venv/installed ## ruff, mypy --strict and bandit
 	$(BIN)/ruff check
@@ -46,11 +56,18 @@ soak: .venv/installed ## the long form of the fault and socket tests
 lock: ## resolve the requirements again (needs uv); read the diff before you commit it
 	$(UV_COMPILE) --upgrade --all-extras pyproject.toml -o requirements.lock
 	$(UV_COMPILE) --upgrade --no-deps requirements-model.in -o requirements-model.lock
+	for name in $(INTEGRATIONS); do \
+		$(UV_COMPILE) --upgrade --extra server --extra openai --extra anthropic --extra ollama pyproject.toml \
+			tests/integrations/common.in tests/integrations/$$name.in -o tests/integrations/$$name.txt; \
+	done
 	$(UV_COMPILE) --upgrade -c requirements.lock benchmarks/requirements.in -o benchmarks/requirements.txt
 
 clean: ## remove .venv and whatever tools left behind
-	rm -rf .venv .venv-bench benchmarks/build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-bench .venv-int-* benchmarks/build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Kept, though only a rule with a pattern names them.
+.PRECIOUS: .venv-int-%/created
 
 # Stamp files: a second run installs nothing, a changed lock installs what changed.
 
@@ -79,6 +96,16 @@ clean: ## remove .venv and whatever tools left behind
 	@echo 'Installing the locked requirements of the bench (about 120 packages)'
 	@.venv-bench/bin/python -m pip --quiet --disable-pip-version-check install --require-hashes -r requirements.lock -r benchmarks/requirements.txt
 	@.venv-bench/bin/python -m pip --quiet --disable-pip-version-check install --no-deps --no-build-isolation --editable .
+	@touch $@
+
+.venv-int-%/created: .venv/created
+	@"$(PYTHON)" -m venv --clear .venv-int-$*
+	@touch $@
+
+.venv-int-%/installed: .venv-int-%/created tests/integrations/%.txt pyproject.toml
+	@echo 'Installing the locked requirements of $* (about 75 packages)'
+	@.venv-int-$*/bin/python -m pip --quiet --disable-pip-version-check install --require-hashes -r tests/integrations/$*.txt
+	@.venv-int-$*/bin/python -m pip --quiet --disable-pip-version-check install --no-deps --no-build-isolation --editable .
 	@touch $@
 
 .venv/model: .venv/locked requirements-model.lock

@@ -27,7 +27,7 @@ LAW: dict[str, frozenset[str]] = {
     "errors": frozenset(),
     "tracing": frozenset(),
     "addresses": frozenset(),
-    "endpoints": frozenset({"addresses"}),
+    "endpoints": frozenset({"addresses", "environment"}),
     "environment": frozenset({"errors"}),
     "files": frozenset({"errors"}),
     "scrub": frozenset(),

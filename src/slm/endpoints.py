@@ -22,6 +22,7 @@ from slm.addresses import (
     literal_address,
     refused_address,
 )
+from slm.environment import listed, variable
 
 __all__ = [
     "DEFAULT_ENDPOINTS",
@@ -252,8 +253,8 @@ class EndpointPolicy:
         Raises:
             ValueError: one of them makes no sense.
         """
-        mode = environment.get("SLM_ENDPOINTS", "").strip().lower()
-        if mode not in ("", "open", "strict"):
+        mode = (variable("SLM_ENDPOINTS", environment) or "open").lower()
+        if mode not in ("open", "strict"):
             raise ValueError("SLM_ENDPOINTS is neither open nor strict")
         return cls(mode == "strict", parse_allowed(environment.get("SLM_ENDPOINT_ALLOW", "")))
 
@@ -264,7 +265,7 @@ def parse_allowed(text: str) -> tuple[str, ...]:
     Raises:
         ValueError: one has a slash and is no network.
     """
-    places = [part.strip().rstrip(".").lower() for part in text.split(",") if part.strip()]
+    places = [part.rstrip(".").lower() for part in listed(text)]
     for place in places:
         if "/" in place:
             ipaddress.ip_network(place)

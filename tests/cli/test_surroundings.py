@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
+import sys
+from asyncio.subprocess import PIPE
 from pathlib import Path
 
 import pytest
 
 from slm.cli import output
-from tests.cli.command import CANARY, slm
+from tests.cli.command import CANARY, environment, slm
 from tests.client.ways import forward_proxy
 from tests.security.http import admin, agent
 from tests.servers import InLoopServer
@@ -60,9 +63,16 @@ def test_what_a_charset_lacks_is_written_out(
 async def test_the_posix_locale_ends_no_command(server: InLoopServer) -> None:
     """A service unit without a locale, with Python's own way out of it switched off."""
     posix = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
-    listed = await slm("agents", "list", data=server.data_dir, env=posix)
-    assert (listed.code, listed.err.isascii()) == (0, True)
-    assert "default" in listed.out
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "slm", "agents", "list"),
+        stdout=PIPE,
+        stderr=PIPE,
+        env=environment(server.data_dir, posix),
+    )
+    out, err = await process.communicate()
+    assert process.returncode == 0, err
+    assert out.isascii()
+    assert b"default" in out
 
 
 async def test_files_and_input_may_begin_with_a_mark(server: InLoopServer, tmp_path: Path) -> None:

@@ -7,9 +7,6 @@ import os
 import subprocess
 import sys
 import textwrap
-import time
-import urllib.request
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,47 +14,11 @@ from typing import Any
 import pytest
 
 from slm import BlockingSLMClient, ClientStatus, Step, Timings
+from tests.client.processes import create, process, until, write
 from tests.faults.backends import TENTH
 from tests.servers import ServerProcess
 
-
-def until(condition: Callable[[], object], seconds: float = 10) -> None:
-    """Poll a condition, in code without a loop."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "not in time"
-        time.sleep(0.01)
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[ServerProcess]:
-    """A server in a process of its own; this one has no loop."""
-    import asyncio
-
-    process = ServerProcess(tmp_path / "data")
-    asyncio.run(process.start())
-    yield process
-    process.kill()
-
-
-def write(server: ServerProcess, method: str, path: str, body: Any = None) -> int:
-    """Do what an operator does, and return the revision."""
-    request = urllib.request.Request(
-        f"{server.url}/api/agents{path}",
-        method=method,
-        data=json.dumps(body).encode() if body is not None else None,
-        headers={
-            "Authorization": f"Bearer {server.admin_token}",
-            "Content-Type": "application/json",
-        },
-    )
-    with urllib.request.urlopen(request) as answer:
-        return int(answer.headers["SLM-Revision"])
-
-
-def create(server: ServerProcess, agent_id: str, **fields: Any) -> int:
-    body = {"agent_id": agent_id, "name": agent_id, "llm_provider": "ollama", "llm_model": "m"}
-    return write(server, "POST", "", body | fields)
+server = process
 
 
 def make(server: ServerProcess, **options: Any) -> BlockingSLMClient:
@@ -131,7 +92,7 @@ child = os.fork()
 me = "child" if child == 0 else "parent"
 if child == 0:
     # What the parent knew is there before anything was asked for.
-    say(who=me, kept=blocking._client._cache.find("default") is not None, live=str(blocking.status))
+    say(who=me, kept=blocking.client._cache.find("default") is not None, live=str(blocking.status))
 say(who=me, model=blocking.resolve("default").llm_model)
 sys.stdin.readline() if child else os.read(int(sys.argv[4]), 1)
 until(lambda: blocking.resolve("default").llm_model == "after-the-fork")

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 from cryptography.fernet import Fernet
 
-from slm import AgentKeyUnavailable, ClientStatus, ConfigurationError, SLMClient, Step, Timings
+from slm import AgentKeyUnavailable, ClientStatus, SLMClient, Step, Timings
+from slm.client.background import following
 from slm.client.config import ResolvedConfig
 from slm.client.retry import Backoff
 from tests.end_to_end.gateway import Gateway, gateway
@@ -89,12 +90,7 @@ async def test_a_change_is_the_next_answer(client: SLMClient, admin: Api) -> Non
 
 
 async def test_while_live_an_answer_is_one_lookup(client: SLMClient, server: InLoopServer) -> None:
-    """No lock, no clock and no waiting: the frozen value itself, and a copy of a ready dict."""
-
-    def no_clock() -> float:
-        raise AssertionError("the clock was asked")
-
-    client._cache.clock = no_clock
+    """No lock and no waiting: the frozen value itself, and a copy of a ready dict."""
     first = await client.resolve("default")
     with pytest.raises(StopIteration) as answer:
         client.resolve("default").send(None)
@@ -102,7 +98,7 @@ async def test_while_live_an_answer_is_one_lookup(client: SLMClient, server: InL
     with pytest.raises(StopIteration) as answer:
         client.get_agent_config("default").send(None)
     assert answer.value.value == first.as_dict()
-    client._cache.clock = lambda: 0.0
+    assert client.resolve_now("default") is first
 
 
 async def test_the_default_answers_for_the_unknown_and_the_inactive(
@@ -392,11 +388,17 @@ async def test_nothing_is_heard_after_close() -> None:
         client = SLMClient(slm.url, token="t", timings=Timings(**TENTH))
         await client.connect()
         client.on_change(lambda agent_id, config: told.append(agent_id))
+        held, release = threading.Event(), threading.Event()
+        assert following.loop is not None
+        following.loop.call_soon_threadsafe(held.set)
+        following.loop.call_soon_threadsafe(release.wait, 10)
+        await asyncio.to_thread(held.wait, 10)
         go.set()
-        await asyncio.sleep(0)
-        assert said.is_set()
-        await asyncio.sleep(0)  # the loop has seen that there is something to read, and not read it
-        await client.close()
+        await asyncio.wait_for(said.wait(), 10)
+        closing = asyncio.create_task(client.close())
+        await asyncio.sleep(0)  # it was called, and the client has read nothing yet
+        release.set()
+        await closing
         await asyncio.wait_for(over.wait(), 10)
         assert (told, client.revision, client.peek("a")) == ([], 1, None)
         assert client.status is ClientStatus.CLOSED
@@ -572,22 +574,22 @@ async def test_a_question_connects_by_itself(server: InLoopServer, admin: Api) -
 
 
 async def test_another_threads_loop_may_ask(server: InLoopServer, client: SLMClient) -> None:
-    """Questions from a loop in another thread are answered in the client's own."""
+    """Questions, connecting and closing are the same in a loop of another thread."""
     results: list[Any] = []
 
     async def ask() -> None:
-        results.append(await client.resolve("default"))
-        results.append(await client.resolve("unknown"))
-        try:
-            await client.connect()
-        except ConfigurationError as error:
-            results.append(error)
+        results.append((await client.resolve("default")).step)
+        results.append((await client.resolve("unknown")).step)
+        await client.connect()
+        results.append(status_of(client))
+        await client.close()
+        results.append(status_of(client))
 
     thread = threading.Thread(target=asyncio.run, args=(ask(),))
     thread.start()
     await asyncio.to_thread(thread.join)
-    assert [config.step for config in results[:2]] == [Step.AGENT, Step.DEFAULT]
-    assert isinstance(results[2], ConfigurationError)
+    assert results == [Step.AGENT, Step.DEFAULT, ClientStatus.LIVE, ClientStatus.CLOSED]
+    assert status_of(client) is ClientStatus.CLOSED
 
 
 def test_a_second_loop_may_connect_after_the_first_has_ended(tmp_path: Path) -> None:

@@ -64,6 +64,41 @@ def test_everything_set_is_used() -> None:
     }
 
 
+@pytest.mark.parametrize("form", ['"{}"', " '{}'\r\n", "\ufeff{}"])
+def test_quotes_around_a_value_are_no_part_of_it(form: str) -> None:
+    """What an env file or an editor leaves around a value is dropped, around a key as well."""
+    values = {
+        "PROVIDER": "openai",
+        "MODEL": "m",
+        "ENDPOINT": "https://h/v1",
+        "API_KEY": "sk-env",
+        "TIMEOUT": "5",
+    }
+    answer = from_environment("a", {f"AUTOBOT_LLM_{k}": form.format(v) for k, v in values.items()})
+    assert (answer.config is not None, answer.warnings) == (True, ())
+    assert answer.config is not None
+    fields = answer.config.as_dict()
+    assert {k: str(fields[f"llm_{k.lower()}"]) for k in values} == values
+
+
+@pytest.mark.parametrize(
+    ("value", "why"),
+    [
+        ("https://h/v1?api-version=1", "query"),
+        ("https://h/v1/chat/completions", "/chat/completions"),
+        ("ftp://h", "not an http or https URL"),
+    ],
+)
+def test_the_warning_says_what_is_wrong_with_an_endpoint(value: str, why: str) -> None:
+    """The rule that it breaks is named, and the value is not."""
+    environ = {"AUTOBOT_LLM_MODEL": "m", "AUTOBOT_LLM_ENDPOINT": value}
+    answer = from_environment("a", environ)
+    assert answer.config is None
+    assert "AUTOBOT_LLM_ENDPOINT" in answer.warnings[0]
+    assert why in answer.warnings[0]
+    assert value not in " ".join(answer.warnings)
+
+
 @pytest.mark.parametrize(
     ("name", "value"), [("MODEL", "llama3"), ("ENDPOINT", "http://gpu:11434"), ("TIMEOUT", "5")]
 )

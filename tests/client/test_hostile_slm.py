@@ -284,7 +284,9 @@ async def test_a_question_that_cannot_be_answered_harms_nothing(
         backend(slm.url, TOKEN) as client,
     ):
         await eventually(lambda: is_live(client))
-        await eventually(lambda: client._sync is not None and client._sync._explaining == 0)
+        await eventually(
+            lambda: (sync := client._follower.sync) is not None and sync._explaining == 0
+        )
         assert is_live(client)
         assert len(slm.handshakes) == 1
         for odd in ("a" * 20_000, "a\x00\ud800", ""):

@@ -9,6 +9,7 @@ import pytest
 from aiohttp import WSMsgType
 
 from slm import SLMClient
+from slm.client.background import following
 from slm.client.retry import ClientStatus
 from slm.client.timings import Timings
 from tests.faults.backends import TENTH
@@ -22,8 +23,9 @@ LONG = 3600.0
 
 
 def stand_still(seconds: float) -> None:
-    """Hold the loop, which is the client's too."""
-    time.sleep(seconds)
+    """Hold the thread in which the client hears and pings."""
+    assert following.loop is not None
+    following.loop.call_soon_threadsafe(time.sleep, seconds)
 
 
 async def test_a_silent_slm_is_pinged_and_given_up(caplog: pytest.LogCaptureFixture) -> None:

@@ -473,8 +473,8 @@ async def test_a_broken_answer_of_the_slm_is_not_told(
         await web.TCPSite(runner, "127.0.0.1", 0).start()
         url = f"http://127.0.0.1:{runner.addresses[0][1]}"
         async with SLMClient(url, token="slm_x", start_timeout=0.2) as client:
-            assert client._sync is not None
-            connection = client._sync._connection
+            assert client._follower.sync is not None
+            connection = client._follower.sync._connection
             for ask in (
                 connection.get_llm("a", min_revision=0, epoch=None),
                 connection.get_default(epoch=None),

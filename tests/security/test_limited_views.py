@@ -26,7 +26,7 @@ from tests.security.test_doors import BODIES, RULES
 from tests.security.test_revocation import CHANGING, KEYED, KEYS
 from tests.servers import InLoopServer, running_server
 
-SECRET: Final = "https://gw.internal/v1?tenant=secret"
+SECRET: Final = "https://gw.internal/v1/tenant-secret"
 
 
 async def was_the_default(ask: Caller) -> dict[str, int]:

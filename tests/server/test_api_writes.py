@@ -103,7 +103,6 @@ async def test_if_match_guards_a_write(admin: Api) -> None:
     assert (await admin.delete("a", headers={"If-Match": etag})).status == 412
     now = second.headers["ETag"]
     for refused, status in (
-        (f"W/{now}", 412),
         ('"not-a-revision"', 412),
         ('"99999999999999999999999"', 412),
         (now.strip('"'), 400),

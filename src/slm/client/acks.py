@@ -8,6 +8,7 @@ message reaches the SLM is the stream's affair (docs/protocol.md section 4).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 from typing import Final
 
@@ -18,7 +19,11 @@ from slm.client.quiet import Quiet
 from slm.client.timings import Timings
 from slm.protocol import MAX_REASON, Ack, NotInForce, encode, storable
 
+AFTER_SECONDS: Final = 0.001
+"""So long after a change it is acked in an idle process."""
+
 KEY_DID_NOT_COME: Final = "the key did not come"
+NOT_JUDGED: Final = "a validator has not answered"
 _MAX_NAMED: Final = 5000
 """So many agents fit into an ack of 1 MiB."""
 
@@ -71,16 +76,14 @@ class Acks:
 
     def changed(self) -> None:
         """Note that something may be different; it is told once the loop has nothing else to do."""
-        free_at = self._sent_at + self._interval()
+        # Callbacks come first: their thread runs once this one waits for something.
+        free_at = max(self._sent_at + self._interval(), self._loop.time() + AFTER_SECONDS)
         if self._noted:
             if self._soon is None or free_at >= self._soon.when():
                 return
             self._soon.cancel()
         self._noted = True
-        if free_at <= self._loop.time():
-            self._when_quiet()
-        else:
-            self._soon = self._loop.call_at(free_at, self._when_quiet)
+        self._soon = self._loop.call_at(free_at, self._when_quiet)
 
     def _interval(self) -> float:
         """Return the shortest time between two acks, now.
@@ -98,7 +101,7 @@ class Acks:
 
     def changed_elsewhere(self) -> None:
         """The same, from any thread."""
-        if not self._loop.is_closed():
+        with contextlib.suppress(RuntimeError):  # the loop has ended
             self._loop.call_soon_threadsafe(self.changed)
 
     async def run(self) -> None:
@@ -135,7 +138,7 @@ class Acks:
                     revision = min(revision, max(first - 1, self._passed))
                     again_at = left if again_at is None else min(again_at, left)
                 else:
-                    reason = KEY_DID_NOT_COME
+                    reason = NOT_JUDGED if known.unjudged else KEY_DID_NOT_COME
             if reason is not None and len(not_in_force) < _MAX_NAMED:
                 not_in_force[agent_id] = NotInForce(
                     revision=known.revision, reason=storable(reason, MAX_REASON)

@@ -1,30 +1,28 @@
-"""BlockingSLMClient: the same client for synchronous code, over one event loop in a private thread.
+"""BlockingSLMClient: the same client under the names that synchronous code expects.
 
-Safe to use from any number of threads, and right after a fork: the child gets a thread and a
-connection of its own with its first question, and serves what the parent knew meanwhile.
+A thin name for `SLMClient`, whose `…_now` methods do the same. Safe to use from any number of
+threads, and right after a fork.
 """
 
 from __future__ import annotations
 
-import asyncio
-import os
-import threading
-import weakref
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
 from slm.client.client import SLMClient
 from slm.client.config import ResolvedConfig
-from slm.client.hooks import OnChange
+from slm.client.hooks import OnChange, Validator
+from slm.client.in_use import InUse
 from slm.client.retry import ClientStatus
 from slm.protocol import Explanation
-
-_T = TypeVar("_T")
 
 
 class BlockingSLMClient:
     """`SLMClient` without await; every argument is the same.
+
+    Attributes:
+        client: the client itself, for asynchronous code and for `LLMInterface`.
 
     Example:
         >>> with BlockingSLMClient("https://slm.internal") as slm:
@@ -32,29 +30,18 @@ class BlockingSLMClient:
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        self._client = SLMClient(*args, **options)
-        self._lock = threading.Lock()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread: threading.Thread | None = None
-        _clients.add(self)
+        self.client = self._asynchronous = SLMClient(*args, **options)
 
     def connect(self) -> None:
         """Start following the SLM, as `SLMClient.connect` does; it is done at first use as well."""
-        self._run(self._client.connect())
+        self.client.connect_now()
 
     def close(self) -> None:
-        """Stop following the SLM and end the thread; what is known can still be asked for."""
-        if self._loop is not None:
-            self._run(self._client.close())
-        with self._lock:
-            loop, thread = self._loop, self._thread
-            self._loop = self._thread = None
-        if loop is not None and thread is not None:
-            loop.call_soon_threadsafe(loop.stop)
-            thread.join()
+        """Stop following the SLM; what is known can still be asked for."""
+        self.client.close_now()
 
     def __enter__(self) -> BlockingSLMClient:
-        self.connect()
+        self.client.__enter__()
         return self
 
     def __exit__(
@@ -68,76 +55,46 @@ class BlockingSLMClient:
     @property
     def status(self) -> ClientStatus:
         """How this client stands to its SLM."""
-        return self._client.status
+        return self.client.status
 
     @property
     def last_error(self) -> str | None:
         """What failed last, as a sentence without secrets; None while all is well."""
-        return self._client.last_error
+        return self.client.last_error
 
     @property
     def revision(self) -> int:
         """Every change up to this revision was received; 0 before the first contact."""
-        return self._client.revision
+        return self.client.revision
 
     def resolve(self, agent_id: str) -> ResolvedConfig:
         """Return the agent's configuration; see `SLMClient.resolve`."""
-        config = self._client.peek(agent_id)
-        return config if config is not None else self._run(self._client.resolve(agent_id))
+        return self.client.resolve_now(agent_id)
 
     def get_agent_config(self, agent_id: str) -> dict[str, Any]:
         """Return the agent's llm_* fields; see `SLMClient.get_agent_config`."""
-        return self.resolve(agent_id).as_dict()
+        return self.client.get_agent_config_now(agent_id)
 
     def get_default_agent_config(self) -> dict[str, Any]:
         """Return the default agent's llm_* fields; see `SLMClient.get_default_agent_config`."""
-        return self._run(self._client.get_default_agent_config())
+        return self.client.get_default_agent_config_now()
 
     def explain(self, agent_id: str) -> Explanation:
         """Say how this agent is resolved now; see `SLMClient.explain`."""
-        return self._run(self._client.explain(agent_id))
+        return self.client.explain_now(agent_id)
+
+    def peek(self, agent_id: str) -> ResolvedConfig | None:
+        """Return the agent's own config if it is at hand and live; see `SLMClient.peek`."""
+        return self.client.peek(agent_id)
 
     def on_change(self, callback: OnChange) -> Callable[[], None]:
-        """Have the callback called, in the private thread, after each swap; return how to stop."""
-        return self._client.on_change(callback)
+        """Have the callback called after each swap; see `SLMClient.on_change`."""
+        return self.client.on_change(callback)
 
-    def _run(self, work: Coroutine[Any, Any, _T]) -> _T:
-        with self._lock:
-            if self._loop is None:
-                self._loop = asyncio.new_event_loop()
-                # A daemon: a process that ends without close() is not kept from ending.
-                self._thread = threading.Thread(
-                    target=_serve, args=(self._loop,), name="slm-client", daemon=True
-                )
-                self._thread.start()
-            loop = self._loop
-        return asyncio.run_coroutine_threadsafe(work, loop).result()
+    def register_validator(self, validator: Validator) -> Callable[[], None]:
+        """Have the validator asked of each config; see `SLMClient.register_validator`."""
+        return self.client.register_validator(validator)
 
-    def _forget_thread(self) -> None:
-        """Start anew in a child: its parent's threads are not there, and one may hold the lock."""
-        if self._loop is not None:
-            _abandoned.append(self._loop)
-        self._lock = threading.Lock()
-        self._loop = self._thread = None
-
-
-def _serve(loop: asyncio.AbstractEventLoop) -> None:
-    asyncio.set_event_loop(loop)
-    try:
-        loop.run_forever()
-        loop.run_until_complete(loop.shutdown_default_executor())
-    finally:
-        loop.close()
-
-
-_clients: weakref.WeakSet[BlockingSLMClient] = weakref.WeakSet()
-_abandoned: list[asyncio.AbstractEventLoop] = []
-
-
-def _after_fork_in_child() -> None:
-    for client in list(_clients):
-        client._forget_thread()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)
+    def in_use(self, config: ResolvedConfig) -> InUse:
+        """Hold the config's key for the length of a call; see `SLMClient.in_use`."""
+        return self.client.in_use(config)

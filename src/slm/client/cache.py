@@ -6,18 +6,23 @@ Knows no socket, no file and no clock but the monotonic one that it is given.
 
 from __future__ import annotations
 
-import time
+import copy
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, Final
 
 from pydantic import SecretStr
 
+from slm.client import clock
 from slm.client.config import ResolvedConfig
 from slm.client.known import Freshness, KnownAgent, same, value_of
 from slm.client.received import ReceivedAgent, ReceivedSnapshot
 from slm.client.timings import check_seconds
 from slm.protocol import AgentChanged, AgentDeleted
 from slm.schemas import AgentConfig, LLMConfig, LLMConfigWithKey, Snapshot
+
+NEVER: Final = -math.inf
+"""Until when a cache is live that is not."""
 
 
 class AgentConfigCache:
@@ -39,9 +44,13 @@ class AgentConfigCache:
         epoch: the life of the database that the revisions belong to.
         revision: everything up to it is in here; 0 before the first snapshot.
         synced: whether everything up to `revision` is in here, keys apart.
-        live: whether every change since then would have been heard of.
+        live_until: until when every change since then counts as heard of, by `clock`; each message
+            from the SLM moves it on. A read while it is in the past is not live, whatever became of
+            the stream.
         default_id: the agent_id of the default agent.
         refused: asked for each config before it comes into force; why it must not, or None.
+        ask_first: asked for each config before it comes into force, and returns whether somebody
+            else is to judge it, who takes a while: `judged` says what came of it.
         generation: goes up whenever the revisions known so far lose their meaning.
     """
 
@@ -50,7 +59,7 @@ class AgentConfigCache:
         ttl_seconds: float = 300,
         *,
         max_stale_seconds: float | None = None,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = clock.now,
     ) -> None:
         self.ttl_seconds = check_seconds("ttl_seconds", ttl_seconds)
         if max_stale_seconds is not None:
@@ -61,10 +70,11 @@ class AgentConfigCache:
         self.epoch: str | None = None
         self.revision = 0
         self.synced = False
-        self.live = False
+        self.live_until = NEVER
         self.default_id: str | None = None
         self.generation = 0
         self.refused: Callable[[ResolvedConfig], str | None] = lambda config: None
+        self.ask_first: Callable[[str, KnownAgent], bool] = lambda agent_id, known: False
         self._agents: dict[str, KnownAgent] = {}
         # Kept beside: an ack asks for them after each change, and there may be 100,000 agents.
         self._unsettled: dict[str, KnownAgent] = {}
@@ -87,11 +97,11 @@ class AgentConfigCache:
         held = self._by_hand.get(agent_id)
         if held is None or self.clock() - held[1] > self.ttl_seconds:
             return None
-        return dict(held[0])
+        return copy.deepcopy(held[0])
 
     def set(self, agent_id: str, config: Mapping[str, Any]) -> None:
         """Hold a config for `ttl_seconds` from now."""
-        self._by_hand[agent_id] = (dict(config), self.clock())
+        self._by_hand[agent_id] = (copy.deepcopy(dict(config)), self.clock())
 
     def update(self, agent_id: str, config: Mapping[str, Any]) -> None:
         """Replace a config as a whole; its TTL starts anew."""
@@ -103,6 +113,11 @@ class AgentConfigCache:
         self._drop(agent_id)
 
     # --- reading what the SLM said ---
+
+    @property
+    def live(self) -> bool:
+        """Whether every change up to now would have been heard of."""
+        return self.clock() < self.live_until
 
     def find(self, agent_id: str) -> KnownAgent | None:
         """Return what is known of the agent, whatever its state."""
@@ -164,8 +179,11 @@ class AgentConfigCache:
         """Return age and staleness of a value that nothing has superseded."""
         if self.live:
             return 0.0, False
-        never = self._all_confirmed_at is None
-        age = self.clock() - max(confirmed_at, self._all_confirmed_at or confirmed_at)
+        never = self._all_confirmed_at is None and self.live_until == NEVER
+        # It was confirmed for as long as it was live, whether or not that was noticed to end.
+        age = self.clock() - max(
+            confirmed_at, self._all_confirmed_at or confirmed_at, self.live_until
+        )
         return age, age > self.ttl_seconds or (from_file and never)
 
     def everything(self) -> list[tuple[ResolvedConfig, bool, bool]]:
@@ -175,17 +193,19 @@ class AgentConfigCache:
             for known in self._agents.values()
             # What is refused too: whoever resumes from there is not told of it again.
             if (newest := known.newest) is not None
-            and known.pending is None
+            and (known.pending is None or known.unjudged)
             and known.key_error is None
         ]
 
     # --- what the SLM says ---
 
-    def set_live(self, live: bool) -> None:
-        """Note that from now on every change is heard of, or no longer is."""
-        if self.live and not live:
-            self._all_confirmed_at = self.clock()
-        self.live = live
+    def set_live(self, live: bool, until: float = math.inf) -> None:
+        """Note that every change is heard of, which counts `until` then, or no longer is."""
+        if live:
+            self.live_until = until
+        elif self.live_until != NEVER:
+            self._all_confirmed_at = min(self.clock(), self.live_until)
+            self.live_until = NEVER
 
     def confirm(self) -> None:
         """Note that everything known is the newest at this moment."""
@@ -311,7 +331,7 @@ class AgentConfigCache:
         if known is None or self.known_revision(agent_id) > asked_at:
             return False
         served = known.in_force is not None
-        known.key_error = reason
+        known.key_error, known.unjudged = reason, False
         self._note_unsettled(agent_id, known)
         self._supersede(known)
         known.config = None
@@ -386,7 +406,13 @@ class AgentConfigCache:
                 new.freshness.superseded_at = None
             new.config = value
             new.key_from = key_from or (old.key_from if old is not None else "")
-            if config.is_active:
+            if config.is_active and value is not before and self.ask_first(agent_id, new):
+                # As with a key that is not here yet: the last one serves meanwhile, as stale.
+                new.pending, new.unjudged, new.pending_since = value, True, now
+                new.config, new.pending_freshness = before, freshness
+                if before is not None and old is not None:
+                    new.freshness = old.freshness
+            elif config.is_active:
                 self._judge(new, old, before)
         else:
             new.pending, new.key_error = value, key_error
@@ -424,20 +450,59 @@ class AgentConfigCache:
             new.refused_config = value
             new.config, new.freshness = before, old.freshness
 
-    def judge_anew(self) -> list[str]:
-        """Ask again of every config, after `refused` changed; return who was swapped."""
-        swapped = []
-        for agent_id, known in self._agents.items():
-            if not known.is_active or known.pending is not None or known.key_error is not None:
-                continue
-            newest = known.newest
-            known.refused = None if newest is None else self.refused(newest)
-            if known.refused is None and known.refused_config is not None:
-                known.config, known.refused_config = known.refused_config, None
-                known.freshness = Freshness(self, self.clock(), from_file=False)
-                self.ready[agent_id] = known.config
-                swapped.append(agent_id)
-            self._note_unsettled(agent_id, known)
+    def judged(self, agent_id: str, known: KnownAgent, reason: str | None) -> bool:
+        """Take what came of `ask_first`; return whether a config was swapped in.
+
+        Args:
+            agent_id: the agent.
+            known: what `ask_first` was shown; where it is superseded, this says nothing.
+            reason: why it must not be used, or None.
+        """
+        value = known.pending
+        if self._agents.get(agent_id) is not known or not known.unjudged or value is None:
+            return False
+        before = known.in_force
+        known.pending, known.unjudged = None, False
+        reason = self.refused(value) or reason
+        if reason is None or before is None:
+            known.refused = reason
+            if before is not None:
+                self._supersede(known)
+            known.config, known.freshness = value, known.pending_freshness or known.freshness
+            self.ready[agent_id] = value
+        else:
+            known.refused, known.refused_config = reason, value
+            self.ready[agent_id] = before
+        self._note_unsettled(agent_id, known)
+        return known.in_force is not before
+
+    def to_judge_anew(self, *, all_of_them: bool) -> list[tuple[str, ResolvedConfig]]:
+        """Return the configs to ask of again: all, or those that are refused."""
+        return [
+            (agent_id, newest)
+            for agent_id, known in self._agents.items()
+            if (newest := known.newest) is not None
+            and known.is_active
+            and known.pending is None
+            and known.key_error is None
+            and (all_of_them or known.refused is not None)
+        ]
+
+    def judged_anew(self, agent_id: str, config: ResolvedConfig, reason: str | None) -> bool:
+        """Take what is said of a config now; return whether it was swapped in.
+
+        One that is in force stays so: it is not worse than it was, and the SLM is told.
+        """
+        known = self._agents.get(agent_id)
+        if known is None or known.newest is not config or known.pending is not None:
+            return False
+        known.refused = reason
+        swapped = reason is None and known.refused_config is not None
+        if swapped:
+            known.config, known.refused_config = known.refused_config, None
+            known.freshness = Freshness(self, self.clock(), from_file=False)
+            self.ready[agent_id] = config
+        self._note_unsettled(agent_id, known)
         return swapped
 
     def _held_key(
@@ -447,13 +512,14 @@ class AgentConfigCache:
         if config.api_key_revision is None:
             return None, True
         if old is not None and old.generation == self.generation:
-            for held in (old.config, old.refused_config):
-                if held is not None and held.api_key_revision == config.api_key_revision:
-                    return held.llm_api_key, held.llm_api_key is not None
+            for held in (old.config, old.refused_config, old.pending):
+                same_key = held is not None and held.api_key_revision == config.api_key_revision
+                if held is not None and same_key and held.llm_api_key is not None:
+                    return held.llm_api_key, True
         return None, False
 
     def _note_unsettled(self, agent_id: str, known: KnownAgent) -> None:
-        if known.is_active and (known.awaits_key or known.refused is not None):
+        if known.is_active and (known.awaits_key or known.unjudged or known.refused is not None):
             self._unsettled[agent_id] = known
         else:
             self._unsettled.pop(agent_id, None)

@@ -1,49 +1,46 @@
-"""SLMClient: what a backend holds, from its connecting to its closing, in one loop or many.
+"""SLMClient: what a backend holds, for asynchronous and synchronous code, in any thread and loop.
 
-It puts the parts together: `sync` keeps the cache equal to the SLM, `chain` answers from it. While
-live an answer is one lookup in a dict: no lock, no clock, no await that waits.
+Following the SLM is the background thread's work (`follower`); here are the two ways in. While live
+an answer is one lookup in a dict and one look at the clock, in whatever thread.
 """
 
 from __future__ import annotations
 
-import asyncio
-import logging
 import os
-import socket
-import uuid
 import weakref
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from types import TracebackType
-from typing import Any, Final, TypeVar
+from typing import Any, TypeVar
 
 from pydantic import SecretStr
 
+from slm.client.background import following
 from slm.client.cache import AgentConfigCache
-from slm.client.chain import Chain
+from slm.client.clock import now
 from slm.client.config import ResolvedConfig
-from slm.client.explain import explain_steps
-from slm.client.hooks import Hooks, OnChange, Validator
-from slm.client.in_use import InUse, KeysInUse
+from slm.client.dispatch import callbacks
+from slm.client.follower import Follower, Settings
+from slm.client.hooks import OnChange, Validator
+from slm.client.in_use import InUse
 from slm.client.options import read_options
 from slm.client.retry import ClientStatus
-from slm.client.snapshot_file import Contents, Saver, SnapshotFile
-from slm.client.sync import Synchroniser
 from slm.client.timings import Timings, check_seconds
 from slm.client.tls import ClientCert
-from slm.errors import ConfigurationError, SLMError
-from slm.protocol import ClientInfo, Explanation, storable
+from slm.errors import ConfigurationError
+from slm.protocol import Explanation
 
-_log = logging.getLogger("slm.client")
 _T = TypeVar("_T")
-
-_NOTHING: Final[Mapping[str, ResolvedConfig]] = {}
 
 
 class SLMClient:
     """A backend's view of its SLM: every agent's LLM configuration, live (docs/protocol.md 5).
 
-    Make one for each process and share it; it belongs to the event loop in which it is connected.
-    `connect` (or `async with`) starts it; a client that is asked before connects by itself.
+    Make one for each process and share it among all its threads and event loops. Each question has
+    two forms: `await client.resolve(…)` and, for synchronous code, `client.resolve_now(…)`. The
+    client is started by `connect`, `connect_now`, `with` or `async with`, or by its first question.
+
+    It follows the SLM in a thread that all clients of the process share, so that neither a loop
+    that ends nor one that is blocked keeps a change from arriving. A forked child makes its own.
 
     Args:
         slm_url: the SLM's address, an http(s) or ws(s) URL; plain http for this machine alone.
@@ -99,7 +96,7 @@ class SLMClient:
         max_stale_seconds: float | None = None,
         timings: Timings | None = None,
     ) -> None:
-        self._options = read_options(
+        options = read_options(
             slm_url,
             token,
             token_file,
@@ -112,22 +109,18 @@ class SLMClient:
             trust_env=trust_env,
             allow_insecure=allow_insecure,
         )
-        self._file = self._options.file
-        self._instance = uuid.uuid4().hex[:12]
-        self._start_timeout = check_seconds("start_timeout", start_timeout)
-        self._key_wait = check_seconds("key_wait", key_wait)
-        self._timings = timings or Timings()
+        settings = Settings(
+            options=options,
+            strict=strict,
+            start_timeout=check_seconds("start_timeout", start_timeout),
+            key_wait=check_seconds("key_wait", key_wait),
+            timings=timings or Timings(),
+        )
         self._cache = AgentConfigCache(ttl_seconds, max_stale_seconds=max_stale_seconds)
-        # What may be answered without a second look: the cache's own dict while live, else nothing.
-        self._hot = _NOTHING
-        self._sync: Synchroniser | None = None
-        self._closed = False
-        self._hooks = Hooks(self._judge_anew)
-        self._in_use = KeysInUse()
-        self._cache.refused = self._hooks.refusal
-        self._chain = Chain(self._cache, self._key_wait, strict=strict)
-        self._saver: Saver | None = None
-        _clients.add(self)
+        self._ready = self._cache.ready
+        self._follower = Follower(settings, self._cache)
+        # A client that nobody holds any more is closed; at exit, the thread ends with the process.
+        weakref.finalize(self, self._follower.drop).atexit = False
 
     # --- life ---
 
@@ -137,32 +130,33 @@ class SLMClient:
         Returns in any case, at once where the SLM refuses the token: `status` and `last_error` say
         how things stand, and trying goes on in the background.
         """
-        self._closed = False
-        sync = self._started()
-        try:
-            async with asyncio.timeout(self._start_timeout):
-                await sync.settled.wait()
-        except TimeoutError:
-            sync.settled.set()  # long enough for all who wait
-            _log.warning(
-                "the SLM at %s did not answer within %g s: %s; trying on in the background",
-                self._options.site,
-                self._start_timeout,
-                sync.last_error or "no answer yet",
-            )
+        await self._waited(self._follower.connect)
+
+    def connect_now(self) -> None:
+        """Do what `connect` does, in synchronous code."""
+        self._wait(self._follower.connect)
 
     async def close(self) -> None:
-        """Stop following the SLM; what is known can still be asked for."""
-        self._closed = True
-        self._hot = _NOTHING
-        sync, self._sync = self._sync, None
-        if sync is not None:
-            await sync.close()
-        if self._saver is not None:
-            await self._saver.close()
+        """Stop following the SLM; what is known can still be asked for.
+
+        Questions that are waited for in other threads and loops are answered from what is known.
+        `connect` starts the client again.
+        """
+        if self._closes():
+            await self._waited(self._follower.close)
+
+    def close_now(self) -> None:
+        """Do what `close` does, in synchronous code."""
+        if self._closes():
+            self._wait(self._follower.close)
 
     async def __aenter__(self) -> SLMClient:
-        await self.connect()
+        try:
+            await self.connect()
+        except BaseException:
+            # Nobody will leave what nobody entered.
+            following.start(self._follower.close)
+            raise
         return self
 
     async def __aexit__(
@@ -173,17 +167,31 @@ class SLMClient:
     ) -> None:
         await self.close()
 
+    def __enter__(self) -> SLMClient:
+        try:
+            self.connect_now()
+        except BaseException:
+            following.start(self._follower.close)
+            raise
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close_now()
+
     @property
     def status(self) -> ClientStatus:
         """How this client stands to its SLM."""
-        if self._closed:
-            return ClientStatus.CLOSED
-        return self._sync.status if self._sync is not None else ClientStatus.STARTING
+        return self._follower.status
 
     @property
     def last_error(self) -> str | None:
         """What failed last, as a sentence without secrets; None while all is well."""
-        return self._sync.last_error if self._sync is not None else None
+        return self._follower.last_error
 
     @property
     def revision(self) -> int:
@@ -200,10 +208,21 @@ class SLMClient:
             AgentUnknown: the client is strict; there is no such agent, or it is switched off.
             SLMUnavailable: the client is strict, and neither the SLM nor the environment answers.
         """
-        config = self._hot.get(agent_id)
-        if config is not None:
+        config = self._ready.get(agent_id)
+        if config is not None and now() < self._cache.live_until:
             return config
-        return await self._in_own_loop(self._answer(agent_id))
+        return await self._answered(agent_id)
+
+    def resolve_now(self, agent_id: str) -> ResolvedConfig:
+        """Do what `resolve` does, in synchronous code: at once while live.
+
+        Raises:
+            AgentKeyUnavailable: the agent needs an API key that cannot be had now.
+        """
+        config = self._ready.get(agent_id)
+        if config is not None and now() < self._cache.live_until:
+            return config
+        return self._answered_now(agent_id)
 
     async def get_agent_config(self, agent_id: str) -> dict[str, Any]:
         """Return the agent's llm_* fields with `llm_api_key` as a dict of your own.
@@ -213,10 +232,14 @@ class SLMClient:
         Raises:
             AgentKeyUnavailable: the agent needs an API key that cannot be had now.
         """
-        config = self._hot.get(agent_id)
-        if config is None:
-            config = await self._in_own_loop(self._answer(agent_id))
+        config = self._ready.get(agent_id)
+        if config is None or now() >= self._cache.live_until:
+            config = await self._answered(agent_id)
         return config.as_dict()
+
+    def get_agent_config_now(self, agent_id: str) -> dict[str, Any]:
+        """Do what `get_agent_config` does, in synchronous code."""
+        return self.resolve_now(agent_id).as_dict()
 
     async def get_default_agent_config(self) -> dict[str, Any]:
         """Return the default agent's llm_* fields, or what the chain's later steps say.
@@ -224,34 +247,48 @@ class SLMClient:
         Raises:
             AgentKeyUnavailable: the default agent needs an API key that cannot be had now.
         """
-        return (await self._in_own_loop(self._answer(None))).as_dict()
+        return (await self._answered(None)).as_dict()
+
+    def get_default_agent_config_now(self) -> dict[str, Any]:
+        """Do what `get_default_agent_config` does, in synchronous code."""
+        return self._answered_now(None).as_dict()
 
     async def explain(self, agent_id: str) -> Explanation:
         """Say how this agent is resolved now: what each step of the chain says, and which answers.
 
         Holds revisions, ages, why a step is passed over and where a key came from, never a key.
         """
-        return await self._in_own_loop(self._explained(agent_id))
+        return await self._waited(lambda: self._follower.explained(agent_id))
+
+    def explain_now(self, agent_id: str) -> Explanation:
+        """Do what `explain` does, in synchronous code."""
+        judged = not callbacks.is_here
+        return self._wait(lambda: self._follower.explained(agent_id, judged=judged))
 
     def peek(self, agent_id: str) -> ResolvedConfig | None:
-        """Return the agent's own config if it is at hand and live; safe from any thread."""
-        return self._hot.get(agent_id)
+        """Return the agent's own config if it is at hand and live; asks nobody."""
+        return self._ready.get(agent_id) if now() < self._cache.live_until else None
 
     def on_change(self, callback: OnChange) -> Callable[[], None]:
         """Have `callback(agent_id, config)` called after each swap; return how to stop that.
 
-        A request that begins after the call uses the new config or a newer one. The callback may be
-        a coroutine function. What it raises is logged and harms nobody.
+        A request that begins after the call uses the new config or a newer one. A plain function is
+        called in one thread of its own, which all clients of the process share; a coroutine
+        function in the event loop that registers it, for as long as that one lasts. Both may ask
+        the client anything, and close it. What they raise is logged and harms nobody. One that is a
+        thousand changes behind hears only the newest of each agent.
         """
-        return self._hooks.on_change(callback)
+        return self._follower.hooks.on_change(callback)
 
     def register_validator(self, validator: Validator) -> Callable[[], None]:
         """Have `validator(config)` asked before a config comes into force; return how to stop that.
 
-        Where it gives a reason, the agent's last good config stays in use and the SLM is told
-        (docs/protocol.md section 4, `not_in_force`). `LLMInterface` registers one by itself.
+        It is called in the thread of the plain callbacks. Where it gives a reason, the agent's last
+        good config stays in use and the SLM is told (docs/protocol.md section 4, `not_in_force`).
+        While it thinks, questions wait for it for up to `key_wait`. `LLMInterface` registers one by
+        itself.
         """
-        return self._hooks.register_validator(validator)
+        return self._follower.hooks.register_validator(validator)
 
     def in_use(self, config: ResolvedConfig) -> InUse:
         """Return a context manager that holds the config's key for the length of a call.
@@ -259,172 +296,39 @@ class SLMClient:
         While it is held, the SLM's fleet view says that this backend still uses that key.
         `LLMInterface` does so by itself.
         """
-        return InUse(self._in_use, config, self._cache.key_revision, self._key_use_changed)
+        follower = self._follower
+        return InUse(follower.in_use, config, self._cache.key_revision, follower.key_use_changed)
 
-    # --- loops, forks and files ---
+    # --- the two ways in ---
 
-    def _started(self) -> Synchroniser:
-        """Return what follows the SLM, started in the running loop if it is not yet."""
-        sync = self._sync
-        loop = asyncio.get_running_loop()
-        if sync is not None and sync.loop is not loop:
-            if sync.loop.is_running():
-                raise ConfigurationError(
-                    "this SLMClient is connected in another event loop; resolve() works from here, "
-                    "connect() and close() belong there"
-                )
-            self._abandon()
-            sync = None
-        if sync is None:
-            if self._file is not None:
-                if self._cache.epoch is None:
-                    self._load(self._file)
-                interval = self._timings.save_interval_seconds
-                self._saver = Saver(self._file, interval, self._contents)
-            sync = self._sync = Synchroniser(
-                self._cache,
-                self._options.site,
-                self._timings,
-                self._info(),
-                self._swapped,
-                self._liveness,
-                self._in_use,
-                self._key_wait,
-                self._explained,
-            )
-            self._options.log_decisions()
-            sync.start()
-        return sync
+    async def _answered(self, agent_id: str | None) -> ResolvedConfig:
+        follower = self._follower
+        if follower.closed:
+            return follower.answer_in_place(agent_id)
+        return await self._waited(lambda: follower.answer(agent_id))
 
-    async def _answer(self, agent_id: str | None) -> ResolvedConfig:
-        starting = self._sync is None or not self._sync.settled.is_set()
-        if starting and not self._closed:
-            await self.connect()
-        return await self._chain.answer(agent_id, self._sync)
+    def _answered_now(self, agent_id: str | None) -> ResolvedConfig:
+        follower = self._follower
+        if follower.closed or following.is_here:
+            return follower.answer_in_place(agent_id)
+        # A verdict that is to be given in this very thread would be waited for in vain.
+        judged = not callbacks.is_here
+        return self._wait(lambda: follower.answer(agent_id, judged=judged))
 
-    async def _explained(self, agent_id: str) -> Explanation:
-        answer, error = None, None
-        try:
-            answer = await self._answer(agent_id)
-        except Exception as problem:
-            # Whatever it is, it is what a caller who resolves this agent gets.
-            error = str(problem) if isinstance(problem, SLMError) else type(problem).__name__
-        cache = self._cache
-        unreachable = self.last_error or f"it is {self.status.value}"
-        return Explanation(
-            agent_id=storable(agent_id),
-            answered_by=None if answer is None else answer.step.value,
-            error=error and storable(error),
-            status=self.status.value,
-            revision=cache.revision,
-            epoch=cache.epoch and storable(cache.epoch),
-            last_error=self.last_error and storable(self.last_error),
-            steps=explain_steps(cache, agent_id, answer, unreachable),
-        )
+    def _closes(self) -> bool:
+        """Return whether there is anything to close."""
+        self._follower.hear_no_more()
+        return following.is_running
 
-    async def _in_own_loop(self, work: Coroutine[Any, Any, _T]) -> _T:
-        """Run in the loop in which the client is connected, wherever this one is."""
-        sync = self._sync
-        if sync is not None and sync.loop is not asyncio.get_running_loop():
-            if sync.loop.is_running():
-                return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, sync.loop))
-            self._abandon()
-        return await work
+    async def _waited(self, work: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
+        return await following.start(work).waited()
 
-    def _abandon(self) -> None:
-        """Let go of a loop that runs no more, or runs in the process that this one was forked from.
+    def _wait(self, work: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
+        """Run in the background, and wait in this thread.
 
-        Nothing of it is closed or collected: closing a socket that two processes share could say
-        goodbye in the other's name, or take it out of the other's selector.
+        Raises:
+            ConfigurationError: this is the background thread, which cannot wait for itself.
         """
-        if self._sync is not None:
-            _abandoned.append(self._sync)
-        self._sync = None
-        self._saver = None
-        self._hot = _NOTHING
-        self._hooks.abandon()
-        self._in_use.start_anew()
-        self._instance = uuid.uuid4().hex[:12]
-        self._cache.distrust()
-
-    def _info(self) -> ClientInfo:
-        # Imported here: it loads email, csv and zipfile, for which a backend's start would wait.
-        from importlib.metadata import version
-
-        host = socket.gethostname()
-        return ClientInfo(
-            name=storable(self._options.name or host, 128),
-            instance=self._instance,
-            version=version("autobot-slm"),
-            host=storable(host, 255),
-            pid=os.getpid(),
-            plain_http=self._options.insecure or None,
-        )
-
-    def _liveness(self) -> None:
-        live = self._cache.live
-        if live and self._hot is _NOTHING and self._saver is not None:
-            self._saver.soon()
-        self._hot = self._cache.ready if live else _NOTHING
-
-    def _swapped(self, agent_id: str) -> None:
-        if self._saver is not None:
-            self._saver.soon()
-        known = self._cache.find(agent_id)
-        self._hooks.tell(agent_id, known.in_force if known is not None else None)
-
-    def _judge_anew(self) -> None:
-        sync = self._sync
-        if sync is None or sync.loop is _running_loop():
-            for agent_id in self._cache.judge_anew():
-                self._swapped(agent_id)
-            if sync is not None:
-                sync.acks.changed()
-        elif sync.loop.is_running():
-            # The cache has one writer: its own loop.
-            sync.loop.call_soon_threadsafe(self._judge_anew)
-
-    def _key_use_changed(self) -> None:
-        if self._sync is not None:
-            self._sync.acks.changed_elsewhere()
-
-    def _load(self, file: SnapshotFile) -> None:
-        loaded = file.load()
-        if loaded is not None:
-            self._cache.load(
-                loaded.agents,
-                epoch=loaded.epoch,
-                revision=loaded.revision,
-                complete=loaded.complete,
-                age_seconds=loaded.age_seconds,
-                change_id=loaded.change_id,
-            )
-
-    def _contents(self) -> Contents | None:
-        cache = self._cache
-        # In between two lives of the database there is nothing that could be resumed from.
-        if cache.epoch is None or not cache.synced:
-            return None
-        complete = not cache.keys_awaited()
-        revision, change_id = cache.heard
-        return Contents(cache.everything(), cache.epoch, revision, complete, change_id)
-
-
-def _running_loop() -> asyncio.AbstractEventLoop | None:
-    try:
-        return asyncio.get_running_loop()
-    except RuntimeError:
-        return None
-
-
-_clients: weakref.WeakSet[SLMClient] = weakref.WeakSet()
-_abandoned: list[Synchroniser] = []
-
-
-def _after_fork_in_child() -> None:
-    for client in list(_clients):
-        client._abandon()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)
+        if following.is_here:
+            raise ConfigurationError("this cannot be waited for in the client's own thread")
+        return following.start(work).wait()

@@ -5,10 +5,12 @@ Knows no clock but the monotonic one, and nothing of where values come from.
 
 from __future__ import annotations
 
+import copy
 import enum
+import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import Any, NoReturn
 
 from pydantic import SecretStr
 
@@ -33,6 +35,26 @@ class SecretText(str):
 
     def __repr__(self) -> str:
         return "'***'"
+
+
+class Options(dict[str, Any]):
+    """The options of one config: a dict that is not to be changed, since many share it."""
+
+    __slots__ = ()
+
+    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
+        raise TypeError("the options of a config are not to be changed; copy them with dict(…)")
+
+    __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse
+
+    def __copy__(self) -> dict[str, Any]:
+        return dict(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
+        return copy.deepcopy(dict(self), memo)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, (dict(self),)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -85,11 +107,14 @@ class ResolvedConfig:
         return False if self._freshness is None else self._freshness()[1]
 
     def as_dict(self) -> dict[str, Any]:
-        """Return a fresh dict of the llm_* fields with `llm_api_key`, as the mission has it."""
-        fields = self._fields
-        if fields is None:
+        """Return a fresh dict of the llm_* fields with `llm_api_key`, as the mission has it.
+
+        Nothing in it is shared: whatever is done to it changes no other answer.
+        """
+        made = self._fields
+        if made is None:
             key = self.llm_api_key
-            fields = {
+            made = {
                 "llm_provider": self.llm_provider,
                 "llm_endpoint": self.llm_endpoint,
                 "llm_model": self.llm_model,
@@ -99,10 +124,28 @@ class ResolvedConfig:
                 "llm_max_tokens": self.llm_max_tokens,
                 "llm_options": dict(self.llm_options),
             }
-            object.__setattr__(self, "_fields", fields)
-        copy = fields.copy()
-        copy["llm_options"] = copy["llm_options"].copy()
-        return copy
+            object.__setattr__(self, "_fields", made)
+        fresh = made.copy()
+        options = made["llm_options"]
+        fresh["llm_options"] = copy.deepcopy(options) if options else {}
+        return fresh
+
+    def __copy__(self) -> ResolvedConfig:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ResolvedConfig:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle without the key, which must not lie in a queue or a cache; stale from then on."""
+        values = {
+            each.name: getattr(self, each.name)
+            for each in fields(self)
+            if each.init and each.name != "llm_api_key"
+        }
+        values["llm_options"] = copy.deepcopy(dict(self.llm_options))
+        values["_freshness"] = _Unpickled(time.time() - self.age)
+        return _rebuilt, (values,)
 
     def answering(self, agent_id: str, passed_over: str | None = None) -> ResolvedConfig:
         """Return this config as the default agent's answer for another agent, and why it is."""
@@ -123,3 +166,18 @@ class ResolvedConfig:
             passed_over=passed_over,
             _freshness=self._freshness,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Unpickled:
+    """The freshness of a config that came from elsewhere: nobody tells it of changes."""
+
+    confirmed_at: float
+
+    def __call__(self) -> tuple[float, bool]:
+        # By the wall clock: it may come from another machine.
+        return max(0.0, time.time() - self.confirmed_at), True
+
+
+def _rebuilt(values: dict[str, Any]) -> ResolvedConfig:
+    return ResolvedConfig(**values)

@@ -101,9 +101,13 @@ def _known_step(step: Step, cache: AgentConfigCache, known: KnownAgent) -> Expla
     if known.key_error is not None:
         return _step(step, f"its key cannot be had: {known.key_error}", newest, key="none held")
     held = known.config
+    if held is None and known.unjudged:
+        return _step(step, "a validator has not answered yet, and there is no earlier one", newest)
     if held is None:
         return _step(step, "its key has not come from the SLM yet", newest, key="none held")
-    if known.pending is not None:
+    if known.unjudged:
+        said = f"revision {known.revision} waits for a validator, this one is used meanwhile"
+    elif known.pending is not None:
         said = f"revision {known.revision} waits for its key, this one is used meanwhile"
     elif known.refused_config is not None:
         said = f"revision {known.revision} is refused ({known.refused}), the last good one is used"

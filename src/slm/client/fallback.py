@@ -15,6 +15,7 @@ from pydantic import SecretStr, TypeAdapter, ValidationError
 
 from slm.client.config import ResolvedConfig, Step
 from slm.endpoints import DEFAULT_ENDPOINTS
+from slm.environment import variable
 from slm.schemas import ApiKey, Endpoint, MaxTokens, Model, Provider, Temperature, TimeoutSeconds
 
 PREFIX: Final = "AUTOBOT_LLM_"
@@ -75,8 +76,7 @@ def from_environment(
         passed_over: why the SLM's steps did not answer.
     """
     environ = os.environ if environ is None else environ
-    texts = {name: environ.get(PREFIX + name, "").strip() for name in _NAMES}
-    texts = {name: text for name, text in texts.items() if text}
+    texts = {name: text for name in _NAMES if (text := variable(PREFIX + name, environ))}
     warnings: list[str] = []
     values: dict[str, Any] = {}
     for name, text in texts.items():

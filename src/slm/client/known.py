@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import operator
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 from pydantic import SecretStr
 
-from slm.client.config import ResolvedConfig, Step
+from slm.client.config import Options, ResolvedConfig, Step
 from slm.client.received import ReceivedAgent
 from slm.schemas import AgentConfig
 
-_NO_OPTIONS: Final[Mapping[str, Any]] = MappingProxyType({})
+_NO_OPTIONS: Final = Options()
 
 
 class Clockwork(Protocol):
@@ -41,6 +40,9 @@ class Freshness:
         self.from_file = from_file
         self.superseded_at: float | None = None
 
+    def __deepcopy__(self, memo: object) -> Freshness:
+        return self  # of its client: copying it would copy every agent
+
     def __call__(self) -> tuple[float, bool]:
         """Return the age in seconds, and whether the value is stale."""
         if self.superseded_at is not None:
@@ -59,8 +61,11 @@ class KnownAgent:
         is_active: whether it may be served.
         config: the last whole value, config and key together; None when there is none.
         freshness: that of `config`.
-        pending: the newest config while its key is not here yet; the key in it is None.
-        pending_since: since when that key is missing.
+        pending: the newest config while its key is not here yet, and None in it; or while it is
+            `unjudged`.
+        pending_since: since when that key is missing, or that judgement is awaited.
+        unjudged: whether a validator of the user's has not said yet what it thinks of `pending`.
+        pending_freshness: that of `pending`, while it is unjudged.
         key_error: why the SLM cannot give the key; None when it can.
         refused: why the newest config is not to be used; None when it may.
         refused_config: that newest config, where `config` is the last good one instead.
@@ -75,6 +80,8 @@ class KnownAgent:
     freshness: Freshness
     pending: ResolvedConfig | None = None
     pending_since: float = 0.0
+    unjudged: bool = False
+    pending_freshness: Freshness | None = None
     key_error: str | None = None
     refused: str | None = None
     refused_config: ResolvedConfig | None = None
@@ -113,7 +120,8 @@ class KnownAgent:
     @property
     def awaits_key(self) -> bool:
         """Whether a key must still be fetched for this agent to be up to date."""
-        return self.is_active and (self.pending is not None or self.key_error is not None)
+        missing = self.pending is not None and not self.unjudged
+        return self.is_active and (missing or self.key_error is not None)
 
 
 def value_of(
@@ -135,7 +143,7 @@ def value_of(
         llm_timeout=config.llm_timeout,
         llm_temperature=config.llm_temperature,
         llm_max_tokens=config.llm_max_tokens,
-        llm_options=MappingProxyType(config.llm_options) if config.llm_options else _NO_OPTIONS,
+        llm_options=Options(config.llm_options) if config.llm_options else _NO_OPTIONS,
         revision=revision,
         api_key_revision=config.api_key_revision,
         source_agent_id=agent_id,

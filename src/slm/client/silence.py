@@ -69,6 +69,11 @@ class Silence:
             self._timer.cancel()
         self._look()
 
+    def give_up(self) -> None:
+        """End the wait now."""
+        with contextlib.suppress(RuntimeError):  # it has ended already
+            self._deadline.reschedule(self._loop.time())
+
     def _look(self, *, again: bool = False) -> None:
         now = self._loop.time()
         asked = self._pinged_at > self.heard_at

@@ -125,6 +125,10 @@ class SnapshotFile:
             self._replace(self._encoded(contents))
         except OSError as error:
             _log.warning("the snapshot file %s was not written: %s", self.path, error.strerror)
+        except Exception as error:
+            # Whatever is wrong with what was to be saved, the saving of the next goes on.
+            what = type(error).__name__
+            _log.error("the snapshot file %s was not written: %s", self.path, what)
 
     def _load(self) -> Loaded:
         try:
@@ -247,8 +251,11 @@ class Saver:
         if contents is None:
             return False
         self._changed = False
-        # fsync takes as long as the disk likes.
-        await asyncio.to_thread(self._file.save, contents)
+        try:
+            # fsync takes as long as the disk likes.
+            await asyncio.get_running_loop().run_in_executor(None, self._file.save, contents)
+        except RuntimeError:
+            self._file.save(contents)  # the interpreter ends and starts no thread any more
         return True
 
 

@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 import aiohttp
 
 from slm.client.answers import UpgradeFailed
+from slm.client.clock import now
 from slm.client.credentials import Watch
 from slm.client.direct import DirectWebSocket
 from slm.client.http import Connection
@@ -47,14 +48,24 @@ class Listener(Protocol):
     def position(self) -> Resume | None:
         """Return what to resume after; None to hear from now on."""
 
+    def heard(self, until: float) -> None:
+        """Hear that a message came: the SLM is there, which counts `until` then."""
+
     def subscribed(self, message: Subscribed, since: int | None) -> None:
         """Hear that the stream begins; `since` is what was asked for."""
 
     def received(self, message: ServerMessage) -> None:
         """Hear any later message."""
 
+    def left(self) -> None:
+        """Hear that the connection is left, in whatever way: nothing is heard from now on."""
+
     def lost(self, error: SLMError) -> None:
         """Hear that there is no stream, and why; the next try follows by itself."""
+
+
+class StoodStill(SLMUnavailable):
+    """Nothing was heard for too long, and it was this process, or its machine, that stood still."""
 
 
 class Stream:
@@ -70,6 +81,9 @@ class Stream:
         self._watch = Watch(connection.files)
         self._left_for: SLMError | None = None
         self._ws: DirectWebSocket | None = None
+        self._silence: Silence | None = None
+        self._told_until = 0.0
+        self._stood_still = False
         self._subscribed_at: float | None = None
         self._caught_up_at: float | None = None
         self._healthy = False
@@ -97,6 +111,8 @@ class Stream:
             self.note_caught_up(False)
             if self._healthy:
                 backoff.reset()
+                if isinstance(failure, StoodStill):
+                    continue  # somebody may wait for it, and nobody else stood still with us
             seconds = backoff.delay_elsewhere() if elsewhere else backoff.delay_after(failure)
             # A refused token or certificate is tried again as soon as its file is replaced.
             await self._watch.wait(seconds)
@@ -127,6 +143,13 @@ class Stream:
         if self._ws is not None:
             self._ws.deafen()
 
+    def leave(self) -> None:
+        """Give the connection up: this process stood still, and what it missed is not known."""
+        self._stood_still = True
+        self.deafen()
+        if self._silence is not None:
+            self._silence.give_up()
+
     async def restart(self, why: SLMError | None = None) -> None:
         """Close the connection, so that the next one starts from the listener's position."""
         if self._ws is not None:
@@ -153,24 +176,41 @@ class Stream:
             return SLMUnavailable(f"the stream broke: {type(error).__name__}")
         finally:
             self._ws = None
+            self._listener.left()
             await ws.close()
 
     async def _hear(self, ws: DirectWebSocket, since: int | None) -> SLMError:
         timings = self._timings
         silence = Silence(ws, timings.ping_interval_seconds, timings.request_timeout_seconds)
         clock = asyncio.get_running_loop().time
+        window = 0.0
 
         def take(text: str) -> None:
+            nonlocal window
             silence.told_at = silence.heard_at = clock()
+            told_at = now()
+            if self._stood_still or (window and told_at >= self._told_until):
+                # What comes now was sent while nobody listened, and may not be all of it.
+                self._stood_still = True
+                raise StoodStill("nothing was heard for too long: this process stood still")
             message = parse_server_message(text)
+            self._told_until = told_at + window
+            if window:
+                self._listener.heard(self._told_until)
             if self._subscribed_at is None:
-                silence.allow(2 * self._begin(message, since))
+                heartbeat = self._heartbeat(message)
+                window = 2 * heartbeat
+                self._told_until = told_at + window
+                self._listener.heard(self._told_until)
+                self._begin(message, since)
+                silence.allow(window)
             elif isinstance(message, Error):
                 code = self._connection.repeated(message.code)
                 _log.warning("the SLM did not understand us: %s", code)
             elif message is not None:
                 self._listener.received(message)
 
+        self._silence, self._stood_still = silence, False
         try:
             async with silence.limited():
                 ws.hear(take)
@@ -184,12 +224,15 @@ class Stream:
                     elif frame.type is not aiohttp.WSMsgType.PONG:
                         return self._left_for or self._ending(frame.type, ws.close_code)
         except TimeoutError:
+            if self._stood_still:
+                return StoodStill("nothing was heard for too long: this process stood still")
             return self._swallowed(f"no frame from the SLM within {silence.seconds:g} s")
         finally:
+            self._silence = None
             ws.deafen()
 
-    def _begin(self, message: ServerMessage | None, since: int | None) -> float:
-        """Take the first message and return the heartbeat interval that it names."""
+    def _heartbeat(self, message: ServerMessage | None) -> float:
+        """Return the interval that the first message names, or say what is wrong with it."""
         if isinstance(message, Error):
             code = self._connection.repeated(message.code)
             raise ProtocolError(f"the SLM refused the subscription: {code}")
@@ -197,11 +240,15 @@ class Stream:
             raise ProtocolError("the SLM's first message is not 'subscribed'")
         if not math.isfinite(message.heartbeat) or message.heartbeat <= 0:
             raise ProtocolError("the SLM names a heartbeat that is no interval")
+        return message.heartbeat
+
+    def _begin(self, message: ServerMessage | None, since: int | None) -> None:
+        """Take the first message, which `_heartbeat` found to be in order."""
+        assert isinstance(message, Subscribed)  # noqa: S101 - for the type checker
         self._subscribed_at = asyncio.get_running_loop().time()
         self._connection.streaming = True
         self._connection.addresses.arrived()
         self._listener.subscribed(message, since)
-        return message.heartbeat
 
     def _ending(self, kind: aiohttp.WSMsgType, code: int | None) -> SLMError:
         if kind is aiohttp.WSMsgType.BINARY:

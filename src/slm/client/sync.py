@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from slm import tracing
 from slm.client.acks import Acks
-from slm.client.cache import AgentConfigCache
+from slm.client.cache import NEVER, AgentConfigCache
 from slm.client.credentials import Watch
 from slm.client.http import Connection, EpochChanged
 from slm.client.in_use import KeysInUse
@@ -21,7 +21,7 @@ from slm.client.keys import KeyFetcher
 from slm.client.polling import Poller, leave_for_a_better_one
 from slm.client.retry import Backoff, ClientStatus, status_after
 from slm.client.site import Site
-from slm.client.stream import Resume, Stream
+from slm.client.stream import Resume, StoodStill, Stream
 from slm.client.timings import Timings
 from slm.errors import (
     AgentInactive,
@@ -62,7 +62,7 @@ class Synchroniser:
         timings: how long to wait for what.
         client: who subscribes.
         swapped: called with an agent_id once its config was swapped, left or came into force.
-        liveness: called when the cache becomes live, or stops being it.
+        became_live: called when the cache becomes live.
         in_use: which keys calls in flight hold.
         key_wait: how long an ack waits for a key that changed.
         explain: says how an agent is resolved, when the SLM asks.
@@ -75,18 +75,19 @@ class Synchroniser:
         timings: Timings,
         client: ClientInfo,
         swapped: Callable[[str], None],
-        liveness: Callable[[], None],
+        became_live: Callable[[], None],
         in_use: KeysInUse,
         key_wait: float,
         explain: Callable[[str], Awaitable[Explanation]],
     ) -> None:
         self.loop = asyncio.get_running_loop()
         self.last_error: str | None = None
+        self.closed = False
         self.settled = asyncio.Event()
         self._cache = cache
         self._timings = timings
         self._swapped = swapped
-        self._liveness = liveness
+        self._became_live = became_live
         self._explain = explain
         self._connection = Connection(site, timings)
         self._stream = Stream(self._connection, self, client, timings)
@@ -108,6 +109,8 @@ class Synchroniser:
         self._connected = False
         self._behind = False
         self._explaining = 0
+        self._heard_until = NEVER
+        self._resuming = False
         # The revision that a resumed stream must reach before it counts as live; 0: it has.
         self._live_from = 0
         self._failed: ClientStatus | None = None
@@ -121,6 +124,8 @@ class Synchroniser:
             return ClientStatus.LIVE
         if self._poller.works:
             return ClientStatus.POLLING
+        if self._cache.live_until != NEVER:
+            return ClientStatus.DISCONNECTED  # nothing was heard for too long, as will be noticed
         if self._connected and self._failed is None:
             return ClientStatus.BEHIND if self._behind else ClientStatus.SYNCING
         return self._failed or ClientStatus.STARTING
@@ -128,26 +133,40 @@ class Synchroniser:
     def start(self) -> None:
         """Start the stream; it goes on until `close`."""
         self._spawn(self._stream.run())
-        self._spawn(self.acks.run())
-        self._spawn(self._keys.run())
-        self._spawn(self._poller.run())
+        self._spawn(self._kept_up(self.acks.run))
+        self._spawn(self._kept_up(self._keys.run))
+        self._spawn(self._kept_up(self._poller.run))
         if self._connection.addresses.several:
-            self._spawn(
-                leave_for_a_better_one(
-                    self._connection, self._timings, self._stuck, self._stream.restart
-                )
-            )
+            self._spawn(self._kept_up(self._look_elsewhere))
         for agent_id in self._cache.keys_awaited():
             self._keys.want(agent_id)
 
     async def close(self) -> None:
         """Stop everything and close every connection."""
-        self._stream.deafen()
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._connection.close()
+        self.closed = True
         self._cache.set_live(False)
+        self._stream.deafen()
+        # Whoever waits for something gets what is known.
+        self.settled.set()
+        while self._tasks:
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.wait(self._tasks)
+            await asyncio.sleep(0)  # they are taken from the set by a callback
+        await self._connection.close()
+        self._connected = False
+        self._wake()
+
+    def judged(self) -> None:
+        """Note that validators have said what they think."""
+        self._wake()
+
+    def look(self) -> None:
+        """Notice, before a question is answered, that this process or its machine stood still."""
+        if self._cache.live_until != NEVER and not self._cache.live:
+            self._cache.set_live(False)
+            self.settled.clear()
+            self._stream.leave()
 
     async def ask(self, agent_id: str) -> None:
         """Fetch one agent into the cache; all who ask at one time share one request.
@@ -197,6 +216,14 @@ class Synchroniser:
         since, change_id = cache.heard
         return Resume(since, cache.epoch, change_id)
 
+    def heard(self, until: float) -> None:
+        """Go on being live, where this client is."""
+        if self.closed:
+            return
+        self._heard_until = until
+        if self._cache.live_until != NEVER:
+            self._cache.live_until = until
+
     def subscribed(self, message: Subscribed, since: int | None) -> None:
         """Go on from where we were, or begin with a snapshot; nothing between is lost."""
         self._connected = True
@@ -218,7 +245,7 @@ class Synchroniser:
     def received(self, message: ServerMessage) -> None:
         """Apply what the stream says."""
         cache = self._cache
-        if not self._connected:
+        if not self._connected or self.closed:
             return  # left over in the buffer of a stream that was given up
         if isinstance(message, AgentChanged | AgentDeleted):
             if cache.synced and message.revision > cache.revision + 1:
@@ -252,13 +279,28 @@ class Synchroniser:
         finally:
             self._explaining -= 1
 
-    def lost(self, error: SLMError) -> None:
+    def left(self) -> None:
         """Note that nothing is heard any more."""
         self._connected = False
+        self._update_liveness()
+
+    def lost(self, error: SLMError) -> None:
+        """Note why nothing is heard any more."""
+        self.left()
         self._note_failure(error)
         if self._connection.upgrade_refused:
             self._poller.begin()
-        self._update_liveness()
+        if isinstance(error, StoodStill):
+            self._resuming = True
+            self.settled.clear()
+        elif self._resuming:
+            self._resuming = False
+            self.settled.set()
+
+    async def _look_elsewhere(self) -> None:
+        await leave_for_a_better_one(
+            self._connection, self._timings, self._stuck, self._stream.restart
+        )
 
     def _stuck(self) -> str | None:
         """Say why this client is not live though its stream is up; None: it is, or has none."""
@@ -277,6 +319,7 @@ class Synchroniser:
             _log.info("the SLM is back")
         self.last_error = self._failed = None
         self._said.clear()
+        self._resuming = False
         self._away_until = 0.0
         self._not_before.clear()
         self._update_liveness()
@@ -285,9 +328,11 @@ class Synchroniser:
     def _update_liveness(self) -> None:
         reached = self._cache.revision >= self._live_from
         live = self._connected and self._cache.synced and reached and not self._behind
-        self._cache.set_live(live)
+        became_live = live and self._cache.live_until == NEVER
+        self._cache.set_live(live, self._heard_until)
         self._stream.note_caught_up(live)
-        self._liveness()
+        if became_live:
+            self._became_live()
         self._wake()
 
     def _note_failure(self, error: SLMError) -> None:
@@ -462,9 +507,9 @@ class Synchroniser:
 
     def _after(self, agent_id: str, swapped: bool, *, see_to_key: bool = True) -> None:
         """Tell of a swap, and see to a key that is missing now."""
-        self._wake()
         if swapped:
             self._swapped(agent_id)
+        self._wake()
         known = self._cache.find(agent_id)
         if see_to_key and known is not None and known.awaits_key:
             self._keys.want(agent_id)
@@ -504,6 +549,15 @@ class Synchroniser:
         self._tasks.add(task)
         task.add_done_callback(self._ended)
         return task
+
+    async def _kept_up(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Run what must not end; a mistake of ours must not stop it for the process's life."""
+        while True:
+            try:
+                await work()
+            except Exception:
+                _log.exception("a task of the client failed; starting it again")
+            await asyncio.sleep(self._timings.backoff_initial_seconds)
 
     def _ended(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import importlib
 import logging
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import Protocol, Unpack
+from typing import TYPE_CHECKING, Any, Protocol, Unpack
 
 from slm.client.config import ResolvedConfig
 from slm.errors import ConfigurationError, LLMError, LLMProviderMissing
@@ -23,8 +22,12 @@ from slm.llm.call import Call, check_overrides, context_of, where_from
 from slm.llm.providers.base import Accumulator, Message, Provider, StreamChunk
 from slm.llm.results import ChatResult, Overrides
 from slm.llm.retry import RetrySettings
+from slm.llm.synchronous import LLMStreamNow, Waiter
 from slm.llm.transport import Connections, TransportSettings
-from slm.llm.validator import PROVIDERS, reason_against, unknown_provider
+from slm.llm.validator import PROVIDERS, Check, unknown_provider
+
+if TYPE_CHECKING:
+    from slm.client.blocking import BlockingSLMClient
 
 _log = logging.getLogger("slm.llm")
 
@@ -40,33 +43,38 @@ class LLMInterface:
     """Calls language models with the config that the SLM has for an agent now.
 
     Each call resolves its agent anew: a call in flight finishes on the config it began with, the
-    next one uses the new. May be used from any number of event loops and tasks.
+    next one uses the new. May be used from any number of threads, event loops and tasks;
+    synchronous code has `chat_now` and `stream_now`.
 
     Args:
-        client: where configs come from, an `SLMClient`.
+        client: where configs come from, an `SLMClient` or a `BlockingSLMClient`.
         retry: how failed calls are tried again.
         transport: how connections are made and kept.
     """
 
     def __init__(
         self,
-        client: Resolver,
+        client: Resolver | BlockingSLMClient,
         *,
         retry: RetrySettings | None = None,
         transport: TransportSettings | None = None,
     ) -> None:
-        self._client = client
+        # A BlockingSLMClient is known by this alone: to import it would be to import aiohttp.
+        resolver: Any = getattr(client, "_asynchronous", client)
+        self._client: Resolver = resolver
         self._retry = retry or RetrySettings()
         transport = transport or TransportSettings()
         self._connections = Connections(transport)
         self._providers: dict[str, Provider] = {}
         # An SLMClient has both; whatever else resolves need not.
         self._in_use: Callable[[ResolvedConfig], AbstractContextManager[None]] = getattr(
-            client, "in_use", _not_counted
+            resolver, "in_use", _not_counted
         )
-        register = getattr(client, "register_validator", None)
-        if register is not None:
-            register(functools.partial(reason_against, policy=transport.endpoints))
+        self._waiter = Waiter(self._connections.aclose)
+        register = getattr(resolver, "register_validator", None)
+        self._unregister: Callable[[], None] = (
+            register(Check(transport.endpoints)) if register is not None else _nothing
+        )
 
     async def chat(
         self, agent_id: str, messages: Sequence[Message], **overrides: Unpack[Overrides]
@@ -98,6 +106,12 @@ class LLMInterface:
             spans.end(span, result)
             return result
 
+    def chat_now(
+        self, agent_id: str, messages: Sequence[Message], **overrides: Unpack[Overrides]
+    ) -> ChatResult:
+        """Do what `chat` does, in synchronous code; from any thread."""
+        return self._waiter.wait(lambda: self.chat(agent_id, messages, **overrides))
+
     async def _chat(self, call: Call) -> ChatResult:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + call.timeout_seconds
@@ -126,9 +140,25 @@ class LLMInterface:
         state = _StreamState()
         return LLMStream(self._streamed(state, agent_id, messages, overrides), state)
 
+    def stream_now(
+        self, agent_id: str, messages: Sequence[Message], **overrides: Unpack[Overrides]
+    ) -> LLMStreamNow:
+        """Do what `stream` does, in synchronous code: an iterator; from any thread."""
+        return LLMStreamNow(self.stream(agent_id, messages, **overrides), self._waiter)
+
     async def close(self) -> None:
-        """Close the connections of the running event loop; other loops close their own."""
+        """Close the connections of the running event loop and those of synchronous calls.
+
+        Other loops close their own. The client no longer asks this interface what it can call.
+        """
+        self._unregister()
         await self._connections.aclose()
+        await self._waiter.close()
+
+    def close_now(self) -> None:
+        """Do what `close` does, in synchronous code."""
+        self._unregister()
+        self._waiter.close_now()
 
     async def __aenter__(self) -> LLMInterface:
         return self
@@ -140,6 +170,17 @@ class LLMInterface:
         traceback: TracebackType | None,
     ) -> None:
         await self.close()
+
+    def __enter__(self) -> LLMInterface:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close_now()
 
     async def _begin(
         self, config: ResolvedConfig, messages: Sequence[Message], overrides: Overrides
@@ -273,6 +314,10 @@ class LLMStream:
         traceback: TracebackType | None,
     ) -> None:
         await self.aclose()
+
+
+def _nothing() -> None:
+    """Do nothing: the client has no validators."""
 
 
 def _not_counted(_: ResolvedConfig) -> AbstractContextManager[None]:

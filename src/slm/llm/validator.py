@@ -10,6 +10,7 @@ import functools
 from typing import Final
 
 from slm.client.config import ResolvedConfig
+from slm.client.hooks import InlineValidator
 from slm.endpoints import EndpointPolicy, effective_endpoint, refused_endpoint
 
 PROVIDERS: Final = {
@@ -24,6 +25,27 @@ PROVIDERS: Final = {
 def refused_address(url: str) -> str | None:
     """Say why no call may be made to `url`, which was saved once, or None when it may."""
     return refused_endpoint(url, stored=True)
+
+
+class Check(InlineValidator):
+    """What `LLMInterface` registers; those of one policy are equal, so that many cost as one.
+
+    Args:
+        policy: what this backend allows; the SLM may allow more.
+    """
+
+    def __init__(self, policy: EndpointPolicy) -> None:
+        self._policy = policy
+
+    def __call__(self, config: ResolvedConfig) -> str | None:
+        """Return why no call can be made with this config, or None."""
+        return reason_against(config, self._policy)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Check) and other._policy == self._policy
+
+    def __hash__(self) -> int:
+        return hash(type(self))
 
 
 def reason_against(config: ResolvedConfig, policy: EndpointPolicy) -> str | None:

@@ -1,0 +1,147 @@
+"""LLMInterface for synchronous code: its calls run in one background thread, and are waited for.
+
+The thread is not the one that follows the SLM, so that a large answer holds up no change. Knows
+nothing of what a call does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import weakref
+from collections.abc import Awaitable, Callable, Coroutine
+from types import TracebackType
+from typing import Any, Final, Protocol, TypeVar
+
+from slm.client.background import Background, new_holder
+from slm.llm.providers.base import StreamChunk
+from slm.llm.results import ChatResult
+
+_T = TypeVar("_T")
+
+_calling: Final = Background("slm-llm")
+"""Where the synchronous calls of all interfaces of this process run."""
+
+
+class Waiter:
+    """Runs one interface's calls in the background thread; there while the interface is open.
+
+    Args:
+        close_connections: closes those of the loop it is awaited in.
+    """
+
+    def __init__(self, close_connections: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        self._close_connections = close_connections
+        self._holder = new_holder()
+        self._used = False
+        # One that nobody holds any more is closed; at exit, the thread ends with the process.
+        weakref.finalize(self, _close_later, self._holder, close_connections).atexit = False
+
+    def wait(self, work: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
+        """Run it there, in the caller's context, and wait for it."""
+        self._used = True
+        _calling.hold(self._holder)  # with its connections, from one call to the next
+        return _calling.start(work, contextvars.copy_context()).wait()
+
+    async def close(self) -> None:
+        """Close the connections there; the last interface ends the thread."""
+        if self._used and _calling.is_running:
+            await _calling.start(self._close_connections).waited()
+            _calling.let_go(self._holder)
+
+    def close_now(self) -> None:
+        """Do the same from synchronous code."""
+        if self._used and _calling.is_running:
+            _calling.start(self._close_connections).wait()
+            _calling.let_go(self._holder)
+
+
+def _close_later(holder: int, close_connections: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Close what nobody holds any more; called by the garbage collector, in the middle of anything.
+
+    Takes no lock and waits for nothing.
+    """
+    loop = _calling.loop
+
+    async def close() -> None:
+        try:
+            await close_connections()
+        finally:
+            _calling.let_go(holder)
+
+    if loop is not None:
+        with contextlib.suppress(RuntimeError):  # it has ended
+            loop.call_soon_threadsafe(lambda: loop.create_task(close()))
+
+
+class Stream(Protocol):
+    """What is iterated over there: an `LLMStream`."""
+
+    @property
+    def text(self) -> str:
+        """The text so far."""
+
+    @property
+    def result(self) -> ChatResult:
+        """The whole answer."""
+
+    def __anext__(self) -> Awaitable[StreamChunk]: ...
+
+    async def aclose(self) -> None:
+        """Close it."""
+
+
+class LLMStreamNow:
+    """An answer as it comes, for synchronous code; see `LLMStream`.
+
+    Leaving it early closes the connection once it is let go of, or at once as a context manager
+    (`with llm.stream_now(…) as stream`) or by `close`.
+    """
+
+    def __init__(self, stream: Stream, waiter: Waiter) -> None:
+        self._stream = stream
+        self._waiter = waiter
+
+    @property
+    def text(self) -> str:
+        """The text so far."""
+        return self._stream.text
+
+    @property
+    def result(self) -> ChatResult:
+        """The whole answer, and which config made it.
+
+        Raises:
+            ConfigurationError: the stream has not been read to its end.
+        """
+        return self._stream.result
+
+    def __iter__(self) -> LLMStreamNow:
+        return self
+
+    def __next__(self) -> StreamChunk:
+        chunk = self._waiter.wait(self._next)
+        if chunk is None:
+            raise StopIteration
+        return chunk
+
+    def close(self) -> None:
+        """Close the stream and its connection."""
+        self._waiter.wait(self._stream.aclose)
+
+    def __enter__(self) -> LLMStreamNow:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    async def _next(self) -> StreamChunk | None:
+        try:
+            return await self._stream.__anext__()
+        except StopAsyncIteration:
+            return None
