@@ -523,14 +523,14 @@ async def test_backoff_starts_anew_after_a_healthy_connection(
     async def short(peer: Peer) -> None:
         await peer.subscribed(5)
         await eventually(lambda: backend.status is ClientStatus.LIVE)
+        await asyncio.sleep(0.01)  # healthy for longer than the shorter time above
 
     agents = {"default": (1, config("d", is_default=True))}
     timings = Timings(**(TENTH | {"backoff_initial_seconds": 0.01, "healthy_seconds": healthy}))
-    async with (
-        scripted_slm(revision=5, agents=agents, scripts=[short]) as slm,
-        SLMClient(slm.url, token="t", timings=timings) as backend,
-    ):
-        await eventually(lambda: len(waits) >= 4)
+    async with scripted_slm(revision=5, agents=agents, scripts=[short]) as slm:
+        backend = SLMClient(slm.url, token="t", timings=timings)
+        async with backend:
+            await eventually(lambda: len(waits) >= 4)
     assert waits[:4] == pytest.approx([0.01] * 4 if resets else [0.01, 0.02, 0.04, 0.08])
 
 
