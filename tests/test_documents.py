@@ -26,7 +26,8 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 PROTOCOL = (ROOT / "docs" / "protocol.md").read_text()
 OTHER_VARIABLES = {
-    *("SLM_URL", "SLM_TOKEN", "SLM_TOKEN_FILE", "SLM_CA_FILE"),
+    *("SLM_URL", "SLM_TOKEN", "SLM_TOKEN_FILE", "SLM_CA_FILE", "SLM_PROXY", "SLM_NAME"),
+    *("SLM_CACHE_FILE", "SLM_CACHE_KEY", "SLM_ALLOW_INSECURE"),
     *("SLM_CLIENT_CERT", "SLM_CLIENT_KEY", "SLM_TRACEBACK", "SLM_PROVIDER_PROXY"),
 }
 """Read by the command line and the SDK, not by the server."""

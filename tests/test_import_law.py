@@ -38,6 +38,7 @@ LAW: dict[str, frozenset[str]] = {
     "server": BASE,
     "cli": BASE | {"client", "llm", "server", "slm"},
     "slm": BASE | {"client", "llm"},
+    "testing": BASE | {"client"},
     "__main__": frozenset({"cli"}),
 }
 

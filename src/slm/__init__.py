@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from slm.client.timings import Timings
     from slm.errors import (
         AgentKeyUnavailable,
+        AgentUnknown,
         ConfigurationError,
         LLMAuthError,
         LLMBadRequest,
@@ -53,6 +54,7 @@ _HOMES = {
 __all__ = [
     "AgentConfigCache",
     "AgentKeyUnavailable",
+    "AgentUnknown",
     "BlockingSLMClient",
     "ClientStatus",
     "ConfigurationError",

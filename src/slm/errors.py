@@ -312,6 +312,22 @@ class AgentKeyUnavailable(SLMError):
         self.reason = reason
 
 
+class AgentUnknown(SLMError):
+    """A strict client was asked for an agent that the SLM does not have, or that is switched off.
+
+    Attributes:
+        agent_id: the agent that was asked for.
+        nearest: the agent whose name is most like it, if there is one.
+    """
+
+    code = "agent-unknown"
+
+    def __init__(self, agent_id: str, reason: str, nearest: str | None = None) -> None:
+        super().__init__(reason)
+        self.agent_id = agent_id
+        self.nearest = nearest
+
+
 # --- calling a language model ---
 
 
@@ -330,6 +346,7 @@ class LLMError(SLMError):
         status: the provider's HTTP status, where there was one.
         provider_error: the class name of the exception that the call ended with.
         retry_after_seconds: what the provider asked for, where it did.
+        passed_over: why the earlier steps of the chain did not answer, where another one did.
     """
 
     code: ClassVar[str] = "llm-error"
@@ -347,9 +364,11 @@ class LLMError(SLMError):
         status: int | None = None,
         provider_error: str | None = None,
         retry_after_seconds: float | None = None,
+        passed_over: str | None = None,
     ) -> None:
         super().__init__(detail)
         self.detail = detail
+        self.passed_over = passed_over
         self.agent_id = agent_id
         self.provider = provider
         self.model = model
@@ -367,7 +386,9 @@ class LLMError(SLMError):
         if self.revision is not None:
             config += f", revision {self.revision}"
         status = f" HTTP {self.status}:" if self.status else ""
-        return f"[{where}{config}]{status} {self.detail}"
+        # Why it is this config at all comes first: what failed with it may be of no interest then.
+        first = f"{self.passed_over}: " if self.passed_over else ""
+        return f"{first}[{where}{config}]{status} {self.detail}"
 
 
 class LLMTimeout(LLMError):

@@ -94,6 +94,7 @@ class ClientInfo(_Message):
     version: Annotated[str, Field(max_length=64, pattern=WITHOUT_NUL)] | None = None
     host: ShortText | None = None
     pid: Integer | None = None
+    plain_http: bool | None = None
 
 
 class Subscribe(_Message):

@@ -13,6 +13,7 @@ import pytest
 
 from slm.cli import output
 from tests.cli.command import CANARY, environment, slm
+from tests.client.ways import forward_proxy
 from tests.security.http import admin, agent
 from tests.servers import InLoopServer
 
@@ -144,3 +145,28 @@ async def test_a_key_over_plain_http_is_a_decision() -> None:
     tried = await slm(*command, stdin=CANARY, env=env | {"SLM_ALLOW_INSECURE": "1"})
     assert tried.code == 1
     assert tried.error.startswith("no SLM at http://slm.invalid:8760")
+
+
+async def test_of_several_addresses_the_first_that_listens_is_used(server: InLoopServer) -> None:
+    """One SLM_URL serves backends and operators, whichever replica is there."""
+    there = {"SLM_URL": f'"http://127.0.0.1:9, {server.url}"'}
+    token = str(server.data_dir / "admin.token")
+    done = await slm("agents", "list", "--token-file", token, env=there)
+    assert (done.code, server.url in done.err + done.out) == (0, True), done.err
+    done = await slm("agents", "list", "--url", "http://127.0.0.1:9,canary", "--token-file", token)
+    assert done.code == 1
+    assert "canary" not in done.err
+
+
+async def test_commands_go_through_the_named_proxy(server: InLoopServer) -> None:
+    """SLM_PROXY counts for the command line, too; its password is in no error."""
+    token = str(server.data_dir / "admin.token")
+    async with forward_proxy(wants="user:canary") as proxy:
+        there = {"SLM_URL": server.url, "SLM_PROXY": proxy.url.replace("://", "://user:canary@")}
+        done = await slm("agents", "list", "--token-file", token, env=there)
+        assert done.code == 0, done.err
+        assert proxy.asked
+    done = await slm("agents", "list", "--token-file", token, env=there)
+    assert done.code == 1
+    assert "the proxy 127.0.0.1" in done.err
+    assert "canary" not in done.err + done.out

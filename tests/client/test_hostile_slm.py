@@ -15,10 +15,11 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from slm import SLMClient
-from slm.client import http
+from slm.client import answers, http
+from slm.client.answers import Place, _retry_after
 from slm.client.cache import AgentConfigCache
+from slm.client.credentials import TokenSource
 from slm.client.explain import explain_steps
-from slm.client.http import _problem, _retry_after
 from slm.client.timings import Timings
 from slm.errors import SLMError, SLMUnavailable, Unavailable
 from slm.protocol import ExplainedStep
@@ -203,7 +204,10 @@ async def test_a_snapshot_too_large_leaves_the_sdk_as_it_is(
 def test_what_a_server_repeats_of_the_token_is_hidden() -> None:
     """A problem's words are logged, so the token is taken out of them."""
     body = f'{{"code": "unavailable", "detail": "no: Bearer {TOKEN.upper()} or {TOKEN[:12]}"}}'
-    problem = _problem(503, {}, body.encode(), http.TokenSource(TOKEN).repeated)
+    place = Place("https://slm.example", None)
+    problem = answers.problem(
+        503, {}, body.encode(), TokenSource(TOKEN).repeated, place, "/api/snapshot"
+    )
     assert isinstance(problem, Unavailable)
     assert str(problem) == "no: Bearer *** or ***"
 

@@ -15,6 +15,7 @@ from pydantic import SecretStr
 
 from slm.client.http import Connection, EpochChanged, TokenSource, normalised_url
 from slm.client.retry import NobodyListens
+from slm.client.site import Site
 from slm.client.timings import Timings
 from slm.client.tls import TlsFiles
 from slm.errors import (
@@ -59,7 +60,8 @@ async def answering(handler: Handler) -> AsyncIterator[str]:
 
 @asynccontextmanager
 async def connection(url: str, timings: Timings | None = None) -> AsyncIterator[Connection]:
-    opened = Connection(normalised_url(url), TokenSource(TOKEN), TlsFiles(), timings or Timings())
+    site = Site((normalised_url(url),), TokenSource(TOKEN))
+    opened = Connection(site, timings or Timings())
     try:
         yield opened
     finally:

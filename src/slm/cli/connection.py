@@ -5,11 +5,13 @@ Knows where to look and nothing of what is asked there.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import ipaddress
+import socket
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Final
 from urllib.parse import urlsplit
@@ -17,12 +19,14 @@ from urllib.parse import urlsplit
 import typer
 from pydantic import SecretStr
 
+from slm.client.addresses import ROUTES
+from slm.client.proxies import Proxies, usable_proxies
 from slm.client.tls import ClientCert
-from slm.environment import decoded, flag, is_service_link, tidied, variable
+from slm.environment import decoded, flag, is_service_link, listed, tidied, variable
 from slm.errors import ConfigurationError
 from slm.files import NotTrusted, read_given, read_own
 
-_ROUTES: Final = ("/api", "/api/agents", "/api/snapshot", "/ws", "/readyz", "/healthz", "/metrics")
+_CONNECT_SECONDS: Final = 2.0
 DEFAULT_URL: Final = "http://127.0.0.1:8760"
 URL_FILE: Final = "server.url"
 """Written into the data directory by `slm serve` while it runs."""
@@ -40,8 +44,8 @@ Url = Annotated[
     typer.Option(
         "--url",
         metavar="URL",
-        help=f"The server's address. \\[env var: SLM_URL; else the data directory's "
-        f"{URL_FILE}, else {DEFAULT_URL}]",
+        help="The server's address; several, separated by commas, are tried in turn. "
+        f"\\[env var: SLM_URL; else the data directory's {URL_FILE}, else {DEFAULT_URL}]",
         rich_help_panel=_PANEL,
         show_default=False,
     ),
@@ -93,6 +97,7 @@ class Target:
         ca_file: certificates of a private CA, or None for the system's.
         found: where url and token were found, for messages.
         client_cert: our own certificate, for a server that asks for one.
+        proxies: the proxy on the way, if there is one.
     """
 
     url: str
@@ -100,6 +105,7 @@ class Target:
     ca_file: Path | None
     found: str
     client_cert: ClientCert | None = None
+    proxies: Proxies = field(default_factory=Proxies)
 
     @property
     def is_private(self) -> bool:
@@ -129,7 +135,8 @@ def find(
     address, url_source = _find_url(url, data)
     token, token_source = _find_token(token_file, data, address)
     found = f"{url_source}; token: {token_source}"
-    return Target(address, SecretStr(token), ca_file, found, _client_cert())
+    proxies = usable_proxies(None, False, (address,), allow_insecure=flag("SLM_ALLOW_INSECURE"))
+    return Target(address, SecretStr(token), ca_file, found, _client_cert(), proxies)
 
 
 def at_a_server(command: Callable[..., None], *, unless: str | None = None) -> Callable[..., None]:
@@ -172,9 +179,9 @@ def is_loopback(url: str) -> bool:
 
 def _find_url(given: str | None, data_dir: Path) -> tuple[str, str]:
     if given is not None:
-        return _checked_url(given, "--url"), "--url"
+        return _first_of(given, "--url"), "--url"
     if (named := variable("SLM_URL")) and not is_service_link(named):
-        return _checked_url(named, "SLM_URL"), "SLM_URL"
+        return _first_of(named, "SLM_URL"), "SLM_URL"
     file = data_dir / URL_FILE
     try:
         text = decoded(read_own(file)[0])
@@ -186,6 +193,17 @@ def _find_url(given: str | None, data_dir: Path) -> tuple[str, str]:
     except (OSError, UnicodeDecodeError):
         return DEFAULT_URL, "the default"
     return _checked_url(text, str(file)), str(file)
+
+
+def _first_of(text: str, source: str) -> str:
+    """Return the address; of several, the first where something takes connections."""
+    urls = [_checked_url(part, source) for part in listed(text) or [text]]
+    for url in urls if len(urls) > 1 and variable("SLM_PROXY") is None else ():
+        parts = urlsplit(url)
+        place = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
+        with contextlib.suppress(OSError), socket.create_connection(place, _CONNECT_SECONDS):
+            return url
+    return urls[0]
 
 
 def _checked_url(text: str, source: str) -> str:
@@ -201,7 +219,7 @@ def _checked_url(text: str, source: str) -> str:
     if not usable or "@" in url or "?" in url or "#" in url:
         # Not shown: it may hold a password.
         raise ConfigurationError(f"{source} is not an address like https://slm.example:8760")
-    for route in _ROUTES:
+    for route in ROUTES:
         if url.endswith(route):
             raise ConfigurationError(
                 f"{source} ends with {route}, which belongs to the routes of the API: it is the"

@@ -64,6 +64,7 @@ class Api:
         self._session = aiohttp.ClientSession(
             headers={"Authorization": f"Bearer {self.target.token.get_secret_value()}"},
             connector=aiohttp.TCPConnector(ssl=tls_context(self.target)),
+            proxy=self.target.proxies.full_url(self.target.url),
             timeout=self._timeout,
             trust_env=False,  # a proxy of the environment would get token and keys
         )
@@ -210,6 +211,11 @@ def unreachable(target: Target, error: BaseException) -> SLMUnavailable:
     """Return the one sentence for a connection that did not come about or broke."""
     if isinstance(error, aiohttp.ClientConnectorCertificateError):
         reason = f"its certificate is not accepted ({error.certificate_error}); see --ca-file"
+    elif isinstance(error, aiohttp.ClientProxyConnectionError | aiohttp.ClientHttpProxyError):
+        way = target.proxies.on_the_way_to(target.url)
+        status = getattr(error, "status", None)
+        said = f"answered {status}" if status else "cannot be reached"
+        reason = f"the proxy {'' if way is None else way.place} {said}; see SLM_PROXY"
     elif isinstance(error, aiohttp.ClientConnectorError):
         reason = (
             f"{_reason(error.os_error)}; start one with `slm serve`, or name another with --url "

@@ -147,6 +147,11 @@ class AgentConfigCache:
         return max(self._tombstones.get(agent_id, -1), gone)
 
     @property
+    def names(self) -> Iterable[str]:
+        """The agents that are known."""
+        return self._agents.keys()
+
+    @property
     def size(self) -> int:
         """How many agents are known."""
         return len(self._agents)
@@ -201,6 +206,10 @@ class AgentConfigCache:
         elif self.live_until != NEVER:
             self._all_confirmed_at = min(self.clock(), self.live_until)
             self.live_until = NEVER
+
+    def confirm(self) -> None:
+        """Note that everything known is the newest at this moment."""
+        self._all_confirmed_at = self.clock()
 
     def begin(self, epoch: str, revision: int, change_id: str | None = None) -> None:
         """Start over at `revision` of `epoch`: what is held goes on being served until replaced.

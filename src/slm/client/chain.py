@@ -12,7 +12,8 @@ from slm.client.config import ResolvedConfig
 from slm.client.fallback import from_environment, hardcoded
 from slm.client.known import KnownAgent
 from slm.client.sync import Synchroniser
-from slm.errors import AgentKeyUnavailable
+from slm.client.unknown import UnknownAgents
+from slm.errors import AgentKeyUnavailable, AgentUnknown, SLMUnavailable
 
 _log = logging.getLogger("slm.client")
 
@@ -23,11 +24,15 @@ class Chain:
     Args:
         cache: what is known.
         key_wait: how long an answer waits for a key that changed a moment ago, in seconds.
+        strict: whether to raise instead of answering with another agent's config, or with values
+            that nobody set.
     """
 
-    def __init__(self, cache: AgentConfigCache, key_wait: float) -> None:
+    def __init__(self, cache: AgentConfigCache, key_wait: float, *, strict: bool = False) -> None:
         self._cache = cache
         self._key_wait = key_wait
+        self._strict = strict
+        self._unknown = UnknownAgents()
         self._warned: set[str] = set()
 
     async def answer(
@@ -42,11 +47,40 @@ class Chain:
 
         Raises:
             AgentKeyUnavailable: the agent needs an API key that cannot be had now.
+            AgentUnknown: the client is strict; there is no such agent, or it is switched off.
+            SLMUnavailable: the client is strict, and neither the SLM nor the environment answers.
         """
         config = await self._own(agent_id, sync, judged) if agent_id is not None else None
-        if config is None:
+        if config is not None:
+            return config
+        if agent_id is not None and self._is_missing(agent_id, sync):
+            self._unknown.near(agent_id, self._cache.names)
+        if agent_id is None or not self._strict:
             config = await self._default(agent_id, sync, judged)
-        return config or self._without_slm(agent_id or "default")
+        elif self._cache.find(agent_id) is not None:
+            raise AgentUnknown(agent_id, self._why_not(agent_id, sync))
+        elif self._is_missing(agent_id, sync):
+            near = self._unknown.near(agent_id, self._cache.names)
+            raise AgentUnknown(agent_id, self._why_not(agent_id, sync), near)
+        return config or self._without_slm(agent_id or "default", self._why_not(agent_id, sync))
+
+    def _is_missing(self, agent_id: str, sync: Synchroniser | None) -> bool:
+        """Say whether the SLM is known not to have this agent."""
+        cache = self._cache
+        if cache.find(agent_id) is not None:
+            return False
+        return cache.synced or (sync is not None and sync.lacks(agent_id))
+
+    def _why_not(self, agent_id: str | None, sync: Synchroniser | None) -> str:
+        """Return why the agent itself did not answer, as a sentence."""
+        if agent_id is not None and self._cache.find(agent_id) is not None:
+            return f"agent {agent_id!r} is switched off, or what is known of it is too old"
+        if agent_id is not None and self._is_missing(agent_id, sync):
+            return self._unknown.sentence(agent_id, self._cache.names)
+        if sync is None:
+            return "this client is closed"
+        said = sync.last_error or f"the SLM has not answered yet ({sync.status.value})"
+        return said.rstrip(".")
 
     async def _own(
         self, agent_id: str, sync: Synchroniser | None, judged: bool
@@ -68,16 +102,25 @@ class Chain:
         if default_id is None or default_id == agent_id:
             return None
         config = await self._whole(default_id, sync, judged)
-        return config and config.answering(agent_id if agent_id is not None else default_id)
+        if config is None or agent_id is None:
+            return config and config.answering(default_id)
+        return config.answering(
+            agent_id, f"{self._why_not(agent_id, sync)}, so the default agent answers"
+        )
 
-    def _without_slm(self, agent_id: str) -> ResolvedConfig:
+    def _without_slm(self, agent_id: str, why: str) -> ResolvedConfig:
         """Steps 3 and 4: the environment, else the hardcoded values."""
-        answer = from_environment(agent_id)
+        answer = from_environment(agent_id, passed_over=f"{why}, so AUTOBOT_LLM_* answer")
         for warning in answer.warnings:
             if warning not in self._warned:
                 self._warned.add(warning)
                 _log.warning("%s", warning)
-        return answer.config or hardcoded(agent_id)
+        if answer.config is not None:
+            return answer.config
+        unset = "AUTOBOT_LLM_* cannot be used" if answer.warnings else "no AUTOBOT_LLM_* is set"
+        if self._strict:
+            raise SLMUnavailable(f"agent {agent_id!r} cannot be resolved: {why}; {unset}")
+        return hardcoded(agent_id, f"{why}; {unset}, so the built-in values answer")
 
     async def _whole(
         self, agent_id: str, sync: Synchroniser | None, judged: bool

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable, Coroutine
-from pathlib import Path
+from collections.abc import Callable, Coroutine, Sequence
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -23,12 +22,11 @@ from slm.client.dispatch import callbacks
 from slm.client.follower import Follower, Settings
 from slm.client.follower import _abandoned as _abandoned
 from slm.client.hooks import OnChange, Validator
-from slm.client.http import TokenSource, normalised_url
 from slm.client.in_use import InUse
+from slm.client.options import read_options
 from slm.client.retry import ClientStatus
-from slm.client.snapshot_file import SnapshotFile
 from slm.client.timings import Timings, check_seconds
-from slm.client.tls import ClientCert, TlsFiles
+from slm.client.tls import ClientCert
 from slm.errors import ConfigurationError
 from slm.protocol import Explanation
 
@@ -47,14 +45,26 @@ class SLMClient:
 
     Args:
         slm_url: the SLM's address, an http(s) or ws(s) URL; plain http for this machine alone.
+            Several, as a list or separated by commas, are tried in turn. Else SLM_URL.
         token: the bearer token; else `token_file`, SLM_TOKEN or SLM_TOKEN_FILE.
         token_file: a file that holds it; read anew for each connection, so it may be replaced.
-        cache_file: where to keep the last known good configuration for a start without the SLM.
-        cache_key: a Fernet key that encrypts that file; without one no API key is in it.
-        ca_file: the PEM file of a private CA; certificates are verified against it alone.
+        cache_file: where to keep the last known good configuration for a start without the SLM;
+            else SLM_CACHE_FILE.
+        cache_key: a Fernet key that encrypts that file; without one no API key is in it. Else
+            SLM_CACHE_KEY.
+        ca_file: the PEM file of a private CA; certificates are verified against it alone. Else
+            SLM_CA_FILE.
         client_cert: this backend's own certificate, for an SLM that asks for one: a PEM file with
-            certificate and key, or a pair of files.
-        name: what this backend is called in the SLM's fleet view; the host's name by default.
+            certificate and key, or a pair of files. Else SLM_CLIENT_CERT and SLM_CLIENT_KEY.
+            These files may be replaced while the backend runs, like the token's.
+        name: what this backend is called in the SLM's fleet view; else SLM_NAME, else the host's
+            name.
+        proxy: the URL of an HTTP proxy on the way to the SLM, with a user name and password where
+            it wants them; else SLM_PROXY.
+        trust_env: whether HTTP_PROXY, HTTPS_PROXY and NO_PROXY count, where no proxy is named.
+        allow_insecure: allows plain http to another machine, where something else encrypts what is
+            sent. It is logged at each start. Else SLM_ALLOW_INSECURE=1.
+        strict: raise instead of answering with the default agent or the built-in values.
         ttl_seconds: without a live stream, after how long a value is refreshed and counts as stale.
         start_timeout: how long `connect` waits for the SLM at most, in seconds.
         key_wait: how long an answer waits for a key that changed a moment ago, in seconds.
@@ -62,12 +72,13 @@ class SLMClient:
         timings: every other duration.
 
     Raises:
-        ConfigurationError: an argument makes no sense, or there is no token.
+        ConfigurationError: an argument or a variable makes no sense, or there is no address or no
+            token.
     """
 
     def __init__(
         self,
-        slm_url: str,
+        slm_url: str | Sequence[str] | None = None,
         token: str | SecretStr | None = None,
         token_file: str | os.PathLike[str] | None = None,
         *,
@@ -76,20 +87,32 @@ class SLMClient:
         ca_file: str | os.PathLike[str] | None = None,
         client_cert: ClientCert | None = None,
         name: str | None = None,
+        proxy: str | SecretStr | None = None,
+        trust_env: bool = False,
+        allow_insecure: bool | None = None,
+        strict: bool = False,
         ttl_seconds: float = 300,
         start_timeout: float = 5,
         key_wait: float = 2,
         max_stale_seconds: float | None = None,
         timings: Timings | None = None,
     ) -> None:
-        tls = TlsFiles(Path(ca_file) if ca_file is not None else None, client_cert)
-        tls.context()  # a wrong file is told here rather than at the first connection
-        settings = Settings(
-            url=normalised_url(slm_url),
-            token=TokenSource(token, token_file),
-            tls=tls,
-            file=SnapshotFile(cache_file, cache_key) if cache_file is not None else None,
+        options = read_options(
+            slm_url,
+            token,
+            token_file,
+            cache_file=cache_file,
+            cache_key=cache_key,
+            ca_file=ca_file,
+            client_cert=client_cert,
             name=name,
+            proxy=proxy,
+            trust_env=trust_env,
+            allow_insecure=allow_insecure,
+        )
+        settings = Settings(
+            options=options,
+            strict=strict,
             start_timeout=check_seconds("start_timeout", start_timeout),
             key_wait=check_seconds("key_wait", key_wait),
             timings=timings or Timings(),
@@ -184,6 +207,8 @@ class SLMClient:
 
         Raises:
             AgentKeyUnavailable: the agent needs an API key that cannot be had now.
+            AgentUnknown: the client is strict; there is no such agent, or it is switched off.
+            SLMUnavailable: the client is strict, and neither the SLM nor the environment answers.
         """
         config = self._ready.get(agent_id)
         if config is not None and now() < self._cache.live_until:

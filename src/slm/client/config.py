@@ -75,6 +75,7 @@ class ResolvedConfig:
         revision: the revision of this config; None outside the SLM's steps.
         api_key_revision: the revision at which the key was last set; None with no key.
         source_agent_id: the agent whose row this is: agent_id, or the default agent's id.
+        passed_over: why the earlier steps did not answer, as a sentence; None with step `agent`.
     """
 
     agent_id: str
@@ -90,6 +91,7 @@ class ResolvedConfig:
     revision: int | None = None
     api_key_revision: int | None = None
     source_agent_id: str | None = None
+    passed_over: str | None = None
     _freshness: Callable[[], tuple[float, bool]] | None = field(default=None, repr=False)
     # Made when first asked for: a dict to copy costs a third of one to build.
     _fields: dict[str, Any] | None = field(default=None, init=False, repr=False)
@@ -145,8 +147,8 @@ class ResolvedConfig:
         values["_freshness"] = _Unpickled(time.time() - self.age)
         return _rebuilt, (values,)
 
-    def answering(self, agent_id: str) -> ResolvedConfig:
-        """Return this config as the default agent's answer for another agent."""
+    def answering(self, agent_id: str, passed_over: str | None = None) -> ResolvedConfig:
+        """Return this config as the default agent's answer for another agent, and why it is."""
         return ResolvedConfig(
             agent_id=agent_id,
             step=Step.DEFAULT,
@@ -161,6 +163,7 @@ class ResolvedConfig:
             revision=self.revision,
             api_key_revision=self.api_key_revision,
             source_agent_id=self.source_agent_id,
+            passed_over=passed_over,
             _freshness=self._freshness,
         )
 

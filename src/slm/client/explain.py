@@ -13,6 +13,7 @@ from slm.client.cache import AgentConfigCache
 from slm.client.config import ResolvedConfig, Step
 from slm.client.fallback import PREFIX, from_environment, hardcoded
 from slm.client.known import KnownAgent
+from slm.client.unknown import nearest
 from slm.protocol import ExplainedStep, storable
 
 _CAME: Final = {
@@ -58,7 +59,9 @@ def _told(step: Step, tell: Callable[[], ExplainedStep]) -> ExplainedStep:
 def _own_step(cache: AgentConfigCache, agent_id: str, unreachable: str) -> ExplainedStep:
     known = cache.find(agent_id)
     if known is None:
-        return _step(Step.AGENT, _unknown("no agent of this name", cache, unreachable))
+        said = _unknown("no agent of this name", cache, unreachable)
+        near = nearest(agent_id, cache.names)
+        return _step(Step.AGENT, said if near is None else f"{said}; did you mean {near!r}?")
     return _known_step(Step.AGENT, cache, known)
 
 

@@ -60,7 +60,9 @@ class FromEnvironment(NamedTuple):
     warnings: tuple[str, ...] = ()
 
 
-def from_environment(agent_id: str, environ: Mapping[str, str] | None = None) -> FromEnvironment:
+def from_environment(
+    agent_id: str, environ: Mapping[str, str] | None = None, *, passed_over: str | None = None
+) -> FromEnvironment:
     """Return what AUTOBOT_LLM_* say.
 
     A number that does not parse is passed over alone. A provider, endpoint, model or key that does
@@ -71,6 +73,7 @@ def from_environment(agent_id: str, environ: Mapping[str, str] | None = None) ->
     Args:
         agent_id: the agent that is asked for; it alone decides nothing.
         environ: the environment; the process's own by default.
+        passed_over: why the SLM's steps did not answer.
     """
     environ = os.environ if environ is None else environ
     texts = {name: text for name in _NAMES if (text := variable(PREFIX + name, environ))}
@@ -96,12 +99,13 @@ def from_environment(agent_id: str, environ: Mapping[str, str] | None = None) ->
         return FromEnvironment(None, _step_passed_over(warnings))
     if not values:
         return FromEnvironment(None, tuple(warnings))
-    return FromEnvironment(_config(agent_id, Step.ENVIRONMENT, provider, values), tuple(warnings))
+    config = _config(agent_id, Step.ENVIRONMENT, provider, values, passed_over)
+    return FromEnvironment(config, tuple(warnings))
 
 
-def hardcoded(agent_id: str) -> ResolvedConfig:
+def hardcoded(agent_id: str, passed_over: str | None = None) -> ResolvedConfig:
     """Return the last step of all: ollama on this machine *(mission)*."""
-    return _config(agent_id, Step.HARDCODED, HARDCODED_PROVIDER, {})
+    return _config(agent_id, Step.HARDCODED, HARDCODED_PROVIDER, {}, passed_over)
 
 
 @functools.cache
@@ -124,12 +128,15 @@ def _step_passed_over(warnings: list[str]) -> tuple[str, ...]:
     return (*warnings, f"the environment step is passed over: see {PREFIX}* above")
 
 
-def _config(agent_id: str, step: Step, provider: str, values: Mapping[str, Any]) -> ResolvedConfig:
+def _config(
+    agent_id: str, step: Step, provider: str, values: Mapping[str, Any], passed_over: str | None
+) -> ResolvedConfig:
     ollama = provider == HARDCODED_PROVIDER
     key: SecretStr | None = values.get("API_KEY")
     return ResolvedConfig(
         agent_id=agent_id,
         step=step,
+        passed_over=passed_over,
         llm_provider=provider,
         llm_endpoint=values.get("ENDPOINT") or (DEFAULT_ENDPOINTS[provider] if ollama else None),
         llm_model=values.get("MODEL", HARDCODED_MODEL),

@@ -22,14 +22,13 @@ from slm.client.config import ResolvedConfig
 from slm.client.dispatch import callbacks
 from slm.client.explain import explain_steps
 from slm.client.hooks import Hooks
-from slm.client.http import TokenSource
 from slm.client.in_use import KeysInUse
 from slm.client.known import KnownAgent
+from slm.client.options import Options
 from slm.client.retry import ClientStatus
 from slm.client.snapshot_file import Contents, Saver, SnapshotFile
 from slm.client.sync import Synchroniser
 from slm.client.timings import Timings
-from slm.client.tls import TlsFiles
 from slm.errors import SLMError
 from slm.protocol import ClientInfo, Explanation, storable
 
@@ -40,11 +39,8 @@ _log = logging.getLogger("slm.client")
 class Settings:
     """What a client was made with, checked."""
 
-    url: str
-    token: TokenSource
-    tls: TlsFiles
-    file: SnapshotFile | None
-    name: str | None
+    options: Options
+    strict: bool
     start_timeout: float
     key_wait: float
     timings: Timings
@@ -71,7 +67,7 @@ class Follower:
         self.sync: Synchroniser | None = None
         self.hooks = Hooks(self._validators_changed)
         self.in_use = KeysInUse()
-        self._chain = Chain(cache, settings.key_wait)
+        self._chain = Chain(cache, settings.key_wait, strict=settings.strict)
         self._instance = uuid.uuid4().hex[:12]
         self._holder = background.new_holder()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -168,7 +164,7 @@ class Follower:
             sync.settled.set()  # long enough for all who wait
             _log.warning(
                 "the SLM at %s did not answer within %g s: %s; trying on in the background",
-                self._settings.url,
+                self._settings.options.site,
                 seconds,
                 sync.last_error or "no answer yet",
             )
@@ -211,17 +207,15 @@ class Follower:
         if self._loop is None:
             self._loop = background.following.hold(self._holder)
             callbacks.enter()
-        if settings.file is not None:
+        if settings.options.file is not None:
             if self._cache.epoch is None:
-                self._load(settings.file)
+                self._load(settings.options.file)
             interval = settings.timings.save_interval_seconds
-            self._saver = Saver(settings.file, interval, self._contents)
+            self._saver = Saver(settings.options.file, interval, self._contents)
         self._judge_later(dict(self._cache.unsettled()))
         sync = self.sync = Synchroniser(
             self._cache,
-            settings.url,
-            settings.token,
-            settings.tls,
+            settings.options.site,
             settings.timings,
             self._info(),
             self._swapped,
@@ -230,6 +224,7 @@ class Follower:
             settings.key_wait,
             self.explained,
         )
+        settings.options.log_decisions()
         sync.start()
         return sync
 
@@ -346,11 +341,12 @@ class Follower:
 
         host = socket.gethostname()
         return ClientInfo(
-            name=storable(self._settings.name or host, 128),
+            name=storable(self._settings.options.name or host, 128),
             instance=self._instance,
             version=version("autobot-slm"),
             host=storable(host, 255),
             pid=os.getpid(),
+            plain_http=self._settings.options.insecure or None,
         )
 
     def _save_soon(self) -> None:

@@ -1,51 +1,41 @@
-"""The client's connection to one SLM: its address, its token, the GETs and the handshake.
+"""The client's connection to one SLM: the GETs and the handshake, at the address that is in use.
 
-An answer becomes a schema, a status an error of `slm.errors`. Knows no cache and tries nothing
-twice. No proxy or netrc of the environment is used, no redirect followed, TLS always verified.
+An answer becomes a schema, anything else an error (`slm.client.answers`). Knows no cache. No proxy
+or netrc of the environment is used unasked, no redirect followed, TLS always verified.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
-import os
-from collections.abc import Awaitable, Callable, Mapping
-from email.utils import parsedate_to_datetime
+from collections.abc import Awaitable, Mapping
 from pathlib import Path
-from typing import Final, TypeVar
-from urllib.parse import quote, urlsplit
+from typing import Any, Final, TypeVar
+from urllib.parse import quote
 
 import aiohttp
-from pydantic import BaseModel, ConfigDict, SecretStr, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 from yarl import URL
 
+from slm.client.addresses import Addresses, normalised_url
+from slm.client.answers import (
+    UPGRADE,
+    Place,
+    Redirected,
+    UpgradeFailed,
+    failure_of,
+    is_ours,
+    problem,
+)
+from slm.client.credentials import TlsContext, TokenSource
 from slm.client.direct import DirectWebSocket
 from slm.client.received import ReceivedSnapshot
-from slm.client.retry import NobodyListens
+from slm.client.site import Site
 from slm.client.timings import Timings
-from slm.client.tls import TlsFiles
-from slm.endpoints import literal_address
-from slm.errors import (
-    BadRequest,
-    ConfigurationError,
-    Forbidden,
-    InternalError,
-    InvalidRequest,
-    NotFound,
-    ProblemError,
-    ProtocolError,
-    SLMError,
-    SLMUnavailable,
-    TLSError,
-    TooManyRequests,
-    Unauthorized,
-    Unavailable,
-    problem_classes,
-)
-from slm.files import NotTrusted, read_given
+from slm.errors import ProtocolError, SLMError, SLMUnavailable
 from slm.schemas import Agent, LLMConfigWithKey
-from slm.scrub import MAX_TEXT, one_line, scrubbed
+
+__all__ = ["Connection", "EpochChanged", "TokenSource", "normalised_url"]
 
 _T = TypeVar("_T")
 _M = TypeVar("_M", bound=BaseModel)
@@ -56,16 +46,6 @@ MAX_ANSWER_BYTES: Final = 1024 * 1024
 MAX_SNAPSHOT_BYTES: Final = 256 * 1024 * 1024
 """The largest snapshot: that of 100,000 agents has about a third of it."""
 
-_PROBLEMS = problem_classes()
-_BY_STATUS: dict[int, type[ProblemError]] = {
-    401: Unauthorized,
-    403: Forbidden,
-    404: NotFound,
-    429: TooManyRequests,
-    503: Unavailable,
-}
-_SCHEMES = {"http": "http", "ws": "http", "https": "https", "wss": "https"}
-
 
 class EpochChanged(SLMError):
     """The answer comes from another life of the database than the one that was asked about."""
@@ -73,112 +53,35 @@ class EpochChanged(SLMError):
     code = "epoch-changed"
 
 
-def normalised_url(slm_url: str) -> str:
-    """Return `http(s)://host[:port][/path]` for an http(s) or ws(s) URL of an SLM.
+class News(BaseModel):
+    """What a page of changes says of where the SLM is; what the changes are is not looked at."""
 
-    Plain http is for loopback alone: the token and the keys would be there for all to read, and
-    the SLM hands out no key that way (docs/protocol.md section 3).
+    model_config = ConfigDict(defer_build=True)
 
-    Raises:
-        ConfigurationError: it is not such a URL; the message does not repeat it.
-    """
-    try:
-        parts = urlsplit(slm_url.strip())
-        host, _ = parts.hostname, parts.port
-    except ValueError:
-        host, parts = None, urlsplit("")
-    scheme = _SCHEMES.get(parts.scheme.lower())
-    if scheme is None or not host:
-        raise ConfigurationError("slm_url must be an http, https, ws or wss URL with a host")
-    if "@" in parts.netloc or parts.query or parts.fragment:
-        raise ConfigurationError(
-            "slm_url may hold neither a user name, nor a password, nor a query; give the token as "
-            "token= or SLM_TOKEN"
-        )
-    if scheme == "http" and not _is_loopback(host):
-        raise ConfigurationError(
-            "slm_url must be https (or wss) unless the SLM is on this machine: over plain http the "
-            "token and the API keys could be read on the way"
-        )
-    return str(URL(f"{scheme}://{parts.netloc}{parts.path}")).rstrip("/")
-
-
-def _is_loopback(host: str) -> bool:
-    if host.rstrip(".").lower() == "localhost":
-        return True
-    address = literal_address(host)
-    return address is not None and address.is_loopback
-
-
-class TokenSource:
-    """The bearer token of the moment; one that comes from a file is read anew each time.
-
-    Args:
-        token: the token itself; else `token_file`, SLM_TOKEN or SLM_TOKEN_FILE, in this order.
-        token_file: a file that holds it, so that it can be replaced while the backend runs.
-
-    Raises:
-        ConfigurationError: there is none, the file cannot be read, or it is no possible token.
-    """
-
-    def __init__(
-        self, token: str | SecretStr | None = None, token_file: str | os.PathLike[str] | None = None
-    ) -> None:
-        if token is None and token_file is None:
-            token = os.environ.get("SLM_TOKEN") or None
-            token_file = os.environ.get("SLM_TOKEN_FILE") or None
-        self._file = Path(token_file) if token is None and token_file is not None else None
-        if self._file is not None:
-            self._token = self._read(self._file)
-        elif token is not None:
-            text = token.get_secret_value() if isinstance(token, SecretStr) else token
-            self._token = _usable_token(text, "the token")
-        else:
-            raise ConfigurationError(
-                "no token for the SLM: give token= or token_file=, or set SLM_TOKEN or "
-                "SLM_TOKEN_FILE"
-            )
-
-    def headers(self) -> dict[str, str]:
-        """Return the Authorization header of the next request."""
-        if self._file is not None:
-            # A file that is being replaced may be gone or empty for a moment.
-            with contextlib.suppress(ConfigurationError):
-                self._token = self._read(self._file)
-        return {"Authorization": f"Bearer {self._token.get_secret_value()}"}
-
-    def repeated(self, text: str) -> str:
-        """Return a server's words as one line for an error or a log, without the token."""
-        return one_line(scrubbed(text[:MAX_TEXT], self._token.get_secret_value()))
-
-    @staticmethod
-    def _read(path: Path) -> SecretStr:
-        try:
-            text = read_given(path).decode()
-        except NotTrusted as error:
-            raise ConfigurationError(f"the token file cannot be used: {error}") from None
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "it is not text"
-            raise ConfigurationError(f"the token file {path} cannot be read: {reason}") from None
-        return _usable_token(text, f"the token file {path}")
-
-
-def _usable_token(text: str, where: str) -> SecretStr:
-    text = text.strip()
-    if not text or not text.isascii() or not text.isprintable() or " " in text:
-        raise ConfigurationError(f"{where} holds no token: one word of printable ASCII is expected")
-    return SecretStr(text)
+    changes: list[Any]
+    revision: int
+    epoch: str
 
 
 class Connection:
-    """One HTTP session to one SLM, for the GETs and the stream; bound to the loop it is made in."""
+    """One HTTP session to one SLM, for the GETs and the stream; bound to the loop it is made in.
 
-    def __init__(self, base_url: str, token: TokenSource, tls: TlsFiles, timings: Timings) -> None:
-        self._base_url = base_url
-        self._token = token
+    Attributes:
+        addresses: the SLM's, and which is in use.
+        streaming: whether a stream is up, which the GETs then follow.
+        upgrade_refused: whether the last handshake came to nothing on the way, rather than by the
+            SLM's own word: asking over HTTP may still do.
+    """
+
+    def __init__(self, site: Site, timings: Timings) -> None:
+        self._site = site
         self._timings = timings
+        self.addresses = Addresses(site.urls)
+        self.streaming = False
+        self.upgrade_refused = False
+        self._tls = TlsContext(site.tls)
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(ssl=tls.context(), limit=16),
+            connector=aiohttp.TCPConnector(limit=16),
             cookie_jar=aiohttp.DummyCookieJar(),
             timeout=aiohttp.ClientTimeout(total=None),  # each request below has its own
             middlewares=(_refuse_redirects,),
@@ -186,13 +89,18 @@ class Connection:
             trust_env=False,
         )
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Every file that what is shown to the SLM comes from."""
+        return self._site.files
+
     async def close(self) -> None:
         """Close every connection."""
         await self._session.close()
 
     def repeated(self, text: str) -> str:
         """Return the SLM's words as one line for an error or a log, without the token."""
-        return self._token.repeated(text)
+        return self._site.token.repeated(text)
 
     async def get_llm(
         self, agent_id: str, *, min_revision: int, epoch: str | None
@@ -209,8 +117,8 @@ class Connection:
             ProblemError: what the SLM answered instead.
             SLMUnavailable: no answer, or none that can be used.
         """
-        path = f"/api/agents/{quote(agent_id, safe='')}/llm"
-        agent = await self._get(path, LLMConfigWithKey, epoch, min_revision)
+        path = f"/api/agents/{quote(agent_id, safe='')}/llm?min_revision={min_revision}"
+        agent = await self._get(path, LLMConfigWithKey, epoch)
         if agent.agent_id != agent_id:
             raise ProtocolError(f"asked for agent {agent_id!r}, the SLM answered another one")
         return agent
@@ -222,42 +130,97 @@ class Connection:
     async def get_snapshot(self, *, min_revision: int) -> ReceivedSnapshot:
         """Return every agent's config with its key, at `min_revision` or later."""
         return await self._get(
-            "/api/snapshot",
+            f"/api/snapshot?min_revision={min_revision}",
             ReceivedSnapshot,
             None,
-            min_revision,
             timeout=self._timings.snapshot_timeout_seconds,
             max_bytes=MAX_SNAPSHOT_BYTES,
         )
 
+    async def get_news(self, *, since: int) -> News:
+        """Say where the SLM is, and whether anything that the token may see changed since."""
+        return await self._get(f"/api/changes?since={since}&limit=1", News, None)
+
+    async def find_ready(self) -> str | None:
+        """Return one of the other addresses whose server is ready to serve; None: there is none.
+
+        The token is not sent.
+        """
+        for url in self.addresses.others:
+            with contextlib.suppress(SLMError):
+                status, _, _ = await self._translated(
+                    self._read(url, "/readyz", {}, MAX_ANSWER_BYTES),
+                    url,
+                    "/readyz",
+                    self._timings.next_address_seconds,
+                )
+                if status == 200:
+                    return url
+        return None
+
     async def open_stream(self) -> DirectWebSocket:
         """Return the WebSocket, open and not yet subscribed."""
-        timings = self._timings
-        handshake = self._session.ws_connect(
-            URL(self._base_url + "/ws", encoded=True),
-            headers=self._token.headers(),
-            autoping=False,  # the stream pings, and answers
-            timeout=aiohttp.ClientWSTimeout(ws_close=timings.close_timeout_seconds),
-            # Compression costs the SLM 2 to 4 times the CPU and 40 KiB a connection.
-            compress=0,
-        )
-        ws = await _translated(handshake, "the stream", timings.request_timeout_seconds)
+        timings, url = self._timings, self.addresses.current
+        self.upgrade_refused = False
+        timeout = timings.request_timeout_seconds
+        if not self.addresses.patient:
+            timeout = min(timeout, timings.next_address_seconds)
+        try:
+            ws = await self._translated(self._handshake(url), url, UPGRADE, timeout)
+        except UpgradeFailed:
+            self.upgrade_refused = True
+            raise
         assert isinstance(ws, DirectWebSocket)  # noqa: S101 - for the type checker
         return ws
+
+    async def _handshake(self, url: str) -> aiohttp.ClientWebSocketResponse:
+        try:
+            ws: aiohttp.ClientWebSocketResponse = await self._session.ws_connect(
+                URL(url + "/ws", encoded=True),
+                autoping=False,  # the stream pings, and answers
+                timeout=aiohttp.ClientWSTimeout(ws_close=self._timings.close_timeout_seconds),
+                # Compression costs the SLM 2 to 4 times the CPU and 40 KiB a connection.
+                compress=0,
+                ssl=self._tls.current(),
+                **self._site.proxies.options(url, self._site.token.headers()),
+            )
+            return ws
+        except aiohttp.WSServerHandshakeError as error:
+            self.upgrade_refused = not is_ours(error.headers or {})
+            raise
 
     async def _get(
         self,
         path: str,
         model: type[_M],
         epoch: str | None,
-        min_revision: int | None = None,
         timeout: float | None = None,
         max_bytes: int = MAX_ANSWER_BYTES,
     ) -> _M:
-        query = "" if min_revision is None else f"?min_revision={min_revision}"
-        url = URL(self._base_url + path + query, encoded=True)
-        status, headers, body = await _translated(
-            self._read(url, max_bytes), path, timeout or self._timings.request_timeout_seconds
+        """Ask the server in use, or while no stream is up the first that answers."""
+        while True:
+            url = self.addresses.current
+            try:
+                return await self._get_from(url, path, model, epoch, timeout, max_bytes)
+            except SLMUnavailable:
+                if self.streaming or not self.addresses.several or not self.addresses.leave(url):
+                    raise
+
+    async def _get_from(
+        self,
+        url: str,
+        path: str,
+        model: type[_M],
+        epoch: str | None,
+        timeout: float | None,
+        max_bytes: int,
+    ) -> _M:
+        shown = path.partition("?")[0]
+        status, headers, body = await self._translated(
+            self._read(url, path, self._site.token.headers(), max_bytes),
+            url,
+            shown,
+            timeout or self._timings.request_timeout_seconds,
         )
         told = headers.get("SLM-Epoch")
         if epoch is not None and told is not None and told != epoch:
@@ -266,16 +229,20 @@ class Connection:
         if status == 200:
             with contextlib.suppress(ValidationError):
                 return model.model_validate_json(body)
-            failure = ProtocolError(f"the SLM's answer to {path} is not of the contract's shape")
+            failure = ProtocolError(f"the SLM's answer to {shown} is not of the contract's shape")
         else:
-            failure = _problem(status, headers, body, self.repeated)
+            failure = problem(status, headers, body, self.repeated, self._place(url), shown)
         # The body may hold keys. The validation error knows it, so this is outside the handler; and
         # a crash reporter sends the variables of each frame along.
         del body
         raise failure
 
-    async def _read(self, url: URL, max_bytes: int) -> tuple[int, Mapping[str, str], bytes]:
-        async with self._session.get(url, headers=self._token.headers()) as answer:
+    async def _read(
+        self, base: str, path: str, shown: dict[str, str], max_bytes: int
+    ) -> tuple[int, Mapping[str, str], bytes]:
+        url = URL(base + path, encoded=True)
+        options = self._site.proxies.options(base, shown)
+        async with self._session.get(url, ssl=self._tls.current(), **options) as answer:
             pieces, size = [], 0
             # Counted as it is decompressed: a few bytes on the wire may stand for gigabytes.
             async for piece in answer.content.iter_any():
@@ -286,6 +253,30 @@ class Connection:
                     raise SLMUnavailable(f"the SLM's answer is larger than {max_bytes} bytes")
             return answer.status, answer.headers, b"".join(pieces)
 
+    def _place(self, url: str) -> Place:
+        way = None
+        with contextlib.suppress(SLMError):
+            way = self._site.proxies.on_the_way_to(url)
+        return Place(url, None if way is None else way.place)
+
+    async def _translated(self, call: Awaitable[_T], url: str, what: str, timeout: float) -> _T:
+        """Turn the HTTP library's exceptions into ours: theirs know the request and its token."""
+        try:
+            async with asyncio.timeout(timeout):
+                return await call
+        except Exception as error:
+            failed = error
+        except BaseException as error:
+            # A cancellation, without the library's frames, whose variables hold the token.
+            error.__context__ = error.__cause__ = None
+            raise error.with_traceback(None)  # noqa: B904 - it is the same one
+        # Outside the handler, so that the original is not carried along as its context.
+        try:
+            failure = failure_of(failed, what, timeout, self._place(url), self.repeated)
+        finally:
+            del failed
+        raise failure
+
 
 async def _refuse_redirects(
     request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType
@@ -293,96 +284,7 @@ async def _refuse_redirects(
     """Let no redirect be followed, in the handshake either: it would take the token elsewhere."""
     answer = await handler(request)
     if 300 <= answer.status < 400:
-        status = answer.status
+        status, location = answer.status, answer.headers.get("Location", "")
         answer.close()
-        raise _Redirected(status)
+        raise Redirected(status, location)
     return answer
-
-
-class _Redirected(aiohttp.ClientError):
-    def __init__(self, status: int) -> None:
-        super().__init__(f"it answered with a redirect ({status}), which is never followed")
-
-
-async def _translated(call: Awaitable[_T], what: str, timeout: float) -> _T:
-    """Turn the HTTP library's exceptions into ours: theirs know the request, and so the token."""
-    try:
-        async with asyncio.timeout(timeout):
-            return await call
-    except Exception as error:
-        failed = error
-    except BaseException as error:
-        # A cancellation, without the library's frames, whose variables hold the token.
-        error.__context__ = error.__cause__ = None
-        raise error.with_traceback(None)  # noqa: B904 - it is the same one
-    # Outside the handler, so that the original is not carried along as its context.
-    try:
-        failure = _failure_of(failed, what, timeout)
-    finally:
-        del failed
-    raise failure
-
-
-def _failure_of(error: Exception, what: str, timeout: float) -> SLMError:
-    if isinstance(error, SLMError):
-        return error.with_traceback(None)
-    if isinstance(error, aiohttp.WSServerHandshakeError):
-        return _problem(error.status, error.headers or {}, b"")
-    if isinstance(error, aiohttp.ClientConnectorCertificateError | aiohttp.ClientConnectorSSLError):
-        return TLSError(f"the SLM's certificate was not accepted: {_tls_reason(error)}")
-    if isinstance(error, TimeoutError):
-        return SLMUnavailable(f"no answer to {what} within {timeout:g} s")
-    if isinstance(error, aiohttp.ClientResponseError):
-        return SLMUnavailable(f"the SLM broke HTTP: {type(error).__name__}")
-    if isinstance(error, aiohttp.ClientError | OSError):
-        said = one_line(str(error)) or type(error).__name__
-        refused = getattr(error, "errno", None) == errno.ECONNREFUSED
-        return (NobodyListens if refused else SLMUnavailable)(f"the SLM did not answer: {said}")
-    # Whatever else an answer makes the library raise, the client must go on.
-    return SLMUnavailable(f"the SLM's answer cannot be read: {type(error).__name__}")
-
-
-def _tls_reason(error: Exception) -> str:
-    cause = getattr(error, "certificate_error", None) or getattr(error, "os_error", None) or error
-    return getattr(cause, "verify_message", None) or getattr(cause, "reason", None) or str(cause)
-
-
-def _problem(
-    status: int,
-    headers: Mapping[str, str],
-    body: bytes,
-    repeated: Callable[[str], str] = one_line,
-) -> SLMError:
-    """Return the error that an answer other than success stands for."""
-    code, detail = "", ""
-    with contextlib.suppress(ValidationError):
-        told = _Problem.model_validate_json(body)
-        code, detail = told.code, told.detail
-    cls = _PROBLEMS.get(code)
-    if cls is None or cls.status != status:
-        cls = _BY_STATUS.get(status)
-    detail = repeated(detail) or f"HTTP {status}"
-    if cls is None:
-        cls = InternalError if status >= 500 else BadRequest
-    if issubclass(cls, InvalidRequest):
-        return cls(detail)
-    return cls(detail, retry_after_seconds=_retry_after(headers))
-
-
-class _Problem(BaseModel):
-    model_config = ConfigDict(defer_build=True)
-
-    code: str = ""
-    detail: str = ""
-
-
-def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """Return Retry-After in seconds; a date counts from the answer's own Date, not our clock."""
-    text = headers.get("Retry-After", "").strip()
-    if text.isdecimal() and text.isascii():
-        return float(text[:9])
-    try:
-        until = parsedate_to_datetime(text)
-        return max(0.0, (until - parsedate_to_datetime(headers.get("Date", ""))).total_seconds())
-    except Exception:  # ValueError is the usual one; years and zones overflow in several ways
-        return None

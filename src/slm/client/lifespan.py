@@ -15,7 +15,7 @@ Lifespan = Callable[[Any], AbstractAsyncContextManager[Mapping[str, Any] | None]
 
 
 def lifespan(
-    slm: str | SLMClient, inner: Callable[[Any], Any] | None = None, **options: Any
+    slm: str | SLMClient | None = None, inner: Callable[[Any], Any] | None = None, **options: Any
 ) -> Callable[[Any], AbstractAsyncContextManager[Mapping[str, Any]]]:
     """Return a lifespan that connects a client when the application starts, and closes it after.
 
@@ -27,7 +27,7 @@ def lifespan(
         >>> app = FastAPI(lifespan=slm.lifespan("https://slm.internal"))
 
     Args:
-        slm: the SLM's address, or a client of your own making.
+        slm: the SLM's address, or a client of your own making; None: the address is SLM_URL.
         inner: your own lifespan, if you have one; it runs inside, and finds `app.state.slm`.
         options: for `SLMClient`, where an address was given.
     """

@@ -28,6 +28,9 @@ class ClientStatus(enum.StrEnum):
     BEHIND = "behind"
     """Connected to an SLM that has lost sight of its database; changes may be missing."""
 
+    POLLING = "polling"
+    """No WebSocket gets through, as `last_error` says; changes are asked for every few seconds."""
+
     DISCONNECTED = "disconnected"
     """No stream; trying again with backoff. The cache, or the chain's next steps, answer."""
 
@@ -79,6 +82,10 @@ class Backoff:
     def reset(self) -> None:
         """Start anew: the last connection was healthy."""
         self._failures = 0
+
+    def delay_elsewhere(self) -> float:
+        """Return the seconds to wait before another address is tried, which has not failed yet."""
+        return self._uniform(0, self._timings.backoff_initial_seconds)
 
     def delay_after(self, error: BaseException) -> float:
         """Return the seconds to wait after this failure.

@@ -12,7 +12,9 @@ from typing import NamedTuple, Protocol
 
 import aiohttp
 
+from slm.client.answers import UpgradeFailed
 from slm.client.clock import now
+from slm.client.credentials import Watch
 from slm.client.direct import DirectWebSocket
 from slm.client.http import Connection
 from slm.client.retry import Backoff
@@ -76,6 +78,8 @@ class Stream:
         self._listener = listener
         self._client = client
         self._timings = timings
+        self._watch = Watch(connection.files)
+        self._left_for: SLMError | None = None
         self._ws: DirectWebSocket | None = None
         self._silence: Silence | None = None
         self._told_until = 0.0
@@ -90,6 +94,8 @@ class Stream:
         while True:
             self._subscribed_at = self._caught_up_at = None
             self._healthy = False
+            self._watch.note()
+            address = self._connection.addresses.current
             failure: SLMError
             try:
                 failure = await self._live_once()
@@ -99,13 +105,17 @@ class Stream:
                 # A mistake of ours must not end the stream for the life of the process.
                 _log.exception("the stream failed; connecting again")
                 failure = SLMUnavailable("the stream failed on our side; the log has more")
+            self._connection.streaming = False
+            elsewhere = self._connection.addresses.leave(address)
             self._listener.lost(failure)
             self.note_caught_up(False)
             if self._healthy:
                 backoff.reset()
                 if isinstance(failure, StoodStill):
                     continue  # somebody may wait for it, and nobody else stood still with us
-            await asyncio.sleep(backoff.delay_after(failure))
+            seconds = backoff.delay_elsewhere() if elsewhere else backoff.delay_after(failure)
+            # A refused token or certificate is tried again as soon as its file is replaced.
+            await self._watch.wait(seconds)
 
     def note_caught_up(self, caught_up: bool) -> None:
         """Note whether the client is caught up; a connection that stays so is healthy."""
@@ -140,15 +150,17 @@ class Stream:
         if self._silence is not None:
             self._silence.give_up()
 
-    async def restart(self) -> None:
+    async def restart(self, why: SLMError | None = None) -> None:
         """Close the connection, so that the next one starts from the listener's position."""
         if self._ws is not None:
+            self._left_for = why
             await self._ws.close()
 
     async def _live_once(self) -> SLMError:
         """Hold one connection until it ends, and return why it did."""
         position = self._listener.position()
         since, epoch, change_id = position if position is not None else (None, None, None)
+        self._left_for = None
         ws = self._ws = await self._connection.open_stream()
         try:
             subscribe = Subscribe(
@@ -210,11 +222,11 @@ class Stream:
                     elif frame.type is aiohttp.WSMsgType.PING:
                         await ws.pong(frame.data)
                     elif frame.type is not aiohttp.WSMsgType.PONG:
-                        return _ending(frame.type, ws.close_code)
+                        return self._left_for or self._ending(frame.type, ws.close_code)
         except TimeoutError:
             if self._stood_still:
                 return StoodStill("nothing was heard for too long: this process stood still")
-            return SLMUnavailable(f"no frame from the SLM within {silence.seconds:g} s")
+            return self._swallowed(f"no frame from the SLM within {silence.seconds:g} s")
         finally:
             self._silence = None
             ws.deafen()
@@ -234,10 +246,20 @@ class Stream:
         """Take the first message, which `_heartbeat` found to be in order."""
         assert isinstance(message, Subscribed)  # noqa: S101 - for the type checker
         self._subscribed_at = asyncio.get_running_loop().time()
+        self._connection.streaming = True
+        self._connection.addresses.arrived()
         self._listener.subscribed(message, since)
 
+    def _ending(self, kind: aiohttp.WSMsgType, code: int | None) -> SLMError:
+        if kind is aiohttp.WSMsgType.BINARY:
+            return ProtocolError("the SLM sent a binary frame")
+        if code in (None, aiohttp.WSCloseCode.ABNORMAL_CLOSURE):
+            return self._swallowed("the stream was cut")
+        return SLMUnavailable(f"the stream ended (close code {code})")
 
-def _ending(kind: aiohttp.WSMsgType, code: int | None) -> SLMError:
-    if kind is aiohttp.WSMsgType.BINARY:
-        return ProtocolError("the SLM sent a binary frame")
-    return SLMUnavailable(f"the stream ended (close code {code or 'none'})")
+    def _swallowed(self, what: str) -> SLMError:
+        """Return the error for an end without a word; at the very beginning it is a proxy's way."""
+        if self._subscribed_at is not None:
+            return SLMUnavailable(what)
+        self._connection.upgrade_refused = True
+        return UpgradeFailed(f"the WebSocket was opened, but nothing came through it: {what}")

@@ -14,13 +14,15 @@ from typing import Any, Final
 from slm import tracing
 from slm.client.acks import Acks
 from slm.client.cache import NEVER, AgentConfigCache
-from slm.client.http import Connection, EpochChanged, TokenSource
+from slm.client.credentials import Watch
+from slm.client.http import Connection, EpochChanged
 from slm.client.in_use import KeysInUse
 from slm.client.keys import KeyFetcher
+from slm.client.polling import Poller, leave_for_a_better_one
 from slm.client.retry import Backoff, ClientStatus, status_after
+from slm.client.site import Site
 from slm.client.stream import Resume, StoodStill, Stream
 from slm.client.timings import Timings
-from slm.client.tls import TlsFiles
 from slm.errors import (
     AgentInactive,
     AgentNotFound,
@@ -45,6 +47,9 @@ _log = logging.getLogger("slm.client")
 
 _EXPLAINED_AT_ONCE: Final = 32
 _REMEMBERED: Final = 10_000
+_SAID: Final = 32
+_LOOKS_SECONDS: Final = 60.0
+_REFUSED: Final = (ClientStatus.UNAUTHORIZED, ClientStatus.TLS_ERROR)
 _DEFAULT: Final = "/default"  # no agent_id: those are tried as they are, this is the alias
 
 
@@ -53,9 +58,7 @@ class Synchroniser:
 
     Args:
         cache: what is kept equal.
-        base_url: the SLM's `http(s)://…`.
-        token: its bearer token.
-        tls: a private CA and a certificate of our own, where there are any.
+        site: where the SLM is.
         timings: how long to wait for what.
         client: who subscribes.
         swapped: called with an agent_id once its config was swapped, left or came into force.
@@ -68,9 +71,7 @@ class Synchroniser:
     def __init__(
         self,
         cache: AgentConfigCache,
-        base_url: str,
-        token: TokenSource,
-        tls: TlsFiles,
+        site: Site,
         timings: Timings,
         client: ClientInfo,
         swapped: Callable[[str], None],
@@ -88,7 +89,7 @@ class Synchroniser:
         self._swapped = swapped
         self._became_live = became_live
         self._explain = explain
-        self._connection = Connection(base_url, token, tls, timings)
+        self._connection = Connection(site, timings)
         self._stream = Stream(self._connection, self, client, timings)
         self.acks = Acks(cache, in_use, timings, key_wait, self._stream.send)
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -96,6 +97,11 @@ class Synchroniser:
         self._keys = KeyFetcher(
             cache, timings, self._ask_for_key, self._ask_for_all_keys, self._spawn
         )
+        self._poller = Poller(
+            self._connection, cache, timings, self._take_all, self._polled, self._note_refusal
+        )
+        self._said: set[str] = set()
+        self._replacing: asyncio.Task[None] | None = None
         self._asked: dict[str, asyncio.Task[Any]] = {}
         self._waiting: set[asyncio.Future[None]] = set()
         self._not_before: dict[str, float] = {}
@@ -116,6 +122,8 @@ class Synchroniser:
         """How things stand, from what is up and what failed last."""
         if self._cache.live:
             return ClientStatus.LIVE
+        if self._poller.works:
+            return ClientStatus.POLLING
         if self._cache.live_until != NEVER:
             return ClientStatus.DISCONNECTED  # nothing was heard for too long, as will be noticed
         if self._connected and self._failed is None:
@@ -127,6 +135,9 @@ class Synchroniser:
         self._spawn(self._stream.run())
         self._spawn(self._kept_up(self.acks.run))
         self._spawn(self._kept_up(self._keys.run))
+        self._spawn(self._kept_up(self._poller.run))
+        if self._connection.addresses.several:
+            self._spawn(self._kept_up(self._look_elsewhere))
         for agent_id in self._cache.keys_awaited():
             self._keys.want(agent_id)
 
@@ -178,6 +189,10 @@ class Synchroniser:
         if self._may_ask(agent_id):
             self._asking(agent_id)
 
+    def lacks(self, agent_id: str) -> bool:
+        """Say whether the SLM said within the last seconds that it has no such agent."""
+        return agent_id in self._not_before
+
     def hurry_key(self, agent_id: str) -> None:
         """Ask for an agent's awaited key at once: a call waits for it."""
         self._keys.hurry(agent_id)
@@ -214,7 +229,10 @@ class Synchroniser:
         self._connected = True
         self._behind = False
         self._failed = None
+        self._poller.end()
         self.acks.subscribed()
+        for agent_id in self._cache.keys_awaited():
+            self._keys.want(agent_id)  # whom the SLM refused a key may have another token now
         if since is None:
             self._begin(message)
         elif message.epoch == self._cache.epoch and message.revision == since:
@@ -270,12 +288,25 @@ class Synchroniser:
         """Note why nothing is heard any more."""
         self.left()
         self._note_failure(error)
+        if self._connection.upgrade_refused:
+            self._poller.begin()
         if isinstance(error, StoodStill):
             self._resuming = True
             self.settled.clear()
         elif self._resuming:
             self._resuming = False
             self.settled.set()
+
+    async def _look_elsewhere(self) -> None:
+        await leave_for_a_better_one(
+            self._connection, self._timings, self._stuck, self._stream.restart
+        )
+
+    def _stuck(self) -> str | None:
+        """Say why this client is not live though its stream is up; None: it is, or has none."""
+        if self._cache.live or not self._connected:
+            return None
+        return "is behind" if self._behind else "does not bring this client up to date"
 
     def _reached(self) -> None:
         """Become live once the head that `subscribed` named is reached."""
@@ -287,6 +318,7 @@ class Synchroniser:
         if self.last_error is not None:
             _log.info("the SLM is back")
         self.last_error = self._failed = None
+        self._said.clear()
         self._resuming = False
         self._away_until = 0.0
         self._not_before.clear()
@@ -305,14 +337,48 @@ class Synchroniser:
 
     def _note_failure(self, error: SLMError) -> None:
         status = status_after(error)
-        if self.last_error != str(error):
-            self.last_error = str(error)
+        self.last_error = str(error)
+        if self.last_error not in self._said:
+            # With several addresses failures alternate; each is logged once.
+            if len(self._said) >= _SAID:
+                self._said.clear()
+            self._said.add(self.last_error)
             _log.warning("the SLM cannot be followed now (%s): %s", status.value, error)
         if status is not ClientStatus.DISCONNECTED:
             self._failed = status
-            self.settled.set()  # waiting longer would not help
+            if not self._connection.addresses.untried:
+                self.settled.set()  # waiting longer would not help
+            if self._replacing is None and self._connection.files:
+                self._replacing = self._spawn(self._until_replaced())
+                self._replacing.add_done_callback(self._replaced)
         elif not self._connected:
             self._failed = status
+
+    def _note_refusal(self, error: SLMError) -> None:
+        """Note what polling was answered, where it says more than the handshake did."""
+        if status_after(error) is not ClientStatus.DISCONNECTED:
+            self._note_failure(error)
+
+    def _polled(self) -> None:
+        """Note that without a stream, too, what is known is the newest."""
+        self._failed = None
+        self._cache.confirm()
+        self._wake()
+        self.settled.set()
+
+    async def _until_replaced(self) -> None:
+        """Ask anew, once a token or a certificate that the SLM refused was replaced."""
+        watch = Watch(self._connection.files)
+        while self._failed in _REFUSED:
+            if await watch.wait(_LOOKS_SECONDS):
+                watch.note()
+                self._away_until = 0.0
+                self._not_before.clear()
+                for agent_id in self._cache.keys_awaited():
+                    self._keys.want(agent_id)
+
+    def _replaced(self, _: object) -> None:
+        self._replacing = None
 
     # --- snapshots ---
 
@@ -330,15 +396,22 @@ class Synchroniser:
             self._snapshot.cancel()
         self._snapshot = self._spawn(self._until_snapshot(min_revision))
 
+    async def _take_all(self, min_revision: int) -> None:
+        """Take a snapshot, and return once it is here or another one is under way."""
+        self._fetch_snapshot(min_revision)
+        if self._snapshot is not None:
+            await asyncio.wait({self._snapshot})
+
     async def _until_snapshot(self, min_revision: int) -> None:
-        backoff = Backoff(self._timings)
+        backoff, watch = Backoff(self._timings), Watch(self._connection.files)
         while True:
+            watch.note()
             try:
                 snapshot = await self._connection.get_snapshot(min_revision=min_revision)
                 break
             except SLMError as error:
                 self._note_failure(error)
-                await asyncio.sleep(backoff.delay_after(error))
+                await watch.wait(backoff.delay_after(error))
         other_life = self._connected and self._cache.contradicts(snapshot)
         for agent_id in self._cache.apply_snapshot(snapshot):
             self._swapped(agent_id)

@@ -28,6 +28,9 @@ class Timings:
         ping_interval_seconds: after how long without a frame the SLM is pinged; it has as long to
             answer, so that a dead connection is found within twice this.
         request_timeout_seconds: for a handshake, and for one agent's config over HTTP.
+        next_address_seconds: with several addresses, how long one may take to answer a handshake
+            before the next is tried; once none of them did, each has `request_timeout_seconds`.
+        poll_interval_seconds: how often changes are asked for while no WebSocket gets through.
         snapshot_timeout_seconds: for all agents' configs over HTTP.
         unknown_seconds: how long an agent_id that the SLM does not know, or an SLM that could not
             be asked, is remembered before it is asked again.
@@ -51,6 +54,8 @@ class Timings:
     retry_after_max_seconds: float = 600.0
     ping_interval_seconds: float = 20.0
     request_timeout_seconds: float = 10.0
+    next_address_seconds: float = 2.0
+    poll_interval_seconds: float = 3.0
     snapshot_timeout_seconds: float = 60.0
     unknown_seconds: float = 5.0
     save_interval_seconds: float = 1.0

@@ -28,6 +28,13 @@ class TlsFiles(NamedTuple):
     ca_file: Path | None = None
     client_cert: ClientCert | None = None
 
+    @property
+    def paths(self) -> tuple[str | os.PathLike[str], ...]:
+        """Every file that is read."""
+        cert = self.client_cert
+        own = () if cert is None else cert if isinstance(cert, tuple) else (cert,)
+        return own if self.ca_file is None else (self.ca_file, *own)
+
     def context(self) -> ssl.SSLContext | bool:
         """Return a context that verifies, made anew, so that replaced files are read again.
 

@@ -172,6 +172,7 @@ def context_of(config: ResolvedConfig, model: str) -> dict[str, Any]:
         "model": model,
         "revision": config.revision,
         "step": config.step.value,
+        "passed_over": config.passed_over,
     }
 
 

@@ -196,7 +196,8 @@ class Fleet:
             backend = self._own[key] = Backend(key, client, token, self.replica, self.server)
             self._names.anew()
         backend.client, backend.token, backend.view = client, token, subscriber.view
-        backend.plain_http = subscriber.plain_http
+        # What ends TLS before the server may hide it from us: the backend knows, too.
+        backend.plain_http = subscriber.plain_http or client.plain_http is True
         backend.begin(self.head, self._clock())
         self._by_subscriber[subscriber] = backend
         self._current[key] = subscriber

@@ -1,0 +1,120 @@
+"""What a client is made with: its arguments, and for what is not given the environment.
+
+An argument always wins over its variable. Reads variables and files; opens no connection.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import SecretStr
+
+from slm.client.addresses import is_insecure, usable_urls
+from slm.client.credentials import TokenSource
+from slm.client.proxies import usable_proxies
+from slm.client.site import Site
+from slm.client.snapshot_file import SnapshotFile
+from slm.client.tls import ClientCert, TlsFiles
+from slm.environment import flag, tidied, variable
+from slm.errors import ConfigurationError
+
+_log = logging.getLogger("slm.client")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What a client was made with, checked.
+
+    Attributes:
+        site: where its SLM is.
+        file: the snapshot file, or None.
+        name: what this backend is called; None: what the host is called.
+        insecure: whether one of the SLM's addresses is plain http to another machine.
+    """
+
+    site: Site
+    file: SnapshotFile | None
+    name: str | None
+    insecure: bool
+
+    def log_decisions(self) -> None:
+        """Say at each start what was decided on that makes it less safe."""
+        if self.insecure:
+            _log.warning(
+                "the SLM at %s is followed over plain http, as allow_insecure says: whoever is on "
+                "the way can read the token and the API keys",
+                self.site,
+            )
+
+
+def read_options(
+    slm_url: str | Sequence[str] | None,
+    token: str | SecretStr | None,
+    token_file: str | os.PathLike[str] | None,
+    *,
+    cache_file: str | os.PathLike[str] | None,
+    cache_key: str | SecretStr | None,
+    ca_file: str | os.PathLike[str] | None,
+    client_cert: ClientCert | None,
+    name: str | None,
+    proxy: str | SecretStr | None,
+    trust_env: bool,
+    allow_insecure: bool | None,
+) -> Options:
+    """Return what the arguments of `SLMClient` and the environment say.
+
+    Raises:
+        ConfigurationError: one of them makes no sense, or there is no address or no token.
+    """
+    allowed = flag("SLM_ALLOW_INSECURE") if allow_insecure is None else allow_insecure
+    urls = usable_urls(slm_url, allow_insecure=allowed)
+    tls = usable_tls(ca_file, client_cert)
+    site = Site(
+        urls,
+        TokenSource(token, token_file),
+        tls,
+        usable_proxies(proxy, trust_env, urls, allow_insecure=allowed),
+    )
+    return Options(
+        site=site,
+        file=_snapshot_file(cache_file, cache_key),
+        name=name if name is not None else variable("SLM_NAME"),
+        insecure=any(map(is_insecure, urls)),
+    )
+
+
+def usable_tls(
+    ca_file: str | os.PathLike[str] | None = None, client_cert: ClientCert | None = None
+) -> TlsFiles:
+    """Return the TLS files that the arguments or SLM_CA_FILE and SLM_CLIENT_CERT/_KEY name.
+
+    Raises:
+        ConfigurationError: one of them cannot be used, which is told here rather than at the first
+            connection.
+    """
+    ca_file = ca_file if ca_file is not None else variable("SLM_CA_FILE")
+    if client_cert is None:
+        cert, key = variable("SLM_CLIENT_CERT"), variable("SLM_CLIENT_KEY")
+        if key is not None and cert is None:
+            raise ConfigurationError("SLM_CLIENT_KEY is set, but not SLM_CLIENT_CERT")
+        client_cert = cert if cert is None or key is None else (cert, key)
+    files = TlsFiles(Path(ca_file) if ca_file is not None else None, client_cert)
+    files.context()
+    return files
+
+
+def _snapshot_file(
+    path: str | os.PathLike[str] | None, key: str | SecretStr | None
+) -> SnapshotFile | None:
+    path = path if path is not None else variable("SLM_CACHE_FILE")
+    if path is None:
+        return None
+    if key is None:
+        key = variable("SLM_CACHE_KEY")
+    elif isinstance(key, str):
+        key = tidied(key)
+    return SnapshotFile(path, key)

@@ -1,0 +1,324 @@
+"""For the tests of those who use the SDK: a client without an SLM, a network or a thread.
+
+The chain, the cache and the errors are the real ones; only where values come from differs. Knows
+nothing of the server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any, Final
+
+from pydantic import TypeAdapter, ValidationError
+
+from slm.client.cache import AgentConfigCache
+from slm.client.chain import Chain
+from slm.client.client import SLMClient
+from slm.client.config import ResolvedConfig
+from slm.client.explain import explain_steps
+from slm.client.hooks import OnChange, Validator
+from slm.client.in_use import InUse, KeysInUse
+from slm.client.retry import ClientStatus
+from slm.errors import ConfigurationError, SLMError
+from slm.protocol import AgentDeleted, Explanation
+from slm.schemas import LLMConfigWithKey
+
+__all__ = ["FakeSLMClient"]
+
+_EPOCH: Final = "0000000000000000"
+_DEFAULTS: Final = {"llm_provider": "ollama", "llm_model": "mistral:7b-instruct"}
+_SETTABLE: Final = frozenset(LLMConfigWithKey.model_fields) - {
+    *("agent_id", "revision", "has_api_key", "api_key_revision")
+}
+_CONFIG: Final = TypeAdapter(LLMConfigWithKey)
+
+_log = logging.getLogger("slm.client")
+
+
+class FakeSLMClient(SLMClient):
+    """`SLMClient` for tests: the same methods, with agents that the test sets.
+
+    Example:
+        >>> from slm.testing import FakeSLMClient
+        >>> client = FakeSLMClient({"billing": {"llm_model": "gpt-4.1", "llm_provider": "openai"}})
+        >>> client.resolve_now("billing").llm_model
+        'gpt-4.1'
+
+    It is live from the start; `disconnect` makes it what a client is whose SLM is away. A change is
+    in force when `set_agent` returns, and plain callbacks have been called by then. Callbacks that
+    are coroutines run in the event loop in which the change is made, or to their end where there is
+    none.
+
+    Args:
+        agents: the fields of each agent, by its name; the agent `default` is there in any case.
+        strict: as of `SLMClient`.
+    """
+
+    def __init__(
+        self, agents: Mapping[str, Mapping[str, Any]] | None = None, *, strict: bool = False
+    ) -> None:
+        self._agents: dict[str, dict[str, Any]] = {}
+        self._cache = AgentConfigCache()
+        self._cache.refused = self._refusal
+        self._cache.begin(_EPOCH, 0)
+        self._cache.synced = True
+        self._chain = Chain(self._cache, 0.0, strict=strict)
+        self._callbacks: list[OnChange] = []
+        self._validators: list[Validator] = []
+        self._tasks: set[asyncio.Future[Any]] = set()
+        self._keys = KeysInUse()
+        self._status = ClientStatus.LIVE
+        self._error: str | None = None
+        self._cache.set_live(True)
+        self.set_agent("default", is_default=True)
+        for agent_id, fields in (agents or {}).items():
+            self.set_agent(agent_id, **fields)
+
+    # --- what a test does ---
+
+    def set_agent(self, agent_id: str, **fields: Any) -> int:
+        """Create an agent or change it, as an operator does; return the change's revision.
+
+        Args:
+            agent_id: the agent.
+            **fields: what differs: `llm_provider`, `llm_model`, `llm_endpoint`, `llm_api_key`,
+                `llm_timeout`, `llm_temperature`, `llm_max_tokens`, `llm_options`, `is_active`,
+                `is_default`. A new agent has ollama's defaults for the rest.
+
+        Raises:
+            ConfigurationError: there is no such field, or a value is not of its type.
+        """
+        unknown = sorted(fields.keys() - _SETTABLE)
+        if unknown:
+            raise ConfigurationError(f"an agent has no field {unknown[0]!r}")
+        revision = self._cache.revision + 1
+        row = self._agents.get(agent_id, dict(_DEFAULTS)) | fields
+        if "llm_api_key" in fields:
+            row["api_key_revision"] = None if row["llm_api_key"] is None else revision
+        row["has_api_key"] = row.get("llm_api_key") is not None
+        config = _parsed(row | {"agent_id": agent_id, "revision": revision})
+        self._agents[agent_id] = row
+        if config.is_default:
+            for other, held in self._agents.items():
+                held["is_default"] = other == agent_id
+        self._cache.advance(revision)
+        if self._cache.apply_fetched(config):
+            self._tell(agent_id)
+        return revision
+
+    def delete_agent(self, agent_id: str) -> int:
+        """Delete an agent, as an operator does; return the change's revision."""
+        revision = self._cache.revision + 1
+        self._agents.pop(agent_id, None)
+        self._cache.advance(revision)
+        gone = AgentDeleted(type="agent_deleted", agent_id=agent_id, revision=revision)
+        if self._cache.apply_change(gone):
+            self._tell(agent_id)
+        return revision
+
+    def disconnect(self, error: str = "the SLM did not answer") -> None:
+        """Be what a client is whose SLM is away: what is known is served, no longer as live."""
+        self._cache.set_live(False)
+        self._status, self._error = ClientStatus.DISCONNECTED, error
+
+    def reconnect(self) -> None:
+        """Be live again."""
+        self._cache.set_live(True)
+        self._status, self._error = ClientStatus.LIVE, None
+
+    # --- what the code under test does ---
+
+    async def connect(self) -> None:
+        """Be live, unless it was disconnected."""
+        self.connect_now()
+
+    def connect_now(self) -> None:
+        """Be live, unless it was disconnected."""
+        if self._status is ClientStatus.CLOSED:
+            self.reconnect()
+
+    async def close(self) -> None:
+        """Be closed; what is known can still be asked for."""
+        self.close_now()
+
+    def close_now(self) -> None:
+        """Be closed; what is known can still be asked for."""
+        self._cache.set_live(False)
+        self._status = ClientStatus.CLOSED
+
+    async def __aenter__(self) -> FakeSLMClient:
+        self.connect_now()
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close_now()
+
+    def __enter__(self) -> FakeSLMClient:
+        self.connect_now()
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close_now()
+
+    @property
+    def status(self) -> ClientStatus:
+        """How this client stands to its SLM."""
+        return self._status
+
+    @property
+    def last_error(self) -> str | None:
+        """What `disconnect` was given; None while all is well."""
+        return self._error
+
+    @property
+    def revision(self) -> int:
+        """The revision of the last change."""
+        return self._cache.revision
+
+    async def resolve(self, agent_id: str) -> ResolvedConfig:
+        """Answer as `SLMClient.resolve` does."""
+        return self._at_once(agent_id)
+
+    def resolve_now(self, agent_id: str) -> ResolvedConfig:
+        """Answer as `SLMClient.resolve_now` does."""
+        return self._at_once(agent_id)
+
+    async def get_agent_config(self, agent_id: str) -> dict[str, Any]:
+        """Answer as `SLMClient.get_agent_config` does."""
+        return self._at_once(agent_id).as_dict()
+
+    def get_agent_config_now(self, agent_id: str) -> dict[str, Any]:
+        """Answer as `SLMClient.get_agent_config_now` does."""
+        return self._at_once(agent_id).as_dict()
+
+    async def get_default_agent_config(self) -> dict[str, Any]:
+        """Answer as `SLMClient.get_default_agent_config` does."""
+        return self._at_once(None).as_dict()
+
+    def get_default_agent_config_now(self) -> dict[str, Any]:
+        """Answer as `SLMClient.get_default_agent_config_now` does."""
+        return self._at_once(None).as_dict()
+
+    async def explain(self, agent_id: str) -> Explanation:
+        """Answer as `SLMClient.explain` does."""
+        return self.explain_now(agent_id)
+
+    def explain_now(self, agent_id: str) -> Explanation:
+        """Answer as `SLMClient.explain_now` does."""
+        answer, error = None, None
+        try:
+            answer = self._at_once(agent_id)
+        except SLMError as problem:
+            error = str(problem)
+        unreachable = self._error or f"it is {self._status.value}"
+        return Explanation(
+            agent_id=agent_id,
+            answered_by=None if answer is None else answer.step.value,
+            error=error,
+            status=self._status.value,
+            revision=self._cache.revision,
+            epoch=self._cache.epoch,
+            last_error=self._error,
+            steps=explain_steps(self._cache, agent_id, answer, unreachable),
+        )
+
+    def peek(self, agent_id: str) -> ResolvedConfig | None:
+        """Return the agent's own config if it is at hand and live."""
+        return self._cache.ready.get(agent_id) if self._cache.live else None
+
+    def on_change(self, callback: OnChange) -> Callable[[], None]:
+        """Have `callback(agent_id, config)` called after each change; return how to stop that."""
+        self._callbacks.append(callback)
+
+        def unsubscribe() -> None:
+            if callback in self._callbacks:
+                self._callbacks.remove(callback)
+
+        return unsubscribe
+
+    def register_validator(self, validator: Validator) -> Callable[[], None]:
+        """Have `validator(config)` asked before a change comes into force; return how to stop."""
+        self._validators.append(validator)
+
+        def unregister() -> None:
+            if validator in self._validators:
+                self._validators.remove(validator)
+
+        return unregister
+
+    def in_use(self, config: ResolvedConfig) -> InUse:
+        """Return a context manager that holds the config's key for the length of a call."""
+        return InUse(self._keys, config, self._cache.key_revision, lambda: None)
+
+    # --- inside ---
+
+    def _at_once(self, agent_id: str | None) -> ResolvedConfig:
+        answering = self._chain.answer(agent_id, None)
+        try:
+            answering.send(None)
+        except StopIteration as answer:
+            config: ResolvedConfig = answer.value
+            return config
+        answering.close()
+        raise AssertionError("an answer from what is known waits for nothing")
+
+    def _refusal(self, config: ResolvedConfig) -> str | None:
+        for validator in tuple(self._validators):
+            try:
+                reason = validator(config)
+            except Exception:
+                _log.exception("a validator failed; its config is used")
+                continue
+            if isinstance(reason, str):
+                return reason
+        return None
+
+    def _tell(self, agent_id: str) -> None:
+        known = self._cache.find(agent_id)
+        config = known.in_force if known is not None else None
+        for callback in tuple(self._callbacks):
+            try:
+                told = callback(agent_id, config)
+                if inspect.isawaitable(told):
+                    self._run(told)
+            except Exception:
+                _log.exception("an on_change callback failed")
+
+    def _run(self, told: Any) -> None:
+        async def finish() -> None:
+            try:
+                await told
+            except Exception:
+                _log.exception("an on_change callback failed")
+
+        try:
+            task = asyncio.get_running_loop().create_task(finish())
+        except RuntimeError:
+            asyncio.run(finish())
+        else:
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+
+def _parsed(row: dict[str, Any]) -> LLMConfigWithKey:
+    wrong: list[str] = []
+    try:
+        return _CONFIG.validate_python(row)
+    except ValidationError as error:
+        wrong = [str(each["loc"][-1]) for each in error.errors(include_input=False)]
+    # Outside the handler: the validation error holds the values, and one may be a key.
+    raise ConfigurationError(f"{wrong[0]} is not a value of its type")
