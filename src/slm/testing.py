@@ -283,7 +283,7 @@ class FakeSLMClient(SLMClient):
             except Exception:
                 _log.exception("a validator failed; its config is used")
                 continue
-            if isinstance(reason, str):
+            if isinstance(reason, str) and reason:
                 return reason
         return None
 

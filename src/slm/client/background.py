@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import contextvars
 import itertools
-import logging
 import os
 import sys
 import weakref
@@ -18,12 +17,15 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Final, Generic, TypeVar
 
 from slm.client import native
+from slm.client.log import quiet_logger
 from slm.errors import SLMUnavailable
 
 _T = TypeVar("_T")
-_log = logging.getLogger("slm.client")
+_log = quiet_logger("slm.client")
 
 _PAUSE_SECONDS: Final = 0.1
+
+_AGAIN_SECONDS: Final = 0.001
 
 _END_SECONDS: Final = 2.0
 """So long may what is left in the loop take to end."""
@@ -141,17 +143,17 @@ class Background:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._lock = native.new_lock()
+        self._lock = native.new_rlock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread_id = 0
-        self._users = 0
-        self._holders: set[int] = set()
+        # Who uses it: holders by their numbers, and what is to be answered.
+        self._users: set[object] = set()
         _all.add(self)
 
     @property
     def is_here(self) -> bool:
         """Whether the caller runs in this very thread, where waiting for it would never end."""
-        return self._loop is not None and self._thread_id == native.thread_id()
+        return self.is_running and self._thread_id == native.thread_id()
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop | None:
@@ -160,37 +162,59 @@ class Background:
 
     @property
     def is_running(self) -> bool:
-        """Whether anybody uses it."""
-        return self._loop is not None
+        """Whether anybody uses it; nobody can once the interpreter ends its daemon threads."""
+        return self._loop is not None and not sys.is_finalizing()
 
     def hold(self, who: int) -> asyncio.AbstractEventLoop:
         """Keep the thread there, and return its loop; who holds it already counts once.
 
         Args:
             who: a number of `new_holder`.
+
+        Raises:
+            SLMUnavailable: there is no thread, and none can be started.
         """
-        with self._lock:
-            if who not in self._holders:
-                self._holders.add(who)
-                self._users += 1
-            return self._started()
+        if self.is_here:
+            # Whoever asks is running, so it is there. The lock is not waited for in this thread:
+            # a signal's handler may wait for this thread while its own holds the lock.
+            self._users.add(who)
+            assert self._loop is not None  # noqa: S101 - for the type checker
+            return self._loop
+        return self._used_by(who)
 
     def let_go(self, who: int) -> None:
         """Hold it no longer; the last one ends the thread."""
-        with self._lock:
-            if who in self._holders:
-                self._holders.discard(who)
-                self._leave()
+        self._users.discard(who)
+        loop = self._loop
+        if loop is not None and self.is_here:
+            self._end_if_unused(loop)
+        elif loop is not None:
+            with self._lock:
+                self._stop_if_unused(loop)
 
-    def _ended(self, loop: asyncio.AbstractEventLoop) -> None:
+    def _used_by(self, user: object) -> asyncio.AbstractEventLoop:
         with self._lock:
-            if self._loop is loop:  # else it is of before a fork
-                self._leave()
+            # In this order, since a signal's handler may let go of something in between.
+            self._users.add(user)
+            try:
+                return self._started()
+            except BaseException:
+                self._users.discard(user)
+                raise
 
-    def _leave(self) -> None:
-        self._users -= 1
-        if self._users == 0 and self._loop is not None:
-            loop, self._loop, self._thread_id = self._loop, None, 0
+    def _end_if_unused(self, loop: asyncio.AbstractEventLoop) -> None:
+        """End the thread with its last user; in this thread, and so without waiting for a lock."""
+        if not self._lock.acquire(blocking=False):
+            loop.call_later(_AGAIN_SECONDS, self._end_if_unused, loop)
+            return
+        try:
+            self._stop_if_unused(loop)
+        finally:
+            self._lock.release()
+
+    def _stop_if_unused(self, loop: asyncio.AbstractEventLoop) -> None:
+        if self._loop is loop and not self._users:  # else it is of before a fork, or was ended
+            self._loop, self._thread_id = None, 0
             _soon(loop, loop.stop)
 
     def start(
@@ -204,34 +228,57 @@ class Background:
             work: makes it.
             context: what it runs in; by default an empty one, since a request's spans and variables
                 must not live on there.
+
+        Raises:
+            SLMUnavailable: there is no thread, and none can be started.
         """
         reply: Reply[_T] = Reply()
+
+        def done() -> None:
+            self._users.discard(reply)
+            self._end_if_unused(loop)
+
         with self._lock:
-            self._users += 1
-            loop = reply._loop = self._started()
+            loop = reply._loop = self._used_by(reply)
             loop.call_soon_threadsafe(
-                reply.run,
-                work,
-                lambda: self._ended(loop),
-                context=context or contextvars.Context(),
+                reply.run, work, done, context=context or contextvars.Context()
             )
         return reply
 
     def _started(self) -> asyncio.AbstractEventLoop:
-        if self._loop is None:
-            loop = self._loop = _new_loop()
-            native.start_thread(lambda: self._serve(loop), self._name)
-        return self._loop
+        if self._loop is not None and not sys.is_finalizing():
+            return self._loop
+        why = "the interpreter is ending"
+        if not sys.is_finalizing():
+            try:
+                loop = self._loop = _new_loop()
+                native.start_thread(lambda: self._serve(loop), self._name)
+            except (OSError, RuntimeError) as error:  # no descriptor, or no thread, is left
+                self._drop_loop()
+                why = str(error)
+            except BaseException:
+                self._drop_loop()  # interrupted: it may run already
+                raise
+            else:
+                return loop
+        raise SLMUnavailable(f"the client's thread cannot be started: {why}")
+
+    def _drop_loop(self) -> None:
+        loop, self._loop = self._loop, None
+        if loop is not None:
+            _soon(loop, loop.stop)
 
     def _serve(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._thread_id = native.thread_id()
+        if self._loop is loop:
+            self._thread_id = native.thread_id()
         while True:
             try:
                 loop.run_forever()
                 break
             except BaseException:
                 # Such as a SystemExit in a log handler of the application's.
-                _log.exception("the client's thread goes on")
+                with contextlib.suppress(BaseException):
+                    _log.exception("the client's thread goes on")
                 native.sleep(_PAUSE_SECONDS)
         try:
             loop.run_until_complete(_wind_up())
@@ -248,9 +295,8 @@ class Background:
         """
         if self._loop is not None:
             _abandoned.append(self._loop)
-        self._lock = native.new_lock()
-        self._loop, self._users, self._thread_id = None, 0, 0
-        self._holders = set()
+        self._lock = native.new_rlock()
+        self._loop, self._users, self._thread_id = None, set(), 0
 
 
 async def _wind_up() -> None:

@@ -5,17 +5,16 @@ Reads the cache, and asks for what is missing there; knows no connection, no fil
 
 from __future__ import annotations
 
-import logging
-
 from slm.client.cache import AgentConfigCache
 from slm.client.config import ResolvedConfig
 from slm.client.fallback import from_environment, hardcoded
 from slm.client.known import KnownAgent
+from slm.client.log import quiet_logger
 from slm.client.sync import Synchroniser
 from slm.client.unknown import UnknownAgents
 from slm.errors import AgentKeyUnavailable, AgentUnknown, SLMUnavailable
 
-_log = logging.getLogger("slm.client")
+_log = quiet_logger("slm.client")
 
 
 class Chain:

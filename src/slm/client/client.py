@@ -260,7 +260,8 @@ class SLMClient:
 
         Holds revisions, ages, why a step is passed over and where a key came from, never a key.
         """
-        return await self._waited(lambda: self._follower.explained(agent_id))
+        judged = not callbacks.is_here
+        return await self._waited(lambda: self._follower.explained(agent_id, judged=judged))
 
     def explain_now(self, agent_id: str) -> Explanation:
         """Do what `explain` does, in synchronous code."""
@@ -307,7 +308,8 @@ class SLMClient:
         follower = self._follower
         if follower.closed:
             return follower.answer_in_place(agent_id)
-        return await self._waited(lambda: follower.answer(agent_id))
+        judged = not callbacks.is_here  # as for a coroutine that runs in the callbacks' thread
+        return await self._waited(lambda: follower.answer(agent_id, judged=judged))
 
     def _answered_now(self, agent_id: str | None) -> ResolvedConfig:
         follower = self._follower

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import os
 import ssl
 import time
@@ -17,6 +16,7 @@ from typing import Final
 
 from pydantic import SecretStr
 
+from slm.client.log import quiet_logger
 from slm.client.tls import TlsFiles
 from slm.environment import decoded, tidied, variable
 from slm.errors import ConfigurationError
@@ -26,7 +26,7 @@ from slm.scrub import MAX_TEXT, one_line, scrubbed
 LOOK_SECONDS: Final = 1.0
 """How often a file is looked at, at most, while its content is refused."""
 
-_log = logging.getLogger("slm.client")
+_log = quiet_logger("slm.client")
 
 Signature = tuple[object, ...]
 """What is different once a file was written or replaced."""

@@ -8,12 +8,12 @@ of what they say.
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Callable
 from typing import Any, Final
 
 import aiohttp
 
+from slm.client.log import quiet_logger
 from slm.errors import SLMError
 
 SHORT_BYTES: Final = 4096
@@ -24,7 +24,7 @@ _TEXT, _PING, _PONG = 0x81, 0x89, 0x8A
 _OTHER: Final = 0
 """Stands for every frame that is none of these, or that breaks the protocol."""
 
-_log = logging.getLogger("slm.client")
+_log = quiet_logger("slm.client")
 
 Take = Callable[[str], None]
 """Takes a message. One that it raises an SLMError for comes by `receive`, with all that follow; any

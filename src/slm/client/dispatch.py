@@ -6,14 +6,15 @@ client does itself. Whatever one of them raises is logged. Knows no client and n
 
 from __future__ import annotations
 
-import logging
+import contextlib
 import os
 from collections.abc import Callable
 from typing import Any, Final
 
 from slm.client import native
+from slm.client.log import quiet_logger
 
-_log = logging.getLogger("slm.client")
+_log = quiet_logger("slm.client")
 
 
 class Dispatcher:
@@ -26,7 +27,7 @@ class Dispatcher:
         self._start_anew()
 
     def _start_anew(self) -> None:
-        self._lock = native.new_lock()
+        self._lock = native.new_rlock()
         self._jobs: Any = native.new_queue()
         self._running = False
         self._thread_id = 0
@@ -56,7 +57,11 @@ class Dispatcher:
             self._jobs.put(job)
             if not self._running:
                 self._running = True
-                native.start_thread(self._serve, "slm-callbacks")
+                try:
+                    native.start_thread(self._serve, "slm-callbacks")
+                except RuntimeError as error:  # no more threads may be started now
+                    self._running = False
+                    _log.error("callbacks wait for a thread of theirs: %s", error)
 
     def _serve(self) -> None:
         jobs = self._jobs
@@ -72,7 +77,8 @@ class Dispatcher:
             try:
                 job()
             except BaseException:
-                _log.exception("a callback failed")
+                with contextlib.suppress(BaseException):
+                    _log.exception("a callback failed")
             finally:
                 del job  # its config and its callback are not kept until the next change
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import os
 import socket
 import uuid
@@ -24,6 +23,7 @@ from slm.client.explain import explain_steps
 from slm.client.hooks import Hooks
 from slm.client.in_use import KeysInUse
 from slm.client.known import KnownAgent
+from slm.client.log import quiet_logger
 from slm.client.options import Options
 from slm.client.retry import ClientStatus
 from slm.client.snapshot_file import Contents, Saver, SnapshotFile
@@ -32,7 +32,7 @@ from slm.client.timings import Timings
 from slm.errors import SLMError
 from slm.protocol import ClientInfo, Explanation, storable
 
-_log = logging.getLogger("slm.client")
+_log = quiet_logger("slm.client")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import inspect
-import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, NamedTuple
@@ -17,8 +16,9 @@ from typing import Final, NamedTuple
 from slm.client import native
 from slm.client.config import ResolvedConfig
 from slm.client.dispatch import callbacks
+from slm.client.log import quiet_logger
 
-_log = logging.getLogger("slm.client")
+_log = quiet_logger("slm.client")
 
 OnChange = Callable[[str, ResolvedConfig | None], Awaitable[None] | None]
 """Called with the agent_id whose config was swapped, and with the agent's own config now in force;
@@ -52,7 +52,7 @@ class Hooks:
 
     def __init__(self, validators_changed: Callable[[bool], None]) -> None:
         self._validators_changed = validators_changed
-        self._lock = native.new_lock()
+        self._lock = native.new_rlock()
         # Replaced and never changed, so that they can be read without the lock.
         self._outlets: tuple[_Outlet, ...] = ()
         self._validators: tuple[tuple[Validator, int], ...] = ()
@@ -70,15 +70,25 @@ class Hooks:
     def on_change(self, callback: OnChange) -> Callable[[], None]:
         """Keep a callback; return how to remove it."""
         outlet = _Outlet(callback)
-        with self._lock:
-            self._outlets += (outlet,)
+        self._change_outlets(lambda outlets: (*outlets, outlet))
 
         def unsubscribe() -> None:
-            with self._lock:
-                self._outlets = tuple(each for each in self._outlets if each is not outlet)
-            outlet.clear()
+            self._change_outlets(
+                lambda outlets: tuple(each for each in outlets if each is not outlet)
+            )
+            outlet.end()
 
         return unsubscribe
+
+    def _change_outlets(self, change: Callable[[tuple[_Outlet, ...]], tuple[_Outlet, ...]]) -> None:
+        while True:
+            before = self._outlets
+            after = change(before)
+            # Nothing is made while the lock is held: the garbage collector may come in here.
+            with self._lock:
+                if self._outlets is before:
+                    self._outlets = after
+                    return
 
     def register_validator(self, validator: Validator) -> Callable[[], None]:
         """Keep a validator, once however often it is given; return how to remove it."""
@@ -97,8 +107,9 @@ class Hooks:
 
     def _count(self, validator: Validator, more: int) -> bool:
         """Count who registered a validator; return whether it came or went."""
-        with self._lock:
-            counts = list(self._validators)
+        while True:
+            before = self._validators
+            counts = list(before)
             for place, (each, count) in enumerate(counts):
                 if each == validator:
                     counts[place] = each, count + more
@@ -106,9 +117,10 @@ class Hooks:
             else:
                 counts.append((validator, more))
             kept = tuple(entry for entry in counts if entry[1] > 0)
-            changed = len(kept) != len(self._validators)
-            self._validators = kept
-        return changed
+            with self._lock:  # as in `_change_outlets`
+                if self._validators is before:
+                    self._validators = kept
+                    return len(kept) != len(before)
 
     def tell(self, agent_id: str, config: ResolvedConfig | None) -> None:
         """Have every callback called."""
@@ -122,7 +134,7 @@ class Hooks:
 
     def start_anew(self) -> None:
         """In a forked child: no loop of the parent runs here, and no thread holds a lock."""
-        self._lock = native.new_lock()
+        self._lock = native.new_rlock()
         for outlet in self._outlets:
             outlet.start_anew()
 
@@ -171,12 +183,12 @@ class _Outlet:
             inspect.iscoroutinefunction(callback)
             or inspect.iscoroutinefunction(getattr(callback, "__call__", None))  # noqa: B004
         )
-        self._gone = False
+        self._gone = self._ended_by_user = False
         self._tasks: set[asyncio.Future[None]] = set()
         self.start_anew(forked=False)
 
     def start_anew(self, *, forked: bool = True) -> None:
-        self._lock = native.new_lock()
+        self._lock = native.new_rlock()
         self._due: deque[_Due] = deque()
         self._newest: dict[str, _Due] = {}
         if forked:
@@ -190,6 +202,8 @@ class _Outlet:
             return
         due = _Due(agent_id, config, contextvars.copy_context())
         with self._lock:
+            if self._ended_by_user:
+                return  # whoever tells had begun before
             # Each agent's changes stay in order, since whoever is merged once stays behind.
             merges = bool(self._newest) or len(self._due) >= MAX_BEHIND
             replaced = merges and self._newest.pop(agent_id, None) is not None
@@ -204,6 +218,12 @@ class _Outlet:
         else:
             callbacks.put(self._call_next)
 
+    def end(self) -> None:
+        """Tell of nothing from now on."""
+        with self._lock:
+            self._ended_by_user = True
+        self.clear()
+
     def clear(self) -> None:
         """Forget what it has not heard yet."""
         with self._lock:
@@ -214,8 +234,8 @@ class _Outlet:
         with self._lock:
             if self._due:
                 return self._due.popleft()
-            if self._newest:
-                return self._newest.pop(next(iter(self._newest)))
+            for agent_id in self._newest:
+                return self._newest.pop(agent_id, None)
             return None
 
     # --- plain ones, in the dispatcher's thread ---

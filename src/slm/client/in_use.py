@@ -5,9 +5,9 @@ Counts and nothing else; safe from any thread, and cheap enough for every call.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 
+from slm.client import native
 from slm.client.config import ResolvedConfig
 
 
@@ -15,7 +15,7 @@ class KeysInUse:
     """How many calls hold which key, by the agent it belongs to and its revision."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = native.new_rlock()
         self._counts: dict[tuple[str, int], int] = {}
 
     def oldest(self) -> dict[str, int]:
@@ -36,7 +36,7 @@ class KeysInUse:
 
     def start_anew(self) -> None:
         """Forget everything, in a forked child: its parent's calls are not here."""
-        self._lock = threading.Lock()
+        self._lock = native.new_rlock()
         self._counts = {}
 
 

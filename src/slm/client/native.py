@@ -33,6 +33,15 @@ def new_lock() -> threading.Lock:
     return lock
 
 
+def new_rlock() -> Any:
+    """Return a lock for what is looked at anywhere, that whoever holds it may take again.
+
+    The garbage collector and a signal's handler may call the client in the middle of anything,
+    also while their own thread holds the lock.
+    """
+    return _original("_thread", "RLock")()
+
+
 def new_queue() -> Any:
     """Return an unbounded queue between threads, a `queue.SimpleQueue`."""
     return _original("_queue", "SimpleQueue")()

@@ -5,7 +5,6 @@ An argument always wins over its variable. Reads variables and files; opens no c
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from pydantic import SecretStr
 
 from slm.client.addresses import is_insecure, usable_urls
 from slm.client.credentials import TokenSource
+from slm.client.log import quiet_logger
 from slm.client.proxies import usable_proxies
 from slm.client.site import Site
 from slm.client.snapshot_file import SnapshotFile
@@ -22,7 +22,7 @@ from slm.client.tls import ClientCert, TlsFiles
 from slm.environment import flag, tidied, variable
 from slm.errors import ConfigurationError
 
-_log = logging.getLogger("slm.client")
+_log = quiet_logger("slm.client")
 
 
 @dataclass(frozen=True, kw_only=True)

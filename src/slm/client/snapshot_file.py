@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import hashlib
 import json
-import logging
 import os
 import tempfile
 import time
@@ -22,11 +21,12 @@ from typing import Any, Final, NamedTuple
 from pydantic import BaseModel, ConfigDict, SecretStr, ValidationError
 
 from slm.client.config import ResolvedConfig
+from slm.client.log import quiet_logger
 from slm.client.received import ReceivedAgent
 from slm.errors import ConfigurationError
 from slm.files import NotTrusted, read_own
 
-_log = logging.getLogger("slm.client")
+_log = quiet_logger("slm.client")
 
 FORMAT: Final = 1
 """What this version writes, and the only one that it reads."""

@@ -6,7 +6,6 @@ Knows the WebSocket; what a message means is its listener's affair.
 from __future__ import annotations
 
 import asyncio
-import logging
 import math
 from typing import NamedTuple, Protocol
 
@@ -17,6 +16,7 @@ from slm.client.clock import now
 from slm.client.credentials import Watch
 from slm.client.direct import DirectWebSocket
 from slm.client.http import Connection
+from slm.client.log import quiet_logger
 from slm.client.retry import Backoff
 from slm.client.silence import Silence
 from slm.client.timings import Timings
@@ -31,7 +31,7 @@ from slm.protocol import (
     parse_server_message,
 )
 
-_log = logging.getLogger("slm.client")
+_log = quiet_logger("slm.client")
 
 
 class Resume(NamedTuple):

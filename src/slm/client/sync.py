@@ -7,7 +7,6 @@ the chain. Runs in one event loop.
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Final
 
@@ -18,6 +17,7 @@ from slm.client.credentials import Watch
 from slm.client.http import Connection, EpochChanged
 from slm.client.in_use import KeysInUse
 from slm.client.keys import KeyFetcher
+from slm.client.log import quiet_logger
 from slm.client.polling import Poller, leave_for_a_better_one
 from slm.client.retry import Backoff, ClientStatus, status_after
 from slm.client.site import Site
@@ -43,7 +43,7 @@ from slm.protocol import (
     encode,
 )
 
-_log = logging.getLogger("slm.client")
+_log = quiet_logger("slm.client")
 
 _EXPLAINED_AT_ONCE: Final = 32
 _REMEMBERED: Final = 10_000
@@ -132,7 +132,7 @@ class Synchroniser:
 
     def start(self) -> None:
         """Start the stream; it goes on until `close`."""
-        self._spawn(self._stream.run())
+        self._spawn(self._kept_up(self._stream.run))
         self._spawn(self._kept_up(self.acks.run))
         self._spawn(self._kept_up(self._keys.run))
         self._spawn(self._kept_up(self._poller.run))

@@ -6,9 +6,10 @@ Pure rules over names, and one logger.
 from __future__ import annotations
 
 import difflib
-import logging
 from collections.abc import Iterable
 from typing import Final
+
+from slm.client.log import quiet_logger
 
 MAX_SAID: Final = 1_000
 """How many names are remembered, and so logged, at most: a name may come from a request."""
@@ -18,7 +19,7 @@ _MAX_ASKED: Final = 256
 _COMPARED: Final = 2_000
 _SLACK: Final = 3
 
-_log = logging.getLogger("slm.client")
+_log = quiet_logger("slm.client")
 
 
 def nearest(agent_id: str, names: Iterable[str]) -> str | None:
