@@ -202,7 +202,7 @@ async def test_connecting_and_closing_in_any_order(server: InLoopServer) -> None
         closing = asyncio.create_task(client.close())
         await asyncio.sleep(0)
         closing.cancel()
-        with pytest.raises(asyncio.CancelledError):
+        with contextlib.suppress(asyncio.CancelledError):  # or it was quicker
             await closing
         await asyncio.to_thread(client.close_now)
         assert str(client.status) == "closed"
