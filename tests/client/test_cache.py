@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import SecretStr
 
-from slm.client.cache import AgentConfigCache
+from slm.client.cache import MAX_DELETES, AgentConfigCache
 from slm.errors import ConfigurationError
 from slm.protocol import AgentChanged, AgentDeleted
 from slm.schemas import AgentConfig, LLMConfigWithKey, Snapshot
@@ -401,3 +401,15 @@ def test_a_config_never_shows_its_key() -> None:
     assert "sk-canary" not in repr(config.as_dict())
     assert config.as_dict()["llm_api_key"] == "sk-canary"
     assert "sk-canary" not in repr(cache.find("a"))
+
+
+def test_deletes_do_not_add_up() -> None:
+    """Agents that live for a minute: what is kept of those that are gone is bounded."""
+    cache = synced(revision=10)
+    for revision in range(11, 11 + 2 * MAX_DELETES + 10):
+        cache.advance(revision)
+        cache.apply_change(deleted(f"a{revision}", revision))
+    assert len(cache._tombstones) <= MAX_DELETES
+    assert cache.known_revision("a11") >= 11
+    assert not cache.apply_change(changed("a11", 11))
+    assert cache.find("a11") is None

@@ -24,6 +24,9 @@ from slm.schemas import AgentConfig, LLMConfig, LLMConfigWithKey, Snapshot
 NEVER: Final = -math.inf
 """Until when a cache is live that is not."""
 
+MAX_DELETES: Final = 10_000
+"""So many deleted agents are remembered one by one; agents that live for a minute add up."""
+
 
 class AgentConfigCache:
     """Configurations by agent_id, each known for `ttl_seconds` after it was last confirmed.
@@ -277,6 +280,7 @@ class AgentConfigCache:
         if isinstance(message, AgentChanged):
             return self._put(agent_id, revision, message.config)
         self._tombstones[agent_id] = revision
+        self._forget_deletes()
         return self._drop(agent_id)
 
     def apply_config(self, agent: LLMConfig) -> bool:
@@ -517,6 +521,12 @@ class AgentConfigCache:
                 if held is not None and same_key and held.llm_api_key is not None:
                     return held.llm_api_key, True
         return None, False
+
+    def _forget_deletes(self) -> None:
+        """Keep no more deletes than `MAX_DELETES`: whoever is not here was gone by `revision`."""
+        if len(self._tombstones) > MAX_DELETES and self.synced:
+            self._base = max(self._base, self.revision)
+            self._tombstones = {i: r for i, r in self._tombstones.items() if r > self._base}
 
     def _note_unsettled(self, agent_id: str, known: KnownAgent) -> None:
         if known.is_active and (known.awaits_key or known.unjudged or known.refused is not None):
