@@ -129,7 +129,7 @@ class Api:
         if data is None or not revision.isdecimal():
             raise SLMUnavailable(
                 f"something answers at {self.target.url}, but it is not an SLM: the answer is not "
-                "JSON or has no SLM-Revision header, which a proxy must pass on"
+                "JSON or has no SLM-Revision header, which a proxy must forward"
             )
         return Answer(data, int(revision), epoch)
 

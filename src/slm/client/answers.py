@@ -46,10 +46,10 @@ UPGRADE: Final = "a WebSocket upgrade"
 """What a handshake asks for, in the words of an error."""
 
 _HINTS: Final = {
-    200: "it serves something else there",
-    400: "it may not pass the Upgrade and Connection headers on",
-    404: "it knows no such path, or does not pass the Upgrade and Connection headers on",
-    426: "it may not pass the Upgrade and Connection headers on",
+    200: "something other than the SLM answers there",
+    400: "it may not forward the Upgrade and Connection headers",
+    404: "it has no such path, or does not forward the Upgrade and Connection headers",
+    426: "it may not forward the Upgrade and Connection headers",
     502: "it does not reach the SLM",
     504: "it does not reach the SLM",
 }
@@ -172,7 +172,7 @@ def _without_words(
     if status == 404 and what == UPGRADE:
         return (
             f"the proxy before {place.name} dropped a WebSocket upgrade (the SLM answered 404): "
-            "it must pass the Upgrade and Connection headers on"
+            "it must forward the Upgrade and Connection headers"
         )
     return f"{who} answered {status} to {what}"
 
