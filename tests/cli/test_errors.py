@@ -121,7 +121,7 @@ async def test_a_key_in_the_wrong_place_is_not_repeated(words: tuple[str, ...]) 
         (("agents", "list", "--colour"), "No such option: --colour"),
         (("agents", "show"), "name an agent, or say --default"),
         (("agents", "set", "x"), "nothing to set"),
-        (("agents", "set", "x", "--option", "top_p"), "NAME=VALUE"),
+        (("agents", "set", "x", "--option", "top_p"), "NAME=JSON"),
         (("agents", "set", "x", "--model", "m", "--clear", "name"), "'name' is not one of"),
         (
             ("agents", "set", "x", "--endpoint", "http://x", "--clear", "endpoint"),

@@ -60,7 +60,10 @@ Endpoint = Annotated[
 Temperature = Annotated[
     str | None,
     typer.Option(
-        "--temperature", metavar="NUMBER", help="0 to 2; none: none is sent.", show_default=False
+        "--temperature",
+        metavar="NUMBER",
+        help="0 to 2, or the word none to send no temperature.",
+        show_default=False,
     ),
 ]
 MaxTokens = Annotated[
@@ -157,7 +160,7 @@ def merged(options: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
     for assignment in assignments:
         name, equals, text = assignment.partition("=")
         if not equals or not name:
-            raise UsageError("an --option is NAME=VALUE, such as top_p=0.9")
+            raise UsageError("--option takes NAME=JSON, such as top_p=0.9")
         if not text:
             result.pop(name, None)
             continue

@@ -38,7 +38,7 @@ def ask(
         typer.Option(
             "--temperature",
             metavar="NUMBER",
-            help="For this request alone; none: none is sent.",
+            help="For this request alone: 0 to 2, or the word none to send no temperature.",
             show_default=False,
         ),
     ] = None,

@@ -127,7 +127,10 @@ class Api:
         if status >= 300:
             raise _problem(self.target, status, data)
         if data is None or not revision.isdecimal():
-            raise SLMUnavailable(f"something answers at {self.target.url}, but it is not an SLM")
+            raise SLMUnavailable(
+                f"something answers at {self.target.url}, but it is not an SLM: the answer is not "
+                "JSON or has no SLM-Revision header, which a proxy must forward"
+            )
         return Answer(data, int(revision), epoch)
 
     async def download(self, method: str, path: str, to: BinaryIO, on_bytes: OnBytes) -> None:
@@ -174,7 +177,10 @@ class Api:
         for agent in agents.agents:
             if agent.agent_id == agent_id:
                 return agent, f"{agents.epoch}-{agent.revision}"
-        raise AgentNotFound(f"there is no agent {agent_id!r} at {self.target.url}")
+        raise AgentNotFound(
+            f"there is no agent {agent_id!r} at {self.target.url} that this token may see; "
+            "`slm agents list` shows those that are there"
+        )
 
 
 def call(
@@ -249,7 +255,10 @@ def _problem(target: Target, status: int, data: dict[str, Any] | None) -> Except
     cls = problem_classes().get(data["code"], ProblemError)
     detail = str(data.get("detail") or data.get("title") or f"HTTP {status}")
     if status == 401:
-        detail = f"the SLM at {target.url} does not accept the token ({target.found})"
+        detail = (
+            f"the SLM at {target.url} does not accept the token ({target.found}): it is wrong, "
+            "expired or revoked; name another with --token-file or SLM_TOKEN_FILE"
+        )
     if issubclass(cls, PreconditionFailed):
         detail = f"nothing was changed: {detail}"
     if issubclass(cls, InvalidRequest):

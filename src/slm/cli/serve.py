@@ -54,7 +54,7 @@ def serve(
         typer.Option(
             "--database-url",
             metavar="URL",
-            help="postgresql://… or sqlite:///…; a password belongs into the variable, since "
+            help="postgresql://… or sqlite:///…; put a password in the variable, since "
             "arguments are seen by everyone on the machine. "
             "\\[env var: SLM_DATABASE_URL; default: slm.db in the data directory]",
             show_default=False,

@@ -125,7 +125,7 @@ def set_agent(
         typer.Option(
             "--clear",
             metavar="FIELD",
-            help="Set to nothing: description, endpoint, temperature, max-tokens or api-key."
+            help="Clear a field: description, endpoint, temperature, max-tokens or api-key."
             " Repeatable.",
             show_default=False,
         ),

@@ -47,7 +47,10 @@ def normalised_url(slm_url: str, *, allow_insecure: bool = False) -> str:
         host, port, parts = None, None, urlsplit("")
     scheme = _SCHEMES.get(parts.scheme.lower())
     if scheme is None or not host or port == 0 or not slm_url.isprintable() or " " in slm_url:
-        raise ConfigurationError("slm_url must be an http, https, ws or wss URL with a host")
+        raise ConfigurationError(
+            "slm_url must be an http, https, ws or wss URL with a host, such as "
+            "https://slm.example:8760; several are separated by commas"
+        )
     if "@" in parts.netloc or parts.query or parts.fragment:
         raise ConfigurationError(
             "slm_url may hold neither a user name, nor a password, nor a query; give the token as "

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 from collections.abc import Callable, Mapping
 from email.utils import parsedate_to_datetime
 from typing import Final
@@ -45,10 +46,10 @@ UPGRADE: Final = "a WebSocket upgrade"
 """What a handshake asks for, in the words of an error."""
 
 _HINTS: Final = {
-    200: "it serves something else there",
-    400: "it may not pass the Upgrade and Connection headers on",
-    404: "it knows no such path, or does not pass the Upgrade and Connection headers on",
-    426: "it may not pass the Upgrade and Connection headers on",
+    200: "something other than the SLM answers there",
+    400: "it may not forward the Upgrade and Connection headers",
+    404: "it has no such path, or does not forward the Upgrade and Connection headers",
+    426: "it may not forward the Upgrade and Connection headers",
     502: "it does not reach the SLM",
     504: "it does not reach the SLM",
 }
@@ -162,13 +163,16 @@ def _without_words(
         hint = _HINTS.get(status) if what == UPGRADE or status in (502, 504) else None
         return f"{who} answered {status} to {what}" + (f": {hint}" if hint else "")
     if status == 401:
-        return f"{who} does not accept the token: it is wrong, revoked or expired (HTTP 401)"
+        return (
+            f"{who} does not accept the token: it is wrong, expired or revoked (HTTP 401); "
+            "`slm tokens create` makes a new one"
+        )
     if status == 403:
         return f"the token's scopes do not allow it at {place.name} (HTTP 403)"
     if status == 404 and what == UPGRADE:
         return (
             f"the proxy before {place.name} dropped a WebSocket upgrade (the SLM answered 404): "
-            "it must pass the Upgrade and Connection headers on"
+            "it must forward the Upgrade and Connection headers"
         )
     return f"{who} answered {status} to {what}"
 
@@ -225,6 +229,12 @@ def failure_of(
                 f"{place.name} does not answer in HTTP: if it speaks TLS, write https://"
             )
         return SLMUnavailable(f"{place.name} broke HTTP: {type(error).__name__}")
+    if isinstance(error, aiohttp.ClientConnectorError):
+        refused = error.errno == errno.ECONNREFUSED
+        return (NobodyListens if refused else SLMUnavailable)(
+            f"no SLM at {place.name}: {_connect_reason(error.os_error)}; check that it is running "
+            "and that its address is right"
+        )
     if isinstance(error, aiohttp.ClientError | OSError):
         said = one_line(str(error)) or type(error).__name__
         refused = getattr(error, "errno", None) == errno.ECONNREFUSED
@@ -256,6 +266,13 @@ def _tls_failure(error: Exception, place: Place) -> SLMError:
 
 def _os_reason(error: aiohttp.ClientProxyConnectionError) -> str:
     return one_line(error.os_error.strerror or type(error.os_error).__name__)
+
+
+def _connect_reason(error: OSError) -> str:
+    """Return why no connection came about, without the library's account of how it tried."""
+    if error.errno is not None and error.errno > 0:
+        return os.strerror(error.errno).lower()
+    return one_line(error.strerror or str(error)) or type(error).__name__
 
 
 class _Problem(BaseModel):

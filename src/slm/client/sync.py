@@ -343,7 +343,7 @@ class Synchroniser:
             if len(self._said) >= _SAID:
                 self._said.clear()
             self._said.add(self.last_error)
-            _log.warning("the SLM cannot be followed now (%s): %s", status.value, error)
+            _log.warning("cannot follow the SLM now: %s", error)
         if status is not ClientStatus.DISCONNECTED:
             self._failed = status
             if not self._connection.addresses.untried:

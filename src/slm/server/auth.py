@@ -29,7 +29,7 @@ _ONE: Final = select(TOKENS.c.revoked_at, TOKENS.c.expires_at).where(
 )
 
 
-GONE: Final = "The token is unknown, expired or revoked."
+GONE: Final = "The token is unknown, expired or revoked; `slm tokens create` makes a new one."
 
 
 @dataclass(frozen=True)

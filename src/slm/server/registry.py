@@ -288,7 +288,9 @@ class AgentRegistry:
     def _create(self, connection: Connection, *, agent: AgentCreate, author: Author) -> Written:
         head = self._next(connection, author)
         if agent_row(connection, agent.agent_id) is not None:
-            raise AgentExists
+            raise AgentExists(
+                "This agent_id is taken; `slm agents set` (PUT) changes an agent that is there."
+            )
         if agent.is_default and not agent.is_active:
             raise AgentIsDefault("The default agent must be active.")
         demotion = _demote(connection, agent_after=head) if agent.is_default else None

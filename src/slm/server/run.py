@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import ipaddress
 import logging
 import os
@@ -301,9 +302,11 @@ def _listening(settings: Settings) -> Iterator[socket.socket]:
             # Every accepted connection inherits it.
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
     except OSError as error:
+        taken = error.errno == errno.EADDRINUSE
         raise StartupError(
             f"The server cannot listen on {settings.host} port {settings.port}:"
             f" {error.strerror or error}."
+            + (" Choose another port with --port or SLM_PORT." if taken else "")
         ) from None
     # Accepted sockets inherit it. asyncio sets it by itself only where a socket names its protocol;
     # without it an answer or a frame in two writes waits 40 ms for the peer's delayed ACK.
