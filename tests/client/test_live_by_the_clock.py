@@ -97,6 +97,12 @@ async def test_what_was_sent_during_a_pause_does_not_make_live() -> None:
         assert (await client.resolve("a")).llm_model == "new"
 
 
+def work_of(task: asyncio.Task[Any]) -> str:
+    """Return what a task of the client keeps up, as it prints."""
+    coroutine: Any = task.get_coro()
+    return str(coroutine.cr_frame.f_locals.get("work"))
+
+
 async def test_leaving_the_stream_in_any_way_is_not_live() -> None:
     """Whatever ends the task that hears, no answer is called live from that moment on."""
     async with (
@@ -106,7 +112,7 @@ async def test_leaving_the_stream_in_any_way_is_not_live() -> None:
         await eventually(lambda: client.status is ClientStatus.LIVE)
         sync = client._follower.sync
         assert sync is not None
-        (hearing,) = (t for t in sync._tasks if "Stream.run" in str(t.get_coro()))
+        (hearing,) = (t for t in sync._tasks if "Stream.run" in work_of(t))
         sync.loop.call_soon_threadsafe(hearing.cancel)
         await eventually(lambda: client._cache.live_until == NEVER)
         assert client.peek("a") is None
