@@ -176,7 +176,7 @@ for line in sys.stdin:
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="no such signal here")
 def test_the_first_answer_of_a_frozen_process_is_the_new_one(tmp_path: Path) -> None:
     """Stopped for longer than two heartbeats, as a Lambda or a laptop is: no old value is live."""
-    server = ServerProcess(tmp_path / "data", heartbeat_seconds=0.3)
+    server = ServerProcess(tmp_path / "data", heartbeat_seconds=0.5)
     asyncio.run(server.start())
     create(server, "billing", llm_model="m0")
     arguments = [server.url, server.backend_token, json.dumps(TENTH)]
@@ -195,14 +195,20 @@ def test_the_first_answer_of_a_frozen_process_is_the_new_one(tmp_path: Path) -> 
         process.stdin.write("?\n")
         process.stdin.flush()
 
-    try:
+    def asked() -> list[Any]:
+        assert process.stdout is not None
         ask()
-        assert json.loads(process.stdout.readline()) == ["m0", False, "live"]
+        return list(json.loads(process.stdout.readline()))
+
+    try:
+        assert asked() == ["m0", False, "live"]
         for number in range(1, 4):
-            time.sleep(0.3)  # healthy for a while, so that it may come back at once
+            # Healthy for a while, so that it may come back at once.
+            until(lambda: asked()[2] == "live")
+            time.sleep(0.3)
             process.send_signal(signal.SIGSTOP)
             write(server, "PUT", "/billing", {"llm_model": f"m{number}"})
-            time.sleep(0.7)  # more than two heartbeats
+            time.sleep(1.2)  # more than two heartbeats
             ask()  # lies there when it goes on
             process.send_signal(signal.SIGCONT)
             model, stale, status = json.loads(process.stdout.readline())

@@ -111,7 +111,7 @@ async def test_every_row_is_kept_and_every_key_works(data_dir: Path) -> None:
         assert len(agents) == 26
         assert [a["agent_id"] for a in agents.values() if a["is_default"]] == ["agent-04"]
         assert agents["agent-10"]["llm_timeout"] == 30
-        assert agents["agent-11"]["llm_temperature"] == 0.7
+        assert agents["agent-11"]["llm_temperature"] is None, "a NULL of before stays one"
         assert agents["agent-12"]["is_default"] is False
         assert agents["agent-13"]["is_active"] is True
         assert agents["agent-26"]["id"] == 27

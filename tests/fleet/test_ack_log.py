@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tracemalloc
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slm.protocol import NotInForce
@@ -54,6 +54,7 @@ def test_the_last_thousand_acks_are_kept_as_they_came(
     assert (list(log), log.last, list(newest)) == ([], None, expected[-32:])
 
 
+@settings(deadline=None)
 @given(STRETCHES.filter(bool))
 def test_another_epoch_begins_the_log_anew(
     stretches: list[tuple[int, dict[str, NotInForce], bool]],

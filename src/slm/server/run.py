@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 FINISH_SECONDS = 5
 """How long requests under way may take after a stop; with the closes it stays under ten."""
 
-GIVE_UP_SECONDS = 6
+GIVE_UP_SECONDS = 4
 """How long after a stop a transaction may last; where the database is known to be away, not at all.
 
 Less than what requests have, so that whoever waits for one is told how it ended.
