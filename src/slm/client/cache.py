@@ -31,7 +31,7 @@ MAX_DELETES: Final = 10_000
 class AgentConfigCache:
     """Configurations by agent_id, each known for `ttl_seconds` after it was last confirmed.
 
-    Used alone it is the mission's: `set` and `update` put a value in, `get` answers it until it
+    Used alone it is a plain cache: `set` and `update` put a value in, `get` answers it until it
     expires. `SLMClient` drives it with what the SLM says, by the rules of docs/protocol.md
     section 5: per agent_id only what is newer than the last known revision applies, deletes
     included, and only `begin` (a resync, another epoch) moves it back. One thread writes; a lookup
@@ -88,7 +88,7 @@ class AgentConfigCache:
         self._all_confirmed_at: float | None = None
         self._by_hand: dict[str, tuple[dict[str, Any], float]] = {}
 
-    # --- the mission's four ---
+    # --- a plain cache, used alone ---
 
     def get(self, agent_id: str) -> dict[str, Any] | None:
         """Return the agent's config as a fresh dict, or None where there is none or it expired."""

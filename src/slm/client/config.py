@@ -107,7 +107,7 @@ class ResolvedConfig:
         return False if self._freshness is None else self._freshness()[1]
 
     def as_dict(self) -> dict[str, Any]:
-        """Return a fresh dict of the llm_* fields with `llm_api_key`, as the mission has it.
+        """Return a fresh dict of the llm_* fields with `llm_api_key`.
 
         Nothing in it is shared: whatever is done to it changes no other answer.
         """

@@ -238,18 +238,23 @@ class _Outlet:
                 return self._newest.pop(agent_id, None)
             return None
 
-    # --- plain ones, in the dispatcher's thread ---
-
-    def _call_next(self) -> None:
+    def _called(self) -> tuple[_Due | None, Awaitable[None] | None]:
+        """Call it with the next change; return that, and what is still to be awaited."""
         due = self._next()
         if due is None:
-            return
+            return None, None
         try:
             result = due.context.run(self._callback, due.agent_id, due.config)
         except BaseException:
             _log.exception("an on_change callback failed")
-            return
-        if result is None or not inspect.isawaitable(result):
+            return due, None
+        return due, result if result is not None and inspect.isawaitable(result) else None
+
+    # --- plain ones, in the dispatcher's thread ---
+
+    def _call_next(self) -> None:
+        due, result = self._called()
+        if due is None or result is None:
             return
         if self._loop is None:
             asyncio.run(self._awaited(result))
@@ -273,15 +278,8 @@ class _Outlet:
     def _begin_next(self) -> None:
         if len(self._tasks) >= MAX_BEHIND:
             return  # one that ends goes on with it
-        due = self._next()
-        if due is None:
-            return
-        try:
-            result = due.context.run(self._callback, due.agent_id, due.config)
-        except BaseException:
-            _log.exception("an on_change callback failed")
-            return
-        if result is not None and inspect.isawaitable(result):
+        due, result = self._called()
+        if due is not None and result is not None:
             self._begin(result, due.context)
 
     def _begin(self, result: Awaitable[None], context: contextvars.Context) -> None:

@@ -51,7 +51,7 @@ class Base(DeclarativeBase):
 
 
 class Agent(Base):
-    """One agent; the columns up to `updated_at` are the mission's to the letter.
+    """One agent; the columns up to `updated_at` are those of a table that is adopted.
 
     `llm_options` is text and not JSON: PostgreSQL would accept less than a SQLite file may hold,
     and JSONB would reorder what is passed on as it is.

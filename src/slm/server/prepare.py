@@ -137,7 +137,7 @@ def is_ours(connection: Connection, name: str) -> bool:
     """Say whether our migrations ran here before; refuse what they cannot be run on.
 
     Raises:
-        StartupError: a newer version made it, its table `agents` is not the mission's, or it holds
+        StartupError: a newer version made it, its table `agents` has other columns, or it holds
             what acts by itself, such as a trigger.
     """
     refuse_odd_schema(connection, name)
