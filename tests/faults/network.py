@@ -229,13 +229,16 @@ class Proxy:
             passage.head[direction] += data
             if direction == UP:
                 return data
-            head, end, rest = passage.head[DOWN].partition(b"\r\n\r\n")
-            if not end or not head.startswith(b"HTTP/1.1 101"):
+            # Before the upgrade, the connection may have carried other requests and their answers.
+            answer = passage.head[DOWN].find(b"HTTP/1.1 101 ")
+            _, end, rest = passage.head[DOWN][max(answer, 0) :].partition(b"\r\n\r\n")
+            if answer < 0 or not end:
                 return data
             passage.upgraded = True
             before = data[: len(data) - len(rest)]
             # What the client said before it saw the answer is no part of the request's head.
-            _, _, early = passage.head[UP].partition(b"\r\n\r\n")
+            request = passage.head[UP].rfind(b"GET /ws")
+            _, _, early = passage.head[UP][max(request, 0) :].partition(b"\r\n\r\n")
             self._frames(passage, early, UP)
             return before + self._frames(passage, rest, DOWN)
         return self._frames(passage, data, direction)
