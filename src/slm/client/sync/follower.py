@@ -26,7 +26,7 @@ from slm.client.runtime import background
 from slm.client.runtime.callbacks import Hooks
 from slm.client.runtime.dispatch import callbacks
 from slm.client.runtime.log import quiet_logger
-from slm.client.sync.backoff import ClientStatus
+from slm.client.status import ClientStatus
 from slm.client.sync.synchroniser import Synchroniser
 from slm.client.timings import Timings
 from slm.errors import SLMError

@@ -13,8 +13,9 @@ from typing import Any, Final
 from slm.client.cache.cache import NEVER, AgentConfigCache
 from slm.client.cache.keys_in_use import KeysInUse
 from slm.client.runtime.log import quiet_logger
+from slm.client.status import ClientStatus
 from slm.client.sync.acks import Acks
-from slm.client.sync.backoff import Backoff, ClientStatus, status_after
+from slm.client.sync.backoff import Backoff, status_after
 from slm.client.sync.key_fetcher import KeyFetcher
 from slm.client.sync.polling import Poller, leave_for_a_better_one
 from slm.client.sync.stream import Resume, StoodStill, Stream
