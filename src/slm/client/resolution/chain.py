@@ -19,8 +19,28 @@ from slm.errors import AgentKeyUnavailable, AgentUnknown, SLMUnavailable
 _log = quiet_logger("slm.client")
 
 
+class Fetcher(Protocol):
+    """Fetches what the cache lacks, and raises nothing."""
+
+    async def ask(self, agent_id: str) -> None:
+        """Fetch one agent."""
+
+    async def ask_default(self) -> None:
+        """Fetch which agent is the default."""
+
+    def refresh(self, agent_id: str) -> None:
+        """Fetch an agent in the background."""
+
+    def lacks(self, agent_id: str) -> bool:
+        """Say whether the SLM said within the last seconds that it has no such agent."""
+
+
 class Source(Protocol):
-    """Whom the chain asks for what the cache lacks: the synchroniser."""
+    """Who keeps the cache up to date, as the chain needs it."""
+
+    @property
+    def fetcher(self) -> Fetcher:
+        """Whom to ask for what is missing."""
 
     @property
     def closed(self) -> bool:
@@ -34,20 +54,8 @@ class Source(Protocol):
     def last_error(self) -> str | None:
         """What failed last; None while all is well."""
 
-    def lacks(self, agent_id: str) -> bool:
-        """Say whether the SLM said within the last seconds that it has no such agent."""
-
-    async def ask(self, agent_id: str) -> None:
-        """Fetch one agent into the cache; raises nothing."""
-
-    async def ask_default(self) -> None:
-        """Fetch which agent is the default; raises nothing."""
-
-    def refresh(self, agent_id: str) -> None:
-        """Fetch an agent in the background."""
-
     def hurry_key(self, agent_id: str) -> None:
-        """Fetch an agent's awaited key at once."""
+        """Ask for an agent's awaited key at once: a call waits for it."""
 
     async def wait_for_change(self, timeout: float) -> None:
         """Return when anything in the cache changed, or after the timeout."""
@@ -104,7 +112,7 @@ class Chain:
         cache = self._cache
         if cache.find(agent_id) is not None:
             return False
-        return cache.synced or (sync is not None and sync.lacks(agent_id))
+        return cache.synced or (sync is not None and sync.fetcher.lacks(agent_id))
 
     def _why_not(self, agent_id: str | None, sync: Source | None) -> str:
         """Return why the agent itself did not answer, as a sentence."""
@@ -121,7 +129,7 @@ class Chain:
         """Step 1: the agent's own config, or None where it is unknown or inactive."""
         cache = self._cache
         if cache.find(agent_id) is None and not cache.live and sync is not None:
-            await sync.ask(agent_id)
+            await sync.fetcher.ask(agent_id)
         return await self._whole(agent_id, sync, judged)
 
     async def _default(
@@ -130,7 +138,7 @@ class Chain:
         """Step 2: the default agent's config."""
         cache = self._cache
         if cache.default_id is None and not cache.live and sync is not None:
-            await sync.ask_default()
+            await sync.fetcher.ask_default()
         default_id = cache.default_id
         if default_id is None or default_id == agent_id:
             return None
@@ -165,9 +173,9 @@ class Chain:
             return None
         if not cache.live and sync is not None and known.freshness()[0] > cache.ttl_seconds:
             if known.config is not None and cache.expired(known.config):
-                await sync.ask(agent_id)
+                await sync.fetcher.ask(agent_id)
             else:
-                sync.refresh(agent_id)
+                sync.fetcher.refresh(agent_id)
             known = cache.find(agent_id)
         if known is None or not known.is_active:
             return None
