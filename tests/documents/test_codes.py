@@ -9,12 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from tools.docs.commands import commands
 
 import slm.errors
 from slm import ClientStatus
 from slm.cli import app
 from slm.errors import ProblemError, SLMError, problem_classes
-from tools.docs.commands import commands
 
 PAGE = (Path(__file__).parents[2] / "docs" / "reference" / "codes.md").read_text()
 
