@@ -23,11 +23,13 @@ demo: .venv/installed ## change an agent's LLM live, with a real language model,
 test: .venv/installed .venv/model lint ## lint, type checks and every test
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
-test-integrations: $(INTEGRATIONS:%=.venv-int-%/installed) ## the adapters beside both ends of each SDK's range, an environment each
-	@failed=0; for name in $(INTEGRATIONS); do \
+test-integrations: .venv/installed .venv-docs/installed $(INTEGRATIONS:%=.venv-int-%/installed) ## the documents as they are written, and the adapters beside both ends of each SDK's range
+	@failed=0; echo "== documents"; \
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m documents || failed=1; \
+	for name in $(INTEGRATIONS); do \
 		echo "== $$name"; \
-		SLM_TEST_ENVIRONMENT=$$name .venv-int-$$name/bin/python -m pytest -n 2 --dist loadgroup -m 'not soak and not real_llm' \
-			tests/llm tests/integrations || failed=1; \
+		SLM_TEST_ENVIRONMENT=$$name .venv-int-$$name/bin/python -m pytest -n 2 --dist loadgroup \
+			-m 'not soak and not real_llm and not documents' tests/llm tests/integrations || failed=1; \
 	done; exit $$failed
 
 lint: .venv/installed ## ruff, mypy --strict and bandit

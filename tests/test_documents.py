@@ -16,9 +16,9 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from slm import errors
-from tests.end_to_end.recorder import recording_provider
 from tests.end_to_end.test_live_change import Operator
-from tests.servers import running_server
+from tests.support.recorder import recording_provider
+from tests.support.servers import running_server
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

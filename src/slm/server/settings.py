@@ -14,10 +14,10 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
+from slm.common.environment import listed
 from slm.endpoints import EndpointPolicy, parse_allowed
-from slm.environment import listed
 from slm.errors import ConfigurationError
-from slm.server.postgresql import sqlalchemy_spelling
+from slm.server.db.engines.postgresql import sqlalchemy_spelling
 from slm.server.settings_source import PREFIX, TidyEnvironment
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -253,7 +253,7 @@ class Settings(BaseSettings):
 
     @property
     def url(self) -> URL:
-        """The database's URL, for `slm.server.database.Database`."""
+        """The database's URL, for `slm.server.db.database.Database`."""
         if self.database_url is None:
             return URL.create("sqlite", database=str(self.data_dir / SQLITE_FILE))
         url = make_url(sqlalchemy_spelling(self.database_url.get_secret_value()))
