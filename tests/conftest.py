@@ -69,8 +69,8 @@ async def session() -> AsyncIterator[aiohttp.ClientSession]:
 
 @pytest.fixture
 def admin(server: InLoopServer, session: aiohttp.ClientSession) -> Api:
-    """Calls with a token of all scopes."""
-    return Api(server, session, server.admin_token)
+    """An operator's calls: keys are read with the backend's token, all else with the admin's."""
+    return Api(server, session, server.admin_token, key_token=server.backend_token)
 
 
 @pytest.fixture

@@ -164,7 +164,7 @@ async def test_nginx_that_was_not_named(postgres_site: Site, tmp_path: Path) -> 
         nginx(tmp_path / "nginx", [server.url], ca) as url,
         aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=context)) as http,
     ):
-        operator = Operator(http, url, site.admin_token)
+        operator = Operator(http, url, site.backend_token)
         status, _, said = await operator.ask("GET", "/api/agents/default/llm")
         assert (status, said.get("code")) == (403, "tls-required"), said
         assert (await operator.ask("GET", "/api/agents/default"))[0] == 200
@@ -223,6 +223,7 @@ async def test_postgresql_backup_and_restore_as_documented(
         await server.stop()
 
 
+@pytest.mark.history(streams=False)
 @pytest.mark.parametrize("holding", ["pg_dump", "pg_restore"])
 def test_an_unset_address_stops_before_another_database_is_touched(
     tmp_path: Path, holding: str
@@ -244,6 +245,7 @@ def test_an_unset_address_stops_before_another_database_is_touched(
     assert (tmp_path / "called").exists()
 
 
+@pytest.mark.history(streams=False)
 async def test_sqlite_backup_and_restore_as_documented(tmp_path: Path) -> None:
     """The page's own lines name the server's data directory, and bring back what was there."""
     data = tmp_path / "data"
@@ -274,6 +276,7 @@ async def test_sqlite_backup_and_restore_as_documented(tmp_path: Path) -> None:
         assert (await operator.agents()).keys() == {"default", "kept"}
 
 
+@pytest.mark.history(streams=False)
 def test_the_systemd_unit_can_be_enabled_and_starts_a_server() -> None:
     """It has the section that `systemctl enable` needs, and a command that `slm` understands."""
     unit = configparser.ConfigParser(interpolation=None)

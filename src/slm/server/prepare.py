@@ -38,7 +38,7 @@ from slm.server.settings import Settings
 from slm.server.vault import Vault, fingerprint
 
 FIRST_TOKENS: Final = (
-    ("admin", "admin.token", tokens.SCOPES),
+    ("admin", "admin.token", tokens.OPERATOR_SCOPES),
     ("backend", "backend.token", tokens.BACKEND_SCOPES),
 )
 MIGRATIONS: Final = Path(__file__).with_name("migrations")
