@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks import (
+from benchmarks.benches import (
     accept,
     fanout,
     growth,
@@ -22,11 +22,11 @@ from benchmarks import (
     polling,
     propagation,
     reads,
-    report,
-    run,
     startup,
 )
-from benchmarks.errors import Malformed
+from benchmarks.harness import run
+from benchmarks.harness.errors import Malformed
+from benchmarks.report import report
 
 BENCHES = [
     each.BENCH

@@ -11,8 +11,8 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from tests.server.raw import Api
-from tests.servers import InLoopServer, running_server
+from tests.support.raw import Api
+from tests.support.servers import InLoopServer, running_server
 
 # What the shell of whoever runs the tests has set must not reach a server under test.
 for _name in [name for name in os.environ if name.startswith("SLM_") and "_TEST_" not in name]:

@@ -1,4 +1,4 @@
-"""What the documents say is so: the README's code runs, its tables are whole, links lead on."""
+"""What the documents say is so: the README's code runs, links lead on, the locks are whole."""
 
 from __future__ import annotations
 
@@ -16,22 +16,13 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from slm import errors
-from slm.client.config import ResolvedConfig
-from slm.server.settings import Settings
-from tests.end_to_end.recorder import recording_provider
 from tests.end_to_end.test_live_change import Operator
-from tests.servers import running_server
+from tests.support.recorder import recording_provider
+from tests.support.servers import running_server
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 PROTOCOL = (ROOT / "docs" / "protocol.md").read_text()
-OTHER_VARIABLES = {
-    *("SLM_URL", "SLM_TOKEN", "SLM_TOKEN_FILE", "SLM_CA_FILE", "SLM_PROXY", "SLM_NAME"),
-    *("SLM_CACHE_FILE", "SLM_CACHE_KEY", "SLM_ALLOW_INSECURE"),
-    *("SLM_CLIENT_CERT", "SLM_CLIENT_KEY", "SLM_TRACEBACK", "SLM_PROVIDER_PROXY"),
-}
-"""Read by the command line and the SDK, not by the server."""
-
 GROUPS = {"agents", "audit", "certs", "db", "keys", "tokens"}
 """What has commands of its own."""
 
@@ -48,38 +39,6 @@ def tracked_files() -> list[Path]:
     return [path for path in names if path.is_file()]
 
 
-def table_rows(prefix: str) -> dict[str, str]:
-    """Return the README's rows `| `NAME` | default | …` of the variables with this prefix."""
-    return dict(re.findall(rf"^\| `({prefix}\w+)` \|(.*?)\|", README, re.MULTILINE))
-
-
-def setting_rows() -> dict[str, tuple[str, str]]:
-    """Return what the README's row of each setting must say: its default, and what it is."""
-    described = dict(
-        re.findall(r"^ {8}(\w+): (.*(?:\n {12}.*)*)", Settings.__doc__ or "", re.MULTILINE)
-    )
-    rows = {}
-    for name, field in Settings.model_fields.items():
-        default = field.default
-        text = str(default).lower() if isinstance(default, bool) else str(default)
-        shown = "" if default in (None, ()) else f"`{text.removesuffix('.0')}`"
-        rows[f"SLM_{name.upper()}"] = (shown, " ".join(described[name].split()).rstrip("."))
-    return rows
-
-
-def test_every_setting_is_in_the_readme_with_its_default() -> None:
-    """The table of environment variables is that of the server's settings."""
-    told = {name: default.strip() for name, default in table_rows("SLM_").items()}
-    settings = setting_rows()
-    wrong = [
-        f"| `{name}` | {default} | {what} |"
-        for name, (default, what) in settings.items()
-        if told.get(name) != default
-    ]
-    assert not wrong, "the README needs these rows:\n" + "\n".join(wrong)
-    assert set(told) - set(settings) == OTHER_VARIABLES
-
-
 def test_the_protocol_lists_every_error_code() -> None:
     """The table of codes in docs/protocol.md is that of the errors that the server answers."""
     table = re.findall(r"^\| ([45]\d\d) \| (`.*`) \|$", PROTOCOL, re.MULTILINE)
@@ -87,17 +46,6 @@ def test_the_protocol_lists_every_error_code() -> None:
     kinds = [each for each in vars(errors).values() if isinstance(each, type)]
     problems = {each for each in kinds if issubclass(each, errors.ProblemError)}
     assert told == {(each.status, each.code) for each in problems - {errors.ProblemError}}
-
-
-def test_the_environment_step_is_in_the_readme() -> None:
-    """Each field that the chain's third step can set has its variable in the README."""
-    named = set(re.findall(r"AUTOBOT_(LLM_[A-Z_]+)", README)) - {"LLM_"}
-    fields = {
-        name.upper()
-        for name in ResolvedConfig.__dataclass_fields__
-        if name.startswith("llm_") and name != "llm_options"
-    }
-    assert named == fields
 
 
 async def test_the_readmes_backend_runs(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slm.environment import decoded, flag, is_service_link, listed, tidied, variable
+from slm.common.environment import decoded, flag, is_service_link, listed, tidied, variable
 from slm.errors import ConfigurationError
 
 

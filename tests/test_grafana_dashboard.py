@@ -14,7 +14,7 @@ from grafana_foundation_sdk.models.dashboard import Dashboard
 from prometheus_client.parser import text_string_to_metric_families
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from tests.server.raw import Api
+from tests.support.raw import Api
 
 DASHBOARD: dict[str, Any] = json.loads(
     (Path(__file__).parents[1] / "docs" / "grafana-dashboard.json").read_text()

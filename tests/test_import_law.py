@@ -15,22 +15,13 @@ import slm
 
 ROOT = Path(slm.__file__).parent
 
-BASE = frozenset(
-    {
-        *("addresses", "endpoints", "environment", "errors", "files", "protocol", "schemas"),
-        *("scrub", "tracing"),
-    }
-)
+BASE = frozenset({"common", "endpoints", "errors", "protocol", "schemas"})
 
 # A room, and the rooms of the package that its modules may import beside their own.
 LAW: dict[str, frozenset[str]] = {
     "errors": frozenset(),
-    "tracing": frozenset(),
-    "addresses": frozenset(),
-    "endpoints": frozenset({"addresses", "environment"}),
-    "environment": frozenset({"errors"}),
-    "files": frozenset({"errors"}),
-    "scrub": frozenset(),
+    "common": frozenset({"errors"}),
+    "endpoints": frozenset({"common"}),
     "protocol": BASE,
     "schemas": BASE,
     "client": BASE,

@@ -96,7 +96,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     """Types, migrations and the license are in it; tests, docs and secrets are not."""
     names = zipfile.ZipFile(wheel).namelist()
     assert "slm/py.typed" in names
-    assert any(re.fullmatch(r"slm/server/migrations/versions/\w+\.py", name) for name in names)
+    assert any(re.fullmatch(r"slm/server/db/migrations/versions/\w+\.py", name) for name in names)
     assert any(name.endswith("dist-info/licenses/LICENSE") for name in names)
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"slm", "autobot_slm"}
 

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slm.scrub import PIECE, scrubbed
+from slm.common.scrub import PIECE, scrubbed
 
 KEYS = st.text("".join(map(chr, range(0x21, 0x7F))), min_size=12, max_size=80)
 USUAL = st.text(string.ascii_letters + string.digits + "-_", min_size=16, max_size=60)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.server.raw import Api
-from tests.servers import InLoopServer
+from tests.support.raw import Api
+from tests.support.servers import InLoopServer
 
 PAGE = (Path(__file__).parents[1] / "docs" / "sdk.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)

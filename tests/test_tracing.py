@@ -16,12 +16,13 @@ from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from slm import LLMInterface, SLMClient, protocol, tracing
+from slm import LLMInterface, SLMClient, protocol
+from slm.common import tracing
 from slm.errors import LLMError
 from slm.llm import ChatResult
-from tests.llm.providers import DIALECTS, Dialect, RecordingServer, answering
-from tests.server.raw import Api
-from tests.servers import InLoopServer, ServerProcess, eventually
+from tests.support.llm.providers import DIALECTS, Dialect, RecordingServer, answering
+from tests.support.raw import Api
+from tests.support.servers import InLoopServer, ServerProcess, eventually
 
 GIVEN = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 """The `traceparent` of W3C's own example, as an operator's tool would send it."""

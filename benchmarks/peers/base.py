@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
-from benchmarks.errors import Missing
+from benchmarks.harness.errors import Missing
 
 Record = Callable[[int], None]
 """Called by a watcher with the sequence number of the change that it just got."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import nats
 
-from benchmarks.errors import Missing
+from benchmarks.harness.errors import Missing
 from benchmarks.peers.base import Peer, Program, Record, Watcher, body, free_port, sequence_of
 
 BUCKET, KEY = "agents", "agent-00007"

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from benchmarks.peers import postgres_programs
+from benchmarks.harness import postgres_programs
 from benchmarks.peers.base import Program, free_port
 
 

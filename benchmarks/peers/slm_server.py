@@ -6,8 +6,8 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
+from benchmarks.harness.slm_server import BenchServer
 from benchmarks.peers.base import Peer, Record, Watcher
-from benchmarks.slm_server import BenchServer
 from slm import SLMClient
 from slm.client.config import ResolvedConfig
 

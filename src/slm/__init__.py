@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from slm.client.blocking import BlockingSLMClient
-    from slm.client.cache import AgentConfigCache
+    from slm.client.cache.cache import AgentConfigCache
     from slm.client.client import SLMClient
     from slm.client.config import ResolvedConfig, SecretText, Step
     from slm.client.lifespan import lifespan
-    from slm.client.retry import ClientStatus
+    from slm.client.sync.backoff import ClientStatus
     from slm.client.timings import Timings
     from slm.errors import (
         AgentKeyUnavailable,
@@ -39,9 +39,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "AgentConfigCache": "slm.client.cache",
+    "AgentConfigCache": "slm.client.cache.cache",
     "BlockingSLMClient": "slm.client.blocking",
-    "ClientStatus": "slm.client.retry",
+    "ClientStatus": "slm.client.sync.backoff",
     "LLMInterface": "slm.llm.interface",
     "ResolvedConfig": "slm.client.config",
     "SLMClient": "slm.client.client",

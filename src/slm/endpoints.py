@@ -1,7 +1,7 @@
 """Where a provider may be reached: default endpoints, the one canonical URL of each, its origin.
 
 Pure rules about URLs; knows no HTTP client and resolves no name. Which addresses are refused:
-`slm.addresses`.
+`slm.common.addresses`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Final
 from urllib.parse import urlsplit
 
-from slm.addresses import (
+from slm.common.addresses import (
     METADATA_NAMES,
     IPAddress,
     held_addresses,
@@ -22,7 +22,7 @@ from slm.addresses import (
     literal_address,
     refused_address,
 )
-from slm.environment import listed, variable
+from slm.common.environment import listed, variable
 
 __all__ = [
     "DEFAULT_ENDPOINTS",

@@ -1,6 +1,6 @@
 """What travels over REST: the types of each field, and agents as read, with and without their key.
 
-Rules apply on write (`slm.server.bodies`; docs/protocol.md 1 and 3). What is read (`Agent`,
+Rules apply on write (`slm.server.agents.schemas`; docs/protocol.md 1 and 3). What is read (`Agent`,
 `LLMConfig`, …) is served as it is stored, since a database made by others may break those rules; so
 the reading models check types alone and ignore fields they do not know.
 """

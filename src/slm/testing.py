@@ -15,14 +15,14 @@ from typing import Any, Final
 
 from pydantic import TypeAdapter, ValidationError
 
-from slm.client.cache import AgentConfigCache
-from slm.client.chain import Chain
+from slm.client.cache.cache import AgentConfigCache
+from slm.client.cache.keys_in_use import InUse, KeysInUse
 from slm.client.client import SLMClient
 from slm.client.config import ResolvedConfig
-from slm.client.explain import explain_steps
-from slm.client.hooks import OnChange, Validator
-from slm.client.in_use import InUse, KeysInUse
-from slm.client.retry import ClientStatus
+from slm.client.resolution.chain import Chain
+from slm.client.resolution.explain import explain_steps
+from slm.client.runtime.callbacks import OnChange, Validator
+from slm.client.sync.backoff import ClientStatus
 from slm.errors import ConfigurationError, SLMError
 from slm.protocol import AgentDeleted, Explanation
 from slm.schemas import LLMConfigWithKey

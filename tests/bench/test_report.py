@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks import report
-from benchmarks.errors import Malformed
-from benchmarks.report import Kept
-from benchmarks.run import RESULTS
+from benchmarks.harness.errors import Malformed
+from benchmarks.harness.run import RESULTS
+from benchmarks.report import report
+from benchmarks.report.report import Kept
 
 
 @pytest.fixture

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 from benchmarks import __main__ as command
-from benchmarks import report, run
-from benchmarks.errors import Missing
-from benchmarks.run import Bench, Options
+from benchmarks.harness import run
+from benchmarks.harness.errors import Missing
+from benchmarks.harness.run import Bench, Options
+from benchmarks.report import report
 
 
 async def measures(options: Options) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from benchmarks import stats
+from benchmarks.harness import stats
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from benchmarks import notes, report, targets
-from benchmarks.errors import Malformed
-from benchmarks.run import RESULTS
+from benchmarks.harness.errors import Malformed
+from benchmarks.harness.run import RESULTS
+from benchmarks.report import notes, report, targets
 
 Results = dict[str, Any]
 Doctor = Callable[[Results], None]

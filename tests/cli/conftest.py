@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.servers import InLoopServer, running_server
+from tests.support.servers import InLoopServer, running_server
 
 
 @pytest.fixture

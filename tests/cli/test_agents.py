@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.command import CANARY, slm, slm_at_a_terminal
-from tests.servers import InLoopServer
+from tests.support.command import CANARY, slm, slm_at_a_terminal
+from tests.support.servers import InLoopServer
 
 CREATE = ("agents", "create", "code-assistant", "--provider", "openai", "--model", "gpt-6.1-sol")
 

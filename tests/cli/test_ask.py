@@ -9,11 +9,11 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from slm.cli.local_model import LocalModel, missing
-from tests.cli.command import CANARY, slm
+from slm.cli.demo.local_model import LocalModel, missing
 from tests.end_to_end.test_live_change import Operator
-from tests.llm.providers import Dialect, RecordingServer, answering
-from tests.servers import InLoopServer, running_server
+from tests.support.command import CANARY, slm
+from tests.support.llm.providers import Dialect, RecordingServer, answering
+from tests.support.servers import InLoopServer, running_server
 
 SAID = "Hellothere"
 """What the recording provider streams, in two tokens."""

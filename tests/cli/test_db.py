@@ -6,8 +6,8 @@ import sqlite3
 import stat
 from pathlib import Path
 
-from tests.cli.command import CANARY, slm
-from tests.servers import ServerProcess, running_server
+from tests.support.command import CANARY, slm
+from tests.support.servers import ServerProcess, running_server
 
 
 def names_in(folder: Path) -> set[str]:

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from slm.cli import local_model
-from tests.cli.command import environment, slm, slm_at_a_terminal
-from tests.servers import eventually
+from slm.cli.demo import local_model
+from tests.support.command import environment, slm, slm_at_a_terminal
+from tests.support.servers import eventually
 
 pytestmark = [
     pytest.mark.real_llm,

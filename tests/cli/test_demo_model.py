@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from slm.cli import demo_model
-from slm.cli.demo_model import find_ollama
+from slm.cli.demo import model as demo_model
+from slm.cli.demo.model import find_ollama
 
 MODELS: list[dict[str, Any]] = [
     {"name": "llama3:70b", "size": 40_000_000_000},

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
-from tests.cli.command import CANARY, environment, slm
-from tests.servers import running_server
+from tests.support.command import CANARY, environment, slm
+from tests.support.servers import running_server
 
 NOBODY = "http://127.0.0.1:9"  # the discard port: nothing listens there
 
@@ -210,7 +210,7 @@ def test_an_unexpected_error_is_one_line_too(tmp_path: Path) -> None:
     hidden = tmp_path / "hidden"
     hidden.mkdir()
     (hidden / "sitecustomize.py").write_text(
-        "import slm.cli.connection as connection\n"
+        "import slm.cli.target as connection\n"
         "def broken(*_): raise ValueError('holds sk-canary')\n"
         "connection._find_url = broken\n"
     )
@@ -234,7 +234,7 @@ def test_an_interrupt_while_the_command_still_loads(tmp_path: Path) -> None:
         "import os, signal, sys\n"
         "class Interrupt:\n"
         "    def find_spec(self, name, *_):\n"
-        "        if name == 'slm.cli.agents':\n"
+        "        if name == 'slm.cli.commands.agents':\n"
         "            os.kill(os.getpid(), signal.SIGINT)\n"
         "sys.meta_path.insert(0, Interrupt())\n"
     )

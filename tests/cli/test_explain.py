@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from slm.protocol import Explanation
-from tests.cli.command import CANARY, environment, slm
-from tests.fleet.sdk import applied, fleet_of
-from tests.server.raw import Api
-from tests.servers import InLoopServer, eventually, running_server
+from tests.support.command import CANARY, environment, slm
+from tests.support.raw import Api
+from tests.support.sdk import applied, fleet_of
+from tests.support.servers import InLoopServer, eventually, running_server
 
 OPERATING = Path(__file__).parents[2] / "docs" / "operating.md"
 
@@ -103,7 +103,7 @@ async def test_a_backend_that_hangs(
         await eventually(lambda: applied(admin, 1, "billing"), 30)
         os.kill(process.pid, signal.SIGSTOP)
         with monkeypatch.context() as impatient:
-            impatient.setattr("slm.server.explanations.ANSWER_SECONDS", 0.5)
+            impatient.setattr("slm.server.fleet.explain.ANSWER_SECONDS", 0.5)
             silent = await slm("explain", "a", "--on", "billing", data=server.data_dir)
         assert (silent.code, silent.out) == (1, "")
         name = (await fleet_of(admin))["billing"]["backend"]

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from slm import ResolvedConfig, SLMClient
-from tests.cli.command import CANARY, Done, slm, slm_at_a_terminal
-from tests.fleet.sdk import applied, fleet_of, sdk
-from tests.server.raw import Api
-from tests.servers import InLoopServer, eventually
+from tests.support.command import CANARY, Done, slm, slm_at_a_terminal
+from tests.support.raw import Api
+from tests.support.sdk import applied, fleet_of, sdk
+from tests.support.servers import InLoopServer, eventually
 
 REASON = "anthropic is not approved here"
 CREATE = ("agents", "create", "a", "--provider", "openai", "--model", "gpt-6.1-sol")

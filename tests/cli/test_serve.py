@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import trustme
 
-from tests.cli.command import slm
-from tests.servers import ServerProcess
+from tests.support.command import slm
+from tests.support.servers import ServerProcess
 
 
 async def test_an_empty_directory(tmp_path: Path) -> None:

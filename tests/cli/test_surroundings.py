@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from slm.cli import output
-from tests.cli.command import CANARY, environment, slm
-from tests.client.ways import forward_proxy
-from tests.security.http import admin, agent
-from tests.servers import InLoopServer
+from tests.support.command import CANARY, environment, slm
+from tests.support.http import admin, agent
+from tests.support.servers import InLoopServer
+from tests.support.ways import forward_proxy
 
 BOM = b"\xef\xbb\xbf"
 NAME = "Support \U0001f916 café → –"

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-from tests.cli.command import slm, slm_at_a_terminal
-from tests.security.http import admin, agent
-from tests.servers import eventually, running_server
+from tests.support.command import slm, slm_at_a_terminal
+from tests.support.http import admin, agent
+from tests.support.servers import eventually, running_server
 
 STEERING = ("\x1b]52;c;ZXZpbA==\x07", "\x1b[2J", "\x9b31m", "\x7f", "\u202e")
 HOSTILE = "".join(STEERING) + "\n  applied by 9 of 9 backends[/]"

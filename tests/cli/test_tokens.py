@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from tests.cli.command import slm
+from tests.support.command import slm
 
 REVOKED = {"id": 7, "name": "victim", "revoked_at": "2026-11-27T23:55:10Z"}
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import aiohttp
 
-from tests.cli.command import CANARY, environment
 from tests.end_to_end.test_live_change import Operator
-from tests.servers import ServerProcess, running_server
+from tests.support.command import CANARY, environment
+from tests.support.servers import ServerProcess, running_server
 
 
 @asynccontextmanager

@@ -16,12 +16,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slm import ClientStatus, ConfigurationError, SLMClient, Step, Timings
-from slm.client.addresses import Addresses
-from tests.client.ways import listening
-from tests.end_to_end.gateway import Gateway, gateway
-from tests.faults.backends import TENTH
-from tests.server.raw import Api
-from tests.servers import InLoopServer, eventually, running_server
+from slm.client.transport.addresses import Addresses
+from tests.support.faults.backends import TENTH
+from tests.support.gateway import Gateway, gateway
+from tests.support.raw import Api
+from tests.support.servers import InLoopServer, eventually, running_server
+from tests.support.ways import listening
 
 NOBODY = "http://127.0.0.1:9"
 QUICK = Timings(**(TENTH | {"next_address_seconds": 0.3, "poll_interval_seconds": 0.1}))

@@ -19,11 +19,11 @@ from typing import Any
 import pytest
 
 from slm import BlockingSLMClient, ClientStatus, SLMClient, Step, Timings
-from slm.client.background import following
-from tests.client.processes import create, process, until, write
-from tests.faults.backends import TENTH
-from tests.server.raw import Api
-from tests.servers import InLoopServer, ServerProcess, eventually
+from slm.client.runtime.background import following
+from tests.support.faults.backends import TENTH
+from tests.support.processes import create, process, until, write
+from tests.support.raw import Api
+from tests.support.servers import InLoopServer, ServerProcess, eventually
 
 __all__ = ["process"]
 

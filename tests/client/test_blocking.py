@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from slm import BlockingSLMClient, ClientStatus, Step, Timings
-from tests.client.processes import create, process, until, write
-from tests.faults.backends import TENTH
-from tests.servers import ServerProcess
+from tests.support.faults.backends import TENTH
+from tests.support.processes import create, process, until, write
+from tests.support.servers import ServerProcess
 
 server = process
 

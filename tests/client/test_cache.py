@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import SecretStr
 
-from slm.client.cache import MAX_DELETES, AgentConfigCache
+from slm.client.cache.cache import MAX_DELETES, AgentConfigCache
 from slm.errors import ConfigurationError
 from slm.protocol import AgentChanged, AgentDeleted
 from slm.schemas import AgentConfig, LLMConfigWithKey, Snapshot

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from pydantic import SecretStr
 
-from slm.client.cache import AgentConfigCache
+from slm.client.cache.cache import AgentConfigCache
 from slm.protocol import AgentChanged, AgentDeleted
 from slm.schemas import AgentConfig, LLMConfigWithKey, Snapshot
 

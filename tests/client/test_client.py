@@ -14,14 +14,14 @@ import pytest
 from cryptography.fernet import Fernet
 
 from slm import AgentKeyUnavailable, ClientStatus, SLMClient, Step, Timings
-from slm.client.background import following
 from slm.client.config import ResolvedConfig
-from slm.client.retry import Backoff
-from tests.end_to_end.gateway import Gateway, gateway
-from tests.faults.backends import TENTH
-from tests.faults.scripted import Peer, changed, config, scripted_slm
-from tests.server.raw import Api
-from tests.servers import InLoopServer, eventually
+from slm.client.runtime.background import following
+from slm.client.sync.backoff import Backoff
+from tests.support.faults.backends import TENTH
+from tests.support.faults.scripted import Peer, changed, config, scripted_slm
+from tests.support.gateway import Gateway, gateway
+from tests.support.raw import Api
+from tests.support.servers import InLoopServer, eventually
 
 NOBODY = "http://127.0.0.1:9"  # the discard port: nothing listens there
 KEYED: dict[str, Any] = {"llm_provider": "openai", "llm_model": "gpt-6.1-sol"}
@@ -595,7 +595,7 @@ async def test_another_threads_loop_may_ask(server: InLoopServer, client: SLMCli
 
 def test_a_second_loop_may_connect_after_the_first_has_ended(tmp_path: Path) -> None:
     """One asyncio.run after another, as scripts and tests do, works with one client."""
-    from tests.servers import ServerProcess
+    from tests.support.servers import ServerProcess
 
     server = ServerProcess(tmp_path / "data")
     asyncio.run(server.start())

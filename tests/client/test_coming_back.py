@@ -7,10 +7,10 @@ import asyncio
 import pytest
 
 from slm import ClientStatus, SLMClient, Timings
-from slm.client.retry import Backoff
-from tests.faults.backends import TENTH
-from tests.faults.scripted import Peer, config, scripted_slm
-from tests.servers import InLoopServer, eventually
+from slm.client.sync.backoff import Backoff
+from tests.support.faults.backends import TENTH
+from tests.support.faults.scripted import Peer, config, scripted_slm
+from tests.support.servers import InLoopServer, eventually
 
 
 @pytest.fixture

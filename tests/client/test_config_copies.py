@@ -11,8 +11,8 @@ import pytest
 from pydantic import SecretStr
 
 from slm import AgentConfigCache
+from slm.client.cache.snapshot import ReceivedAgent, ReceivedSnapshot
 from slm.client.config import ResolvedConfig
-from slm.client.received import ReceivedAgent, ReceivedSnapshot
 
 OPTIONS: dict[str, Any] = {"stop": ["a"], "thinking": {"type": "enabled", "deep": [{"x": 1}]}}
 

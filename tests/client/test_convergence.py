@@ -15,10 +15,10 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from slm import AgentKeyUnavailable, ClientStatus, SLMClient, Timings
-from tests.faults.backends import TENTH
-from tests.faults.network import Proxy, proxied
-from tests.server.raw import Api
-from tests.servers import InLoopServer, eventually, running_server
+from tests.support.faults.backends import TENTH
+from tests.support.faults.network import Proxy, proxied
+from tests.support.raw import Api
+from tests.support.servers import InLoopServer, eventually, running_server
 
 AGENTS = ["a", "b", "c"]
 FIELDS = ("llm_provider", "llm_endpoint", "llm_model", "llm_temperature", "revision")

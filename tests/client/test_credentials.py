@@ -12,11 +12,11 @@ import pytest
 import trustme
 
 from slm import ClientStatus, SLMClient, Timings
-from slm.client.credentials import TlsContext, Watch
-from slm.client.tls import TlsFiles
-from tests.faults.backends import TENTH
-from tests.server.raw import Api
-from tests.servers import InLoopServer, eventually, running_server
+from slm.client.transport.credentials import TlsContext, Watch
+from slm.client.transport.tls import TlsFiles
+from tests.support.faults.backends import TENTH
+from tests.support.raw import Api
+from tests.support.servers import InLoopServer, eventually, running_server
 
 PATIENT = Timings(**(TENTH | {"refused_retry_seconds": 600.0, "backoff_max_seconds": 0.2}))
 """Whoever is refused comes back after minutes, unless a file changes."""

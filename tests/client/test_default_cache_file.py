@@ -14,12 +14,12 @@ from fastapi import FastAPI
 
 import slm
 from slm import SLMClient, Step
-from slm.client import state_folder
-from slm.client.snapshot_file import Contents, SnapshotFile
-from slm.client.state_folder import default_cache_file
+from slm.client.cache import state_folder
+from slm.client.cache.snapshot_file import Contents, SnapshotFile
+from slm.client.cache.state_folder import default_cache_file
 from tests.client.test_lifespan import serving
-from tests.server.raw import Api
-from tests.servers import InLoopServer
+from tests.support.raw import Api
+from tests.support.servers import InLoopServer
 
 URL = "http://127.0.0.1:9"
 
@@ -123,7 +123,7 @@ def test_each_server_token_name_and_key_has_a_file_of_its_own(tmp_path: Path) ->
 
 def test_a_renewed_token_of_the_same_file_keeps_the_cache(tmp_path: Path) -> None:
     """A token file may be replaced; a token that is given alone is told apart by its hash."""
-    from slm.client.credentials import TokenSource
+    from slm.client.transport.credentials import TokenSource
 
     file = tmp_path / "token"
     file.write_text("slm_one")

@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from websockets.frames import Frame, Opcode
 
-from slm.client.direct import SHORT_BYTES, DirectWebSocket
+from slm.client.transport.websocket import SHORT_BYTES, DirectWebSocket
 from slm.errors import ProtocolError
-from tests.servers import eventually
+from tests.support.servers import eventually
 
 
 class Line:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from slm.client.config import Step
-from slm.client.fallback import from_environment, hardcoded
+from slm.client.resolution.environment import from_environment, hardcoded
 
 
 def test_the_hardcoded_values_are_the_missions() -> None:

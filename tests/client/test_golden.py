@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from slm import ClientStatus, SLMClient, Timings
-from slm.client.received import ReceivedSnapshot
+from slm.client.cache.snapshot import ReceivedSnapshot
 from slm.schemas import LLMConfigWithKey
-from tests.faults.backends import TENTH
-from tests.faults.scripted import Peer, ScriptedSLM, config, scripted_slm
-from tests.servers import eventually
+from tests.support.faults.backends import TENTH
+from tests.support.faults.scripted import Peer, ScriptedSLM, config, scripted_slm
+from tests.support.servers import eventually
 
 GOLDEN: dict[str, dict[str, Any]] = json.loads(
     (Path(__file__).parents[1] / "golden" / "messages.json").read_text()

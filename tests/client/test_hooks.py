@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 
 from slm import BlockingSLMClient, ClientStatus, LLMInterface, SLMClient, Timings
-from slm.client import hooks
 from slm.client.config import ResolvedConfig
-from slm.client.dispatch import callbacks
-from tests.client.processes import create, process, until, write
-from tests.faults.backends import TENTH
-from tests.faults.scripted import changed, config, scripted_slm
-from tests.fleet.sdk import applied, sdk
-from tests.server.raw import Api
-from tests.servers import InLoopServer, ServerProcess, eventually
+from slm.client.runtime import callbacks as hooks
+from slm.client.runtime.dispatch import callbacks
+from tests.support.faults.backends import TENTH
+from tests.support.faults.scripted import changed, config, scripted_slm
+from tests.support.processes import create, process, until, write
+from tests.support.raw import Api
+from tests.support.sdk import applied, sdk
+from tests.support.servers import InLoopServer, ServerProcess, eventually
 
 __all__ = ["process"]
 

@@ -15,19 +15,19 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from slm import SLMClient
-from slm.client import answers, http
-from slm.client.answers import Place, _retry_after
-from slm.client.cache import AgentConfigCache
-from slm.client.credentials import TokenSource
-from slm.client.explain import explain_steps
+from slm.client.cache.cache import AgentConfigCache
+from slm.client.resolution.explain import explain_steps
 from slm.client.timings import Timings
+from slm.client.transport import answers, http
+from slm.client.transport.answers import Place, _retry_after
+from slm.client.transport.credentials import TokenSource
 from slm.errors import SLMError, SLMUnavailable, Unavailable
 from slm.protocol import ExplainedStep
 from tests.client.test_http import TOKEN, answering, connection
-from tests.faults.backends import backend, is_live
-from tests.faults.scripted import EPOCH, Peer, ScriptedSLM, config, scripted_slm
-from tests.llm.reach import reaches
-from tests.servers import eventually
+from tests.support.faults.backends import backend, is_live
+from tests.support.faults.scripted import EPOCH, Peer, ScriptedSLM, config, scripted_slm
+from tests.support.llm.reach import reaches
+from tests.support.servers import eventually
 
 OVERFLOW = "Mon, 01 Jan 2024 00:00:00 +99999999999999999999"
 BIG = "9" * 5000

@@ -13,11 +13,11 @@ import trustme
 from aiohttp import web
 from pydantic import SecretStr
 
-from slm.client.http import Connection, EpochChanged, TokenSource, normalised_url
-from slm.client.retry import NobodyListens
-from slm.client.site import Site
+from slm.client.sync.backoff import NobodyListens
 from slm.client.timings import Timings
-from slm.client.tls import TlsFiles
+from slm.client.transport.http import Connection, EpochChanged, TokenSource, normalised_url
+from slm.client.transport.site import Site
+from slm.client.transport.tls import TlsFiles
 from slm.errors import (
     AgentInactive,
     AgentNotFound,

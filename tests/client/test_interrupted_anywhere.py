@@ -18,13 +18,13 @@ from typing import Any
 import pytest
 
 from slm import ClientStatus, SLMClient, SLMUnavailable, Timings
-from slm.client.background import Background
-from slm.client.dispatch import Dispatcher
-from slm.client.hooks import Hooks
+from slm.client.runtime.background import Background
+from slm.client.runtime.callbacks import Hooks
+from slm.client.runtime.dispatch import Dispatcher
 from slm.testing import FakeSLMClient
-from tests.client.processes import process, until
-from tests.faults.backends import TENTH
-from tests.servers import ServerProcess
+from tests.support.faults.backends import TENTH
+from tests.support.processes import process, until
+from tests.support.servers import ServerProcess
 
 __all__ = ["process"]
 

@@ -9,15 +9,15 @@ from typing import Any, cast
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slm.client.acks import Acks
-from slm.client.cache import AgentConfigCache
-from slm.client.in_use import KeysInUse
-from slm.client.keys import FEW, KeyFetcher
-from slm.client.received import ReceivedAgent, ReceivedSnapshot
+from slm.client.cache.cache import AgentConfigCache
+from slm.client.cache.keys_in_use import KeysInUse
+from slm.client.cache.snapshot import ReceivedAgent, ReceivedSnapshot
+from slm.client.sync.acks import Acks
+from slm.client.sync.key_fetcher import FEW, KeyFetcher
 from slm.client.timings import Timings
 from slm.errors import SLMError
 from slm.protocol import AgentChanged, ServerMessage, parse_server_message
-from tests.client.virtual_time import run
+from tests.support.virtual_time import run
 
 AGENTS = 200
 JITTER = Timings().key_jitter_seconds

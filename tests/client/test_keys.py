@@ -12,14 +12,14 @@ from typing import Any, cast
 import pytest
 
 from slm import SLMClient
-from slm.client.cache import AgentConfigCache
-from slm.client.keys import FEW, MAX_SINGLE, KeyFetcher
+from slm.client.cache.cache import AgentConfigCache
+from slm.client.sync.key_fetcher import FEW, MAX_SINGLE, KeyFetcher
 from slm.client.timings import Timings
 from slm.errors import SLMError, SLMUnavailable
-from slm.server.audit import AuditLog
-from slm.server.bodies import AgentUpdate
-from tests.server.store import new_agent
-from tests.servers import InLoopServer, eventually, running_server
+from slm.server.agents.schemas import AgentUpdate
+from slm.server.security.audit import AuditLog
+from tests.support.servers import InLoopServer, eventually, running_server
+from tests.support.store import new_agent
 
 COUNT = 40
 

@@ -14,9 +14,9 @@ from starlette.applications import Starlette
 
 import slm
 from slm import ClientStatus, ConfigurationError, SLMClient, Timings
-from tests.faults.backends import TENTH
-from tests.server.raw import Api
-from tests.servers import InLoopServer, eventually
+from tests.support.faults.backends import TENTH
+from tests.support.raw import Api
+from tests.support.servers import InLoopServer, eventually
 
 
 @asynccontextmanager

@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 
 from slm import ClientStatus, SLMClient, Timings
-from slm.client import clock
-from slm.client.cache import NEVER, AgentConfigCache
-from slm.client.received import ReceivedAgent, ReceivedSnapshot
-from tests.client.processes import create, process, until, write
-from tests.faults.backends import TENTH
-from tests.faults.scripted import Peer, config, scripted_slm
-from tests.servers import ServerProcess, eventually
+from slm.client.cache.cache import NEVER, AgentConfigCache
+from slm.client.cache.snapshot import ReceivedAgent, ReceivedSnapshot
+from slm.client.runtime import clock
+from tests.support.faults.backends import TENTH
+from tests.support.faults.scripted import Peer, config, scripted_slm
+from tests.support.processes import create, process, until, write
+from tests.support.servers import ServerProcess, eventually
 
 __all__ = ["process"]
 

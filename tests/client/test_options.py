@@ -8,9 +8,9 @@ import pytest
 from cryptography.fernet import Fernet
 
 from slm import BlockingSLMClient, ClientStatus, ConfigurationError, SLMClient, lifespan
-from slm.client.addresses import usable_urls
 from slm.client.options import read_options
-from tests.servers import InLoopServer, eventually
+from slm.client.transport.addresses import usable_urls
+from tests.support.servers import InLoopServer, eventually
 
 NOTHING = {
     "cache_file": None,

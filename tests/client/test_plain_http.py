@@ -7,10 +7,10 @@ import logging
 import pytest
 
 from slm import ConfigurationError, SLMClient
-from slm.client import addresses
-from slm.client.addresses import is_insecure
-from slm.server.fleet import Fleet
-from tests.servers import InLoopServer, eventually
+from slm.client.transport import addresses
+from slm.client.transport.addresses import is_insecure
+from slm.server.fleet.tracker import Fleet
+from tests.support.servers import InLoopServer, eventually
 
 
 def test_it_is_refused_and_the_sentence_says_how_to_decide_otherwise() -> None:

@@ -9,15 +9,15 @@ import re
 import pytest
 
 from slm import ClientStatus, SLMClient, Timings
-from slm.client.credentials import TokenSource
-from slm.client.http import Connection
-from slm.client.site import Site
+from slm.client.transport.credentials import TokenSource
+from slm.client.transport.http import Connection
+from slm.client.transport.site import Site
 from slm.errors import SLMError
-from tests.client.ways import listening, raw, swallowing
-from tests.end_to_end.gateway import gateway
-from tests.faults.backends import TENTH
-from tests.server.raw import Api
-from tests.servers import InLoopServer, eventually
+from tests.support.faults.backends import TENTH
+from tests.support.gateway import gateway
+from tests.support.raw import Api
+from tests.support.servers import InLoopServer, eventually
+from tests.support.ways import listening, raw, swallowing
 
 QUICK = Timings(**(TENTH | {"poll_interval_seconds": 0.1}))
 

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from slm import SLMClient
-from slm.client.cache import AgentConfigCache
-from slm.client.retry import ClientStatus
-from slm.client.snapshot_file import SnapshotFile
+from slm.client.cache.cache import AgentConfigCache
+from slm.client.cache.snapshot_file import SnapshotFile
+from slm.client.sync.backoff import ClientStatus
 from slm.schemas import LLMConfigWithKey, Snapshot
 from tests.client.test_golden import EPOCH, client_of
-from tests.faults.scripted import Peer, changed, config, scripted_slm
-from tests.servers import eventually
+from tests.support.faults.scripted import Peer, changed, config, scripted_slm
+from tests.support.servers import eventually
 
 AGENTS: dict[str, tuple[int, dict[str, Any]]] = {"default": (1, config("m", is_default=True))}
 

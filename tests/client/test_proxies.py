@@ -13,10 +13,10 @@ import pytest
 import trustme
 
 from slm import ClientStatus, ConfigurationError, SLMClient, Timings
-from slm.client.proxies import Proxies, parsed_proxy, usable_proxies
-from tests.client.ways import forward_proxy
-from tests.faults.backends import TENTH
-from tests.servers import InLoopServer, eventually, running_server
+from slm.client.transport.proxies import Proxies, parsed_proxy, usable_proxies
+from tests.support.faults.backends import TENTH
+from tests.support.servers import InLoopServer, eventually, running_server
+from tests.support.ways import forward_proxy
 
 CANARY = "p@ss:w/rd canary"
 QUOTED = "p%40ss%3Aw%2Frd%20canary"

@@ -8,8 +8,8 @@ import time
 import weakref
 from functools import partial
 
-from slm.client.quiet import TURN_SECONDS, Quiet
-from tests.servers import eventually
+from slm.client.sync.idle import TURN_SECONDS, Quiet
+from tests.support.servers import eventually
 
 
 def work(seconds: float) -> None:

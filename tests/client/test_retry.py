@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from slm.client.retry import Backoff, ClientStatus, NobodyListens, is_retryable, status_after
+from slm.client.sync.backoff import Backoff, ClientStatus, NobodyListens, is_retryable, status_after
 from slm.client.timings import Timings
 from slm.errors import (
     BadRequest,

@@ -9,12 +9,12 @@ import pytest
 from aiohttp import WSMsgType
 
 from slm import SLMClient
-from slm.client.background import following
-from slm.client.retry import ClientStatus
+from slm.client.runtime.background import following
+from slm.client.sync.backoff import ClientStatus
 from slm.client.timings import Timings
-from tests.faults.backends import TENTH
-from tests.faults.scripted import Peer, scripted_slm
-from tests.servers import eventually
+from tests.support.faults.backends import TENTH
+from tests.support.faults.scripted import Peer, scripted_slm
+from tests.support.servers import eventually
 
 INTERVAL = 0.3
 TIMINGS = Timings(**(TENTH | {"ping_interval_seconds": INTERVAL}))

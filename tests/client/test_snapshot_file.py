@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import SecretStr
 
+from slm.client.cache.snapshot_file import Contents, SnapshotFile
 from slm.client.config import ResolvedConfig, Step
-from slm.client.snapshot_file import Contents, SnapshotFile
 from slm.errors import ConfigurationError
 
 CANARY = "sk-canary-file"

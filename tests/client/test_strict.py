@@ -16,10 +16,10 @@ from slm import (
     Step,
     Timings,
 )
-from slm.client.unknown import MAX_SAID, UnknownAgents, nearest
-from tests.faults.backends import TENTH
-from tests.server.raw import Api
-from tests.servers import InLoopServer, eventually
+from slm.client.resolution.unknown import MAX_SAID, UnknownAgents, nearest
+from tests.support.faults.backends import TENTH
+from tests.support.raw import Api
+from tests.support.servers import InLoopServer, eventually
 
 QUICK = Timings(**TENTH)
 NOBODY = "http://127.0.0.1:9"

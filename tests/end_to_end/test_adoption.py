@@ -11,7 +11,7 @@ from cryptography.fernet import Fernet
 from yarl import URL
 
 from slm import SLMClient
-from tests.servers import ServerProcess
+from tests.support.servers import ServerProcess
 
 MISSION_TABLE = """
 CREATE TABLE agents (

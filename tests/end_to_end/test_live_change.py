@@ -12,9 +12,9 @@ import aiohttp
 import pytest
 
 from slm import LLMInterface, SLMClient
-from tests.end_to_end.gateway import gateway
-from tests.end_to_end.recorder import Recorder, recording_provider
-from tests.servers import InLoopServer, ServerProcess, eventually, running_server
+from tests.support.gateway import gateway
+from tests.support.recorder import Recorder, recording_provider
+from tests.support.servers import InLoopServer, ServerProcess, eventually, running_server
 
 CANARY = "sk-canary-4f1d"
 HELLO = [{"role": "user", "content": "hello"}]

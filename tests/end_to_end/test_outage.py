@@ -8,10 +8,10 @@ import aiohttp
 import pytest
 
 from slm import LLMInterface, SLMClient
-from tests.end_to_end.gateway import gateway
-from tests.end_to_end.recorder import recording_provider
 from tests.end_to_end.test_live_change import HELLO, Operator
-from tests.servers import ServerProcess, eventually
+from tests.support.gateway import gateway
+from tests.support.recorder import recording_provider
+from tests.support.servers import ServerProcess, eventually
 
 NOBODY = "http://127.0.0.1:9"  # the discard port: nothing listens there
 

@@ -7,7 +7,7 @@ import aiohttp
 import pytest
 
 from slm import SLMClient
-from tests.servers import running_server
+from tests.support.servers import running_server
 
 
 async def test_the_three_changes_arrive_in_order(tmp_path: Path) -> None:

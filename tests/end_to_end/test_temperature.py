@@ -7,9 +7,9 @@ from pathlib import Path
 import aiohttp
 
 from slm import LLMInterface, SLMClient
-from tests.end_to_end.recorder import recording_provider
 from tests.end_to_end.test_live_change import HELLO, Operator
-from tests.servers import ServerProcess, eventually
+from tests.support.recorder import recording_provider
+from tests.support.servers import ServerProcess, eventually
 
 
 async def test_what_nobody_chose_is_not_sent(tmp_path: Path) -> None:

@@ -9,10 +9,10 @@ import aiohttp
 import pytest
 
 from slm.server import failpoints
-from tests.faults.recording import recorded
-from tests.faults.site import Site
-from tests.postgres import postgres as postgres
-from tests.postgres import postgres_url as postgres_url
+from tests.support.faults.recording import recorded
+from tests.support.faults.site import Site
+from tests.support.postgres import postgres as postgres
+from tests.support.postgres import postgres_url as postgres_url
 
 
 @pytest.hookimpl(wrapper=True)

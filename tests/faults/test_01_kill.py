@@ -8,9 +8,9 @@ import contextlib
 import aiohttp
 import pytest
 
-from tests.faults.site import Operator, Site
-from tests.faults.subscriber import Subscriber, subscribers
-from tests.servers import ServerProcess, eventually
+from tests.support.faults.site import Operator, Site
+from tests.support.faults.subscriber import Subscriber, subscribers
+from tests.support.servers import ServerProcess, eventually
 
 
 async def killed_by_a_write(server: ServerProcess, operator: Operator, failpoint: str) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import aiohttp
 import pytest
 
-from slm.server.compaction import compact
-from tests.faults.history import final_position, violations
-from tests.faults.site import Operator, Site, rows_of, wire_frame
-from tests.faults.subscriber import heard, subscribers
-from tests.servers import eventually
+from slm.server.lifecycle.compaction import compact
+from tests.support.faults.history import final_position, violations
+from tests.support.faults.site import Operator, Site, rows_of, wire_frame
+from tests.support.faults.subscriber import heard, subscribers
+from tests.support.servers import eventually
 
 
 @pytest.mark.history(resyncs=["compacted", "ahead", "epoch"], committed=False)

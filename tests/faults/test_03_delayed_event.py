@@ -5,9 +5,9 @@ from __future__ import annotations
 import aiohttp
 
 from slm.server import failpoints
-from tests.faults.site import Operator, Site
-from tests.faults.subscriber import subscribers
-from tests.servers import eventually
+from tests.support.faults.site import Operator, Site
+from tests.support.faults.subscriber import subscribers
+from tests.support.servers import eventually
 
 
 async def test_heartbeats_while_an_event_waits(site: Site, http: aiohttp.ClientSession) -> None:

@@ -13,12 +13,12 @@ from urllib.parse import urlsplit
 
 import aiohttp
 
-from tests.faults import recording
-from tests.faults.history import violations
-from tests.faults.network import TEXT, FrameReader, WireFrame
-from tests.faults.site import Operator, Site
-from tests.faults.subscriber import heard, subscribers
-from tests.servers import eventually
+from tests.support.faults import recording
+from tests.support.faults.history import violations
+from tests.support.faults.network import TEXT, FrameReader, WireFrame
+from tests.support.faults.site import Operator, Site
+from tests.support.faults.subscriber import heard, subscribers
+from tests.support.servers import eventually
 
 BUFFER_BYTES = 64 * 1024
 OTHERS = 500

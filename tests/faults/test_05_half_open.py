@@ -9,11 +9,11 @@ from collections.abc import Callable
 import aiohttp
 import pytest
 
-from slm.client.retry import ClientStatus
-from tests.faults.backends import backend, believes, is_live
-from tests.faults.network import DOWN, UP, proxied
-from tests.faults.site import Operator, Site
-from tests.servers import eventually
+from slm.client.sync.backoff import ClientStatus
+from tests.support.faults.backends import backend, believes, is_live
+from tests.support.faults.network import DOWN, UP, proxied
+from tests.support.faults.site import Operator, Site
+from tests.support.servers import eventually
 
 PAUSE_SECONDS = 2.0
 """By how much a busy machine may be late."""

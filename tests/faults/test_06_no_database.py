@@ -10,13 +10,13 @@ import aiohttp
 import pytest
 from sqlalchemy.engine import make_url
 
-from slm.client.retry import ClientStatus
+from slm.client.sync.backoff import ClientStatus
 from slm.server import failpoints
-from tests.faults.backends import backend, believes, is_live
-from tests.faults.network import Proxy, proxied
-from tests.faults.site import Operator, Site
-from tests.faults.subscriber import subscribers
-from tests.servers import eventually
+from tests.support.faults.backends import backend, believes, is_live
+from tests.support.faults.network import Proxy, proxied
+from tests.support.faults.site import Operator, Site
+from tests.support.faults.subscriber import subscribers
+from tests.support.servers import eventually
 
 
 class Cut:

@@ -10,11 +10,11 @@ from collections.abc import Callable
 import aiohttp
 import pytest
 
-from tests.faults.backends import backends, believes, is_live
-from tests.faults.network import proxied
-from tests.faults.site import Operator, Site
-from tests.faults.subscriber import subscribers
-from tests.servers import eventually
+from tests.support.faults.backends import backends, believes, is_live
+from tests.support.faults.network import proxied
+from tests.support.faults.site import Operator, Site
+from tests.support.faults.subscriber import subscribers
+from tests.support.servers import eventually
 
 
 async def through_a_bad_network(

@@ -7,11 +7,11 @@ import asyncio
 import aiohttp
 import pytest
 
-from tests.faults.backends import backend, backends, believes, is_live
-from tests.faults.network import proxied
-from tests.faults.scripted import Peer, changed, config, deleted, scripted_slm
-from tests.faults.site import Operator, Site
-from tests.servers import eventually
+from tests.support.faults.backends import backend, backends, believes, is_live
+from tests.support.faults.network import proxied
+from tests.support.faults.scripted import Peer, changed, config, deleted, scripted_slm
+from tests.support.faults.site import Operator, Site
+from tests.support.servers import eventually
 
 
 @pytest.mark.history(faults="comes after|is not what others saw")

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from tests.faults.backends import backend, is_live
-from tests.faults.scripted import Peer, changed, config, scripted_slm
-from tests.servers import eventually
+from tests.support.faults.backends import backend, is_live
+from tests.support.faults.scripted import Peer, changed, config, scripted_slm
+from tests.support.servers import eventually
 
 AGENTS = {"default": (1, config("d", is_default=True)), "billing": (5, config("b"))}
 

@@ -7,10 +7,10 @@ import itertools
 import pytest
 from aiohttp import web
 
-from slm.client.retry import ClientStatus
-from tests.faults.backends import backend, is_live
-from tests.faults.scripted import Peer, ScriptedSLM, changed, config, scripted_slm
-from tests.servers import eventually
+from slm.client.sync.backoff import ClientStatus
+from tests.support.faults.backends import backend, is_live
+from tests.support.faults.scripted import Peer, ScriptedSLM, changed, config, scripted_slm
+from tests.support.servers import eventually
 
 AGENTS = {"default": (1, config("d", is_default=True)), "billing": (5, config("b"))}
 TRIES = 3

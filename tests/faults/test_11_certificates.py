@@ -14,10 +14,10 @@ import aiohttp
 import pytest
 import trustme
 
-from slm.client.retry import ClientStatus
-from tests.faults.backends import backend, is_live
-from tests.faults.site import Operator, Site
-from tests.servers import eventually
+from slm.client.sync.backoff import ClientStatus
+from tests.support.faults.backends import backend, is_live
+from tests.support.faults.site import Operator, Site
+from tests.support.servers import eventually
 
 
 def written(certificate: trustme.LeafCert, folder: Path) -> dict[str, Any]:

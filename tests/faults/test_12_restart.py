@@ -12,11 +12,11 @@ from typing import Any
 import aiohttp
 import pytest
 
-from tests.faults.backends import backend, is_live
-from tests.faults.history import violations
-from tests.faults.network import proxied
-from tests.faults.site import Operator, Site
-from tests.servers import eventually
+from tests.support.faults.backends import backend, is_live
+from tests.support.faults.history import violations
+from tests.support.faults.network import proxied
+from tests.support.faults.site import Operator, Site
+from tests.support.servers import eventually
 
 BACK_WITHIN_SECONDS = 60
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from slm.client.retry import ClientStatus
-from tests.faults.backends import backend, backends, believes, is_live
-from tests.faults.site import Operator, Site
-from tests.faults.subscriber import subscribers
-from tests.servers import eventually
+from slm.client.sync.backoff import ClientStatus
+from tests.support.faults.backends import backend, backends, believes, is_live
+from tests.support.faults.site import Operator, Site
+from tests.support.faults.subscriber import subscribers
+from tests.support.servers import eventually
 
 DAY = 86_400.0
 

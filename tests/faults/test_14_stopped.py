@@ -14,12 +14,12 @@ from typing import Any
 
 import aiohttp
 
-from tests.faults.backends import backend, believes, is_live
-from tests.faults.network import proxied
-from tests.faults.site import QUICK, Operator, Site
-from tests.faults.subscriber import subscribers
 from tests.faults.test_17_locked_revision import HOLDS_A_REVISION
-from tests.servers import eventually
+from tests.support.faults.backends import backend, believes, is_live
+from tests.support.faults.network import proxied
+from tests.support.faults.site import QUICK, Operator, Site
+from tests.support.faults.subscriber import subscribers
+from tests.support.servers import eventually
 
 PAUSE_SECONDS = 2.0
 """By how much a busy machine may be late."""
@@ -58,7 +58,7 @@ async def test_a_stopped_server(site: Site, http: aiohttp.ClientSession) -> None
 def started(url: str) -> subprocess.Popen[str]:
     """Start a backend in a process of its own."""
     return subprocess.Popen(
-        [sys.executable, "-m", "tests.faults.client_process", url],
+        [sys.executable, "-m", "tests.support.faults.client_process", url],
         cwd=Path(__file__).parents[2],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

@@ -7,9 +7,9 @@ from typing import Any
 import aiohttp
 from sqlalchemy import Connection
 
-from tests.faults.site import Operator, Site, rows_of
-from tests.faults.subscriber import subscribers
-from tests.servers import eventually
+from tests.support.faults.site import Operator, Site, rows_of
+from tests.support.faults.subscriber import subscribers
+from tests.support.servers import eventually
 
 
 async def test_disk_full(sqlite_site: Site, http: aiohttp.ClientSession) -> None:

@@ -8,13 +8,13 @@ import aiohttp
 import pytest
 from sqlalchemy import Connection, text
 
-from slm.server.backup import backup, restore
+from slm.server.lifecycle.backup import backup, restore
 from slm.server.settings import Settings
-from tests.faults.backends import backends, believes, is_live
-from tests.faults.network import proxied
-from tests.faults.site import Operator, Site
-from tests.faults.subscriber import subscribers
-from tests.servers import eventually
+from tests.support.faults.backends import backends, believes, is_live
+from tests.support.faults.network import proxied
+from tests.support.faults.site import Operator, Site
+from tests.support.faults.subscriber import subscribers
+from tests.support.servers import eventually
 
 
 @pytest.mark.history(resyncs=["epoch", "ahead"], committed=False)

@@ -6,9 +6,9 @@ import asyncio
 
 import aiohttp
 
-from tests.faults.site import Operator, Site
-from tests.faults.subscriber import subscribers
-from tests.servers import ServerProcess, eventually
+from tests.support.faults.site import Operator, Site
+from tests.support.faults.subscriber import subscribers
+from tests.support.servers import ServerProcess, eventually
 
 HOLDS_A_REVISION = (
     "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"

@@ -8,10 +8,10 @@ from contextlib import asynccontextmanager
 
 import aiohttp
 
-from tests.faults.site import Operator, Site
-from tests.faults.subscriber import Subscriber, subscribers
-from tests.postgres import connect
-from tests.servers import InLoopServer, eventually
+from tests.support.faults.site import Operator, Site
+from tests.support.faults.subscriber import Subscriber, subscribers
+from tests.support.postgres import connect
+from tests.support.servers import InLoopServer, eventually
 
 KILL_LISTENERS = (
     "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"

@@ -6,9 +6,9 @@ import asyncio
 
 import aiohttp
 
-from tests.faults.site import Operator, Site
-from tests.faults.subscriber import subscribers
-from tests.servers import InLoopServer, eventually
+from tests.support.faults.site import Operator, Site
+from tests.support.faults.subscriber import subscribers
+from tests.support.servers import InLoopServer, eventually
 
 
 async def started(site: Site) -> list[InLoopServer]:

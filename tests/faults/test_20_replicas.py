@@ -11,11 +11,11 @@ from contextlib import AsyncExitStack
 import aiohttp
 import pytest
 
-from tests.faults.backends import backend, believes, is_live
-from tests.faults.network import proxied
-from tests.faults.site import Operator, Site
-from tests.faults.subscriber import subscribers
-from tests.servers import ServerProcess, eventually
+from tests.support.faults.backends import backend, believes, is_live
+from tests.support.faults.network import proxied
+from tests.support.faults.site import Operator, Site
+from tests.support.faults.subscriber import subscribers
+from tests.support.servers import ServerProcess, eventually
 
 REPLICAS = 3
 

@@ -12,9 +12,9 @@ from urllib.parse import urlsplit
 import aiohttp
 import pytest
 
-from tests.faults.site import Operator, Site
-from tests.faults.subscriber import subscribers
-from tests.servers import eventually
+from tests.support.faults.site import Operator, Site
+from tests.support.faults.subscriber import subscribers
+from tests.support.servers import eventually
 
 HANDSHAKE = (
     "GET /ws HTTP/1.1\r\nHost: slm\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"

@@ -8,10 +8,10 @@ import contextlib
 import aiohttp
 import pytest
 
-from tests.faults.site import KEY, Operator, Site
-from tests.faults.subscriber import subscribers
-from tests.postgres import connect
-from tests.servers import eventually
+from tests.support.faults.site import KEY, Operator, Site
+from tests.support.faults.subscriber import subscribers
+from tests.support.postgres import connect
+from tests.support.servers import eventually
 
 MISSION_TABLE = """
 CREATE TABLE agents (

@@ -5,9 +5,9 @@ from __future__ import annotations
 import aiohttp
 import pytest
 
-from tests.faults.site import Operator, Site
-from tests.faults.subscriber import subscribers
-from tests.servers import eventually
+from tests.support.faults.site import Operator, Site
+from tests.support.faults.subscriber import subscribers
+from tests.support.servers import eventually
 
 
 async def test_the_second_refuses(sqlite_site: Site, http: aiohttp.ClientSession) -> None:

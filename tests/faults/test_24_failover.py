@@ -18,15 +18,15 @@ import aiohttp
 import pytest
 
 from slm import SLMClient
-from tests.faults import recording
-from tests.faults.backends import backend, believes, is_live
-from tests.faults.history import Connection
-from tests.faults.network import proxied
-from tests.faults.site import Operator, Site
-from tests.faults.subscriber import Subscriber, subscribers
 from tests.faults.test_20_replicas import writes
-from tests.servers import eventually
-from tests.standby import Pair, primary_and_standby
+from tests.support.faults import recording
+from tests.support.faults.backends import backend, believes, is_live
+from tests.support.faults.history import Connection
+from tests.support.faults.network import proxied
+from tests.support.faults.site import Operator, Site
+from tests.support.faults.subscriber import Subscriber, subscribers
+from tests.support.servers import eventually
+from tests.support.standby import Pair, primary_and_standby
 
 SERVERS = 3
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.faults.history import (
+from tests.support.faults.history import (
     Connection,
     Frame,
     disagreements,

@@ -21,12 +21,12 @@ import pytest
 import trustme
 from sqlalchemy.engine import make_url
 
-from tests.faults.backends import backend, backends, believes, is_live
-from tests.faults.network import UP, proxied
-from tests.faults.site import Operator, Site
-from tests.faults.subscriber import heard, subscribers
-from tests.postgres import free_port, programs
-from tests.servers import ServerProcess, eventually
+from tests.support.faults.backends import backend, backends, believes, is_live
+from tests.support.faults.network import UP, proxied
+from tests.support.faults.site import Operator, Site
+from tests.support.faults.subscriber import heard, subscribers
+from tests.support.postgres import free_port, programs
+from tests.support.servers import ServerProcess, eventually
 
 PAGE = (Path(__file__).parents[2] / "docs" / "operations.md").read_text()
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import aiohttp
 import pytest
 
-from tests.faults import recording
-from tests.faults.backends import backend, is_live
-from tests.faults.network import proxied
-from tests.faults.scripted import Peer, changed, config, scripted_slm
-from tests.faults.site import Operator, Site
-from tests.faults.subscriber import heard, subscribers
-from tests.servers import eventually
+from tests.support.faults import recording
+from tests.support.faults.backends import backend, is_live
+from tests.support.faults.network import proxied
+from tests.support.faults.scripted import Peer, changed, config, scripted_slm
+from tests.support.faults.site import Operator, Site
+from tests.support.faults.subscriber import heard, subscribers
+from tests.support.servers import eventually
 
 AGENTS = {"default": (1, config("d", is_default=True))}
 

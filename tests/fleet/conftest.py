@@ -11,10 +11,10 @@ import pytest
 from cryptography.fernet import Fernet
 from pydantic import SecretStr
 
-from tests.postgres import postgres as postgres
-from tests.postgres import postgres_url as postgres_url
-from tests.server.raw import Api
-from tests.servers import InLoopServer, running_server
+from tests.support.postgres import postgres as postgres
+from tests.support.postgres import postgres_url as postgres_url
+from tests.support.raw import Api
+from tests.support.servers import InLoopServer, running_server
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slm.protocol import NotInForce
-from slm.server.ack_log import RECEIPT_REVISIONS, Acked, AckLog
+from slm.server.fleet.ack_log import RECEIPT_REVISIONS, Acked, AckLog
 
 REFUSALS: tuple[dict[str, NotInForce], ...] = (
     {},

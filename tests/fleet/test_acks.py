@@ -10,16 +10,16 @@ from typing import Any
 import pytest
 
 from slm import LLMInterface, ResolvedConfig, Timings
-from slm.client.acks import KEY_DID_NOT_COME, Acks
-from slm.client.cache import AgentConfigCache
-from slm.client.in_use import KeysInUse
+from slm.client.cache.cache import AgentConfigCache
+from slm.client.cache.keys_in_use import KeysInUse
+from slm.client.sync.acks import KEY_DID_NOT_COME, Acks
 from slm.endpoints import EndpointPolicy
 from slm.llm.transport import TransportSettings
 from slm.schemas import Snapshot
-from tests.end_to_end.gateway import gateway
-from tests.fleet.sdk import FAST, applied, fleet_of, sdk
-from tests.server.raw import Api
-from tests.servers import InLoopServer, eventually
+from tests.support.gateway import gateway
+from tests.support.raw import Api
+from tests.support.sdk import FAST, applied, fleet_of, sdk
+from tests.support.servers import InLoopServer, eventually
 
 KEYED: dict[str, Any] = {
     "llm_provider": "openai",

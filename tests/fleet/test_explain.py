@@ -15,10 +15,10 @@ import pytest
 
 from slm import SLMClient
 from slm.protocol import Explanation
-from tests.end_to_end.gateway import gateway
-from tests.fleet.sdk import applied, fleet_of, sdk
-from tests.server.raw import Answer, Api
-from tests.servers import InLoopServer, eventually
+from tests.support.gateway import gateway
+from tests.support.raw import Answer, Api
+from tests.support.sdk import applied, fleet_of, sdk
+from tests.support.servers import InLoopServer, eventually
 
 CANARY = "sk-canary-explain"
 KEYED = {"llm_provider": "openai", "llm_model": "gpt-6.1-sol", "llm_api_key": CANARY}
@@ -134,7 +134,7 @@ async def test_an_older_client_is_said_to_be_silent(
     admin: Api, backend: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A client that does not know the question goes on undisturbed; the operator is told."""
-    monkeypatch.setattr("slm.server.explanations.ANSWER_SECONDS", 0.1)
+    monkeypatch.setattr("slm.server.fleet.explain.ANSWER_SECONDS", 0.1)
     async with backend.stream(client={"name": "old"}) as stream:
         await stream.frame()
         answer = await admin.get("/api/explain?agent_id=a&backend=old")
@@ -183,7 +183,7 @@ async def test_an_answer_that_cannot_be_read_is_told_at_once(
     admin: Api, backend: Api, what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The operator hears what is wrong with it, and does not wait for another one."""
-    monkeypatch.setattr("slm.server.explanations.ANSWER_SECONDS", 600)
+    monkeypatch.setattr("slm.server.fleet.explain.ANSWER_SECONDS", 600)
     answer, wrong = UNCLEAR[what]
     async with backend.stream(client={"name": "odd"}) as stream:
         await stream.frame()
@@ -200,7 +200,7 @@ async def test_what_names_another_question_leaves_this_one_open(
     admin: Api, backend: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An odd late answer and an odd ack say nothing of the question that is open."""
-    monkeypatch.setattr("slm.server.explanations.ANSWER_SECONDS", 600)
+    monkeypatch.setattr("slm.server.fleet.explain.ANSWER_SECONDS", 600)
     async with backend.stream(client={"name": "odd"}) as stream:
         await stream.frame()
         asking = asyncio.create_task(admin.get("/api/explain?agent_id=a&backend=odd"))
@@ -216,7 +216,7 @@ async def test_a_backend_that_goes_away_is_not_waited_for(
     replicas: list[InLoopServer], apis: list[Api], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its connection ends while it is asked, by its own server or another: that is told at once."""
-    monkeypatch.setattr("slm.server.explanations.ANSWER_SECONDS", 600)
+    monkeypatch.setattr("slm.server.fleet.explain.ANSWER_SECONDS", 600)
     token = replicas[0].backend_token
     for number, api in enumerate(apis[:2]):
         name = f"leaves{number}"
@@ -234,7 +234,7 @@ async def test_another_server_tells_what_is_wrong_with_an_answer(
     replicas: list[InLoopServer], apis: list[Api], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whichever server the operator asks, an answer that cannot be read ends the wait."""
-    monkeypatch.setattr("slm.server.explanations.ANSWER_SECONDS", 600)
+    monkeypatch.setattr("slm.server.fleet.explain.ANSWER_SECONDS", 600)
     token = replicas[0].backend_token
     async with Api(replicas[1], apis[1].session, token).stream(client={"name": "odd"}) as stream:
         await stream.send(ack=(await stream.frame())["revision"])

@@ -11,11 +11,11 @@ from typing import Any
 from aiohttp import web
 
 from slm import LLMError, LLMInterface, SLMClient
-from slm.cli.fleet import holders
+from slm.cli.commands.fleet import holders
 from slm.schemas import Agent
-from tests.fleet.sdk import applied, fleet_of, sdk
-from tests.server.raw import Api
-from tests.servers import InLoopServer, eventually
+from tests.support.raw import Api
+from tests.support.sdk import applied, fleet_of, sdk
+from tests.support.servers import InLoopServer, eventually
 
 BACKENDS = 4
 LOOPS = 5

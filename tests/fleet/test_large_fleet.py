@@ -15,12 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slm.protocol import Ack, ClientInfo
-from slm.server import backend_names, slices
-from slm.server.backends import Backend, Subject
-from slm.server.database import Database
-from slm.server.explanations import Explanations
-from slm.server.fleet import KEEP_GONE_SECONDS, Fleet, Lapse
-from slm.server.hub import Subscriber
+from slm.server.db.database import Database
+from slm.server.fleet import names as backend_names
+from slm.server.fleet.backend import Backend, Subject
+from slm.server.fleet.explain import Explanations
+from slm.server.fleet.tracker import KEEP_GONE_SECONDS, Fleet, Lapse
+from slm.server.stream.hub import Subscriber
+from slm.server.tasks import slices
 
 MANY = 1500
 OWN = 300

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from slm.protocol import ClientInfo
-from slm.server.backends import RECEIPT_REVISIONS, Acked, Backend
-from slm.server.fleet import KEEP_GONE_SECONDS
-from tests.server.raw import Api, Socket
-from tests.servers import InLoopServer, eventually
+from slm.server.fleet.backend import RECEIPT_REVISIONS, Acked, Backend
+from slm.server.fleet.tracker import KEEP_GONE_SECONDS
+from tests.support.raw import Api, Socket
+from tests.support.servers import InLoopServer, eventually
 
 REASON = "anthropic is not approved here"
 

@@ -15,11 +15,11 @@ import aiohttp
 from sqlalchemy import func, select, update
 
 from slm import ResolvedConfig
-from slm.server.fleet import KEEP_GONE_SECONDS
-from slm.server.models import BACKENDS
-from tests.fleet.sdk import applied, fleet_of, sdk
-from tests.server.raw import Api
-from tests.servers import InLoopServer, eventually
+from slm.server.db.tables import BACKENDS
+from slm.server.fleet.tracker import KEEP_GONE_SECONDS
+from tests.support.raw import Api
+from tests.support.sdk import applied, fleet_of, sdk
+from tests.support.servers import InLoopServer, eventually
 
 REASON = "anthropic is not approved here"
 LIGHT = 294

@@ -12,15 +12,16 @@ import pytest
 from sqlalchemy import func, insert, select, text, update
 
 from slm.protocol import Ack, ClientInfo
-from slm.server import fleet_sync, told_rows
-from slm.server.fleet import KEEP_GONE_SECONDS, Fleet
-from slm.server.hub import Subscriber
-from slm.server.models import BACKENDS, REPLICAS
-from slm.server.run import SLMServer
-from slm.server.told_rows import TellTale
-from tests.fleet.sdk import fleet_of
-from tests.server.raw import Api
-from tests.servers import InLoopServer, eventually
+from slm.server.db.tables import BACKENDS, REPLICAS
+from slm.server.fleet import replication as fleet_sync
+from slm.server.fleet import replication_rows as told_rows
+from slm.server.fleet.replication_rows import TellTale
+from slm.server.fleet.tracker import KEEP_GONE_SECONDS, Fleet
+from slm.server.serve import SLMServer
+from slm.server.stream.hub import Subscriber
+from tests.support.raw import Api
+from tests.support.sdk import fleet_of
+from tests.support.servers import InLoopServer, eventually
 
 GOOD = {"name": "good", "instance": "1"}
 

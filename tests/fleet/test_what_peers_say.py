@@ -19,14 +19,14 @@ from hypothesis import strategies as st
 from slm.errors import ProtocolError
 from slm.protocol import MAX_NAMED, Ack, ClientInfo, NotInForce, parse_client_message
 from slm.schemas import Agent
-from slm.server.ack_log import MAX_LOG_BYTES
-from slm.server.ack_queue import MAX_WAITING, AckQueue, Waiting
-from slm.server.backends import Subject, outcome_of
-from slm.server.fleet import Fleet
-from slm.server.hub import Subscriber
-from slm.server.view import View
-from tests.server.raw import Api
-from tests.servers import InLoopServer, eventually
+from slm.server.fleet.ack_log import MAX_LOG_BYTES
+from slm.server.fleet.ack_queue import MAX_WAITING, AckQueue, Waiting
+from slm.server.fleet.backend import Subject, outcome_of
+from slm.server.fleet.tracker import Fleet
+from slm.server.security.agent_scope import View
+from slm.server.stream.hub import Subscriber
+from tests.support.raw import Api
+from tests.support.servers import InLoopServer, eventually
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "messages.json").read_text())["client"]
 BAD_TEXTS = ("\x00", "a\x00b", "\ud800", "a\udfffb", "x" * 70_000)

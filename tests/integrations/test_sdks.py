@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from packaging.requirements import Requirement
 
-from tests.llm.stub import ASK, KEY, Answer, Request, stub, whole
+from tests.support.llm.stub import ASK, KEY, Answer, Request, stub, whole
 
 PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
 SDKS = ("openai", "anthropic", "ollama")

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from slm.cli import local_model
-from slm.cli.local_model import LocalModel
+from slm.cli.demo import local_model
+from slm.cli.demo.local_model import LocalModel
 from slm.llm import ChatResult, LLMInterface, RetrySettings
-from tests.llm.providers import DIALECTS, Configs, Dialect, RecordingServer, answering
+from tests.support.llm.providers import DIALECTS, Configs, Dialect, RecordingServer, answering
 
 QUICK_RETRY = RetrySettings(backoff_seconds=0.05, backoff_max_seconds=0.8)
 """A tenth of the defaults."""

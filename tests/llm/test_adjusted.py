@@ -11,8 +11,8 @@ from slm.errors import LLMBadRequest
 from slm.llm import spans
 from slm.llm.providers.adjustments import MAX_MODELS, Adjustments
 from slm.llm.providers.failures import refused
-from tests.llm.providers import Handler
-from tests.llm.talking import (
+from tests.support.llm.providers import Handler
+from tests.support.llm.talking import (
     WEATHER,
     by_body,
     chunk,

@@ -17,10 +17,10 @@ from slm.errors import (
     LLMUnavailable,
 )
 from slm.llm import ChatResult, LLMInterface
-from tests.llm import aimock
 from tests.llm.conftest import QUICK_RETRY
-from tests.llm.providers import Configs
 from tests.llm.test_chat import WEATHER
+from tests.support.llm import aimock
+from tests.support.llm.providers import Configs
 
 LONG = "One two three four five six seven eight nine ten."
 

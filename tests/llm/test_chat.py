@@ -12,7 +12,7 @@ from slm.client.config import Step
 from slm.errors import ConfigurationError, LLMBadRequest, LLMProviderMissing
 from slm.llm import Usage
 from tests.llm.conftest import ASK, Bench
-from tests.llm.providers import Answer, Received, answering
+from tests.support.llm.providers import Answer, Received, answering
 
 WEATHER: dict[str, Any] = {
     "type": "function",

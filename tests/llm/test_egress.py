@@ -12,9 +12,16 @@ import pytest
 
 from slm.errors import ConfigurationError, LLMAuthError, LLMUnavailable
 from slm.llm import TransportSettings
-from tests.llm.providers import CANARY, Answer, Dialect, Received, RecordingServer, answering
-from tests.llm.reach import reaches
-from tests.llm.talking import completion, says, talking
+from tests.support.llm.providers import (
+    CANARY,
+    Answer,
+    Dialect,
+    Received,
+    RecordingServer,
+    answering,
+)
+from tests.support.llm.reach import reaches
+from tests.support.llm.talking import completion, says, talking
 
 NOWHERE = "http://llm.corp.invalid/v1"
 
@@ -233,7 +240,7 @@ async def test_the_key_goes_in_the_header_that_the_server_takes(provider: str) -
 
 async def test_many_at_once_share_what_was_learnt() -> None:
     """Calls under way while another learns what is refused all end in an answer."""
-    from tests.llm.talking import by_body, refusal
+    from tests.support.llm.talking import by_body, refusal
 
     handler = by_body(
         lambda body: refusal("no 'top_p': unsupported") if "top_p" in body else says(completion())

@@ -21,7 +21,7 @@ from slm.errors import (
 )
 from slm.llm import LLMInterface, RetrySettings
 from tests.llm.conftest import ASK, Bench, ask
-from tests.llm.providers import (
+from tests.support.llm.providers import (
     Answer,
     Configs,
     Dialect,

@@ -14,8 +14,8 @@ from slm.errors import LLMBadResponse, LLMError, LLMTimeout, SLMError
 from slm.llm import ChatResult, LLMInterface, RetrySettings
 from slm.llm.providers.failures import retry_after_seconds
 from tests.llm.conftest import Bench, ask
-from tests.llm.providers import CANARY, Answer, Configs, Dialect, Received, RecordingServer
-from tests.llm.reach import reaches
+from tests.support.llm.providers import CANARY, Answer, Configs, Dialect, Received, RecordingServer
+from tests.support.llm.reach import reaches
 
 ONCE = RetrySettings(max_retries=0)
 TOOL = {"type": "function", "function": {"name": "w", "parameters": {"type": "object"}}}

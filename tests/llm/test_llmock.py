@@ -24,8 +24,8 @@ from slm.errors import (
 )
 from slm.llm import LLMInterface
 from tests.llm.conftest import ASK, QUICK_RETRY, ask
-from tests.llm.providers import Configs
 from tests.llm.test_chat import WEATHER
+from tests.support.llm.providers import Configs
 
 
 @dataclass

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from slm.cli import local_model
-from slm.cli.local_model import LocalModel
+from slm.cli.demo import local_model
+from slm.cli.demo.local_model import LocalModel
 from slm.errors import StartupError
 
 pytestmark = pytest.mark.real_llm
@@ -52,7 +52,7 @@ def test_it_answers_on_both_protocols_and_ends_when_told() -> None:
 def test_the_child_ends_when_its_parent_is_gone() -> None:
     """A child whose standard input closes ends by itself, and prints nothing but its address."""
     child = subprocess.Popen(
-        [sys.executable, "-m", "slm.cli.local_model"],
+        [sys.executable, "-m", "slm.cli.demo.local_model"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

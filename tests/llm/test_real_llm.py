@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from slm.cli.local_model import LocalModel
+from slm.cli.demo.local_model import LocalModel
 from slm.client.config import ResolvedConfig, Step
 from slm.llm import LLMInterface
-from tests.llm.providers import Configs
+from tests.support.llm.providers import Configs
 
 pytestmark = pytest.mark.real_llm
 

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from slm.cli.local_model import LocalModel
+from slm.cli.demo.local_model import LocalModel
 from slm.endpoints import refused_endpoint
 from slm.errors import LLMError, LLMRateLimited, LLMUnavailable
-from tests.llm.stub import ASK, DONE, KEY, USAGE, Answer, Request, Stub, chunk, stub, whole
+from tests.support.llm.stub import ASK, DONE, KEY, USAGE, Answer, Request, Stub, chunk, stub, whole
 
 PAGE = (Path(__file__).parents[2] / "docs" / "providers.md").read_text()
 RECIPES = {

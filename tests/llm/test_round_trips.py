@@ -9,8 +9,8 @@ import pytest
 
 from slm.llm import ChatResult
 from tests.llm.conftest import ASK
-from tests.llm.providers import Answer, Dialect, Handler, Received, RecordingServer
-from tests.llm.talking import (
+from tests.support.llm.providers import Answer, Dialect, Handler, Received, RecordingServer
+from tests.support.llm.talking import (
     WEATHER,
     block,
     by_body,

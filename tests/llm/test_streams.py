@@ -18,8 +18,8 @@ from slm.llm.providers.anthropic_answer import AnthropicParser
 from slm.llm.providers.ollama import OllamaParser
 from slm.llm.providers.openai import OpenAIParser
 from slm.llm.providers.wire import Body, Done, StreamReader
-from tests.llm.providers import DIALECTS, Answer, Dialect, Received
-from tests.llm.talking import (
+from tests.support.llm.providers import DIALECTS, Answer, Dialect, Received
+from tests.support.llm.talking import (
     Talk,
     block,
     chunk,
@@ -227,7 +227,7 @@ async def test_a_connection_left_open_delays_nothing(dialect: Dialect, after: st
 
 async def test_a_stream_read_to_its_end_keeps_its_connection(dialect: Dialect) -> None:
     """Streams that end properly share one connection, as whole answers do."""
-    from tests.llm.providers import answering
+    from tests.support.llm.providers import answering
 
     async with talking(dialect.provider, answering(dialect)) as talk:
         for _ in range(3):

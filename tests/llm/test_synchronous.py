@@ -21,10 +21,10 @@ from slm import (
 )
 from slm.llm.synchronous import _calling
 from tests.client.test_any_thread_any_loop import sockets
-from tests.faults.backends import TENTH
 from tests.llm.conftest import ASK, QUICK_RETRY
-from tests.llm.providers import Configs, Dialect, RecordingServer, answering, failing
-from tests.servers import InLoopServer, eventually
+from tests.support.faults.backends import TENTH
+from tests.support.llm.providers import Configs, Dialect, RecordingServer, answering, failing
+from tests.support.servers import InLoopServer, eventually
 
 
 @pytest.fixture(autouse=True)

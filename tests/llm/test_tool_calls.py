@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from slm.errors import LLMError
 from slm.llm.providers.tool_calls import MAX_CALLS, ToolCalls
-from tests.llm.talking import (
+from tests.support.llm.talking import (
     WEATHER,
     block,
     call,

@@ -16,7 +16,7 @@ from pydantic import SecretStr
 from slm.errors import ConfigurationError, LLMEndpointRefused, LLMUnavailable
 from slm.llm import LLMInterface, TransportSettings
 from tests.llm.conftest import ASK, QUICK_RETRY, Bench
-from tests.llm.providers import Configs, Dialect, RecordingServer, answering
+from tests.support.llm.providers import Configs, Dialect, RecordingServer, answering
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from pydantic import SecretStr
 from slm.errors import LLMError, LLMStreamBroken, LLMTimeout
 from slm.llm import LLMInterface
 from tests.llm.conftest import ASK, QUICK_RETRY, Bench, ask
-from tests.llm.providers import (
+from tests.support.llm.providers import (
     CANARY,
     DIALECTS,
     Answer,
@@ -73,7 +73,7 @@ def test_a_program_that_never_closes_ends_without_a_word(dialect: Dialect, tmp_p
     program.write_text(
         "import asyncio\n"
         "from slm.llm import LLMInterface\n"
-        "from tests.llm.providers import *\n"
+        "from tests.support.llm.providers import *\n"
         f"dialect = Dialect({dialect.provider!r})\n"
         "async def main():\n"
         "    async with RecordingServer(answering(dialect)).running() as server:\n"

@@ -12,8 +12,8 @@ import pytest
 from slm import AgentKeyUnavailable, LLMError, LLMInterface, SLMClient, Step
 from slm.llm.retry import RetrySettings
 from tests.llm.conftest import ASK
-from tests.llm.providers import Dialect, RecordingServer, answering, failing
-from tests.servers import InLoopServer, eventually, running_server
+from tests.support.llm.providers import Dialect, RecordingServer, answering, failing
+from tests.support.servers import InLoopServer, eventually, running_server
 
 
 async def write(server: InLoopServer, method: str, path: str, body: dict[str, Any]) -> int:

@@ -22,9 +22,9 @@ from slm.errors import (
 )
 from slm.llm.providers.failures import refused
 from slm.llm.providers.words import words_of
-from tests.llm.providers import CANARY, Answer, Dialect, Received
-from tests.llm.reach import reaches
-from tests.llm.talking import chunk, says, sse, streams, talking
+from tests.support.llm.providers import CANARY, Answer, Dialect, Received
+from tests.support.llm.reach import reaches
+from tests.support.llm.talking import chunk, says, sse, streams, talking
 
 REASON = "Cannot find field."
 SHAPES: dict[str, Any] = {

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.postgres import postgres as postgres
-from tests.postgres import postgres_url as postgres_url
-from tests.security.http import Caller, admin
-from tests.servers import InLoopServer, running_server
+from tests.support.http import Caller, admin
+from tests.support.postgres import postgres as postgres
+from tests.support.postgres import postgres_url as postgres_url
+from tests.support.servers import InLoopServer, running_server
 
 
 @pytest.fixture

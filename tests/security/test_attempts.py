@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.security.http import Caller, Stream, admin, agent
-from tests.servers import InLoopServer, running_server
+from tests.support.http import Caller, Stream, admin, agent
+from tests.support.servers import InLoopServer, running_server
 
 ATTEMPTS = 10_000
 

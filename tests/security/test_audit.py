@@ -8,10 +8,10 @@ import pytest
 from sqlalchemy import Connection, delete, func, select, text, update
 
 from slm.errors import InsufficientStorage
-from slm.server.audit import GENESIS, AuditLog, Event, Who, append
-from slm.server.database import Database
-from slm.server.models import AUDIT, AUDIT_HEAD
-from slm.server.prepare import prepare
+from slm.server.db.database import Database
+from slm.server.db.tables import AUDIT, AUDIT_HEAD
+from slm.server.lifecycle.startup import prepare
+from slm.server.security.audit import GENESIS, AuditLog, Event, Who, append
 from slm.server.settings import Settings
 
 ADA = Who("ada", "192.0.2.7")

@@ -13,22 +13,22 @@ import pytest
 from pydantic import SecretStr
 from sqlalchemy import Connection, delete, func, select, update
 
-from slm.cli.audit_export import check
+from slm.cli.commands.audit_export import check
 from slm.errors import ConfigurationError, Conflict
-from slm.server import audit
-from slm.server.audit import GENESIS, AuditLog, Event, Who, append_all
-from slm.server.audit_read import ends
-from slm.server.audit_retention import note_exported, trim
-from slm.server.database import Database
-from slm.server.keyring import Keyring
-from slm.server.models import AUDIT, AUDIT_HEAD, utc_now
-from slm.server.prepare import prepare
+from slm.server.db.database import Database
+from slm.server.db.tables import AUDIT, AUDIT_HEAD, utc_now
+from slm.server.encryption.keyring import Keyring
+from slm.server.encryption.vault import Vault
+from slm.server.lifecycle.audit_retention import note_exported, trim
+from slm.server.lifecycle.startup import prepare
+from slm.server.security import audit
+from slm.server.security.audit import GENESIS, AuditLog, Event, Who, append_all
+from slm.server.security.audit_reader import ends
 from slm.server.settings import Settings
-from slm.server.vault import Vault
-from tests.cli.command import slm
-from tests.security.http import Caller, agent
-from tests.server.store import KEY
-from tests.servers import InLoopServer, eventually
+from tests.support.command import slm
+from tests.support.http import Caller, agent
+from tests.support.servers import InLoopServer, eventually
+from tests.support.store import KEY
 
 ADA = Who("ada", "192.0.2.7")
 OLD, NEW = 1200, 5

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from slm import SLMClient
-from tests.cli.command import slm
-from tests.security.http import Caller, agent, make_token
-from tests.servers import InLoopServer, eventually
+from tests.support.command import slm
+from tests.support.http import Caller, agent, make_token
+from tests.support.servers import InLoopServer, eventually
 
 
 async def _entries(ask: Caller, query: str = "") -> list[dict[str, Any]]:

@@ -30,11 +30,11 @@ import slm
 from slm import SLMClient
 from slm.errors import SLMError
 from slm.llm import LLMInterface, RetrySettings
-from slm.server.bodies import AgentCreate, AgentUpdate
-from tests.end_to_end.recorder import recording_provider
-from tests.security.http import Caller, agent
+from slm.server.agents.schemas import AgentCreate, AgentUpdate
 from tests.security.test_doors import routes_of
-from tests.servers import InLoopServer, eventually
+from tests.support.http import Caller, agent
+from tests.support.recorder import recording_provider
+from tests.support.servers import InLoopServer, eventually
 
 CANARY = "sk-canary-3f9Zq+/7w=="
 FORMS = {

@@ -16,10 +16,10 @@ import pytest
 from fastapi.routing import APIRoute
 from starlette.routing import BaseRoute, Route
 
-from slm.server.edge import Edge
-from slm.server.tokens import SCOPES
-from tests.security.http import Answer, Caller, agent, make_token
-from tests.servers import InLoopServer, eventually, running_server
+from slm.server.api.middleware import Edge
+from slm.server.security.tokens import SCOPES
+from tests.support.http import Answer, Caller, agent, make_token
+from tests.support.servers import InLoopServer, eventually, running_server
 
 OPEN: Final = None
 RULES: Final[dict[tuple[str, str], str | None]] = {

@@ -13,9 +13,9 @@ from slm import SLMClient
 from slm.endpoints import EndpointPolicy, parse_allowed
 from slm.errors import ConfigurationError, LLMError
 from slm.llm import LLMInterface, TransportSettings
-from tests.end_to_end.recorder import recording_provider
-from tests.security.http import Caller, admin, agent
-from tests.servers import InLoopServer, running_server
+from tests.support.http import Caller, admin, agent
+from tests.support.recorder import recording_provider
+from tests.support.servers import InLoopServer, running_server
 
 ALWAYS_REFUSED = [
     "file:///etc/passwd",

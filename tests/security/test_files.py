@@ -16,17 +16,17 @@ from pathlib import Path
 
 import pytest
 
-from slm import files
-from slm.cli import connection
-from slm.client.http import TokenSource
-from slm.client.tls import TlsFiles
+from slm.cli import target as connection
+from slm.client.transport.http import TokenSource
+from slm.client.transport.tls import TlsFiles
+from slm.common import files
 from slm.errors import ConfigurationError, SLMError, StartupError
-from slm.server.keyring import read_keys
-from slm.server.prepare import prepare
+from slm.server.encryption.keyring import read_keys
+from slm.server.lifecycle.startup import prepare
 from slm.server.settings import Settings, load_settings
-from slm.server.tls import ServerTls
-from tests.cli.command import slm
-from tests.server.store import KEY, Store
+from slm.server.transport.tls import ServerTls
+from tests.support.command import slm
+from tests.support.store import KEY, Store
 
 EVIL = 23002
 SHARED_GROUP = 23010
@@ -288,7 +288,7 @@ async def test_no_token_goes_to_an_address_that_another_account_could_have_left(
 
 async def test_the_server_leaves_its_address_for_itself_alone(folder: Path) -> None:
     """With umask 0, too: a command would not use it otherwise."""
-    from tests.servers import ServerProcess
+    from tests.support.servers import ServerProcess
 
     before = os.umask(0)
     try:

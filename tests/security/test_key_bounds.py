@@ -20,11 +20,11 @@ from pydantic import SecretStr
 
 from slm.endpoints import origin
 from slm.errors import AgentInactive, AgentNotFound, KeyUndecryptable
-from slm.server.bodies import AgentUpdate
+from slm.server.agents.schemas import AgentUpdate
 from slm.server.settings import Settings
-from tests.security.http import Caller, agent
-from tests.server.store import KEY, Store, new_agent
-from tests.servers import InLoopServer
+from tests.support.http import Caller, agent
+from tests.support.servers import InLoopServer
+from tests.support.store import KEY, Store, new_agent
 
 NAMES = ("a", "b", "c", "d")
 ENDPOINTS = (

@@ -15,16 +15,16 @@ from pydantic import SecretStr
 from sqlalchemy import select
 
 from slm.schemas import Agent
-from slm.server.catalog import CommittedChange
-from slm.server.frames import encode_change
-from slm.server.models import AUDIT
-from slm.server.stored import EPOCH_START
-from slm.server.tokens import SCOPES
-from slm.server.view import View
-from tests.security.http import Caller, Stream, admin, agent, make_token
+from slm.server.agents.catalog import CommittedChange
+from slm.server.db.column_types import EPOCH_START
+from slm.server.db.tables import AUDIT
+from slm.server.security.agent_scope import View
+from slm.server.security.tokens import SCOPES
+from slm.server.stream.encoding import encode_change
 from tests.security.test_doors import BODIES, RULES
 from tests.security.test_revocation import CHANGING, KEYED, KEYS
-from tests.servers import InLoopServer, running_server
+from tests.support.http import Caller, Stream, admin, agent, make_token
+from tests.support.servers import InLoopServer, running_server
 
 SECRET: Final = "https://gw.internal/v1/tenant-secret"
 

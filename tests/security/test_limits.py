@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slm.errors import TooManyRequests
-from slm.server.limits import Gauge, Rate, TokenBuckets, network_of
+from slm.server.security.rate_limits import Gauge, Rate, TokenBuckets, network_of
 
 
 class Clock:

@@ -19,7 +19,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.servers import ServerProcess
+from tests.support.servers import ServerProcess
 
 KEYS: Final = "MDEyMzQ1Njc4OTAxMjM0NTY3ODkwMTIzNDU2Nzg5MDE="
 
@@ -239,7 +239,7 @@ def server(
 
 @contextlib.contextmanager
 def _database(postgres: str) -> Iterator[str]:
-    from tests.postgres import postgres_url
+    from tests.support.postgres import postgres_url
 
     made = postgres_url.__wrapped__(postgres)  # type: ignore[attr-defined]
     yield next(made)

@@ -22,9 +22,9 @@ from slm.errors import LLMEndpointRefused, LLMError
 from slm.llm import LLMInterface, RetrySettings
 from slm.llm.providers import http
 from tests.llm.conftest import ASK
-from tests.llm.providers import DIALECTS, Configs, Dialect, RecordingServer, answering
-from tests.security.http import Caller, agent
-from tests.servers import InLoopServer
+from tests.support.http import Caller, agent
+from tests.support.llm.providers import DIALECTS, Configs, Dialect, RecordingServer, answering
+from tests.support.servers import InLoopServer
 
 ONCE = RetrySettings(max_retries=0)
 

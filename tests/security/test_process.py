@@ -7,11 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.servers import ServerProcess
+from tests.support.servers import ServerProcess
 
 ASK = """
 import ctypes
-from slm.server.process import forbid_core_dumps
+from slm.server.transport.process import forbid_core_dumps
 forbid_core_dumps()
 print(ctypes.CDLL(None).prctl(3, 0, 0, 0, 0))  # PR_GET_DUMPABLE
 """

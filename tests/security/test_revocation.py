@@ -16,11 +16,11 @@ from pydantic import SecretStr
 from sqlalchemy import select, update
 
 from slm.errors import DatabaseUnavailable
-from slm.server.models import AUDIT, REPLICAS, STATE, TOKENS, utc_now
-from slm.server.tokens import SCOPES
-from tests.security.http import Answer, Caller, admin, agent, make_token
+from slm.server.db.tables import AUDIT, REPLICAS, STATE, TOKENS, utc_now
+from slm.server.security.tokens import SCOPES
 from tests.security.test_doors import BODIES, RULES
-from tests.servers import InLoopServer, eventually, running_server
+from tests.support.http import Answer, Caller, admin, agent, make_token
+from tests.support.servers import InLoopServer, eventually, running_server
 
 KEYS: Final = SecretStr("MDEyMzQ1Njc4OTAxMjM0NTY3ODkwMTIzNDU2Nzg5MDE=")
 NEVER: Final = 1000.0
@@ -246,7 +246,7 @@ async def test_a_copy_of_the_database_ends_with_its_token(
     server: InLoopServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A download that is under way when its token is revoked is cut off."""
-    monkeypatch.setattr("slm.server.api.admin._CHUNK_BYTES", 4096)
+    monkeypatch.setattr("slm.server.api.routes.backup._CHUNK_BYTES", 4096)
     async with admin(server) as ask:
         options = {"x": "y" * 15_000}
         for number in range(300):

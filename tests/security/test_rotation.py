@@ -18,12 +18,18 @@ from cryptography.fernet import Fernet
 from pydantic import SecretStr
 
 from slm.errors import StartupError
-from slm.server.prepare import prepare
+from slm.server.encryption.vault import fingerprint
+from slm.server.lifecycle.startup import prepare
 from slm.server.settings import Settings
-from slm.server.vault import fingerprint
-from tests.cli.command import slm
-from tests.security.http import Caller, admin, agent
-from tests.servers import InLoopServer, ServerProcess, eventually, read_token, running_server
+from tests.support.command import slm
+from tests.support.http import Caller, admin, agent
+from tests.support.servers import (
+    InLoopServer,
+    ServerProcess,
+    eventually,
+    read_token,
+    running_server,
+)
 
 AGENTS = 30
 FIRST_KILL = 8

@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 
 from slm.errors import problem_classes
-from tests.security.http import Caller, admin, agent, make_token
-from tests.servers import InLoopServer, running_server
+from tests.support.http import Caller, admin, agent, make_token
+from tests.support.servers import InLoopServer, running_server
 
 # Without the garbage collector: in CPython before 3.11.8 two threads of which one is collecting in
 # mid-parse spoil each other's `ast.parse` (python/cpython#106905), and hypothesis parses a lot.

@@ -26,8 +26,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from slm import SLMClient
-from tests.security.grammar import TOKEN, Conversation, conversations
-from tests.servers import ServerProcess, eventually
+from tests.support.grammar import TOKEN, Conversation, conversations
+from tests.support.servers import ServerProcess, eventually
 
 MESSAGES_EACH = 10
 HONEST = 3

@@ -14,12 +14,12 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from slm.server.transport import HttpProtocol
-from slm.server.websocket import BURST, MAX_FRAGMENTS, PONGS_WAIT_BYTES
+from slm.server.transport.http_protocol import HttpProtocol
+from slm.server.transport.ws_connection import BURST, MAX_FRAGMENTS, PONGS_WAIT_BYTES
 from tests.security.test_tls import certs as certs
-from tests.server.raw import Api, raw_exchange
 from tests.server.test_ws_limits import NO_PINGS, deaf_peers, handshake, masked, raw_stream
-from tests.servers import ServerProcess, eventually, running_server
+from tests.support.raw import Api, raw_exchange
+from tests.support.servers import ServerProcess, eventually, running_server
 
 REQUEST = b"GET /openapi.json HTTP/1.1\r\nHost: slm.example\r\n\r\n"
 
@@ -343,7 +343,7 @@ def _lines() -> Iterator[list[str]]:
         def emit(self, record: logging.LogRecord) -> None:
             lines.append(record.getMessage())
 
-    handler, logger = Taken(), logging.getLogger("slm.server.acceptor")
+    handler, logger = Taken(), logging.getLogger("slm.server.transport.acceptor")
     logger.addHandler(handler)
     try:
         yield lines

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slm.addresses import METADATA_NAMES, is_public, literal_address, refused_address
+from slm.common.addresses import METADATA_NAMES, is_public, literal_address, refused_address
 from slm.endpoints import EndpointPolicy, origin, refused_endpoint
-from tests.security.http import Caller, agent
+from tests.support.http import Caller, agent
 
 METADATA = (
     "169.254.169.254 169.254.170.2 169.254.170.23 169.254.42.42 169.254.0.23 168.63.129.16 "

@@ -13,11 +13,11 @@ import aiohttp
 import pytest
 
 import slm
-from slm.cli.certs import make_certificates
+from slm.cli.commands.certs import make_certificates
 from slm.errors import ConfigurationError, StartupError
-from tests.cli.command import slm as command
-from tests.security.http import agent
-from tests.servers import ServerProcess, eventually, running_server
+from tests.support.command import slm as command
+from tests.support.http import agent
+from tests.support.servers import ServerProcess, eventually, running_server
 
 
 def write(directory: Path, *hosts: str) -> Path:

@@ -11,8 +11,8 @@ import aiohttp
 import pytest
 from pydantic import SecretStr
 
-from tests.security.http import Caller, agent, make_token
-from tests.servers import InLoopServer, eventually, running_server
+from tests.support.http import Caller, agent, make_token
+from tests.support.servers import InLoopServer, eventually, running_server
 
 
 async def _make_agents(ask: Caller) -> None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slm.server.view import EVERYTHING, View, matches, parse_patterns
+from slm.server.security.agent_scope import EVERYTHING, View, matches, parse_patterns
 
 TEXT = st.text(alphabet="ab*[?.-", max_size=12)
 

@@ -24,11 +24,11 @@ from kosoku import FailureError, run_fuzzingclient, run_fuzzingserver
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.frames import Frame, Opcode
 
-from slm.client.direct import DirectWebSocket
-from slm.server.handshake import TAKE_OVER, handshake_protocol
-from slm.server.transport import http_protocol
-from slm.server.websocket import WebSocketConnection
-from tests.servers import eventually
+from slm.client.transport.websocket import DirectWebSocket
+from slm.server.transport.http_protocol import http_protocol
+from slm.server.transport.ws_connection import WebSocketConnection
+from slm.server.transport.ws_handshake import TAKE_OVER, handshake_protocol
+from tests.support.servers import eventually
 
 PROTOCOL_CASES = [f"{section}.*" for section in range(1, 8)]
 ALL = 246

@@ -9,9 +9,9 @@ import pytest
 from pydantic import SecretStr
 
 from slm.server.settings import Settings
-from tests.postgres import postgres as postgres
-from tests.postgres import postgres_url as postgres_url
-from tests.server.store import KEY, Store
+from tests.support.postgres import postgres as postgres
+from tests.support.postgres import postgres_url as postgres_url
+from tests.support.store import KEY, Store
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

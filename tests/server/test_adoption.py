@@ -14,9 +14,9 @@ from cryptography.fernet import Fernet
 from pydantic import SecretStr
 
 from slm.errors import KeyUndecryptable, StartupError
-from slm.server.bodies import AgentUpdate
+from slm.server.agents.schemas import AgentUpdate
 from slm.server.settings import Settings
-from tests.server.store import KEY, OTHER_KEY, Store, new_agent
+from tests.support.store import KEY, OTHER_KEY, Store, new_agent
 
 MISSION = """
 CREATE TABLE agents (

@@ -11,7 +11,7 @@ import httpx
 import pytest
 from sqlalchemy import Connection, text
 
-from tests.servers import InLoopServer, eventually, reads_keys, running_server
+from tests.support.servers import InLoopServer, eventually, reads_keys, running_server
 
 KEYS: Final = "MDEyMzQ1Njc4OTAxMjM0NTY3ODkwMTIzNDU2Nzg5MDE="
 

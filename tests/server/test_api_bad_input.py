@@ -10,8 +10,8 @@ import aiohttp
 import pytest
 import pytest_asyncio
 
-from tests.server.raw import Api, raw_exchange
-from tests.servers import running_server
+from tests.support.raw import Api, raw_exchange
+from tests.support.servers import running_server
 
 # One server for all of them: a refused body leaves nothing behind.
 pytestmark = pytest.mark.asyncio(loop_scope="module")

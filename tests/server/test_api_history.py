@@ -9,7 +9,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from tests.servers import InLoopServer, running_server
+from tests.support.servers import InLoopServer, running_server
 
 CANARY = "sk-canary-history"
 OLD: dict[str, Any] = {

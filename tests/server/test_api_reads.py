@@ -10,8 +10,8 @@ import aiohttp
 import pytest
 from yarl import URL
 
-from tests.server.raw import Api
-from tests.servers import InLoopServer, eventually, running_server
+from tests.support.raw import Api
+from tests.support.servers import InLoopServer, eventually, running_server
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "messages.json").read_text())["http"]
 

@@ -10,8 +10,8 @@ import aiohttp
 import pytest
 
 from slm.server import failpoints
-from tests.server.raw import Api
-from tests.servers import running_server
+from tests.support.raw import Api
+from tests.support.servers import running_server
 
 
 async def test_a_created_agent_is_there_at_once(admin: Api, backend: Api) -> None:

@@ -18,11 +18,11 @@ from sqlalchemy import insert, update
 from starlette.datastructures import Headers
 from starlette.requests import HTTPConnection
 
-from slm.server.models import STATE, TOKENS
-from slm.server.peer import has_foreign_origin, is_private
-from slm.server.tokens import digest, mint
-from tests.server.raw import Api, raw_exchange
-from tests.servers import InLoopServer, eventually, running_server
+from slm.server.api.peer import has_foreign_origin, is_private
+from slm.server.db.tables import STATE, TOKENS
+from slm.server.security.tokens import digest, mint
+from tests.support.raw import Api, raw_exchange
+from tests.support.servers import InLoopServer, eventually, running_server
 
 ROUTES: dict[tuple[str, str], str | None] = {
     ("GET", "/api/agents"): "config:read",

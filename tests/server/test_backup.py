@@ -13,11 +13,11 @@ import pytest
 from pydantic import SecretStr
 
 from slm.errors import DatabaseUnavailable, InsufficientStorage, InvalidRequest, StartupError
-from slm.server.backup import backup, restore
-from slm.server.bodies import AgentUpdate
+from slm.server.agents.schemas import AgentUpdate
+from slm.server.lifecycle.backup import backup, restore
 from slm.server.settings import Settings
-from tests.server.store import KEY, OTHER_KEY, Store, new_agent
 from tests.server.test_adoption import MISSION
+from tests.support.store import KEY, OTHER_KEY, Store, new_agent
 
 
 @pytest.fixture

@@ -12,20 +12,20 @@ import pytest
 from sqlalchemy import delete, select, update
 from sqlalchemy.engine import make_url
 
-from slm.server import hub as hub_module
-from slm.server import news as news_module
-from slm.server.catalog import CommittedChange
-from slm.server.compaction import compact
-from slm.server.frames import encode_change
-from slm.server.models import CHANGES, STATE
-from slm.server.news import far_behind
+from slm.server.agents.catalog import CommittedChange
+from slm.server.db.tables import CHANGES, STATE
+from slm.server.lifecycle.compaction import compact
+from slm.server.security.agent_scope import EVERYTHING, View
 from slm.server.services import Services
-from slm.server.view import EVERYTHING, View
-from tests.faults.history import Connection, violations
-from tests.postgres import connect
-from tests.server.raw import Api, Socket
-from tests.server.store import KEY
-from tests.servers import eventually, running_server
+from slm.server.stream import change_reader as news_module
+from slm.server.stream import hub as hub_module
+from slm.server.stream.change_reader import far_behind
+from slm.server.stream.encoding import encode_change
+from tests.support.faults.history import Connection, violations
+from tests.support.postgres import connect
+from tests.support.raw import Api, Socket
+from tests.support.servers import eventually, running_server
+from tests.support.store import KEY
 
 
 def _parts(api: Api) -> Services:
@@ -213,7 +213,7 @@ async def test_a_hole_in_the_changes_ends_a_replay_with_a_resync(admin: Api) -> 
 
 async def test_far_behind_is_a_resync(admin: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     """More changes than are worth telling one by one: a snapshot instead; and `head` is named."""
-    monkeypatch.setattr("slm.server.feed.far_behind", lambda agents: 5)
+    monkeypatch.setattr("slm.server.stream.feed.far_behind", lambda agents: 5)
     services = _parts(admin)
     for n in range(9):
         await admin.put("default", description=str(n))

@@ -22,10 +22,10 @@ from slm.errors import (
     OutcomeUnknown,
     StartupError,
 )
-from slm.server.bodies import AgentUpdate
-from slm.server.database import Database
-from tests.postgres import connect
-from tests.server.store import Store, new_agent
+from slm.server.agents.schemas import AgentUpdate
+from slm.server.db.database import Database
+from tests.support.postgres import connect
+from tests.support.store import Store, new_agent
 
 
 def on(engine: str) -> pytest.MarkDecorator:
@@ -184,7 +184,7 @@ async def test_a_second_process_is_refused_until_the_first_is_killed(
     script = (
         "import asyncio, sys, signal\n"
         "from sqlalchemy import text\n"
-        "from slm.server.database import Database\n"
+        "from slm.server.db.database import Database\n"
         "async def main():\n"
         f"    database = Database({sqlite_url!r})\n"
         "    await database.open()\n"

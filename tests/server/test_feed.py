@@ -11,18 +11,18 @@ from typing import Any, TypeVar
 import pytest
 from sqlalchemy import Connection, delete, update
 
-from slm.server import hub as hub_module
-from slm.server import news
-from slm.server.bodies import AgentCreate, AgentUpdate
-from slm.server.catalog import CommittedChange
-from slm.server.frames import Frames, encode_change
-from slm.server.models import CHANGES, STATE
-from slm.server.prepare import prepare
+from slm.server.agents.catalog import CommittedChange
+from slm.server.agents.schemas import AgentCreate, AgentUpdate
+from slm.server.db.tables import CHANGES, STATE
+from slm.server.lifecycle.startup import prepare
+from slm.server.security.agent_scope import EVERYTHING, View
 from slm.server.services import Services, make_services
 from slm.server.settings import Settings
-from slm.server.view import EVERYTHING, View
-from tests.faults.network import TEXT, FrameReader
-from tests.servers import TENTH, eventually
+from slm.server.stream import change_reader as news
+from slm.server.stream import hub as hub_module
+from slm.server.stream.encoding import Frames, encode_change
+from tests.support.faults.network import TEXT, FrameReader
+from tests.support.servers import TENTH, eventually
 
 
 @pytest.fixture

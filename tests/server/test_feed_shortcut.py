@@ -8,11 +8,11 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from slm.server.catalog import CommittedChange
-from slm.server.registry import Written
-from tests.server.raw import Api
-from tests.server.store import KEY
-from tests.servers import InLoopServer, eventually, running_server
+from slm.server.agents.catalog import CommittedChange
+from slm.server.agents.service import Written
+from tests.support.raw import Api
+from tests.support.servers import InLoopServer, eventually, running_server
+from tests.support.store import KEY
 
 
 async def test_every_change_once_whichever_look_is_first(admin: Api, server: InLoopServer) -> None:

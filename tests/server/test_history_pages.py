@@ -28,14 +28,14 @@ from sqlalchemy import (
 from sqlalchemy.pool import StaticPool
 
 from slm.schemas import Change
-from slm.server import view_sql
-from slm.server.audit import AuditLog
-from slm.server.audit_read import AuditFilter
-from slm.server.history import ChangeFilter, History
-from slm.server.pages import MAX_EXAMINED, MAX_PAGE_BYTES
+from slm.server.agents.history import ChangeFilter, History
+from slm.server.db.pages import MAX_EXAMINED, MAX_PAGE_BYTES
+from slm.server.security import agent_scope_sql as view_sql
+from slm.server.security.agent_scope import View
+from slm.server.security.audit import AuditLog
+from slm.server.security.audit_reader import AuditFilter
 from slm.server.settings import Settings
-from slm.server.view import View
-from tests.server.store import Store, new_agent
+from tests.support.store import Store, new_agent
 
 ROWS = 20_000
 BEGIN = datetime(2026, 1, 1, tzinfo=UTC)

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from pydantic import SecretStr
 
-from tests.security.http import Caller, admin, agent, make_token
-from tests.server.store import KEY
-from tests.servers import InLoopServer, running_server
+from tests.support.http import Caller, admin, agent, make_token
+from tests.support.servers import InLoopServer, running_server
+from tests.support.store import KEY
 
 
 @pytest.fixture

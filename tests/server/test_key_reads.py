@@ -11,14 +11,14 @@ import pytest
 from cryptography.exceptions import InvalidTag
 
 from slm.errors import AgentNotFound, ProblemError
-from slm.server.audit import AuditLog, Who
-from slm.server.bodies import AgentUpdate
-from slm.server.keyed_reads import KeyedReads
-from slm.server.read_batches import MAX_AT_ONCE
-from slm.server.sealed import SealedTexts, Sealer
-from slm.server.snapshots import MAX_NAMED, Head, SnapshotStore
-from slm.server.view import EVERYTHING, View
-from tests.server.store import Store, new_agent
+from slm.server.agents.credentials import KeyedReads
+from slm.server.agents.read_batches import MAX_AT_ONCE
+from slm.server.agents.schemas import AgentUpdate
+from slm.server.agents.snapshots import MAX_NAMED, Head, SnapshotStore
+from slm.server.encryption.sealed import SealedTexts, Sealer
+from slm.server.security.agent_scope import EVERYTHING, View
+from slm.server.security.audit import AuditLog, Who
+from tests.support.store import Store, new_agent
 
 ADA = Who("ada", "127.0.0.1")
 CANARY = "sk-canary-of-the-crowd"

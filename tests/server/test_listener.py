@@ -9,11 +9,11 @@ from contextlib import asynccontextmanager
 import pytest
 from sqlalchemy.engine import make_url
 
-from slm.server import listener as listener_module
-from slm.server.listener import CHANNEL, ChangeListener
-from tests.faults.network import Proxy
-from tests.postgres import connect
-from tests.servers import eventually
+from slm.server.db.engines import listener as listener_module
+from slm.server.db.engines.listener import CHANNEL, ChangeListener
+from tests.support.faults.network import Proxy
+from tests.support.postgres import connect
+from tests.support.servers import eventually
 
 
 @asynccontextmanager

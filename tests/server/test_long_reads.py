@@ -19,11 +19,11 @@ import pytest
 from sqlalchemy import Connection, text
 
 from slm.errors import DatabaseUnavailable, OutcomeUnknown, Overloaded, StartupError
-from slm.server.database import LONG_READERS, LONG_READS
-from slm.server.database_errors import DatabaseHeld
-from tests.server.raw import Api
+from slm.server.db.database import LONG_READERS, LONG_READS
+from slm.server.db.errors import DatabaseHeld
 from tests.server.test_database import execute, opened
-from tests.servers import InLoopServer, eventually
+from tests.support.raw import Api
+from tests.support.servers import InLoopServer, eventually
 
 FOR_EVER = {
     "sqlite": "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n)"

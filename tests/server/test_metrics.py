@@ -7,9 +7,9 @@ from pathlib import Path
 import aiohttp
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.server.raw import Api
 from tests.server.test_ws_limits import NO_PINGS, deaf_peers, grow
-from tests.servers import InLoopServer, eventually, running_server
+from tests.support.raw import Api
+from tests.support.servers import InLoopServer, eventually, running_server
 
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 

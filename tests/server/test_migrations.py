@@ -17,15 +17,15 @@ from alembic.script import ScriptDirectory
 from pydantic import SecretStr
 from sqlalchemy import Connection, inspect
 
-from slm.server.audit import AuditLog
-from slm.server.bodies import AgentUpdate
-from slm.server.database import Database
-from slm.server.models import Base
-from slm.server.prepare import MIGRATIONS, migrate
+from slm.server.agents.schemas import AgentUpdate
+from slm.server.db.database import Database
+from slm.server.db.tables import Base
+from slm.server.lifecycle.startup import MIGRATIONS, migrate
+from slm.server.security.audit import AuditLog
 from slm.server.settings import Settings
-from tests.postgres import connect
-from tests.server.store import KEY, OTHER_KEY, Store, new_agent
 from tests.server.test_adoption import MISSION
+from tests.support.postgres import connect
+from tests.support.store import KEY, OTHER_KEY, Store, new_agent
 
 ROOT = Path(__file__).parents[2]
 OLD = ROOT / "tests" / "fixtures" / "9a5197c"
@@ -114,7 +114,7 @@ def test_the_wheel_brings_its_migrations(tmp_path: Path) -> None:
         archive.extractall(tmp_path / "site")
     script = (
         "import asyncio, slm, pathlib\n"
-        "from slm.server.prepare import prepare\n"
+        "from slm.server.lifecycle.startup import prepare\n"
         "from slm.server.settings import Settings\n"
         "assert pathlib.Path(slm.__file__).is_relative_to(pathlib.Path('site').absolute())\n"
         "async def main():\n"

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slm.errors import Overloaded
-from slm.server.openings import Openings, Place
-from tests.servers import eventually
+from slm.server.stream.openings import Openings, Place
+from tests.support.servers import eventually
 
 
 async def test_one_token_has_half_of_the_places_and_the_others_get_in() -> None:

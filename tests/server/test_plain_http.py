@@ -11,10 +11,10 @@ from starlette.datastructures import Headers
 from starlette.requests import HTTPConnection
 
 from slm.errors import TlsRequired
-from slm.server.peer import require_private
+from slm.server.api.peer import require_private
 from slm.server.settings import Settings
-from tests.server.raw import Api
-from tests.servers import eventually, running_server
+from tests.support.raw import Api
+from tests.support.servers import eventually, running_server
 
 MESH = "10.0.0.0/8, fd12::/16, 127.0.0.6"
 

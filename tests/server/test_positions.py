@@ -15,23 +15,23 @@ from alembic import command
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, Table, delete, select, text, update
 
-from slm.server.auth import TokenTable
-from slm.server.bodies import AgentCreate, AgentUpdate
-from slm.server.compaction import compact
-from slm.server.database import Database
-from slm.server.models import AGENTS, STATE, TOKENS
-from slm.server.prepare import _config
-from slm.server.registry import ITSELF
+from slm.server.agents.schemas import AgentCreate, AgentUpdate
+from slm.server.agents.service import ITSELF
+from slm.server.db.database import Database
+from slm.server.db.tables import AGENTS, STATE, TOKENS
+from slm.server.lifecycle.compaction import compact
+from slm.server.lifecycle.startup import _config
+from slm.server.security.agent_scope import EVERYTHING
+from slm.server.security.token_store import TokenStore
+from slm.server.security.token_table import TokenTable
 from slm.server.services import Services
-from slm.server.token_store import TokenStore
-from slm.server.view import EVERYTHING
-from tests.faults import history
-from tests.faults.history import untold_losses, violations
-from tests.postgres import connect
-from tests.server.failover import Standby, ids_of
-from tests.server.raw import Api, Socket
-from tests.server.store import KEY
-from tests.servers import InLoopServer, eventually
+from tests.support.failover import Standby, ids_of
+from tests.support.faults import history
+from tests.support.faults.history import untold_losses, violations
+from tests.support.postgres import connect
+from tests.support.raw import Api, Socket
+from tests.support.servers import InLoopServer, eventually
+from tests.support.store import KEY
 
 QUIET = {"poll_interval_seconds": 60.0, "heartbeat_seconds": 60.0, "behind_after_seconds": 600.0}
 """Timings with which nothing but a write or a wake-up makes the feed look."""

@@ -19,15 +19,15 @@ from pydantic import SecretStr
 from sqlalchemy.engine import make_url
 
 from slm.errors import ConfigurationError, DatabaseUnavailable, StartupError
-from slm.server.database import Database
-from slm.server.postgresql import refuse_unfit, sqlalchemy_spelling
+from slm.server.db.database import Database
+from slm.server.db.engines.postgresql import refuse_unfit, sqlalchemy_spelling
 from slm.server.settings import Settings, load_settings
-from tests.faults.network import Proxy
-from tests.postgres import connect, free_port
-from tests.server.raw import Api
-from tests.server.store import KEY
 from tests.server.test_database import execute, opened
-from tests.servers import InLoopServer, eventually, running_server
+from tests.support.faults.network import Proxy
+from tests.support.postgres import connect, free_port
+from tests.support.raw import Api
+from tests.support.servers import InLoopServer, eventually, running_server
+from tests.support.store import KEY
 
 PGBOUNCER = shutil.which("pgbouncer") or shutil.which("pgbouncer", path="/usr/sbin")
 

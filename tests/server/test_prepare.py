@@ -17,11 +17,11 @@ from cryptography.fernet import Fernet
 from pydantic import SecretStr
 
 from slm.errors import StartupError
-from slm.server import tokens
+from slm.server.encryption.vault import fingerprint
+from slm.server.security import tokens
 from slm.server.settings import Settings
-from slm.server.vault import fingerprint
-from tests.postgres import connect
-from tests.server.store import KEY, OTHER_KEY, Store, new_agent
+from tests.support.postgres import connect
+from tests.support.store import KEY, OTHER_KEY, Store, new_agent
 
 
 @pytest.fixture

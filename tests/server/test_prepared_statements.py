@@ -6,9 +6,9 @@ from datetime import UTC, datetime
 
 from sqlalchemy import Connection, bindparam, insert, select, update
 
-from slm.server.database import Database
-from slm.server.models import CHANGES, Base
-from slm.server.prepared import Prepared
+from slm.server.db.database import Database
+from slm.server.db.statements import Prepared
+from slm.server.db.tables import CHANGES, Base
 
 
 async def test_it_stores_what_core_stores(database_url: str) -> None:

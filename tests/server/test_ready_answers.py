@@ -11,8 +11,8 @@ import aiohttp
 import pytest
 from multidict import CIMultiDictProxy
 
-from tests.server.raw import Api
-from tests.servers import InLoopServer, reads_keys
+from tests.support.raw import Api
+from tests.support.servers import InLoopServer, reads_keys
 
 
 async def _raw(

@@ -19,10 +19,10 @@ from slm.errors import (
     ProblemError,
 )
 from slm.schemas import Agent
-from slm.server.bodies import AgentUpdate
-from slm.server.models import utc_now
-from slm.server.registry import Written
-from tests.server.store import Store, new_agent
+from slm.server.agents.schemas import AgentUpdate
+from slm.server.agents.service import Written
+from slm.server.db.tables import utc_now
+from tests.support.store import Store, new_agent
 
 CANARY = "sk-canary-7"
 

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from pydantic import SecretStr
 
 from slm.errors import ProblemError
-from slm.server.bodies import AgentUpdate
-from slm.server.registry import Written
+from slm.server.agents.schemas import AgentUpdate
+from slm.server.agents.service import Written
 from slm.server.settings import Settings
-from tests.server.store import KEY, Store, new_agent
+from tests.support.store import KEY, Store, new_agent
 
 NAMES = st.sampled_from(["default", "a", "b", "c"])
 FIELDS = st.fixed_dictionaries(

@@ -7,11 +7,11 @@ import asyncio
 import pytest
 from sqlalchemy import select
 
-from slm.server.bodies import AgentUpdate
-from slm.server.models import CHANGES, STATE
-from slm.server.prepare import prepare
+from slm.server.agents.schemas import AgentUpdate
+from slm.server.db.tables import CHANGES, STATE
+from slm.server.lifecycle.startup import prepare
 from slm.server.settings import Settings
-from tests.server.store import Store
+from tests.support.store import Store
 
 
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)

@@ -14,10 +14,10 @@ import aiohttp
 import pytest
 
 from slm.errors import StartupError
-from slm.server.run import SLMServer
+from slm.server.serve import SLMServer
 from slm.server.settings import Settings
-from tests.server.raw import Api
-from tests.servers import TENTH, InLoopServer, ServerProcess, eventually, running_server
+from tests.support.raw import Api
+from tests.support.servers import TENTH, InLoopServer, ServerProcess, eventually, running_server
 
 
 async def test_sigterm_closes_the_streams_and_ends(

@@ -10,9 +10,9 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
-from tests.postgres import connect
-from tests.server.store import KEY
-from tests.servers import ServerProcess, eventually
+from tests.support.postgres import connect
+from tests.support.servers import ServerProcess, eventually
+from tests.support.store import KEY
 
 ENDS_WITHIN_SECONDS = 8.0
 """On a machine that is busy with other tests; alone it is at most two."""

@@ -12,26 +12,28 @@ from typing import Any
 import pytest
 
 import slm.server
-from slm.server import explanations, fleet_sync, supervisor
-from slm.server.fleet import Fleet
-from slm.server.fleet_sync import FleetSync
-from slm.server.listener import CHANNEL
-from slm.server.supervisor import SupervisedTask, Supervisor
-from tests.postgres import connect
-from tests.server.raw import Api
-from tests.server.store import KEY
-from tests.servers import InLoopServer, eventually, running_server
+from slm.server.db.engines.listener import CHANNEL
+from slm.server.fleet import explain as explanations
+from slm.server.fleet import replication as fleet_sync
+from slm.server.fleet.replication import FleetSync
+from slm.server.fleet.tracker import Fleet
+from slm.server.tasks import supervisor
+from slm.server.tasks.supervisor import SupervisedTask, Supervisor
+from tests.support.postgres import connect
+from tests.support.raw import Api
+from tests.support.servers import InLoopServer, eventually, running_server
+from tests.support.store import KEY
 
 NEEDED = ["feed", "broadcast", "heartbeats", "caretaker", "doorkeeper", "uvicorn"]
 
 SHORT_TASKS = {
-    "acceptor.py": "one connection's beginning, bounded by the time of its TLS handshake",
-    "api/ws.py": "the opening of one stream, which the stream awaits",
-    "catalog.py": "one compression, which its callers await",
-    "explanations.py": "one answer to another replica, over after seconds",
-    "fleet_sync.py": "two waits, cancelled by the function that began them",
-    "read_batches.py": "it lasts while somebody waits; whatever ends it, each gets an answer",
-    "sinks.py": "one stream of an ASGI server that is not ours, ended with the stream",
+    "transport/acceptor.py": "one connection's beginning, bounded by the time of its TLS handshake",
+    "api/routes/ws.py": "the opening of one stream, which the stream awaits",
+    "agents/catalog.py": "one compression, which its callers await",
+    "fleet/explain.py": "one answer to another replica, over after seconds",
+    "fleet/replication.py": "two waits, cancelled by the function that began them",
+    "agents/read_batches.py": "it lasts while somebody waits; each gets an answer in any case",
+    "stream/asgi_sink.py": "one stream of an ASGI server that is not ours, ended with the stream",
 }
 """Where else the server starts tasks, and why none of them lives as long as the server."""
 
@@ -52,7 +54,7 @@ def test_only_the_supervisor_starts_tasks_that_stay() -> None:
             name = getattr(node, "attr", getattr(node, "id", ""))
             if name in ("create_task", "ensure_future", "TaskGroup", "run_coroutine_threadsafe"):
                 found.add(path.relative_to(root).as_posix())
-    assert found == {"supervisor.py", *SHORT_TASKS}
+    assert found == {"tasks/supervisor.py", *SHORT_TASKS}
 
 
 # --- one task ---
@@ -187,7 +189,7 @@ async def test_a_broadcast_that_ends_halfway_loses_no_change(
             raise asyncio.CancelledError
             yield []
 
-        monkeypatch.setattr("slm.server.hub._in_turns", stray)
+        monkeypatch.setattr("slm.server.stream.hub._in_turns", stray)
         assert (await admin.put("default", llm_model="m2")).status == 200
         await eventually(lambda: hub.live_count() == 0)
     async with admin.stream(since=1, epoch=hub.epoch) as socket:

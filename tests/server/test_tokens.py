@@ -7,7 +7,7 @@ import hashlib
 
 import pytest
 
-from slm.server import tokens
+from slm.server.security import tokens
 
 
 def test_a_token_is_256_random_bits() -> None:

@@ -9,9 +9,9 @@ from typing import Any, cast
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slm.server.edge import Edge
+from slm.server.api.middleware import Edge
 from slm.server.services import Services
-from slm.server.turnstile import AT_A_TURN, MOST_A_TURN, Turnstile
+from slm.server.tasks.turnstile import AT_A_TURN, MOST_A_TURN, Turnstile
 
 
 async def turns(count: int) -> None:

@@ -7,10 +7,10 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from tests.postgres import connect
-from tests.server.raw import Api
-from tests.server.store import KEY
-from tests.servers import eventually, running_server
+from tests.support.postgres import connect
+from tests.support.raw import Api
+from tests.support.servers import eventually, running_server
+from tests.support.store import KEY
 
 
 async def _is_red(api: Api) -> bool:

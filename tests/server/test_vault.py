@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from pydantic import SecretStr
 
 from slm.errors import ConfigurationError, KeyUndecryptable
-from slm.server.vault import KeyBinding, Vault, fingerprint, parse_keys
-from tests.server.store import KEY, OTHER_KEY
+from slm.server.encryption.vault import KeyBinding, Vault, fingerprint, parse_keys
+from tests.support.store import KEY, OTHER_KEY
 
 PLACE = KeyBinding("billing", "openai", "https://api.openai.com:443")
 SECRET = SecretStr("sk-canary-1")

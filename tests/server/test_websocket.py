@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from websockets.frames import Frame, Opcode
 
-from slm.server.frames import Frames
-from slm.server.websocket import SHORT_BYTES, Keepalive, WebSocketConnection
-from tests.servers import eventually
+from slm.server.stream.encoding import Frames
+from slm.server.transport.ws_connection import SHORT_BYTES, Keepalive, WebSocketConnection
+from tests.support.servers import eventually
 
 TIMEOUT_SECONDS = 0.3
 

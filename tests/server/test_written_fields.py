@@ -14,10 +14,10 @@ from pydantic import ValidationError
 
 from slm.endpoints import canonical_url, refused_endpoint
 from slm.errors import InvalidRequest
-from slm.server.bodies import AgentCreate, AgentUpdate
-from tests.server.raw import Api
-from tests.server.store import Store, new_agent
-from tests.servers import running_server
+from slm.server.agents.schemas import AgentCreate, AgentUpdate
+from tests.support.raw import Api
+from tests.support.servers import running_server
+from tests.support.store import Store, new_agent
 
 CANARY = "sk-canary-written"
 BLANKS = st.text(" \t\u00a0\u2003\u3000\ufeff\u200b", max_size=4)

@@ -17,12 +17,12 @@ import pytest
 import uvicorn
 
 from slm.server.app import create_app
-from slm.server.prepare import prepare
+from slm.server.lifecycle.startup import prepare
 from slm.server.settings import Settings
-from slm.server.sinks import ASGISink
-from slm.server.websocket import WebSocketConnection
-from tests.server.raw import Api, raw_exchange
-from tests.servers import TENTH, InLoopServer, eventually, read_token, running_server
+from slm.server.stream.asgi_sink import ASGISink
+from slm.server.transport.ws_connection import WebSocketConnection
+from tests.support.raw import Api, raw_exchange
+from tests.support.servers import TENTH, InLoopServer, eventually, read_token, running_server
 
 NO_PINGS = {"ping_interval_seconds": 300.0}
 """So that only its buffer can be what ends a connection."""

@@ -14,13 +14,13 @@ from sqlalchemy import Connection, delete, select, update
 
 from slm.protocol import Ack
 from slm.schemas import Agent
-from slm.server.bodies import AgentUpdate
-from slm.server.catalog import CommittedChange
-from slm.server.frames import Frames, encode_change
-from slm.server.models import CHANGES, STATE
-from slm.server.websocket import WebSocketConnection
-from tests.server.raw import Api
-from tests.servers import InLoopServer, eventually, running_server
+from slm.server.agents.catalog import CommittedChange
+from slm.server.agents.schemas import AgentUpdate
+from slm.server.db.tables import CHANGES, STATE
+from slm.server.stream.encoding import Frames, encode_change
+from slm.server.transport.ws_connection import WebSocketConnection
+from tests.support.raw import Api
+from tests.support.servers import InLoopServer, eventually, running_server
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "messages.json").read_text())
 TYPES = {"agent_config_changed", "agent_created", "agent_deleted"}

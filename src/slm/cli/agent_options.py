@@ -15,11 +15,11 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from slm.cli.connection import Target
 from slm.cli.output import UsageError
-from slm.environment import decoded, tidied
+from slm.cli.target import Target
+from slm.common.environment import decoded, tidied
+from slm.common.files import NotTrusted, read_given
 from slm.errors import ConfigurationError
-from slm.files import NotTrusted, read_given
 
 Provider = Literal["ollama", "openai", "anthropic"]
 

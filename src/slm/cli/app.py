@@ -12,22 +12,22 @@ from typing import Annotated, Final
 import typer
 from typer.exceptions import TyperException
 
-from slm.cli import (
+from slm.cli import output
+from slm.cli.commands import (
     agents,
     ask,
     audit,
     certs,
     db,
-    demo,
     explain,
     fleet,
     history,
     keys,
-    output,
     serve,
     tokens,
     watch,
 )
+from slm.cli.demo import tour as demo
 from slm.errors import SLMError
 
 EXIT_FAILURE: Final = 1

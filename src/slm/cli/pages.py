@@ -6,8 +6,8 @@ import asyncio
 from dataclasses import replace
 from typing import Any
 
-from slm.cli.connection import Target
-from slm.cli.http import Answer, Api
+from slm.cli.api_client import Answer, Api
+from slm.cli.target import Target
 
 
 def collect(

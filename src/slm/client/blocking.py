@@ -10,11 +10,11 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
+from slm.client.cache.keys_in_use import InUse
 from slm.client.client import SLMClient
 from slm.client.config import ResolvedConfig
-from slm.client.hooks import OnChange, Validator
-from slm.client.in_use import InUse
-from slm.client.retry import ClientStatus
+from slm.client.runtime.callbacks import OnChange, Validator
+from slm.client.sync.backoff import ClientStatus
 from slm.protocol import Explanation
 
 

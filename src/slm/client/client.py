@@ -14,19 +14,19 @@ from typing import Any, TypeVar
 
 from pydantic import SecretStr
 
-from slm.client.background import following
-from slm.client.cache import AgentConfigCache
-from slm.client.clock import now
+from slm.client.cache.cache import AgentConfigCache
+from slm.client.cache.keys_in_use import InUse
 from slm.client.config import ResolvedConfig
-from slm.client.dispatch import callbacks
-from slm.client.follower import Follower, Settings
-from slm.client.follower import _abandoned as _abandoned
-from slm.client.hooks import OnChange, Validator
-from slm.client.in_use import InUse
 from slm.client.options import read_options
-from slm.client.retry import ClientStatus
+from slm.client.runtime.background import following
+from slm.client.runtime.callbacks import OnChange, Validator
+from slm.client.runtime.clock import now
+from slm.client.runtime.dispatch import callbacks
+from slm.client.sync.backoff import ClientStatus
+from slm.client.sync.follower import Follower, Settings
+from slm.client.sync.follower import _abandoned as _abandoned
 from slm.client.timings import Timings, check_seconds
-from slm.client.tls import ClientCert
+from slm.client.transport.tls import ClientCert
 from slm.errors import ConfigurationError
 from slm.protocol import Explanation
 

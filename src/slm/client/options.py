@@ -13,15 +13,15 @@ from pathlib import Path
 
 from pydantic import SecretStr
 
-from slm.client.addresses import is_insecure, usable_urls
-from slm.client.credentials import TokenSource
-from slm.client.log import quiet_logger
-from slm.client.proxies import usable_proxies
-from slm.client.site import Site
-from slm.client.snapshot_file import SnapshotFile
-from slm.client.state_folder import default_cache_file
-from slm.client.tls import ClientCert, TlsFiles
-from slm.environment import flag, tidied, variable
+from slm.client.cache.snapshot_file import SnapshotFile
+from slm.client.cache.state_folder import default_cache_file
+from slm.client.runtime.log import quiet_logger
+from slm.client.transport.addresses import is_insecure, usable_urls
+from slm.client.transport.credentials import TokenSource
+from slm.client.transport.proxies import usable_proxies
+from slm.client.transport.site import Site
+from slm.client.transport.tls import ClientCert, TlsFiles
+from slm.common.environment import flag, tidied, variable
 from slm.errors import ConfigurationError
 
 _log = quiet_logger("slm.client")

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from slm.client.config import ResolvedConfig
+from slm.common.scrub import MAX_TEXT, one_line, scrubbed
 from slm.endpoints import canonical_url, effective_endpoint
 from slm.errors import (
     ConfigurationError,
@@ -27,7 +28,6 @@ from slm.llm.providers.base import ChatRequest, Completion, Message, Provider
 from slm.llm.providers.failures import Failure
 from slm.llm.results import ChatResult, Overrides, result_of
 from slm.llm.validator import refused_address
-from slm.scrub import MAX_TEXT, one_line, scrubbed
 
 _logger = logging.getLogger(__name__)
 

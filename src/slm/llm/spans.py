@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from slm import tracing
+from slm.common import tracing
 from slm.errors import LLMError
 from slm.llm.call import Call
 from slm.llm.results import ChatResult

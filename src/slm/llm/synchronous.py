@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from types import TracebackType
 from typing import Any, Final, Protocol, TypeVar
 
-from slm.client.background import Background, new_holder
+from slm.client.runtime.background import Background, new_holder
 from slm.llm.providers.base import StreamChunk
 from slm.llm.results import ChatResult
 

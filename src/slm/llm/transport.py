@@ -25,8 +25,8 @@ import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
 from yarl import URL
 
+from slm.common.environment import variable
 from slm.endpoints import EndpointPolicy, literal_address, origin
-from slm.environment import variable
 from slm.errors import ConfigurationError
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import functools
 from typing import Final
 
 from slm.client.config import ResolvedConfig
-from slm.client.hooks import InlineValidator
+from slm.client.runtime.callbacks import InlineValidator
 from slm.endpoints import EndpointPolicy, effective_endpoint, refused_endpoint
 
 PROVIDERS: Final = {

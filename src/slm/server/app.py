@@ -15,15 +15,8 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
 from slm.errors import ProblemError
-from slm.server import explanations, fleet_sync
-from slm.server.api import admin, agents, audit, fleet, health, history, keys, snapshot, tokens, ws
-from slm.server.audit_retention import trim
-from slm.server.compaction import compact
-from slm.server.edge import Edge
-from slm.server.fleet import FORGET_EVERY_SECONDS
-from slm.server.listener import ChangeListener
-from slm.server.prepare import Prepared
-from slm.server.problems import (
+from slm.server.api.middleware import Edge
+from slm.server.api.problems import (
     InvalidRequestProblem,
     Problem,
     every_code,
@@ -31,9 +24,18 @@ from slm.server.problems import (
     on_problem,
     on_validation_error,
 )
+from slm.server.api.routes import agents, audit, fleet, health, history, keys, snapshot, tokens, ws
+from slm.server.api.routes import backup as admin
+from slm.server.db.engines.listener import ChangeListener
+from slm.server.fleet import explain as explanations
+from slm.server.fleet import replication as fleet_sync
+from slm.server.fleet.tracker import FORGET_EVERY_SECONDS
+from slm.server.lifecycle.audit_retention import trim
+from slm.server.lifecycle.compaction import compact
+from slm.server.lifecycle.startup import Prepared
 from slm.server.services import Services, make_services
 from slm.server.settings import Settings
-from slm.server.upkeep import Upkeep
+from slm.server.tasks.periodic import Upkeep
 
 LAST_WORDS_SECONDS = 0.5
 """How long each of the last writes may take: what was used, and that this server is gone."""

@@ -4,32 +4,32 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from slm.server.ack_queue import AckQueue
-from slm.server.audit import AuditLog
-from slm.server.auth import TokenTable
-from slm.server.caretaker import Caretaker
-from slm.server.catalog import Catalog
-from slm.server.connections import Connections, connection_limit
-from slm.server.database import Database
-from slm.server.doorkeeper import Doorkeeper
-from slm.server.explanations import Explanations
-from slm.server.feed import ChangeFeed
-from slm.server.fleet import Fleet
-from slm.server.fleet_sync import FleetSync
-from slm.server.hub import Hub
-from slm.server.keyring import Keyring, read_keys
-from slm.server.limits import Gauge, Rate, TokenBuckets
+from slm.server.agents.catalog import Catalog
+from slm.server.agents.service import AgentRegistry
+from slm.server.db.database import Database
+from slm.server.encryption.keyring import Keyring, read_keys
+from slm.server.encryption.rotation import KeyRotation
+from slm.server.fleet.ack_queue import AckQueue
+from slm.server.fleet.explain import Explanations
+from slm.server.fleet.receipts import Receipts
+from slm.server.fleet.replication import FleetSync
+from slm.server.fleet.tracker import Fleet
+from slm.server.lifecycle.housekeeping import Caretaker
+from slm.server.lifecycle.startup import Prepared
 from slm.server.metrics import Metrics
-from slm.server.openings import Openings
-from slm.server.prepare import Prepared
-from slm.server.process import open_files_limit
-from slm.server.receipts import Receipts
-from slm.server.registry import AgentRegistry
-from slm.server.rotation import KeyRotation
+from slm.server.security.audit import AuditLog
+from slm.server.security.rate_limits import Gauge, Rate, TokenBuckets
+from slm.server.security.token_store import TokenStore
+from slm.server.security.token_table import TokenTable
+from slm.server.security.token_watch import TokenWatch
 from slm.server.settings import Settings
-from slm.server.supervisor import Supervisor
-from slm.server.token_store import TokenStore
-from slm.server.token_watch import TokenWatch
+from slm.server.stream.feed import ChangeFeed
+from slm.server.stream.hub import Hub
+from slm.server.stream.openings import Openings
+from slm.server.stream.revocation import Doorkeeper
+from slm.server.tasks.supervisor import Supervisor
+from slm.server.transport.connections import Connections, connection_limit
+from slm.server.transport.process import open_files_limit
 
 
 @dataclass

@@ -14,10 +14,10 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
+from slm.common.environment import listed
 from slm.endpoints import EndpointPolicy, parse_allowed
-from slm.environment import listed
 from slm.errors import ConfigurationError
-from slm.server.postgresql import sqlalchemy_spelling
+from slm.server.db.engines.postgresql import sqlalchemy_spelling
 from slm.server.settings_source import PREFIX, TidyEnvironment
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -32,67 +32,79 @@ SQLITE_FILE: Final = "slm.db"
 class Settings(BaseSettings):
     """The server's settings; each is also read from `SLM_` and its name in capitals.
 
+    The texts are also the table of docs/reference/variables.md (`python -m tools.docs` writes it).
+
     Attributes:
         host: the address to listen on.
         port: the port; 0 takes a free one.
-        data_dir: where the SQLite file, the generated encryption key and the first tokens live.
-        database_url: `postgresql+psycopg://…` or `sqlite:///…`; none: `slm.db` in `data_dir`.
-        tls_cert: the certificate chain in PEM; goes with `tls_key`.
-        tls_key: the private key in PEM.
-        tls_client_ca: certificates in PEM; whoever connects must show one that these have signed.
-        encryption_keys: Fernet keys separated by commas; at the first start the first is the
-            active one, later the database names it.
-        encryption_key_command: a command, run without a shell, that prints such keys; for a vault
-            or a KMS.
-        encryption_key_command_env: which variables the command gets besides PATH, HOME and the
-            like; `VAULT_*` stands for all that begin so. Those of SLM itself it never gets.
-        endpoints: `strict` refuses an `llm_endpoint` on loopback or in a private range, too.
-        endpoint_allow: hosts, addresses and networks that `strict` lets through.
-        metrics_token: what `/metrics` asks for; none: it is open.
-        trusted_proxies: addresses or networks whose Forwarded headers count.
+        data_dir: the directory of `slm.db`, `encryption.key`, `admin.token` and `backend.token`.
+        database_url: `postgresql+psycopg://…` or `sqlite:///…`, special characters of a password
+            percent-encoded (`@` is `%40`); without it, `slm.db` in the data directory.
+        tls_cert: the certificate chain, PEM. Keys leave the server's machine over TLS only.
+        tls_key: the certificate's private key, PEM.
+        tls_client_ca: CA certificates, PEM; whoever connects must present a certificate that one of
+            them signed.
+        encryption_keys: Fernet keys separated by commas. On the first start the first of them
+            becomes the active key; after that the database says which one is. Without it,
+            `encryption.key` is made for a new SQLite file.
+        encryption_key_command: a command that prints such keys, for a vault or a KMS; it is run
+            without a shell.
+        encryption_key_command_env: variables that the command gets besides `PATH`, `HOME` and the
+            like, such as `VAULT_ADDR, AWS_*`; it never gets one of SLM's own.
+        endpoints: `strict` also refuses an agent's endpoint on loopback or in a private range.
+        endpoint_allow: hosts, addresses and networks that `strict` allows.
+        metrics_token: the bearer token that `/metrics` asks for; without it, `/metrics` is open.
+        trusted_proxies: addresses or networks of proxies whose forwarding headers are believed.
         trusted_networks: addresses or networks from which plain http may ask for keys, such as
-            those of a mesh whose sidecars encrypt.
-        changes_keep: how many changes are kept for resuming; none: all.
-        audit_keep_days: how old an entry of the audit gets once it was exported; none: any age.
-        log_level: how much the server tells on stderr.
-        heartbeat_seconds: how often a stream hears a heartbeat.
-        ping_interval_seconds: how often a stream is pinged.
-        ping_timeout_seconds: how long a peer has to answer a ping.
-        behind_after_seconds: after how long without a good look at the database the feed is behind.
-        poll_interval_seconds: how often the feed looks without being woken.
-        max_outage_seconds: how long plain reads and streams go on without the database, which
+            those of a mesh whose sidecars encrypt; logged at each start.
+        changes_keep: how many changes are kept for clients that resume, for the history and for
+            rollback; without it, all.
+        audit_keep_days: how many days audit entries are kept; older ones are removed once `slm
+            audit export` has written them. Without it, all are kept.
+        log_level: `debug`, `info`, `warning` or `error`; the log goes to stderr.
+        heartbeat_seconds: the time between two heartbeats of a stream.
+        ping_interval_seconds: the time between two pings of a stream.
+        ping_timeout_seconds: how long a peer may take to answer a ping.
+        behind_after_seconds: after how long without a good look at the database the server counts
+            as behind.
+        poll_interval_seconds: how often the server looks for changes without being notified.
+        max_outage_seconds: how long plain reads and streams continue without the database, which
             alone knows of a revoked token.
         min_revision_wait_seconds: how long a read waits for `min_revision`.
         lock_timeout_seconds: how long a transaction waits for a lock.
         database_timeout_seconds: how long a whole transaction may take before it is given up.
-        idle_in_transaction_seconds: after this PostgreSQL ends a transaction that says nothing.
-        compact_interval_seconds: how often changes beyond `changes_keep` are looked for.
-        audit_trim_seconds: how often entries beyond `audit_keep_days` are looked for.
-        fleet_interval_seconds: how often a replica tells others of its backends at most, unless a
-            receipt waits.
-        lease_seconds: after how long without a word a replica counts as gone.
+        idle_in_transaction_seconds: after how long PostgreSQL ends an idle transaction.
+        compact_interval_seconds: how often changes beyond `changes_keep` are removed.
+        audit_trim_seconds: how often entries beyond `audit_keep_days` are removed.
+        fleet_interval_seconds: the shortest time between two reports of a replica's backends to the
+            other replicas; a waiting receipt is reported at once.
+        lease_seconds: after how long without a sign of life a replica counts as gone.
         key_command_seconds: how long `encryption_key_command` may take.
-        key_check_seconds: how often all stored keys are tried, so that `/readyz` can tell.
-        last_used_seconds: how often it is written down when a token was last used.
-        auth_failures_per_second: how often one address may fail to authenticate, in the long run.
-        auth_failures_burst: how often at once.
-        writes_per_second: how often one token may write, in the long run.
-        writes_burst: how often at once.
-        streams_per_token: how many streams one token may have open here; none: any number.
-        waits_per_token: how many requests with `?wait=` one token may have under way here.
-        max_connections: how many connections may be open at once; none, or more than there are
-            file descriptors for: as many as those. 256 of them are kept for plain HTTP.
+        key_check_seconds: how often all stored keys are tried, which `/readyz` reports.
+        last_used_seconds: how often the time of a token's last use is saved.
+        auth_failures_per_second: how many failed authentications a second one address may have over
+            time.
+        auth_failures_burst: how many of them at once.
+        writes_per_second: how many writes a second one token may make over time.
+        writes_burst: how many of them at once.
+        streams_per_token: how many streams one token may have open on this server; without it, any
+            number.
+        waits_per_token: how many requests with `?wait=` one token may have under way on this
+            server.
+        max_connections: how many connections may be open at once, 256 of them reserved for plain
+            HTTP; without it, the limit of open files less 100.
         max_opening_streams: how many streams may be on their way from handshake to live at once;
             the rest wait, and one token has half of the places at most.
         max_snapshots: how many snapshots may be asked for at once; one is made at a time.
         buffer_bytes: how much may wait for one slow reader.
-        buffer_total_bytes: how much may wait for all of them.
+        buffer_total_bytes: how much may wait for all of them together.
         max_body_bytes: the largest request body.
         max_header_bytes: the largest request head.
-        header_timeout_seconds: how long a request's head may take, then its body, and how long a
-            peer may read nothing of its answer.
-        tls_handshake_seconds: how long a TLS handshake may take.
-        shutdown_seconds: over how long a stopping server spreads the closing of its streams.
+        header_timeout_seconds: how long the head of a request may take, then its body, and how long
+            a peer may leave an answer unread.
+        tls_handshake_seconds: how long a TLS handshake may take; 10 at most.
+        shutdown_seconds: the longest time over which a stopping server spreads the closing of its
+            streams; it closes up to 500 a second.
         replay_page: how many changes one page of a replay holds.
         testing: allows what only a test may do.
         failpoint: where to fail on purpose; refused unless `testing`.
@@ -241,7 +253,7 @@ class Settings(BaseSettings):
 
     @property
     def url(self) -> URL:
-        """The database's URL, for `slm.server.database.Database`."""
+        """The database's URL, for `slm.server.db.database.Database`."""
         if self.database_url is None:
             return URL.create("sqlite", database=str(self.data_dir / SQLITE_FILE))
         url = make_url(sqlalchemy_spelling(self.database_url.get_secret_value()))

@@ -13,7 +13,7 @@ from typing import Any, Final
 from pydantic.fields import FieldInfo
 from pydantic_settings import PydanticBaseSettingsSource
 
-from slm.environment import is_service_link, service_variables, variable
+from slm.common.environment import is_service_link, service_variables, variable
 
 PREFIX: Final = "SLM_"
 

@@ -10,8 +10,8 @@ from fastapi import Query
 from pydantic import BeforeValidator
 
 from slm.errors import Unauthorized
-from slm.server.auth import Caller
-from slm.server.registry import Written
+from slm.server.agents.service import Written
+from slm.server.security.token_table import Caller
 from slm.server.services import Services
 
 MAX_WAIT_SECONDS: Final = 60.0

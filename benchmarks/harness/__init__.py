@@ -1,0 +1,1 @@
+"""What the benches run on: servers, data, figures."""

@@ -1,0 +1,1 @@
+"""From figures to docs/performance.md."""

@@ -1,0 +1,172 @@
+"""`slm serve`: the server, until Ctrl-C or SIGTERM; and the file by which commands find it.
+
+Reads options into settings and says where things are; everything else is `slm.server`'s.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from slm.cli import output
+from slm.cli.target import URL_FILE
+from slm.errors import SLMError, StartupError
+
+logger = logging.getLogger(__name__)
+
+_TLS = "TLS"
+
+
+def serve(
+    host: Annotated[
+        str | None,
+        typer.Option(
+            help="The address to listen on. \\[env var: SLM_HOST; default: 127.0.0.1]",
+            show_default=False,
+        ),
+    ] = None,
+    port: Annotated[
+        int | None,
+        typer.Option(
+            help="The port; 0 takes a free one. \\[env var: SLM_PORT; default: 8760]",
+            min=0,
+            max=65535,
+            show_default=False,
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            "--data",
+            metavar="DIR",
+            help="Where slm.db, the encryption key and the first tokens are; made if need be. "
+            "\\[env var: SLM_DATA_DIR; default: slm-data]",
+            show_default=False,
+        ),
+    ] = None,
+    database_url: Annotated[
+        str | None,
+        typer.Option(
+            "--database-url",
+            metavar="URL",
+            help="postgresql://… or sqlite:///…; put a password in the variable, since "
+            "arguments are seen by everyone on the machine. "
+            "\\[env var: SLM_DATABASE_URL; default: slm.db in the data directory]",
+            show_default=False,
+        ),
+    ] = None,
+    tls_cert: Annotated[
+        Path | None,
+        typer.Option(
+            "--tls-cert",
+            metavar="FILE",
+            help="The certificate chain, in PEM. \\[env var: SLM_TLS_CERT]",
+            rich_help_panel=_TLS,
+            show_default=False,
+        ),
+    ] = None,
+    tls_key: Annotated[
+        Path | None,
+        typer.Option(
+            "--tls-key",
+            metavar="FILE",
+            help="Its private key, in PEM. \\[env var: SLM_TLS_KEY]",
+            rich_help_panel=_TLS,
+            show_default=False,
+        ),
+    ] = None,
+    tls_client_ca: Annotated[
+        Path | None,
+        typer.Option(
+            "--tls-client-ca",
+            metavar="FILE",
+            help="Whoever connects must show a certificate that one of these has signed, in PEM. "
+            "\\[env var: SLM_TLS_CLIENT_CA]",
+            rich_help_panel=_TLS,
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Run the server until Ctrl-C or SIGTERM.
+
+    On an empty data directory it makes its database, seeds the default agent and writes an
+    encryption key and two tokens: admin.token for you, backend.token for the backends. It says
+    where they are, never what they hold. When it answers it prints: SLM ready at URL. On SIGHUP it
+    reads the TLS certificate again.
+
+    [bold]Examples[/]
+      slm serve
+      slm serve --host 0.0.0.0 --tls-cert cert.pem --tls-key key.pem
+      SLM_DATABASE_URL=postgresql://slm:…@db/slm SLM_ENCRYPTION_KEYS=… slm serve
+    """
+    # Only here: the other commands need neither FastAPI nor SQLAlchemy, and start faster.
+    from slm.server.serve import serve as run_server
+    from slm.server.settings import load_settings
+    from slm.server.settings_source import ignored_variables
+
+    settings = load_settings(
+        host=host,
+        port=port,
+        data_dir=data,
+        database_url=database_url,
+        tls_cert=tls_cert,
+        tls_key=tls_key,
+        tls_client_ca=tls_client_ca,
+    )
+    _log_to_stderr(settings.log_level)
+    if ignored := ignored_variables():
+        logger.warning(ignored)
+    left: list[str] = []
+
+    def ready(url: str) -> None:
+        left.append(url)
+        _leave_url(settings.data_dir, url)
+        output.say(f"SLM ready at {url}")
+
+    try:
+        asyncio.run(run_server(settings, on_ready=ready, on_note=output.say))
+    except SLMError:
+        raise
+    except Exception:
+        # An operator finds in the log what a bug was, where a command's user would be bothered.
+        logger.critical("the server failed", exc_info=True)
+        raise typer.Exit(1) from None
+    finally:
+        for url in left:
+            _take_url_back(settings.data_dir, url)
+
+
+def _log_to_stderr(level: str) -> None:
+    """Log what is ours; of the libraries warnings alone, since SQL and URLs may hold secrets."""
+    form = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+    logging.basicConfig(level=logging.WARNING, format=form)
+    logging.getLogger("slm").setLevel(level.upper())
+
+
+def _leave_url(data_dir: Path, url: str) -> None:
+    file = data_dir / URL_FILE
+    from slm.server.encryption.secret_files import replace_private
+
+    try:
+        # Readable by us alone: a command sends its token to the address in it.
+        replace_private(file, f"{_from_here(url)}\n")
+    except StartupError as error:
+        output.warning(f"{error} Commands need --url {url}.")
+
+
+def _take_url_back(data_dir: Path, url: str) -> None:
+    """Remove the file, unless another server of the same directory has written it since."""
+    file = data_dir / URL_FILE
+    with contextlib.suppress(OSError):
+        if file.read_text().strip() == _from_here(url):
+            file.unlink()
+
+
+def _from_here(url: str) -> str:
+    """Return the address as this machine reaches it: "all addresses" is one to listen on."""
+    return url.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")

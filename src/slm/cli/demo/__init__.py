@@ -1,0 +1,1 @@
+"""`slm demo`: the tour and the processes that it runs."""

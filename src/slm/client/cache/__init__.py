@@ -1,0 +1,1 @@
+"""What the client knows, in memory and on disk."""

@@ -1,0 +1,1 @@
+"""Keeps the cache equal to the SLM server."""

@@ -1,0 +1,398 @@
+"""Follows the SLM for one client: starts and ends what keeps its cache up to date, and answers.
+
+Everything here runs in the background thread's loop unless it says otherwise; `client` hands over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import time
+import uuid
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from slm.client.cache.cache import AgentConfigCache
+from slm.client.cache.entry import KnownAgent
+from slm.client.cache.keys_in_use import KeysInUse
+from slm.client.cache.snapshot_file import Contents, Saver, SnapshotFile
+from slm.client.config import ResolvedConfig
+from slm.client.options import Options
+from slm.client.resolution.chain import Chain
+from slm.client.resolution.explain import explain_steps
+from slm.client.runtime import background
+from slm.client.runtime.callbacks import Hooks
+from slm.client.runtime.dispatch import callbacks
+from slm.client.runtime.log import quiet_logger
+from slm.client.sync.backoff import ClientStatus
+from slm.client.sync.synchroniser import Synchroniser
+from slm.client.timings import Timings
+from slm.errors import SLMError
+from slm.protocol import ClientInfo, Explanation, storable
+
+_log = quiet_logger("slm.client")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a client was made with, checked."""
+
+    options: Options
+    strict: bool
+    start_timeout: float
+    key_wait: float
+    timings: Timings
+
+
+class Follower:
+    """One client's following, from its connecting to its closing, and again.
+
+    Args:
+        settings: what the client was made with.
+        cache: what it fills; everything else reads.
+
+    Attributes:
+        closed: whether it was closed, and not connected since.
+        sync: what follows the SLM now, or None.
+        hooks: what the user hangs in.
+        in_use: which keys calls in flight hold.
+    """
+
+    def __init__(self, settings: Settings, cache: AgentConfigCache) -> None:
+        self._settings = settings
+        self._cache = cache
+        self.closed = False
+        self.sync: Synchroniser | None = None
+        self.hooks = Hooks(self._validators_changed)
+        self.in_use = KeysInUse()
+        self._chain = Chain(cache, settings.key_wait, strict=settings.strict)
+        self._instance = uuid.uuid4().hex[:12]
+        self._holder = background.new_holder()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._saver: Saver | None = None
+        self._closing: asyncio.Task[None] | None = None
+        self._to_judge: dict[str, KnownAgent] = {}
+        self._judging_anew = self._judging_all = False
+        cache.refused = self.hooks.refusal
+        cache.ask_first = self._ask_first
+        _followers.add(self)
+
+    # --- from any thread ---
+
+    @property
+    def status(self) -> ClientStatus:
+        """How this client stands to its SLM."""
+        if self.closed:
+            return ClientStatus.CLOSED
+        sync = self.sync
+        return sync.status if sync is not None else ClientStatus.STARTING
+
+    @property
+    def last_error(self) -> str | None:
+        """What failed last; None while all is well."""
+        sync = self.sync
+        return sync.last_error if sync is not None else None
+
+    def answer_in_place(self, agent_id: str | None) -> ResolvedConfig:
+        """Answer from what is known, and ask nobody; for a client that is closed."""
+        answering = self._chain.answer(agent_id, None)
+        try:
+            answering.send(None)
+        except StopIteration as answer:
+            config: ResolvedConfig = answer.value
+            return config
+        answering.close()
+        raise AssertionError("an answer from what is known waits for nothing")
+
+    def hear_no_more(self) -> None:
+        """Note that the client is to be closed: what is still to be read changes nothing."""
+        self.closed = True
+        sync = self.sync
+        if sync is not None:
+            sync.closed = True
+
+    def key_use_changed(self) -> None:
+        """Note that a key which is no longer the present one is held, or no longer held."""
+        sync = self.sync
+        if sync is not None:
+            sync.acks.changed_elsewhere()
+
+    def drop(self) -> None:
+        """Close without waiting, after whoever made the client let go of it.
+
+        Not where somebody wants to hear of changes: that is what it is still there for. May be
+        called in the middle of anything, by the garbage collector.
+        """
+        loop = self._loop
+        if loop is not None and not self.hooks.has_callbacks:
+            with contextlib.suppress(RuntimeError):  # it has ended
+                loop.call_soon_threadsafe(lambda: loop.create_task(self.close()))
+
+    def abandon(self) -> None:
+        """Start anew in a forked child: nothing of the parent's thread is here."""
+        if self.sync is not None:
+            _abandoned.append(self.sync)
+        self.sync = self._saver = self._closing = self._loop = None
+        self._to_judge = {}
+        self._judging_anew = self._judging_all = False
+        self.hooks.start_anew()
+        self.in_use.start_anew()
+        self._instance = uuid.uuid4().hex[:12]
+        self._cache.distrust()
+
+    def _validators_changed(self, added: bool) -> None:
+        loop = self._loop
+        if loop is not None:
+            with contextlib.suppress(RuntimeError):  # it has ended
+                loop.call_soon_threadsafe(self._judge_anew, added)
+
+    # --- life ---
+
+    async def connect(self) -> None:
+        """Start following, and wait up to `start_timeout` until the SLM's state is here."""
+        while self._closing is not None:
+            await asyncio.wait({self._closing})
+        self.closed = False
+        sync = self._started()
+        seconds = self._settings.start_timeout
+        try:
+            async with asyncio.timeout(seconds):
+                await sync.settled.wait()
+        except TimeoutError:
+            sync.settled.set()  # long enough for all who wait
+            _log.warning(
+                "the SLM at %s did not answer within %g s: %s; trying on in the background",
+                self._settings.options.site,
+                seconds,
+                sync.last_error or "no answer yet",
+            )
+
+    async def close(self) -> None:
+        """Stop following; what a caller waits for is answered from what is known."""
+        self.closed = True
+        if self._closing is None:
+            self._closing = asyncio.get_running_loop().create_task(self._close())
+        # In a task of its own: a caller who waits no longer leaves nothing half closed.
+        await asyncio.shield(self._closing)
+
+    async def _close(self) -> None:
+        try:
+            self._cache.set_live(False)
+            self.hooks.forget_untold()
+            sync, self.sync = self.sync, None
+            saver, self._saver = self._saver, None
+            if sync is not None:
+                await sync.close()
+            self.hooks.forget_untold()
+            if saver is not None:
+                await saver.close()
+        except Exception:
+            _log.exception("the client did not close as it should")
+        finally:
+            self._closing = None
+            self._to_judge = {}
+            self._judging_anew = self._judging_all = False
+            held, self._loop = self._loop is not None, None
+            if held:
+                callbacks.leave()
+                background.following.let_go(self._holder)
+
+    def _started(self) -> Synchroniser:
+        """Return what follows the SLM, started if it is not yet."""
+        if self.sync is not None:
+            return self.sync
+        settings = self._settings
+        if self._loop is None:
+            self._loop = background.following.hold(self._holder)
+            callbacks.enter()
+        if settings.options.file is not None:
+            if self._cache.epoch is None:
+                self._load(settings.options.file)
+            interval = settings.timings.save_interval_seconds
+            self._saver = Saver(settings.options.file, interval, self._contents)
+        self._judge_later(dict(self._cache.unsettled()))
+        sync = self.sync = Synchroniser(
+            self._cache,
+            settings.options.site,
+            settings.timings,
+            self._info(),
+            self._swapped,
+            self._save_soon,
+            self.in_use,
+            settings.key_wait,
+            self.explained,
+        )
+        settings.options.log_decisions()
+        sync.start()
+        return sync
+
+    # --- answers ---
+
+    async def answer(self, agent_id: str | None, *, judged: bool = True) -> ResolvedConfig:
+        """Answer for an agent, None standing for the default one; connect first if need be.
+
+        Args:
+            agent_id: the agent.
+            judged: whether to wait for a validator that is to say what it thinks.
+        """
+        if self.sync is not None:
+            self.sync.look()
+        if not self.closed and (self.sync is None or not self.sync.settled.is_set()):
+            await self.connect()
+        return await self._chain.answer(agent_id, self.sync, judged=judged)
+
+    async def explained(self, agent_id: str, *, judged: bool = True) -> Explanation:
+        """Say how an agent is resolved now."""
+        answer, error = None, None
+        try:
+            answer = await self.answer(agent_id, judged=judged)
+        except Exception as problem:
+            # Whatever it is, it is what a caller who resolves this agent gets.
+            error = str(problem) if isinstance(problem, SLMError) else type(problem).__name__
+        cache, last_error = self._cache, self.last_error
+        unreachable = last_error or f"it is {self.status.value}"
+        return Explanation(
+            agent_id=storable(agent_id),
+            answered_by=None if answer is None else answer.step.value,
+            error=error and storable(error),
+            status=self.status.value,
+            revision=cache.revision,
+            epoch=cache.epoch and storable(cache.epoch),
+            last_error=last_error and storable(last_error),
+            steps=explain_steps(cache, agent_id, answer, unreachable),
+        )
+
+    # --- validators that may take a while ---
+
+    def _ask_first(self, agent_id: str, known: KnownAgent) -> bool:
+        if not self.hooks.has_slow_validators:
+            return False
+        self._judge_later({agent_id: known})
+        return True
+
+    def _judge_later(self, agents: dict[str, KnownAgent]) -> None:
+        if agents and not self._to_judge:
+            asyncio.get_running_loop().call_soon(self._ask_validators)
+        self._to_judge |= agents
+
+    def _ask_validators(self) -> None:
+        waiting, self._to_judge = self._to_judge, {}
+        entries = [
+            (agent_id, known, known.pending)
+            for agent_id, known in waiting.items()
+            if known.unjudged and known.pending is not None
+        ]
+
+        def judged(reasons: list[str | None]) -> None:
+            for (agent_id, known, _), reason in zip(entries, reasons, strict=True):
+                if self._cache.judged(agent_id, known, reason):
+                    self._swapped(agent_id)
+
+        self._ask([config for *_, config in entries], judged)
+
+    def _judge_anew(self, added: bool) -> None:
+        """Ask of all that is known after a validator came, of the refused after one went."""
+        if not self._judging_anew:
+            self._judging_anew = True
+            asyncio.get_running_loop().call_soon(self._ask_anew)
+        self._judging_all |= added
+
+    def _ask_anew(self) -> None:
+        entries = self._cache.to_judge_anew(all_of_them=self._judging_all)
+        self._judging_anew = self._judging_all = False
+
+        def judged(reasons: list[str | None]) -> None:
+            for (agent_id, config), reason in zip(entries, reasons, strict=True):
+                reason = self.hooks.refusal(config) or reason
+                if self._cache.judged_anew(agent_id, config, reason):
+                    self._swapped(agent_id)
+
+        self._ask([config for _, config in entries], judged)
+
+    def _ask(
+        self, configs: list[ResolvedConfig], judged: Callable[[list[str | None]], None]
+    ) -> None:
+        """Ask the validators, and go on here with what they say."""
+        loop = asyncio.get_running_loop()
+
+        def take(reasons: list[str | None]) -> None:
+            if self.closed:
+                return  # they are asked again if it is connected again
+            judged(reasons)
+            if self.sync is not None:
+                self.sync.judged()
+
+        def tell(reasons: list[str | None]) -> None:
+            with contextlib.suppress(RuntimeError):  # closed meanwhile
+                loop.call_soon_threadsafe(take, reasons)
+
+        if self.hooks.has_slow_validators:
+            self.hooks.ask(configs, tell)
+        else:
+            take([None] * len(configs))
+
+    # --- files ---
+
+    def _info(self) -> ClientInfo:
+        # Imported here: it loads email, csv and zipfile, for which a backend's start would wait.
+        from importlib.metadata import version
+
+        host = socket.gethostname()
+        return ClientInfo(
+            name=storable(self._settings.options.name or host, 128),
+            instance=self._instance,
+            version=version("autobot-slm"),
+            host=storable(host, 255),
+            pid=os.getpid(),
+            plain_http=self._settings.options.insecure or None,
+        )
+
+    def _save_soon(self) -> None:
+        if self._saver is not None:
+            self._saver.soon()
+
+    def _swapped(self, agent_id: str) -> None:
+        if self.closed:
+            return
+        self._save_soon()
+        known = self._cache.find(agent_id)
+        self.hooks.tell(agent_id, known.in_force if known is not None else None)
+
+    def _load(self, file: SnapshotFile) -> None:
+        loaded = file.load()
+        if loaded is not None:
+            self._cache.load(
+                loaded.agents,
+                epoch=loaded.epoch,
+                revision=loaded.revision,
+                complete=loaded.complete,
+                age_seconds=loaded.age_seconds,
+                epoch_age_seconds=loaded.epoch_age_seconds,
+                change_id=loaded.change_id,
+            )
+
+    def _contents(self) -> Contents | None:
+        cache = self._cache
+        # In between two lives of the database there is nothing that could be resumed from.
+        if cache.epoch is None or not cache.synced:
+            return None
+        complete = not cache.keys_awaited()
+        revision, change_id = cache.heard
+        since = time.time() - (cache.clock() - cache.epoch_since)
+        return Contents(cache.everything(), cache.epoch, revision, complete, change_id, since)
+
+
+_followers: weakref.WeakSet[Follower] = weakref.WeakSet()
+_abandoned: list[Synchroniser] = []
+
+
+def _after_fork_in_child() -> None:
+    for follower in list(_followers):
+        follower.abandon()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -1,0 +1,1 @@
+"""The client's connections to the SLM server."""

@@ -1,0 +1,1 @@
+"""The rules of agents: their rows, changes, keys and history."""

@@ -1,0 +1,305 @@
+"""Hands out agents with their keys: as the database has them now, and never unrecorded.
+
+Every key that is handed out is in the audit before it leaves. What is kept of one is sealed and for
+this very row (docs/protocol.md section 3). Knows no HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any, Final, NamedTuple
+
+from pydantic import SecretStr
+from sqlalchemy import Connection, bindparam, func, select
+
+from slm.endpoints import origin
+from slm.errors import AgentInactive, AgentNotFound, KeyUndecryptable, ProblemError
+from slm.schemas import Agent, LLMConfig, LLMConfigWithKey, Snapshot
+from slm.server.agents.read_batches import MAX_ROWS, Asked, Batches
+from slm.server.agents.snapshots import Head, Piece, SealedSnapshot, SnapshotStore
+from slm.server.db.column_types import require_state, text_of
+from slm.server.db.database import Database
+from slm.server.db.tables import AGENTS, CHANGES, SELECT_AGENTS, STATE, agent_of
+from slm.server.encryption.keyring import Keyring
+from slm.server.encryption.sealed import SealedTexts
+from slm.server.encryption.vault import KeyBinding
+from slm.server.security.agent_scope import View
+from slm.server.security.audit import Event, Who, append_all
+
+_KEYED: Final = "+"
+_KEYLESS: Final = "-"
+"""What a piece begins with, by whether a key is in it."""
+
+_LARGE: Final = 2000
+"""A table with more agents is read where no write waits for it."""
+
+_PIECES_BYTES: Final = 16 * 1024 * 1024
+
+_HEAD: Final = select(
+    STATE.c.revision.label("head_revision"),
+    STATE.c.epoch.label("head_epoch"),
+    STATE.c.keyring_version,
+    func.coalesce(
+        select(CHANGES.c.change_id)
+        .where(CHANGES.c.revision == STATE.c.revision)
+        .correlate(STATE)
+        .scalar_subquery(),
+        STATE.c.head_id,
+    ).label("head_change_id"),
+    STATE.c.tokens_version,
+).where(STATE.c.id == 1)
+_PAGE_OF_AGENTS: Final = (
+    SELECT_AGENTS.where(AGENTS.c.id > bindparam("after")).order_by(AGENTS.c.id).limit(_LARGE)
+)
+_ALL: Final = SELECT_AGENTS.order_by(AGENTS.c.id)
+# One statement is one view of the database even under READ COMMITTED, where a read may also write.
+_SOME: Final = (
+    select(
+        *_HEAD.selected_columns,
+        *SELECT_AGENTS.selected_columns,
+    )
+    .select_from(
+        STATE.outerjoin(AGENTS, AGENTS.c.agent_id.in_(bindparam("agent_ids", expanding=True)))
+    )
+    .where(STATE.c.id == 1)
+)
+
+
+class _Found(NamedTuple):
+    config: LLMConfigWithKey
+    revision: int
+    epoch: str
+
+
+def binding_of(agent: LLMConfig) -> KeyBinding:
+    """Return the one place this agent's key may be sent to."""
+    return KeyBinding(
+        agent.agent_id, agent.llm_provider, origin(agent.llm_provider, agent.llm_endpoint)
+    )
+
+
+class KeyedReads:
+    """One agent with its key, or all of them.
+
+    Attributes:
+        undecryptable: the agents whose stored key could not be used when it was last tried.
+    """
+
+    def __init__(self, database: Database, keyring: Keyring) -> None:
+        self.undecryptable: frozenset[str] = frozenset()
+        self._database = database
+        self._keyring = keyring
+        self._snapshots = SnapshotStore(self._read_for_snapshot)
+        # The pieces of small snapshots: after a change, all but one are as they were.
+        self._pieces = SealedTexts(_PIECES_BYTES)
+        self._pieces_under: tuple[str, ...] = ()
+        self._batches = Batches(database, self._read_batch)
+
+    async def llm(
+        self, agent_id: str, *, who: Who, view: View
+    ) -> tuple[LLMConfigWithKey, int, str]:
+        """Return an agent with its key, and the revision and epoch it was read at.
+
+        Raises:
+            Unauthorized: the token does not count any more.
+            AgentNotFound: there is no such agent, or the view does not see it.
+            AgentInactive: it is switched off.
+            KeyUndecryptable: its key does not decrypt, or belongs to another place.
+            EncryptionKeyMissing: this replica has not the encryption key that is in use now.
+            DatabaseUnavailable: it cannot be read, or the audit cannot be written.
+        """
+        if "\x00" in agent_id or any("\ud800" <= c <= "\udfff" for c in agent_id):
+            raise AgentNotFound  # no database can even be asked for it
+        try:
+            found: _Found = await self._batches.ask(Asked(who, view, agent_id))
+        except KeyUndecryptable:
+            self.undecryptable |= {agent_id}
+            raise
+        if agent_id in self.undecryptable:
+            self.undecryptable -= {agent_id}
+        return found
+
+    async def sealed_snapshot(self, *, who: Who, view: View) -> SealedSnapshot:
+        """Return every agent that the view sees, with its key, all read at one revision.
+
+        Raises:
+            Unauthorized: the token does not count any more.
+            EncryptionKeyMissing: this replica has not the encryption key that is in use now.
+            DatabaseUnavailable: it cannot be read, or the audit cannot be written.
+        """
+        found: SealedSnapshot | Head = await self._batches.ask(Asked(who, view))
+        if isinstance(found, SealedSnapshot):
+            return found
+        made = await self._snapshots.make(view, found)
+        if not view.is_limited:
+            self.undecryptable = made.undecryptable
+        answered: SealedSnapshot = await self._batches.ask(Asked(who, view, made=made))
+        return answered
+
+    async def snapshot(self, *, who: Who, view: View) -> Snapshot:
+        """Return the same as a value; see `sealed_snapshot`."""
+        sealed = await self.sealed_snapshot(who=who, view=view)
+        return Snapshot.model_validate_json(b"".join(sealed.chunks()))
+
+    # --- one transaction for all who ask at the same time ---
+
+    def _read_batch(self, connection: Connection, batch: Sequence[Asked]) -> list[Any]:
+        """Return the outcome of each, as far as one transaction goes; a problem is one, too.
+
+        What was read is in the audit before this transaction commits, or nobody gets anything.
+        """
+        ids = sorted({each.agent_id for each in batch if each.agent_id is not None})
+        if ids:
+            rows = connection.execute(_SOME, {"agent_ids": ids}).all()
+        else:
+            rows = connection.execute(_HEAD).all()
+        head, tokens_version = _head_of(rows[0]), rows[0].tokens_version
+        found: dict[str, tuple[Agent, Any]] = {}
+        for row in rows if ids else ():
+            if row.id is not None:
+                agent = agent_of(row)
+                found[agent.agent_id] = agent, row
+        outcomes: list[Any] = []
+        events: list[Event] = []
+        for each in batch:
+            if len(events) >= MAX_ROWS:
+                break  # the rest comes with the next transaction
+            try:
+                each.who.require_counts(connection, tokens_version)
+                if each.agent_id is None:
+                    outcome, of_it = self._snapshot_for(each, head)
+                else:
+                    read = found.get(each.agent_id)
+                    outcome, of_it = self._llm_for(connection, each, read, head)
+            except ProblemError as problem:
+                outcomes.append(problem)
+                continue
+            outcomes.append(outcome)
+            events += of_it
+        append_all(connection, events)
+        return outcomes
+
+    def _snapshot_for(self, asked: Asked, head: Head) -> tuple[Any, list[Event]]:
+        """Return the snapshot, or the state that one has to be made of."""
+        ready = asked.made or self._snapshots.kept(asked.view, head)
+        if ready is None:
+            return head, []
+        return ready, ready.events(asked.who)
+
+    def _llm_for(
+        self, connection: Connection, asked: Asked, read: tuple[Agent, Any] | None, head: Head
+    ) -> tuple[_Found, list[Event]]:
+        if read is None:
+            raise AgentNotFound
+        agent, row = read
+        if not asked.view.sees(agent.agent_id, agent.is_default):
+            raise AgentNotFound
+        if not agent.is_active:
+            raise AgentInactive
+        self._keyring.follow(connection, head.keyring_version)
+        config = self._with_key(agent, row)
+        found = _Found(config, head.revision, head.epoch)
+        if config.llm_api_key is None:
+            return found, []
+        detail = {"revision": agent.revision, "api_key_revision": agent.api_key_revision}
+        return found, [Event(asked.who, "key.read", agent.agent_id, detail)]
+
+    # --- all agents ---
+
+    async def _read_for_snapshot(self, view: View) -> tuple[Head, Iterator[Piece]]:
+        some = functools.partial(self._read_all, limit=_LARGE + 1)
+        head, rows = await self._database.read(some)
+        if len(rows) > _LARGE:
+            # Beside the writers, none of whom is to wait for a hundred thousand rows.
+            head, rows = await self._database.read_long(self._read_all)
+            return head, map(_piece_of, self._all_with_keys(rows, view))
+        return head, self._pieces_of(rows, view)
+
+    async def check(self) -> None:
+        """Try every stored key, so that `undecryptable` is right; hands none out.
+
+        Raises:
+            DatabaseUnavailable: the database does not answer.
+        """
+        after, lost = 0, set[str]()
+        while True:
+            rows = await self._database.read(functools.partial(self._read_page, after=after))
+            if not rows:
+                break
+            lost |= await asyncio.to_thread(self._undecryptable_of, rows)
+            after = rows[-1].id
+        self.undecryptable = frozenset(lost)
+
+    def _read_page(self, connection: Connection, after: int) -> Sequence[Any]:
+        self._keyring.follow(connection)
+        return connection.execute(_PAGE_OF_AGENTS, {"after": after}).all()
+
+    def _undecryptable_of(self, rows: Sequence[Any]) -> set[str]:
+        agents = self._all_with_keys(rows, View())
+        return {agent.agent_id for agent in agents if agent.key_error is not None}
+
+    def _read_all(
+        self, connection: Connection, limit: int | None = None
+    ) -> tuple[Head, Sequence[Any]]:
+        head = _head_of(connection.execute(_HEAD).one())
+        self._keyring.follow(connection, head.keyring_version)
+        return head, connection.execute(_ALL if limit is None else _ALL.limit(limit)).all()
+
+    def _all_with_keys(self, rows: Sequence[Any], view: View) -> Iterator[LLMConfigWithKey]:
+        for row in rows:
+            agent = agent_of(row)
+            if not view.sees(agent.agent_id, agent.is_default):
+                continue
+            try:
+                yield self._with_key(agent, row)
+            except KeyUndecryptable:
+                yield _config(agent, None, "undecryptable")
+
+    def _pieces_of(self, rows: Sequence[Any], view: View) -> Iterator[Piece]:
+        """Yield the pieces of a snapshot; only what is new since the last one is decrypted."""
+        under = self._keyring.vault.fingerprints
+        if under != self._pieces_under:
+            # What was opened with a key that has gone since is not handed out.
+            self._pieces, self._pieces_under = SealedTexts(_PIECES_BYTES), under
+        for row in rows:
+            name = hashlib.sha256(repr(tuple(row)).encode()).digest()
+            known = None if view.is_limited else self._pieces.get(name)
+            if known is not None:
+                text = known[len(_KEYED) :].encode()
+                yield Piece(text_of(row.agent_id), text, known.startswith(_KEYED))
+                continue
+            for agent in self._all_with_keys((row,), view):
+                piece = _piece_of(agent)
+                if not piece.undecryptable:
+                    mark = _KEYED if piece.with_key else _KEYLESS
+                    self._pieces.put(name, mark + piece.json.decode())
+                yield piece
+
+    def _with_key(self, agent: Agent, row: Any) -> LLMConfigWithKey:
+        key = None
+        if agent.has_api_key:
+            token = str(row.llm_api_key_encrypted)
+            key = self._keyring.vault.decrypt(token, binding_of(agent))
+        return _config(agent, key, None)
+
+
+def _piece_of(agent: LLMConfigWithKey) -> Piece:
+    text = json.dumps(agent.to_wire(), ensure_ascii=False).encode()
+    lost = agent.key_error is not None
+    return Piece(agent.agent_id, text, agent.llm_api_key is not None, lost)
+
+
+def _head_of(row: Any) -> Head:
+    require_state(row.head_revision, epoch=row.head_epoch)
+    return Head(row.head_revision, row.head_epoch, row.keyring_version, row.head_change_id)
+
+
+def _config(agent: Agent, key: SecretStr | None, error: str | None) -> LLMConfigWithKey:
+    values = agent.__dict__
+    fields = {name: values[name] for name in LLMConfig.model_fields}
+    # Built from a row that was read already: not validated again, thousands at a time.
+    return LLMConfigWithKey.model_construct(**fields, llm_api_key=key, key_error=error)

@@ -1,0 +1,169 @@
+"""The statements that write agents and their changes, each run inside the caller's transaction.
+
+Knows tables and columns. The rules of what may be written, and when, are the registry's.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from typing import Any, Final, NamedTuple
+
+from sqlalchemy import Connection, Text, bindparam, cast, delete, func, insert, update
+from sqlalchemy.types import UserDefinedType
+
+from slm.schemas import Agent
+from slm.server.agents.catalog import CommittedChange
+from slm.server.db.column_types import require_state, text_of, the_row
+from slm.server.db.engines.listener import CHANNEL
+from slm.server.db.statements import Prepared
+from slm.server.db.tables import AGENTS, CHANGES, SELECT_AGENTS, STATE, utc_now
+from slm.server.security.audit import Who
+
+
+class Head(NamedTuple):
+    """The state row after a write took its revision.
+
+    Attributes:
+        revision: the one taken.
+        epoch: it belongs to.
+        keyring_version: of the encryption keys.
+        tokens_version: of the tokens.
+        before_id: the change id of the revision before.
+        change_id: of the change that is made at this revision.
+    """
+
+    revision: int
+    epoch: str
+    keyring_version: int
+    tokens_version: int
+    before_id: str
+    change_id: str
+
+
+class Author(NamedTuple):
+    """Who writes, and why."""
+
+    who: Who
+    comment: str | None
+
+
+class _AsItIs(UserDefinedType[Any]):
+    """A value that goes to the driver untouched, whatever the column's type would say of it."""
+
+    cache_ok = True
+
+
+# Built once: building a statement costs more than running it.
+_BUMP: Final = (
+    update(STATE)
+    .where(STATE.c.id == 1)
+    .values(
+        revision=STATE.c.revision + 1,
+        # An assignment reads what was there before it.
+        before_id=STATE.c.head_id,
+        head_id=bindparam("change_id"),
+    )
+)
+_HEAD: Final = (
+    STATE.c.revision,
+    STATE.c.epoch,
+    STATE.c.keyring_version,
+    STATE.c.tokens_version,
+    STATE.c.before_id,
+)
+_NEXT_REVISION: Final = {
+    "sqlite": Prepared(_BUMP.returning(*_HEAD)),
+    # The wake-up for every replica: part of the transaction, so that it is sent on commit alone,
+    # and of the statement, so that it costs no round trip.
+    "postgresql": Prepared(
+        _BUMP.returning(*_HEAD, func.pg_notify(CHANNEL, cast(STATE.c.revision, Text)))
+    ),
+}
+_AGENT: Final = Prepared(SELECT_AGENTS.where(AGENTS.c.agent_id == bindparam("agent_id")))
+_COLUMNS: Final = tuple(SELECT_AGENTS.selected_columns.keys())
+_DEFAULT: Final = SELECT_AGENTS.where(AGENTS.c.is_default.is_(True))
+_WRITTEN: Final = tuple(c.name for c in AGENTS.c if c.name not in ("id", "agent_id", "created_at"))
+# As it is, but for the time: a field that was not sent goes back as it was, whatever it holds.
+_UPDATE: Final = Prepared(
+    update(AGENTS)
+    .where(AGENTS.c.id == bindparam("row_id"))
+    .values(
+        {
+            name: bindparam(name, type_=None if name == "updated_at" else _AsItIs())
+            for name in _WRITTEN
+        }
+    )
+)
+_INSERT: Final = insert(AGENTS).returning(AGENTS.c.id)
+_DELETE: Final = delete(AGENTS).where(AGENTS.c.id == bindparam("row_id"))
+_RECORD: Final = Prepared(insert(CHANGES))
+
+
+def next_head(connection: Connection) -> Head:
+    """Lock the state row and take the next revision: always the first statement of a write."""
+    change_id = new_change_id()
+    rows = _NEXT_REVISION[connection.dialect.name].run(connection, {"change_id": change_id})
+    revision, epoch, keyring, tokens, before_id, *_ = the_row(rows)
+    require_state(revision, tokens, epoch=text_of(epoch))
+    return Head(revision, epoch, keyring, tokens, before_id, change_id)
+
+
+def new_change_id() -> str:
+    """Return the random id of a change that is about to be made."""
+    return secrets.token_hex(8)
+
+
+def agent_row(connection: Connection, agent_id: str) -> dict[str, Any] | None:
+    """Return the columns of an agent, or None; any text may be asked for."""
+    if "\x00" in agent_id or any("\ud800" <= c <= "\udfff" for c in agent_id):
+        return None  # no database can even be asked for it
+    rows = _AGENT.run(connection, {"agent_id": agent_id})
+    return dict(zip(_COLUMNS, rows[0], strict=True)) if rows else None
+
+
+def default_row(connection: Connection) -> Any:
+    """Return the row of the default agent, or None."""
+    return connection.execute(_DEFAULT).one_or_none()
+
+
+def insert_agent(connection: Connection, values: Mapping[str, Any]) -> int:
+    """Add a row and return its id."""
+    return int(connection.execute(_INSERT, dict(values)).scalar_one())
+
+
+def update_agent(connection: Connection, values: Mapping[str, Any]) -> None:
+    """Write every column of the row with this `id` but those that never change."""
+    _UPDATE.run(connection, {name: values[name] for name in _WRITTEN} | {"row_id": values["id"]})
+
+
+def delete_agent(connection: Connection, row_id: int) -> None:
+    """Delete one row."""
+    connection.execute(_DELETE, {"row_id": row_id})
+
+
+def record_change(
+    connection: Connection,
+    kind: str,
+    agent: Agent,
+    head: Head,
+    was_default: bool,
+    author: Author,
+) -> CommittedChange:
+    """Write the change that the feeds read, in the same transaction as what it tells of."""
+    now = utc_now()
+    _RECORD.run(
+        connection,
+        {
+            "revision": head.revision,
+            "change_id": head.change_id,
+            "type": kind,
+            "agent_id": agent.agent_id,
+            "agent": agent.model_dump_json(),
+            "was_default": was_default,
+            "actor": author.who.actor,
+            "comment": author.comment,
+            "created_at": now,
+        },
+    )
+    return CommittedChange(head.revision, kind, agent, was_default, now, change_id=head.change_id)

@@ -1,0 +1,187 @@
+"""The routes of the audit, scope `admin`: read it, and check its chain."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request, Response
+from pydantic import BaseModel, ConfigDict, Field
+
+from slm.errors import Conflict, DatabaseUnavailable, InvalidRequest, Overloaded
+from slm.server.api.parameters import FilterText
+from slm.server.api.route import (
+    Admin,
+    Parts,
+    SLMRoute,
+    json_response,
+    problem_responses,
+    who_of,
+)
+from slm.server.api.routes.agents import BODY_PROBLEMS
+from slm.server.lifecycle.audit_retention import note_exported
+from slm.server.security.audit_chain import parse_link
+from slm.server.security.audit_reader import AuditFilter
+from slm.server.strict_json import MAX_INTEGER
+
+router = APIRouter(prefix="/api/admin/audit", route_class=SLMRoute, tags=["administration"])
+
+
+class AuditEntry(BaseModel):
+    """Who did what, to which agent, when and from where."""
+
+    seq: int
+    at: str
+    actor: str
+    action: str
+    agent_id: str | None
+    address: str | None
+    detail: dict[str, Any]
+    hash: str
+
+
+class AuditPage(BaseModel):
+    """Entries, the newest first; `next` is the `before` of the next page, null at the end."""
+
+    entries: list[AuditEntry]
+    next: int | None
+
+
+class AuditVerdict(BaseModel):
+    """Whether the chain is what was written."""
+
+    whole: bool
+    rows: int
+    head: str
+    broken_at: int | None
+    reason: str
+    cut: str | None
+
+
+@router.get(
+    "",
+    response_model=AuditPage,
+    responses=problem_responses(DatabaseUnavailable, InvalidRequest, Overloaded),
+)
+async def list_audit(
+    services: Parts,
+    _: Admin,
+    before: Annotated[int | None, Query(ge=0, le=MAX_INTEGER)] = None,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+    actor: FilterText | None = None,
+    agent: FilterText | None = None,
+    action: FilterText | None = None,
+) -> Response:
+    """List entries, the newest first; `before` goes on where a page ended."""
+    wanted = AuditFilter(before, actor, agent, action)
+    page = await services.audit.page(wanted, limit)
+    found = [
+        {name: _shown(value) for name, value in vars(entry).items()}
+        | {"detail": _detail(entry.detail)}
+        for entry in page.entries
+    ]
+    return _answer({"entries": found, "next": page.following})
+
+
+class ExportedEntry(BaseModel):
+    """An entry as it is stored, which is what its hash is of."""
+
+    seq: int
+    at: str
+    actor: str
+    action: str
+    agent_id: str | None
+    address: str | None
+    detail: str
+    hash: str
+
+
+class ExportPage(BaseModel):
+    """Entries in the chain's order.
+
+    `after` is the `seq:hash` that they follow, `head` that of the audit's last entry now, and
+    `next` the `after` of the next page, null at the end.
+    """
+
+    after: str
+    entries: list[ExportedEntry]
+    head: str
+    next: int | None
+
+
+class Exported(BaseModel):
+    """The body of POST /api/admin/audit/exported: everything up to this entry is in a file."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    head: Annotated[str, Field(pattern=r"^[0-9]{1,19}:[0-9a-f]{64}$")]
+
+
+@router.get(
+    "/export",
+    response_model=ExportPage,
+    responses=problem_responses(DatabaseUnavailable, InvalidRequest, Conflict, Overloaded),
+)
+async def export_audit(
+    services: Parts,
+    _: Admin,
+    after: Annotated[int | None, Query(ge=0, le=MAX_INTEGER)] = None,
+    upto: Annotated[int | None, Query(ge=0, le=MAX_INTEGER)] = None,
+    all_: Annotated[bool, Query(alias="all")] = False,
+) -> Response:
+    """List entries in order, from where the last export ended; with `all`, from the beginning."""
+    page = await services.audit.export_page(after, upto, everything=all_)
+    return _answer(
+        {
+            "after": str(page.after),
+            "entries": [vars(entry) for entry in page.entries],
+            "head": str(page.head),
+            "next": page.following,
+        }
+    )
+
+
+@router.post(
+    "/exported",
+    response_model=Exported,
+    responses=problem_responses(*BODY_PROBLEMS, DatabaseUnavailable, Conflict),
+)
+async def note_export(request: Request, body: Exported, services: Parts, caller: Admin) -> Response:
+    """Note that everything up to this entry was exported; once it is old, it may be removed."""
+    head = parse_link(body.head)
+    assert head is not None  # noqa: S101 - the pattern is that of a link # nosec B101
+    who = who_of(request, caller)
+    await services.database.run(lambda connection: note_exported(connection, head, who))
+    return _answer({"head": body.head})
+
+
+@router.get(
+    "/verify",
+    response_model=AuditVerdict,
+    responses=problem_responses(DatabaseUnavailable, InvalidRequest, Overloaded),
+)
+async def verify_audit(services: Parts, _: Admin, expect: FilterText | None = None) -> Response:
+    """Walk the whole chain; `expect` is the head that an earlier look gave."""
+    verdict = await services.audit.verify(expect)
+    return _answer({"whole": verdict.whole} | vars(verdict))
+
+
+def _shown(value: object) -> str | int | None:
+    """Return what can be shown of a column: whoever altered it may have changed its type."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    return value if value is None or isinstance(value, int) else str(value)
+
+
+def _detail(text: object) -> dict[str, Any]:
+    shown = _shown(text)
+    try:
+        detail = json.loads(str(shown))
+    except ValueError:
+        detail = None
+    # Somebody may have altered it; then it is shown, and `verify` tells.
+    return detail if isinstance(detail, dict) else {"unreadable": shown}
+
+
+def _answer(body: dict[str, Any]) -> Response:
+    return json_response(json.dumps(body).encode(), 200, {"cache-control": "no-store"})

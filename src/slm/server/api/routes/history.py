@@ -1,0 +1,157 @@
+"""The routes of the history: what was, who did it, and getting it back (docs/protocol.md 3)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Request, Response
+
+from slm.errors import (
+    AgentIsDefault,
+    AgentNotFound,
+    Overloaded,
+    PreconditionFailed,
+    RevisionNotFound,
+)
+from slm.schemas import Agent, ChangeList
+from slm.server.agents.history import (
+    MAX_PAGE,
+    ChangeFilter,
+    History,
+    restoring_create,
+    restoring_update,
+)
+from slm.server.agents.schemas import Rollback
+from slm.server.api.parameters import FilterText, Revision, Time
+from slm.server.api.route import (
+    KEYED_PROBLEMS,
+    AgentIdPath,
+    Parts,
+    Reader,
+    SLMRoute,
+    Writer,
+    json_response,
+    problem_responses,
+    revision_headers,
+    sees_today,
+    versions_matched,
+    who_of,
+)
+from slm.server.api.routes.agents import BODY_PROBLEMS, WrittenAgent, written_answer
+from slm.server.api.waiting import Wait
+from slm.server.services import Services
+
+router = APIRouter(prefix="/api", route_class=SLMRoute, tags=["history"])
+
+Limit = Annotated[int, Query(ge=1, le=MAX_PAGE)]
+
+
+@router.get(
+    "/changes",
+    response_model=ChangeList,
+    responses=problem_responses(*KEYED_PROBLEMS, Overloaded),
+)
+async def list_changes(
+    services: Parts,
+    caller: Reader,
+    since: Revision = 0,
+    upto: Revision | None = None,
+    agent: FilterText | None = None,
+    actor: FilterText | None = None,
+    newest_first: bool = False,
+    limit: Limit = 100,
+) -> Response:
+    """List changes after a revision, oldest first unless asked otherwise.
+
+    `next` is the `since` of the next page, or its `upto` where the newest come first.
+    """
+    wanted = ChangeFilter(
+        agent_id=agent,
+        actor=actor,
+        since=since,
+        upto=upto,
+        newest_first=newest_first,
+        view=caller.view,
+    )
+    return await _list(services, wanted, limit)
+
+
+@router.get(
+    "/agents/{agent_id}/history",
+    response_model=ChangeList,
+    responses=problem_responses(*KEYED_PROBLEMS, AgentNotFound, Overloaded),
+)
+async def agent_history(
+    services: Parts,
+    caller: Reader,
+    agent_id: AgentIdPath,
+    upto: Revision | None = None,
+    at: Time | None = None,
+    limit: Limit = 100,
+) -> Response:
+    """List an agent's changes, newest first; with `at`, the first is what it ran then.
+
+    `next` is the `upto` of the next page.
+    """
+    if not sees_today(services, caller, agent_id):
+        raise AgentNotFound
+    wanted = ChangeFilter(agent_id=agent_id, upto=upto, at=at, newest_first=True, view=caller.view)
+    return await _list(services, wanted, limit)
+
+
+async def _list(services: Services, wanted: ChangeFilter, limit: int) -> Response:
+    found = await History(services.database).changes(wanted, limit)
+    return json_response(
+        found.model_dump_json().encode(), headers=revision_headers(found.revision, found.epoch)
+    )
+
+
+@router.post(
+    "/agents/{agent_id}/rollback",
+    response_model=Agent | WrittenAgent,
+    responses=problem_responses(
+        *BODY_PROBLEMS, AgentNotFound, AgentIsDefault, PreconditionFailed, RevisionNotFound
+    ),
+)
+async def roll_back(
+    request: Request,
+    agent_id: AgentIdPath,
+    rollback: Rollback,
+    services: Parts,
+    caller: Writer,
+    wait: Wait = None,
+) -> Response:
+    """Give an agent back what it was at a revision, as a new change; a key is never restored."""
+    caller.require_writable(agent_id)
+    await services.database.read(caller.require_counts)
+    who = who_of(request, caller)
+    old = (await History(services.database).agent_before(agent_id, rollback.to)).agent
+    comment = f"restores revision {old.revision}"
+    if rollback.comment is not None:
+        comment += f": {rollback.comment}"
+    if_match = versions_matched(request.headers)
+    registry = services.registry
+    try:
+        written = await registry.update(
+            agent_id,
+            restoring_update(old, comment),
+            actor=who.actor,
+            comment=comment,
+            if_match=if_match,
+            address=who.address,
+            caller=caller,
+        )
+    except AgentNotFound:
+        written = await registry.create(
+            restoring_create(old, comment),
+            actor=who.actor,
+            comment=comment,
+            address=who.address,
+            caller=caller,
+        )
+    if old.has_api_key and written.agent is not None and not written.agent.has_api_key:
+        written = replace(written, api_key_cleared=True)
+    return await written_answer(
+        services, caller, written, 200, wait, restored_revision=old.revision
+    )

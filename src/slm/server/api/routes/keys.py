@@ -1,0 +1,171 @@
+"""The routes of encryption keys, scope `admin`: their state and the steps of a rotation.
+
+No encryption key is ever in a request or an answer.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request, Response
+from pydantic import BaseModel, ConfigDict, Field
+
+from slm.errors import (
+    Conflict,
+    ContentTooLarge,
+    DatabaseUnavailable,
+    EncryptionKeyMissing,
+    InsufficientStorage,
+    InvalidRequest,
+    KeysNotReady,
+    OutcomeUnknown,
+    UnsupportedMediaType,
+)
+from slm.server.api.parameters import MAX_ROW_ID
+from slm.server.api.route import (
+    Admin,
+    Parts,
+    SLMRoute,
+    json_response,
+    problem_responses,
+    who_of,
+)
+from slm.server.encryption.rotation import KeyStatus
+from slm.server.strict_json import MAX_INTEGER
+
+router = APIRouter(prefix="/api/admin/keys", route_class=SLMRoute, tags=["administration"])
+
+_PROBLEMS = (
+    DatabaseUnavailable,
+    EncryptionKeyMissing,
+    InsufficientStorage,
+    InvalidRequest,
+    OutcomeUnknown,
+)
+
+
+class KeyRead(BaseModel):
+    """One encryption key, by its fingerprint."""
+
+    fingerprint: str
+    is_active: bool
+    created_at: str
+    retired_at: str | None
+    rows: int
+    here: bool
+
+
+class ReplicaRead(BaseModel):
+    """One server process, and the keys that it has."""
+
+    id: str
+    name: str
+    fingerprints: list[str]
+    seconds_since_seen: float
+    live: bool
+
+
+class KeyStatusRead(BaseModel):
+    """All keys and all replicas."""
+
+    source: str
+    keys: list[KeyRead]
+    unreadable: int
+    replicas: list[ReplicaRead]
+
+
+class KeyName(BaseModel):
+    """The key that was added or is now the active one."""
+
+    fingerprint: str
+
+
+class RotateTo(BaseModel):
+    """The body of POST /api/admin/keys/rotate."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, hide_input_in_errors=True)
+
+    fingerprint: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")] | None = None
+
+
+class Reencrypted(BaseModel):
+    """How far a re-encryption has come; `last_id` is null when it is through."""
+
+    last_id: int | None
+    changed: int
+
+
+class Pruned(BaseModel):
+    """The keys that no row needs any more."""
+
+    fingerprints: list[str]
+
+
+@router.get("", response_model=KeyStatusRead, responses=problem_responses(DatabaseUnavailable))
+async def get_keys(services: Parts, _: Admin) -> Response:
+    """Say which keys there are, how many rows need each, and which replica has which."""
+    return _answer(_wire(await services.rotation.status()))
+
+
+@router.post(
+    "", status_code=201, response_model=KeyName, responses=problem_responses(*_PROBLEMS, Conflict)
+)
+async def add_key(request: Request, services: Parts, caller: Admin) -> Response:
+    """Make a key in the data directory; it decrypts, and encrypts nothing yet."""
+    name = await services.rotation.add(who=who_of(request, caller))
+    return _answer({"fingerprint": name}, 201)
+
+
+@router.post(
+    "/rotate",
+    response_model=KeyName,
+    responses=problem_responses(*_PROBLEMS, KeysNotReady, ContentTooLarge, UnsupportedMediaType),
+)
+async def rotate(request: Request, wanted: RotateTo, services: Parts, caller: Admin) -> Response:
+    """Make a key the active one, on every replica at once; rows are re-encrypted after."""
+    name = await services.rotation.rotate(wanted.fingerprint, who=who_of(request, caller))
+    return _answer({"fingerprint": name})
+
+
+@router.post("/reencrypt", response_model=Reencrypted, responses=problem_responses(*_PROBLEMS))
+async def reencrypt(
+    request: Request,
+    services: Parts,
+    caller: Admin,
+    after_id: Annotated[int, Query(ge=0, le=MAX_INTEGER)] = 0,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 200,
+) -> Response:
+    """Re-encrypt some rows under the active key, in one short transaction."""
+    who = who_of(request, caller)
+    progress = await services.rotation.reencrypt(min(after_id, MAX_ROW_ID), limit, who=who)
+    return _answer({"last_id": progress.last_id, "changed": progress.changed})
+
+
+@router.post(
+    "/prune", response_model=Pruned, responses=problem_responses(*_PROBLEMS, Conflict, KeysNotReady)
+)
+async def prune(request: Request, services: Parts, caller: Admin) -> Response:
+    """Retire every key but the active one; refused while a row needs one of them."""
+    names = await services.rotation.prune(who=who_of(request, caller))
+    return _answer({"fingerprints": names})
+
+
+def _wire(status: KeyStatus) -> dict[str, Any]:
+    return {
+        "source": status.source,
+        "keys": [
+            vars(key)
+            | {
+                "created_at": key.created_at.isoformat(),
+                "retired_at": key.retired_at and key.retired_at.isoformat(),
+            }
+            for key in status.keys
+        ],
+        "unreadable": status.unreadable,
+        "replicas": [vars(replica) for replica in status.replicas],
+    }
+
+
+def _answer(body: dict[str, Any], status: int = 200) -> Response:
+    return json_response(json.dumps(body).encode(), status, {"cache-control": "no-store"})

@@ -1,0 +1,177 @@
+"""The routes of tokens, scope `admin`: made, listed, revoked."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Request, Response
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictInt, model_validator
+
+from slm.errors import (
+    Conflict,
+    ContentTooLarge,
+    DatabaseUnavailable,
+    InsufficientStorage,
+    InvalidRequest,
+    OutcomeUnknown,
+    TlsRequired,
+    TokenNotFound,
+    UnsupportedMediaType,
+)
+from slm.schemas import Name
+from slm.server.api.parameters import MAX_ROW_ID, RowIdPath
+from slm.server.api.peer import require_private
+from slm.server.api.route import (
+    Admin,
+    Parts,
+    SLMRoute,
+    json_response,
+    problem_responses,
+    who_of,
+)
+from slm.server.security.agent_scope import EVERYTHING, parse_patterns
+from slm.server.security.token_store import TokenInfo
+
+router = APIRouter(prefix="/api/admin", route_class=SLMRoute, tags=["administration"])
+
+CONFIRM_SECONDS = 2.0
+"""How long a revocation's answer waits for every other replica to refuse the token."""
+
+_MAX_LIFE_SECONDS = 100 * 366 * 86_400
+_WRITE_PROBLEMS = (DatabaseUnavailable, InsufficientStorage, OutcomeUnknown, InvalidRequest)
+
+Scope = Literal["config:read", "key:read", "agents:write", "admin"]
+
+
+def _patterns(texts: list[str]) -> list[str]:
+    parse_patterns(texts)
+    return texts
+
+
+class TokenCreate(BaseModel):
+    """The body of POST /api/admin/tokens."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, hide_input_in_errors=True)
+
+    name: Name = Field(description="the actor of whatever it does")
+    scopes: list[Scope] = Field(min_length=1, max_length=4)
+    agents: Annotated[list[str], AfterValidator(_patterns)] | None = Field(
+        default=None, description="agent_ids it is limited to; * stands for any text"
+    )
+    expires_in_seconds: Annotated[StrictInt, Field(ge=1, le=_MAX_LIFE_SECONDS)] | None = None
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> TokenCreate:
+        if self.agents is not None and "admin" in self.scopes:
+            raise ValueError("a token limited to some agents cannot have the scope admin")
+        return self
+
+
+class TokenRead(BaseModel):
+    """What is known of a token; not the token."""
+
+    id: int
+    name: str
+    scopes: list[str]
+    agents: list[str] | None
+    created_at: str
+    expires_at: str | None
+    revoked_at: str | None
+    last_used_at: str | None
+
+
+class TokenMade(TokenRead):
+    """A token, and what it is: the one time that it can be seen."""
+
+    token: str
+
+
+class TokenRevoked(TokenRead):
+    """A token that is refused, and the servers that have not confirmed it."""
+
+    unconfirmed: list[str] | None = Field(
+        description="servers that may go on accepting it until they reach the database again;"
+        " null where they could not be asked"
+    )
+
+
+class TokenList(BaseModel):
+    """Every token that ever was."""
+
+    tokens: list[TokenRead]
+
+
+@router.get("/tokens", response_model=TokenList, responses=problem_responses(DatabaseUnavailable))
+async def list_tokens(services: Parts, _: Admin) -> Response:
+    """List the tokens, revoked and expired ones too."""
+    found = [_wire(token) for token in await services.token_store.all()]
+    return _answer({"tokens": found})
+
+
+@router.post(
+    "/tokens",
+    status_code=201,
+    response_model=TokenMade,
+    responses=problem_responses(
+        *_WRITE_PROBLEMS, Conflict, TlsRequired, ContentTooLarge, UnsupportedMediaType
+    ),
+)
+async def create_token(
+    request: Request, wanted: TokenCreate, services: Parts, caller: Admin
+) -> Response:
+    """Make a token; its answer is the one place where it ever stands."""
+    require_private(request, services.settings)
+    written, token = await services.token_store.create(
+        wanted.name,
+        list(dict.fromkeys(wanted.scopes)),
+        EVERYTHING if wanted.agents is None else parse_patterns(wanted.agents),
+        expires_in_seconds=wanted.expires_in_seconds,
+        who=who_of(request, caller),
+    )
+    return _answer(_wire(written.token) | {"token": token.get_secret_value()}, 201)
+
+
+@router.delete(
+    "/tokens/{token_id}",
+    response_model=TokenRevoked,
+    responses=problem_responses(*_WRITE_PROBLEMS, TokenNotFound, Conflict),
+)
+async def revoke_token(
+    request: Request,
+    token_id: RowIdPath,
+    services: Parts,
+    caller: Admin,
+) -> Response:
+    """Refuse a token from now on, and close its streams.
+
+    `unconfirmed` names the servers that have not said yet that they refuse it; usually none.
+    """
+    if token_id > MAX_ROW_ID:
+        raise TokenNotFound
+    written = await services.token_store.revoke(token_id, who=who_of(request, caller))
+    unconfirmed = await services.caretaker.lease.unconfirmed(
+        written.version,
+        wait_seconds=CONFIRM_SECONDS,
+        heard_within_seconds=services.settings.max_outage_seconds,
+    )
+    return _answer(_wire(written.token) | {"unconfirmed": unconfirmed})
+
+
+def _wire(token: TokenInfo) -> dict[str, Any]:
+    times = {
+        name: None if at is None else at.isoformat().replace("+00:00", "Z")
+        for name, at in (
+            ("created_at", token.created_at),
+            ("expires_at", token.expires_at),
+            ("revoked_at", token.revoked_at),
+            ("last_used_at", token.last_used_at),
+        )
+    }
+    agents = None if token.view.patterns is None else list(token.view.patterns)
+    told = {"id": token.id, "name": token.name, "scopes": list(token.scopes), "agents": agents}
+    return told | times
+
+
+def _answer(body: dict[str, Any], status: int = 200) -> Response:
+    return json_response(json.dumps(body).encode(), status, {"cache-control": "no-store"})

@@ -1,0 +1,263 @@
+"""How SQLite and PostgreSQL are opened: the manners of each, set once for every connection."""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import quote
+
+from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy.engine import URL, ExceptionContext
+from sqlalchemy.pool import QueuePool, StaticPool
+
+from slm.errors import StartupError
+from slm.server.db.column_types import tolerant_times
+from slm.server.db.engines.sqlite_file import SqliteFile
+from slm.server.db.errors import primary_code
+
+logger = logging.getLogger(__name__)
+
+MIN_SQLITE: Final = (3, 35, 0)
+"""The first SQLite that has RETURNING."""
+
+
+WAL_BYTES: Final = 64 * 2**20
+"""How large the WAL stays once everything in it was copied into the database."""
+
+
+_ANOTHER_SESSION: Final = ("26000", "42P05")
+"""A prepared statement that is not there, or is there already: the session is not ours alone."""
+
+_READ_ONLY: Final = "25006"
+
+
+def sqlite_path(url: URL) -> Path | None:
+    """Return the file that a SQLite URL names; None where it is in memory."""
+    return Path(url.database) if url.database not in (None, "", ":memory:") else None
+
+
+_NO_SHARED_MEMORY: Final = (
+    *(sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY),
+)
+
+
+@dataclass(frozen=True)
+class SqliteEngines:
+    """The two ways into one SQLite file.
+
+    Attributes:
+        writing: the engine of the one connection that writes.
+        reading: an engine whose connections only read, beside the one that writes; None where they
+            cannot: in memory, or on a file system without shared memory.
+    """
+
+    writing: Engine
+    reading: Engine | None
+
+
+def sqlite_engines(
+    url: URL, file: SqliteFile | None, *, lock_timeout_seconds: float, readers: int
+) -> SqliteEngines:
+    """Open a SQLite file, which from then on no other process can open.
+
+    Args:
+        url: `sqlite:///…`.
+        file: what holds it; None where it is in memory. One that is not there is made.
+        lock_timeout_seconds: how long opening waits for another process to let go of the file.
+        readers: how many connections may read beside the one that writes.
+
+    Raises:
+        StartupError: this SQLite is too old, or the file cannot be opened.
+        sqlite3.Error: it is no database, or damaged.
+    """
+    if sqlite3.sqlite_version_info < MIN_SQLITE:
+        raise StartupError(f"SQLite {sqlite3.sqlite_version} is too old; 3.35 or newer is needed.")
+    path = sqlite_path(url)
+    if file is None or path is None:
+        return SqliteEngines(_sqlite_engine(url, _writer(":memory:", 0.0, shared=True)), None)
+    file.make()
+    shared = True
+    try:
+        connection = _writer(str(path), lock_timeout_seconds, shared=True)
+    except sqlite3.OperationalError as error:
+        if primary_code(error) not in _NO_SHARED_MEMORY:
+            raise
+        # No shared memory there, as on some network file systems: the index of the WAL is in the
+        # memory of the one connection, which then is the only one.
+        shared = False
+        connection = _writer(str(path), lock_timeout_seconds, shared=False)
+    file.hold(lock_timeout_seconds)
+    writing = _sqlite_engine(url, connection)
+    if not shared:
+        return SqliteEngines(writing, None)
+    return SqliteEngines(writing, _sqlite_reading_engine(url, path, readers))
+
+
+def _writer(path: str, timeout: float, *, shared: bool) -> sqlite3.Connection:
+    # In one thread at a time, which need not be the one that opened it.
+    connection = sqlite3.connect(path, timeout=timeout, check_same_thread=False)
+    try:
+        # The driver opens deferred transactions by itself, which lose updates; we begin.
+        connection.isolation_level = None
+        # Text that is not UTF-8 would otherwise fail the whole SELECT.
+        connection.text_factory = _decoded
+        for pragma in (
+            # Before the first access: only then is the WAL's index in the memory of the connection.
+            f"locking_mode={'NORMAL' if shared else 'EXCLUSIVE'}",
+            "journal_mode=WAL",
+            "synchronous=FULL",
+            "foreign_keys=ON",
+            # A file may come from anybody: its schema may call nothing that does something.
+            "trusted_schema=OFF",
+            # A WAL that grew beside a long read or a backup gives the place back.
+            f"journal_size_limit={WAL_BYTES}",
+        ):
+            connection.execute(f"PRAGMA {pragma}").fetchall()
+        # The first access: it takes the lock that `SqliteFile.hold` makes exclusive, and fails
+        # where there is no shared memory.
+        connection.execute("BEGIN IMMEDIATE")
+        connection.execute("COMMIT")
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _sqlite_engine(url: URL, connection: sqlite3.Connection) -> Engine:
+    engine = create_engine(
+        url, poolclass=StaticPool, hide_parameters=True, creator=lambda: connection
+    )
+    # The dialect's own place for it: a listener would have every statement look for listeners.
+    engine.dialect.do_begin = _begin_immediate  # type: ignore[method-assign,assignment]
+    return engine
+
+
+def sqlite_reader(path: Path) -> sqlite3.Connection:
+    """Return a connection that cannot write, and so neither commits nor checkpoints.
+
+    Only for a file that this process holds with shared memory.
+    """
+    connection = sqlite3.connect(
+        f"file:{quote(str(path))}?mode=ro", uri=True, check_same_thread=False
+    )
+    connection.isolation_level = None
+    connection.text_factory = _decoded
+    return connection
+
+
+def _sqlite_reading_engine(url: URL, path: Path, readers: int) -> Engine:
+    engine = create_engine(
+        url,
+        poolclass=QueuePool,
+        pool_size=readers,
+        max_overflow=0,
+        hide_parameters=True,
+        creator=lambda: sqlite_reader(path),
+    )
+    engine.dialect.do_begin = _begin  # type: ignore[method-assign,assignment]
+    return engine
+
+
+def postgresql_engine(
+    url: URL, *, lock_timeout_seconds: float, idle_in_transaction_seconds: float, pool_size: int
+) -> Engine:
+    """Return an engine with a pool whose connections give up in bounded time.
+
+    Args:
+        url: `postgresql+psycopg://…`.
+        lock_timeout_seconds: how long a statement waits for a lock, and a call for a connection.
+        idle_in_transaction_seconds: after this PostgreSQL ends a transaction that says nothing.
+        pool_size: how many connections there are at most.
+
+    Raises:
+        StartupError: there is no driver.
+    """
+    try:
+        engine = create_engine(
+            url,
+            hide_parameters=True,
+            pool_size=pool_size,
+            max_overflow=0,
+            pool_timeout=lock_timeout_seconds,
+            isolation_level="READ COMMITTED",
+            connect_args={
+                "connect_timeout": 5,
+                # Whatever a role, a database or PGCLIENTENCODING has set.
+                "client_encoding": "utf8",
+                # A peer that vanished without a word is given up in about ten seconds.
+                "keepalives_idle": 5,
+                "keepalives_interval": 2,
+                "keepalives_count": 3,
+                "tcp_user_timeout": 10_000,
+            },
+        )
+    except ImportError:
+        raise StartupError(
+            "PostgreSQL needs a driver: pip install 'autobot-slm[server,postgres]'."
+        ) from None
+    warn_of_pooler = _once_a_minute(
+        "PostgreSQL lost our prepared statements: is there a pooler in transaction mode in front"
+        " of it now? Set it to session mode, or connect to PostgreSQL itself."
+    )
+    settings = {
+        "lock_timeout": f"{round(lock_timeout_seconds * 1000)}ms",
+        "idle_in_transaction_session_timeout": (f"{round(idle_in_transaction_seconds * 1000)}ms"),
+        "timezone": "UTC",
+    }
+
+    @event.listens_for(engine, "after_cursor_execute")
+    def _executed(connection: Connection, *_: object) -> None:
+        if (attempt := connection.info.get("attempt")) is not None:
+            attempt.begun = True
+
+    @event.listens_for(engine, "handle_error")
+    def _failed(context: ExceptionContext) -> None:
+        state = getattr(context.original_exception, "sqlstate", None)
+        if state in _ANOTHER_SESSION or state == _READ_ONLY:
+            # The next connection may be to a session, or a host, that can.
+            context.is_disconnect = True
+            context.invalidate_pool_on_disconnect = False
+        if state in _ANOTHER_SESSION:
+            warn_of_pooler()
+
+    read_times = tolerant_times()
+
+    @event.listens_for(engine, "connect")
+    def _connected(connection: Any, _: object) -> None:
+        connection.adapters.register_loader("timestamptz", read_times)
+        autocommit, connection.autocommit = connection.autocommit, True
+        for name, value in settings.items():
+            connection.execute("SELECT set_config(%s, %s, false)", (name, value))
+        connection.autocommit = autocommit
+
+    return engine
+
+
+def _once_a_minute(sentence: str) -> Callable[[], None]:
+    """Return what logs the sentence, unless it did within the last minute."""
+    told_at = float("-inf")
+
+    def tell() -> None:
+        nonlocal told_at
+        if time.monotonic() - told_at > 60:
+            told_at = time.monotonic()
+            logger.error(sentence)
+
+    return tell
+
+
+def _begin_immediate(connection: Any) -> None:
+    connection.execute("BEGIN IMMEDIATE")
+
+
+def _begin(connection: Any) -> None:
+    connection.execute("BEGIN")
+
+
+def _decoded(raw: bytes) -> str:
+    return raw.decode("utf-8", "replace")

@@ -1,0 +1,191 @@
+"""The leases of the server processes of one database: who is live, and which keys each one has.
+
+On SQLite there is one process, which holds the file, so its row needs no renewal. Knows no agent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import secrets
+import socket
+import time
+from dataclasses import dataclass
+from typing import Any, Final
+
+from sqlalchemy import Connection, Double, delete, func, insert, select, text, update
+
+from slm.errors import ProblemError
+from slm.server.db.column_types import UNREADABLE
+from slm.server.db.database import Database
+from slm.server.db.tables import REPLICAS
+from slm.server.encryption.vault import Vault
+from slm.server.security.token_table import TokenTable
+
+KEEP_LAPSED_SECONDS: Final = 3600.0
+"""For how long the lapsed lease of a server is kept."""
+
+_ASK_AGAIN_SECONDS: Final = 0.05
+
+_NOW: Final[dict[str, Any]] = {
+    # The database's clock: the one that all replicas share.
+    "sqlite": text("SELECT (julianday('now') - 2440587.5) * 86400.0"),
+    "postgresql": select(func.extract("epoch", func.clock_timestamp()).cast(Double)),
+}
+
+
+@dataclass(frozen=True)
+class ReplicaInfo:
+    """One server process, as it last reported.
+
+    Attributes:
+        id: random, anew at each start.
+        name: host and process id.
+        fingerprints: the encryption keys that it has.
+        seconds_since_seen: how long ago it reported.
+        live: whether its lease has not run out.
+    """
+
+    id: str
+    name: str
+    fingerprints: tuple[str, ...]
+    seconds_since_seen: float
+    live: bool
+
+
+class Lease:
+    """This process's row in `replicas`.
+
+    Args:
+        database: of all the replicas.
+        vault: whose keys are reported.
+        lease_seconds: after how long without a word this process counts as gone.
+        tokens: whose version is reported; None: no door asks them.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        vault: Vault,
+        lease_seconds: float,
+        tokens: TokenTable | None = None,
+    ) -> None:
+        self.id = secrets.token_hex(16)
+        self.name = f"{socket.gethostname()}:{os.getpid()}"[:255]
+        self._database = database
+        self._vault = vault
+        self._lease_seconds = lease_seconds
+        self._tokens = TokenTable() if tokens is None else tokens
+        self._reported: tuple[str, ...] | None = None
+
+    async def renew(self) -> None:
+        """Report that this process is live, its keys, and which tokens it has in force.
+
+        Raises:
+            DatabaseUnavailable: the database does not answer.
+        """
+        fingerprints = self._vault.fingerprints
+        if self._database.dialect == "sqlite" and self._reported == fingerprints:
+            return
+
+        def work(connection: Connection) -> None:
+            now = database_time(connection)
+            values: dict[str, Any] = {
+                "name": self.name,
+                "fingerprints": json.dumps(fingerprints),
+                "seen_at": now,
+                "tokens_version": self._tokens.version,
+            }
+            if connection.dialect.name == "sqlite":
+                # Whoever held the file before is gone.
+                connection.execute(delete(REPLICAS).where(REPLICAS.c.id != self.id))
+            mine = update(REPLICAS).where(REPLICAS.c.id == self.id).values(values)
+            if not connection.execute(mine).rowcount:
+                connection.execute(insert(REPLICAS).values(id=self.id, **values))
+            # Gone for good: it never comes back under this id. Until then it says when a server
+            # that died was there, for receipts.
+            old = now - max(100 * self._lease_seconds, KEEP_LAPSED_SECONDS)
+            connection.execute(delete(REPLICAS).where(REPLICAS.c.seen_at < old))
+
+        await self._database.run(work)
+        self._reported = fingerprints
+
+    async def give_up(self) -> None:
+        """Take the row away, at an orderly stop."""
+        mine = delete(REPLICAS).where(REPLICAS.c.id == self.id)
+        await self._database.run(lambda connection: connection.execute(mine) and None)
+
+    async def unconfirmed(
+        self, version: int, *, wait_seconds: float, heard_within_seconds: float
+    ) -> list[str] | None:
+        """Return the other processes that do not have the tokens of `version` in force yet.
+
+        Args:
+            version: a tokens_version.
+            wait_seconds: how long the live ones have to confirm it.
+            heard_within_seconds: one that was not heard for longer serves nobody any more.
+
+        Returns:
+            Their names; None where the database could not say.
+        """
+        if self._database.dialect == "sqlite":
+            return []
+        behind = select(REPLICAS.c.name, REPLICAS.c.seen_at).where(
+            REPLICAS.c.id != self.id, REPLICAS.c.tokens_version < version
+        )
+
+        def read(connection: Connection) -> tuple[list[str], bool]:
+            now = database_time(connection)
+            rows = connection.execute(behind.order_by(REPLICAS.c.name)).all()
+            names = [row.name for row in rows if now - row.seen_at <= heard_within_seconds]
+            return names, any(now - row.seen_at <= self._lease_seconds for row in rows)
+
+        until = time.monotonic() + wait_seconds
+        try:
+            names, some_live = await self._database.read(read)
+            while some_live and time.monotonic() < until:
+                await asyncio.sleep(_ASK_AGAIN_SECONDS)
+                names, some_live = await self._database.read(read)
+        except ProblemError:
+            return None
+        return names
+
+
+def replicas(connection: Connection, lease_seconds: float) -> list[ReplicaInfo]:
+    """Return the processes that reported, the live ones and those whose lease ran out."""
+    now = database_time(connection)
+    alone = connection.dialect.name == "sqlite"
+    return [
+        ReplicaInfo(
+            id=row.id,
+            name=row.name,
+            fingerprints=_fingerprints(row.fingerprints),
+            seconds_since_seen=max(0.0, now - row.seen_at),
+            live=alone or is_live(row.seen_at, now, lease_seconds),
+        )
+        for row in connection.execute(select(REPLICAS).order_by(REPLICAS.c.name))
+    ]
+
+
+def is_live(seen_at: float, now: float, lease_seconds: float) -> bool:
+    """Say whether a lease has not run out.
+
+    One of the future has: the database's clock was set back, and whoever lives has reported since.
+    """
+    return abs(now - seen_at) <= lease_seconds
+
+
+def _fingerprints(text: str) -> tuple[str, ...]:
+    """Return the stored list; one that was altered names no key that anybody has."""
+    try:
+        names = json.loads(text)
+    except UNREADABLE:
+        names = None
+    return tuple(map(str, names)) if isinstance(names, list) else ()
+
+
+def database_time(connection: Connection) -> float:
+    """Return the seconds since 1970 by the database's clock."""
+    now: float = connection.execute(_NOW[connection.dialect.name]).scalar_one()
+    return now

@@ -1,0 +1,394 @@
+"""The tables, and how a row of `agents` is read.
+
+Declares and translates; opens no connection. Tables and columns: docs/protocol.md sections 1 and 2.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import secrets
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from typing import Any, Final, TypeVar, cast
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    Float,
+    Index,
+    Integer,
+    Row,
+    Table,
+    false,
+    func,
+    select,
+    text,
+    true,
+    type_coerce,
+)
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.types import NullType
+
+from slm import schemas
+from slm.server.db.column_types import (
+    EPOCH_START,
+    UNREADABLE,
+    StoredDouble,
+    StoredString,
+    StoredText,
+    StoredTime,
+    text_of,
+    time_of,
+)
+from slm.server.strict_json import MAX_INTEGER
+
+T = TypeVar("T")
+
+
+class Base(DeclarativeBase):
+    """All tables of the server."""
+
+
+class Agent(Base):
+    """One agent; the columns up to `updated_at` are those of a table that is adopted.
+
+    `llm_options` is text and not JSON: PostgreSQL would accept less than a SQLite file may hold,
+    and JSONB would reorder what is passed on as it is.
+    """
+
+    __tablename__ = "agents"
+
+    id: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=True)
+    agent_id: Mapped[str] = mapped_column(StoredString(64), unique=True)
+    name: Mapped[str] = mapped_column(StoredString(128))
+    description: Mapped[str | None] = mapped_column(StoredText)
+    llm_provider: Mapped[str] = mapped_column(StoredString(32))
+    llm_endpoint: Mapped[str | None] = mapped_column(StoredString(256))
+    llm_model: Mapped[str] = mapped_column(StoredString(256))
+    llm_api_key_encrypted: Mapped[str | None] = mapped_column(StoredText)
+    llm_timeout: Mapped[int | None] = mapped_column(Integer, server_default=text("30"))
+    llm_temperature: Mapped[float | None] = mapped_column(Float, server_default=text("0.7"))
+    llm_max_tokens: Mapped[int | None] = mapped_column(Integer)
+    is_default: Mapped[bool | None] = mapped_column(Boolean, server_default=false())
+    is_active: Mapped[bool | None] = mapped_column(Boolean, server_default=true())
+    created_at: Mapped[datetime | None] = mapped_column(
+        StoredTime(), server_default=func.current_timestamp()
+    )
+    updated_at: Mapped[datetime | None] = mapped_column(
+        StoredTime(), server_default=func.current_timestamp()
+    )
+
+    llm_options: Mapped[str] = mapped_column(StoredText, server_default="{}")
+    revision: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
+    api_key_revision: Mapped[int | None] = mapped_column(BigInteger)
+    # Of an adopted token that no key opened yet: the proof that it may still be bound (adopt.py).
+    key_state: Mapped[str | None] = mapped_column(StoredText)
+
+    __table_args__ = (
+        Index("idx_agents_agent_id", "agent_id"),
+        Index("idx_agents_is_default", "is_default"),
+        Index(
+            "uq_agents_one_default",
+            "is_default",
+            unique=True,
+            sqlite_where=text("is_default = 1"),
+            postgresql_where=text("is_default"),
+        ),
+        {"sqlite_autoincrement": True},
+    )
+
+
+class Change(Base):
+    """One committed change: the feed and the history (docs/protocol.md section 2).
+
+    `agent` is the JSON of `schemas.Agent`, without the key; for a delete, the agent as it was.
+    `change_id` is random: another commit of the same revision, such as one made after a failover
+    that lost this one, has another.
+    """
+
+    __tablename__ = "changes"
+
+    revision: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
+    type: Mapped[str] = mapped_column(StoredString(32))
+    agent_id: Mapped[str] = mapped_column(StoredString(64))
+    agent: Mapped[str] = mapped_column(StoredText)
+    was_default: Mapped[bool] = mapped_column(Boolean)
+    actor: Mapped[str] = mapped_column(StoredString(128))
+    comment: Mapped[str | None] = mapped_column(StoredText)
+    created_at: Mapped[datetime] = mapped_column(StoredTime())
+    change_id: Mapped[str] = mapped_column(StoredString(16), server_default="")
+
+    # Each filter of the history with the order of its pages (server/pages.py).
+    __table_args__ = (
+        Index("ix_changes_agent_id_revision", "agent_id", "revision"),
+        Index("ix_changes_actor_revision", "actor", "revision"),
+    )
+
+
+class State(Base):
+    """The one row that every writer locks first, so that revision order is commit order.
+
+    Attributes:
+        revision: that of the last committed change.
+        floor: changes up to here may be gone; `since` below it cannot be resumed.
+        epoch: the random id of this life of the database.
+        tokens_version: rises with each change of `tokens`, so that every replica notices one.
+        keyring_version: the same for `encryption_keys`.
+        head_id: the change id of `revision`.
+        before_id: that of the revision before it.
+        floor_id: that of `floor`, whose row is gone.
+        timeline: the PostgreSQL cluster and its timeline that this epoch was made on.
+    """
+
+    __tablename__ = "state"
+
+    id: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
+    revision: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
+    floor: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
+    epoch: Mapped[str] = mapped_column(StoredString(64))
+    tokens_version: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
+    keyring_version: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
+    head_id: Mapped[str] = mapped_column(StoredString(16), server_default="")
+    before_id: Mapped[str] = mapped_column(StoredString(16), server_default="")
+    floor_id: Mapped[str] = mapped_column(StoredString(16), server_default="")
+    timeline: Mapped[str | None] = mapped_column(StoredString(64))
+
+
+class Token(Base):
+    """One bearer token; of the token itself only the digest is kept.
+
+    `agents` is null, or the JSON list of patterns that limits what the token can see.
+    """
+
+    __tablename__ = "tokens"
+
+    id: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=True)
+    name: Mapped[str] = mapped_column(StoredString(128))
+    digest: Mapped[str] = mapped_column(StoredString(64), unique=True)
+    scopes: Mapped[str] = mapped_column(StoredText)
+    agents: Mapped[str | None] = mapped_column(StoredText)
+    created_at: Mapped[datetime] = mapped_column(StoredTime())
+    expires_at: Mapped[datetime | None] = mapped_column(StoredTime())
+    revoked_at: Mapped[datetime | None] = mapped_column(StoredTime())
+    last_used_at: Mapped[datetime | None] = mapped_column(StoredTime())
+
+    __table_args__ = ({"sqlite_autoincrement": True},)
+
+
+class EncryptionKey(Base):
+    """What the database knows of an encryption key: its name, and a token that only it opens.
+
+    `retired_at`: pruned; its name stays, so that a server that is still given the key does not take
+    it for a new one.
+    """
+
+    __tablename__ = "encryption_keys"
+
+    fingerprint: Mapped[str] = mapped_column(StoredString(16), primary_key=True)
+    check_token: Mapped[str] = mapped_column(StoredText)
+    is_active: Mapped[bool] = mapped_column(Boolean)
+    created_at: Mapped[datetime] = mapped_column(StoredTime())
+    retired_at: Mapped[datetime | None] = mapped_column(StoredTime())
+
+
+class Audit(Base):
+    """Who did what, to which agent, when and from where; each row's hash holds the one before.
+
+    `at` is text, since the hash is over what is stored, and the two engines keep times differently.
+    """
+
+    __tablename__ = "audit"
+
+    seq: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
+    at: Mapped[str] = mapped_column(StoredString(32))
+    actor: Mapped[str] = mapped_column(StoredString(128))
+    action: Mapped[str] = mapped_column(StoredString(32))
+    agent_id: Mapped[str | None] = mapped_column(StoredText)
+    address: Mapped[str | None] = mapped_column(StoredString(64))
+    detail: Mapped[str] = mapped_column(StoredText)
+    hash: Mapped[str] = mapped_column(StoredString(64))
+
+    __table_args__ = (
+        Index("ix_audit_agent_id_seq", "agent_id", "seq"),
+        Index("ix_audit_actor_seq", "actor", "seq"),
+        Index("ix_audit_action_seq", "action", "seq"),
+    )
+
+
+class AuditHead(Base):
+    """The one row that says where the audit's chain ends; locked by whoever appends to it.
+
+    Not in `state`, since a key read would then wait for every write, and hold it up.
+
+    Attributes:
+        cut_seq, cut_hash: the last row that was removed after its export; the chain begins there.
+        cut_seal: both, sealed by the active encryption key, which is not in the database.
+    """
+
+    __tablename__ = "audit_head"
+
+    id: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
+    seq: Mapped[int] = mapped_column(BigInteger)
+    hash: Mapped[str] = mapped_column(StoredString(64))
+    cut_seq: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
+    cut_hash: Mapped[str] = mapped_column(StoredString(64), server_default="0" * 64)
+    cut_seal: Mapped[str | None] = mapped_column(StoredText)
+
+
+class Replica(Base):
+    """One server process that serves this database: a lease, and the encryption keys it has.
+
+    `seen_at` is seconds since 1970 by the database's clock, the only one that replicas share;
+    `tokens_version` is that of the tokens it has in force.
+    """
+
+    __tablename__ = "replicas"
+
+    id: Mapped[str] = mapped_column(StoredString(32), primary_key=True)
+    name: Mapped[str] = mapped_column(StoredString(255))
+    fingerprints: Mapped[str] = mapped_column(StoredText)
+    seen_at: Mapped[float] = mapped_column(StoredDouble)
+    tokens_version: Mapped[int] = mapped_column(BigInteger, server_default=text("-1"))
+
+
+class Backend(Base):
+    """What one replica tells the others of some of its backends; see `server/told_rows.py`.
+
+    Attributes:
+        id: the batch; of an older version a backend, or empty where the row says how far the
+            replica's stream has come.
+        seq: counts the replica's transactions, so that others read what is new alone.
+        data: JSON of `server/fleet/replication_rows.py`.
+        connected: false in a replica's last word.
+        written_at: seconds since 1970 by the database's clock.
+    """
+
+    __tablename__ = "backends"
+
+    id: Mapped[str] = mapped_column(StoredText, primary_key=True)
+    replica: Mapped[str] = mapped_column(StoredString(32), primary_key=True)
+    seq: Mapped[int] = mapped_column(BigInteger)
+    data: Mapped[str] = mapped_column(StoredText)
+    connected: Mapped[bool] = mapped_column(Boolean)
+    written_at: Mapped[float] = mapped_column(StoredDouble)
+
+    __table_args__ = (
+        Index("ix_backends_replica_seq", "replica", "seq"),
+        Index("ix_backends_written_at", "written_at"),
+    )
+
+
+def _table(model: type[Base]) -> Table:
+    table = model.__table__
+    assert isinstance(table, Table)  # noqa: S101 - for the type checker
+    return table
+
+
+AGENTS: Final = _table(Agent)
+CHANGES: Final = _table(Change)
+STATE: Final = _table(State)
+TOKENS: Final = _table(Token)
+ENCRYPTION_KEYS: Final = _table(EncryptionKey)
+AUDIT: Final = _table(Audit)
+AUDIT_HEAD: Final = _table(AuditHead)
+REPLICAS: Final = _table(Replica)
+BACKENDS: Final = _table(Backend)
+
+# Without SQLAlchemy's types: they raise on what another program may have put into a SQLite column
+# (a text date, 'true'), and one such row must not take the whole list down.
+SELECT_AGENTS: Final = select(*(type_coerce(c, NullType()).label(c.name) for c in AGENTS.c))
+"""Every agent, as `agent_of` takes it; add a `where` or `order_by`."""
+
+
+def version_step() -> int:
+    """Return by how much a change raises tokens_version or keyring_version.
+
+    At random: where a failover lost the last changes, those that follow it do not come to the same
+    number, which would stand for what a server knows already.
+    """
+    return 1 + secrets.randbelow(1 << 20)
+
+
+def utc_now() -> datetime:
+    """Return the time as it is written into every row."""
+    return datetime.now(UTC)
+
+
+def agent_of(row: Row[*tuple[Any, ...]] | Mapping[str, Any]) -> schemas.Agent:
+    """Return what is served for a row of `SELECT_AGENTS`.
+
+    Tolerant: our rules apply on write, and a row that breaks them is still served
+    (docs/protocol.md section 1). What cannot be read at all counts as not set.
+    """
+    value = cast("Mapping[str, Any]", row._mapping) if isinstance(row, Row) else row
+    return schemas.Agent(
+        id=_read(_whole, value["id"], 0),
+        agent_id=text_of(value["agent_id"]),
+        name=text_of(value["name"]),
+        description=None if value["description"] is None else text_of(value["description"]),
+        llm_provider=text_of(value["llm_provider"]),
+        llm_endpoint=text_of(value["llm_endpoint"] or "") or None,
+        llm_model=text_of(value["llm_model"]),
+        llm_timeout=_read(_whole, value["llm_timeout"], 30),
+        llm_temperature=_read(_number, value["llm_temperature"], None),
+        llm_max_tokens=_read(_whole, value["llm_max_tokens"], None),
+        llm_options=_read(_options, value["llm_options"], dict[str, Any]()),
+        is_default=_read(_flag, value["is_default"], False),
+        is_active=_read(_flag, value["is_active"], True),
+        created_at=_read(time_of, value["created_at"], EPOCH_START),
+        updated_at=_read(time_of, value["updated_at"], EPOCH_START),
+        revision=_read(_whole, value["revision"], 0),
+        has_api_key=bool(value["llm_api_key_encrypted"]),
+        api_key_revision=_read(_whole, value["api_key_revision"], None),
+    )
+
+
+def _read(reader: Callable[[Any], T], value: Any, otherwise: T) -> T:
+    if value is None:
+        return otherwise
+    try:
+        return reader(value)
+    except UNREADABLE:
+        return otherwise
+
+
+def _whole(value: Any) -> int:
+    number = value if type(value) is int else int(float(value))
+    if abs(number) > MAX_INTEGER:
+        raise OverflowError
+    return number
+
+
+def _number(value: Any) -> float:
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError
+    return number
+
+
+def _flag(value: Any) -> bool:
+    if isinstance(value, str):
+        word = value.strip().lower()
+        if word in ("true", "t", "yes", "y", "on"):
+            return True
+        if word in ("false", "f", "no", "n", "off", ""):
+            return False
+        value = float(word)
+    return bool(value)
+
+
+def _options(value: Any) -> dict[str, Any]:
+    options = value if isinstance(value, dict) else _JSON.decode(text_of(value))
+    if not isinstance(options, dict):
+        raise TypeError
+    return options
+
+
+def _no_constant(_: str) -> None:
+    """Refuse NaN and Infinity, which no JSON answer can carry."""
+    raise ValueError
+
+
+# Built once: json.loads would build one for every row.
+_JSON: Final = json.JSONDecoder(parse_constant=_no_constant)

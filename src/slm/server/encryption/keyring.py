@@ -1,0 +1,272 @@
+"""The encryption keys that this process has: where they come from, and which one is active.
+
+A process has keys from SLM_ENCRYPTION_KEYS, from the command SLM_ENCRYPTION_KEY_COMMAND, or from
+the data directory; the database names the active one by its fingerprint and never holds a key.
+Knows no API key and no HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import logging
+import os
+import shlex
+import subprocess
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from pydantic import SecretStr
+from sqlalchemy import Connection, insert, select, update
+
+from slm.common.environment import decoded
+from slm.errors import ConfigurationError, EncryptionKeyMissing, StartupError
+from slm.server.db.database import Database
+from slm.server.db.tables import ENCRYPTION_KEYS, STATE, utc_now, version_step
+from slm.server.encryption.secret_files import read_private
+from slm.server.encryption.vault import Vault, fingerprint, parse_keys
+from slm.server.security.audit import Event, Who, append
+from slm.server.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+KEY_FILE: Final = "encryption.key"
+
+_ORDINARY: Final = frozenset(
+    ("PATH", "HOME", "USER", "LOGNAME", "LANG", "LANGUAGE", "TZ", "TMPDIR", "XDG_RUNTIME_DIR")
+)
+_SECRET_PREFIXES: Final = ("SLM_", "AUTOBOT_")
+
+_ACTIVE: Final = select(ENCRYPTION_KEYS.c.fingerprint).where(ENCRYPTION_KEYS.c.is_active)
+_VERSION: Final = select(STATE.c.keyring_version).where(STATE.c.id == 1)
+
+
+class KeySource(enum.StrEnum):
+    """Where this process has its encryption keys from."""
+
+    ENVIRONMENT = "environment"
+    COMMAND = "command"
+    FILE = "file"
+
+
+@dataclass(frozen=True)
+class KeysAtHand:
+    """What a source gave; a file may have given nothing yet."""
+
+    source: KeySource
+    keys: Sequence[SecretStr]
+
+
+def read_keys(settings: Settings, notes: list[str] | None = None) -> KeysAtHand:
+    """Return the encryption keys that the settings lead to; a file that is not there has none.
+
+    Args:
+        settings: encryption_keys, encryption_key_command and data_dir count here.
+        notes: gets a sentence where the file can be read by other users.
+
+    Raises:
+        StartupError: they cannot be read, or are no Fernet keys; the message has none of them.
+    """
+    if settings.encryption_keys is not None:
+        text = settings.encryption_keys.get_secret_value()
+        return KeysAtHand(KeySource.ENVIRONMENT, _parsed(text, "SLM_ENCRYPTION_KEYS"))
+    if settings.encryption_key_command is not None:
+        text = _output_of(
+            settings.encryption_key_command,
+            settings.key_command_seconds,
+            _environment(settings.encryption_key_command_env),
+        )
+        name = "What SLM_ENCRYPTION_KEY_COMMAND prints"
+        return KeysAtHand(KeySource.COMMAND, _parsed(text, name))
+    path = key_file(settings)
+    content = read_private(path, [] if notes is None else notes)
+    if content is None:
+        return KeysAtHand(KeySource.FILE, [])
+    return KeysAtHand(KeySource.FILE, _parsed(content, str(path)))
+
+
+def key_file(settings: Settings) -> Path:
+    """Return where the data directory's keys are."""
+    return settings.data_dir / KEY_FILE
+
+
+def _parsed(text: str, name: str) -> list[SecretStr]:
+    keys = parse_keys(text)
+    try:
+        Vault(keys)
+    except ConfigurationError as error:
+        raise StartupError(f"{name} cannot be used: {error}.") from None
+    return keys
+
+
+def _environment(wanted: Sequence[str]) -> dict[str, str]:
+    """Return what the command gets: what any program needs, and what the operator names."""
+
+    def is_wanted(name: str) -> bool:
+        if name.upper().startswith(_SECRET_PREFIXES):
+            return False
+        return name in _ORDINARY or any(
+            name == each or (each.endswith("*") and name.startswith(each[:-1]))
+            for each in (*wanted, "LC_*")
+        )
+
+    return {name: value for name, value in os.environ.items() if is_wanted(name)}
+
+
+def _output_of(command: str, seconds: float, environment: Mapping[str, str]) -> str:
+    """Run the operator's command, without a shell, and return what it prints."""
+    try:
+        done = subprocess.run(  # noqa: S603 - what the setting is for # nosec B603
+            shlex.split(command),
+            stdin=subprocess.DEVNULL,
+            env=environment,
+            capture_output=True,
+            timeout=seconds,
+            check=True,
+        )
+        return decoded(done.stdout)
+    except subprocess.TimeoutExpired:
+        why = f"it took longer than {seconds:g} s"
+    except subprocess.CalledProcessError as error:
+        # What it printed may hold a key.
+        why = f"it ended with {error.returncode}"
+    except UnicodeDecodeError:
+        why = "what it prints is not text"
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or "it is not a command"
+    raise StartupError(f"SLM_ENCRYPTION_KEY_COMMAND cannot be used: {why}.") from None
+
+
+def register(connection: Connection, vault: Vault, who: Who) -> list[str]:
+    """Tell the database of each key that it does not know yet; none becomes active by it.
+
+    Where it knows of none the first one does, and the others count as older than it: a rotation
+    never goes on to them by itself.
+
+    Returns:
+        What needs the operator's attention: a key that is given and was pruned.
+    """
+    known = {
+        row.fingerprint: row
+        for row in connection.execute(
+            select(ENCRYPTION_KEYS.c.fingerprint, ENCRYPTION_KEYS.c.retired_at)
+        )
+    }
+    now = utc_now()
+    for name in vault.fingerprints:
+        if name not in known:
+            connection.execute(
+                insert(ENCRYPTION_KEYS).values(
+                    fingerprint=name,
+                    check_token=vault.make_check_of(name),
+                    is_active=not known and name == vault.fingerprints[0],
+                    created_at=now,
+                )
+            )
+            append(connection, Event(who, "encryption_key.add", detail={"fingerprint": name}))
+    if not known.keys() >= set(vault.fingerprints):
+        raised = STATE.c.keyring_version + version_step()
+        connection.execute(update(STATE).values(keyring_version=raised))
+    pruned = [n for n in vault.fingerprints if n in known and known[n].retired_at is not None]
+    return [
+        f"The encryption key {name} was pruned and need not be given any more." for name in pruned
+    ]
+
+
+class Keyring:
+    """The vault of this process, kept at what the database says of the keys.
+
+    A write calls `follow` in its own transaction, which holds the state row. So from the commit on
+    that makes a key the active one, no row is encrypted with another one, on any replica.
+
+    Args:
+        vault: whose keys are replaced and activated here.
+        read: reads the keys from their source again; may raise StartupError.
+    """
+
+    def __init__(self, vault: Vault, read: Callable[[], Sequence[SecretStr]]) -> None:
+        self.vault = vault
+        self._read = read
+        self._version = -1
+        self._lock = threading.Lock()
+
+    def follow(self, connection: Connection, version: int | None = None) -> None:
+        """Make the key active that the database names; costs nothing while nothing has changed.
+
+        Args:
+            connection: of the transaction whose rows are encrypted or decrypted next.
+            version: the state row's keyring_version in this transaction; None: it is read here.
+
+        Raises:
+            EncryptionKeyMissing: this process does not have that key.
+        """
+        if version is None:
+            version = connection.execute(_VERSION).scalar_one()
+        if version != self._version:
+            self._activate(connection.execute(_ACTIVE).scalar_one(), version)
+
+    async def load(self) -> None:
+        """Read the source again, whatever the database knows."""
+        # Not in the database's thread: a command may take its time.
+        await asyncio.to_thread(self._reload)
+
+    async def refresh(self, database: Database) -> None:
+        """Read the source again where the database knows of a key that is not here.
+
+        Raises:
+            EncryptionKeyMissing: the active key is not there either.
+            DatabaseUnavailable: the database does not answer.
+        """
+        known, active, version = await database.read(_known)
+        if not known <= set(self.vault.fingerprints):
+            await self.load()
+        self._activate(active, version)
+
+    def _activate(self, active: str, version: int) -> None:
+        with self._lock:
+            if not self.vault.activate(active):
+                raise EncryptionKeyMissing(
+                    f"This server does not have the encryption key {active}, which is in use now."
+                )
+            self._version = version
+
+    def _reload(self) -> None:
+        try:
+            keys = self._read()
+        except StartupError as error:
+            logger.error("%s The keys of before stay in use.", error)
+            return
+        with self._lock:
+            if keys and not self.vault.has(keys):
+                self.vault.replace(keys)
+                names = ", ".join(self.vault.fingerprints)
+                logger.info("the encryption keys were read again: %s", names)
+
+
+def _known(connection: Connection) -> tuple[set[str], str, int]:
+    """Return the keys that are not pruned, the active one, and the version this was true at."""
+    wanted = select(ENCRYPTION_KEYS.c.fingerprint).where(ENCRYPTION_KEYS.c.retired_at.is_(None))
+    known = set(connection.execute(wanted).scalars())
+    return (
+        known,
+        connection.execute(_ACTIVE).scalar_one(),
+        connection.execute(_VERSION).scalar_one(),
+    )
+
+
+def newest_inactive(connection: Connection) -> str | None:
+    """Return the fingerprint of the key that a rotation would go on to, or None without one."""
+    rows = connection.execute(
+        select(ENCRYPTION_KEYS).where(ENCRYPTION_KEYS.c.retired_at.is_(None))
+    ).all()
+    active = next(row for row in rows if row.is_active)
+    newer = [row for row in rows if row.created_at > active.created_at]
+    return max(newer, key=lambda row: row.created_at).fingerprint if newer else None
+
+
+def names_of(keys: Sequence[SecretStr]) -> list[str]:
+    """Return the fingerprints of keys."""
+    return [fingerprint(key.get_secret_value()) for key in keys]

@@ -1,0 +1,251 @@
+"""The vault encrypts API keys, each bound to the one place that it may be sent to.
+
+Knows no database: it is given tokens and bindings and keeps neither. Fernet has no associated data,
+so what a key is bound to lies inside the plaintext and is checked on the way out
+(docs/protocol.md section 3, "A key is bound to where it may be sent").
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, NoReturn
+
+from cryptography.fernet import Fernet, InvalidToken, MultiFernet
+from pydantic import SecretStr
+
+from slm.common.environment import tidied
+from slm.errors import ConfigurationError, KeyUndecryptable
+from slm.server.encryption.sealed import SealedTexts
+
+# Starts with a control character, which no API key holds: a bare key never looks like a bound one.
+_BOUND: Final = b"\x01slm-key-1\x01"
+_CHECK: Final = b"\x01slm-check-1\x01"
+_SEAL: Final = b"\x01slm-seal-1\x01"
+
+
+@dataclass(frozen=True)
+class KeyBinding:
+    """The one place a key may be sent to.
+
+    Attributes:
+        agent_id: the agent whose key it is.
+        provider: its `llm_provider`.
+        origin: `slm.endpoints.origin` of provider and endpoint.
+    """
+
+    agent_id: str
+    provider: str
+    origin: str
+
+
+class Vault:
+    """Encrypts with the first key, decrypts with any.
+
+    Its keys can be changed while it is in use (`replace`, `activate`): one call sees either all the
+    old ones or all the new ones.
+
+    A stored key that was decrypted once is kept in memory, sealed under a key of this process, for
+    this token and binding alone: a thousand backends that fetch it cost one Fernet decryption.
+
+    Args:
+        keys: Fernet keys (32 bytes in URL-safe base64), the active one first.
+
+    Raises:
+        ConfigurationError: there is no key, or one is not a Fernet key.
+    """
+
+    def __init__(self, keys: Sequence[SecretStr | str]) -> None:
+        self._ring = _ring_of(keys)
+        self._opened = SealedTexts()
+
+    def __repr__(self) -> str:
+        return f"<Vault {', '.join(self.fingerprints)}>"
+
+    @property
+    def fingerprints(self) -> tuple[str, ...]:
+        """One for each key, in order; the first is that of the active key."""
+        return tuple(self._ring)
+
+    def replace(self, keys: Sequence[SecretStr | str]) -> None:
+        """Have these keys from now on; the active one stays the active one if it is among them.
+
+        Raises:
+            ConfigurationError: there is no key, or one is not a Fernet key; nothing has changed.
+        """
+        ring, active = _ring_of(keys), self.fingerprints[0]
+        self._ring = _with_first(ring, active) if active in ring else ring
+        # After the ring: what a call of before decrypts goes into the one that is dropped here.
+        self._opened = SealedTexts()
+
+    def activate(self, name: str) -> bool:
+        """Encrypt with the key of this fingerprint from now on; return whether it is here."""
+        if name not in self._ring:
+            return False
+        self._ring = _with_first(self._ring, name)
+        return True
+
+    def has(self, keys: Sequence[SecretStr | str]) -> bool:
+        """Say whether these are the keys it has, in whatever order."""
+        return {fingerprint(_text(key)) for key in keys} == set(self._ring)
+
+    @staticmethod
+    def generate_key() -> SecretStr:
+        """Return a new Fernet key."""
+        return SecretStr(Fernet.generate_key().decode())
+
+    def encrypt(self, key: SecretStr, binding: KeyBinding) -> str:
+        """Return a Fernet token that gives the key back for this binding alone."""
+        plain = {
+            "agent_id": binding.agent_id,
+            "provider": binding.provider,
+            "origin": binding.origin,
+            "key": key.get_secret_value(),
+        }
+        return self._active.encrypt(_BOUND + json.dumps(plain).encode()).decode()
+
+    def decrypt(self, token: str, binding: KeyBinding) -> SecretStr:
+        """Return the key of a bound token.
+
+        Raises:
+            KeyUndecryptable: no key of this vault opens it, it is not bound, or bound elsewhere.
+        """
+        opened = self._opened
+        name = hashlib.sha256(
+            "\0".join((token, binding.agent_id, binding.provider, binding.origin)).encode(
+                "utf-8", "surrogatepass"
+            )
+        ).digest()
+        known = opened.get(name)
+        if known is not None:
+            return SecretStr(known)
+        key = self._bound_key(token, binding)
+        opened.put(name, key)
+        return SecretStr(key)
+
+    def _bound_key(self, token: str, binding: KeyBinding) -> str:
+        plain = self._plaintext(token)
+        if not plain.startswith(_BOUND):
+            _refuse("The stored key is not bound to an agent and an endpoint. Set it again.")
+        data = json.loads(plain[len(_BOUND) :])
+        if KeyBinding(data["agent_id"], data["provider"], data["origin"]) != binding:
+            _refuse("The stored key belongs to another agent, provider or endpoint. Set it again.")
+        return str(data["key"])
+
+    def decrypt_unbound(self, token: str) -> SecretStr:
+        """Return the key of a token that holds the bare key, as a table not made by us has it.
+
+        For adoption alone (docs/protocol.md section 1): such a token says nothing of where its key
+        may be sent, so serving it would let whoever edits an endpoint collect the key.
+
+        Raises:
+            KeyUndecryptable: no key of this vault opens it, or it is no bare key.
+        """
+        plain = self._plaintext(token)
+        if plain.startswith((_BOUND, _CHECK, _SEAL)):
+            _refuse("The stored key is bound already.")
+        try:
+            text = plain.decode()
+        except UnicodeDecodeError:
+            text = ""
+        if not text:
+            _refuse("The stored key is not text.")
+        return SecretStr(text)
+
+    def seal(self, text: str) -> str:
+        """Return a token that only the active key makes, and that holds this text."""
+        return self._active.encrypt(_SEAL + text.encode()).decode()
+
+    def unseal(self, token: str) -> str | None:
+        """Return the text of such a token; None: no key of this vault made it."""
+        try:
+            plain = self._plaintext(token)
+        except KeyUndecryptable:
+            return None
+        return plain[len(_SEAL) :].decode() if plain.startswith(_SEAL) else None
+
+    def make_check(self) -> str:
+        """Return a token that tells later whether the active key is the same (`opens_check`)."""
+        return self.make_check_of(self.fingerprints[0])
+
+    def make_check_of(self, name: str) -> str:
+        """Return such a token for the key of this fingerprint."""
+        return self._ring[name].encrypt(_CHECK).decode()
+
+    def opens_check(self, token: str) -> bool:
+        """Say whether one of the keys made this check token."""
+        try:
+            return hmac.compare_digest(self._plaintext(token), _CHECK)
+        except KeyUndecryptable:
+            return False
+
+    def key_of(self, token: str) -> str | None:
+        """Return the fingerprint of the key that a bound token or a seal needs, if it is here.
+
+        Any other token needs none: it is refused whatever opens it.
+        """
+        for name, fernet in self._ring.items():
+            try:
+                plain = fernet.decrypt(token.encode())
+            except (InvalidToken, ValueError, TypeError):
+                continue
+            return name if plain.startswith((_BOUND, _SEAL)) else None
+        return None
+
+    def reencrypt(self, token: str) -> str | None:
+        """Return the same plaintext under the active key, binding and all.
+
+        None where there is nothing to do: it is under the active key, not bound, or no key of this
+        vault opens it.
+        """
+        if self.key_of(token) in (None, self.fingerprints[0]):
+            return None
+        return self._active.encrypt(self._plaintext(token)).decode()
+
+    @property
+    def _active(self) -> Fernet:
+        return next(iter(self._ring.values()))
+
+    def _plaintext(self, token: str) -> bytes:
+        try:
+            return MultiFernet(self._ring.values()).decrypt(token.encode())
+        except (InvalidToken, ValueError, TypeError):
+            _refuse("The stored key was encrypted with a key that this server does not have.")
+
+
+def _ring_of(keys: Sequence[SecretStr | str]) -> dict[str, Fernet]:
+    """Return the keys by fingerprint, in order; never changed afterwards, only replaced."""
+    if not keys:
+        raise ConfigurationError("an encryption key is needed")
+    try:
+        return {fingerprint(_text(key)): Fernet(_text(key)) for key in keys}
+    except (ValueError, TypeError):
+        # The library's message may quote the key.
+        raise ConfigurationError(
+            "an encryption key is not a Fernet key (32 bytes in URL-safe base64)"
+        ) from None
+
+
+def _with_first(ring: dict[str, Fernet], name: str) -> dict[str, Fernet]:
+    return {name: ring[name]} | ring
+
+
+def _text(key: SecretStr | str) -> str:
+    return key.get_secret_value() if isinstance(key, SecretStr) else key
+
+
+def fingerprint(key: str) -> str:
+    """Return a short name of a Fernet key that says nothing about it."""
+    return hashlib.sha256(b"slm fernet key:" + key.strip().encode()).hexdigest()[:16]
+
+
+def parse_keys(text: str) -> list[SecretStr]:
+    """Return the keys of a list separated by commas or white space, as SLM_ENCRYPTION_KEYS has."""
+    return [SecretStr(tidied(part)) for part in text.replace(",", " ").split()]
+
+
+def _refuse(why: str) -> NoReturn:
+    raise KeyUndecryptable(why) from None

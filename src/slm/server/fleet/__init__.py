@@ -1,0 +1,1 @@
+"""Who listens, and who has what."""

@@ -1,0 +1,347 @@
+"""One backend as the fleet knows it: when it listened, what it acked, how it took a change.
+
+Values and rules only; knows no connection, no database and no clock (docs/protocol.md section 4).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, Final, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, StrictBool, TypeAdapter
+
+from slm.protocol import ClientInfo, Integer, NotInForce, Reason, Revision, ShortText, Text
+from slm.server.fleet.ack_log import NOTHING, RECEIPT_REVISIONS, Acked, AckLog, Outcome
+from slm.server.security.agent_scope import EVERYTHING, View
+
+__all__ = [
+    "RECEIPT_REVISIONS",
+    "AckLog",
+    "Acked",
+    "Backend",
+    "Outcome",
+    "Stretch",
+    "Subject",
+    "Told",
+    "identity",
+    "outcome_of",
+]
+
+SHARED_ACKS: Final = 32
+"""So many of a backend's last acks other replicas are told."""
+
+MAX_KEYS_BYTES: Final = 1024 * 1024
+"""The memory that the keys which one backend holds may take; what is beyond is not kept."""
+
+_MAX_STRETCHES: Final = 20
+_KEY_BYTES: Final = 120
+_LAST_SECOND: Final = 253_402_300_000.0
+"""In the year 9999; anything later is not a valid time."""
+
+
+@dataclass
+class Stretch:
+    """One connection: the head of the stream when it subscribed, and when it had ended."""
+
+    first: int
+    last: int | None = None
+    ended_at: float | None = None
+
+
+@dataclass
+class Backend:
+    """One backend process, across its reconnects, as one replica knows it.
+
+    Attributes:
+        id: the same across reconnects where the backend names its instance.
+        client: who it says it is.
+        token: the name of its token.
+        replica: the lease of the server that it is, or was, connected to.
+        server: that server's name, for people.
+        view: what its token may see.
+        plain_http: whether its last connection came over the network without TLS.
+        since: when it came or went, seconds since 1970.
+        known_since: when it first connected; the first to use a name keeps it.
+        stretches: its connections, the newest last.
+        acks: what it said it received.
+        keys: agents whose held key is not that of its last ack, with the key's revision.
+        keys_partial: whether it named more keys than are kept.
+        heard: how many acks its server has told of, where that is another one.
+        in_step: whether all that it told is here, so that differences can be added.
+    """
+
+    id: str
+    client: ClientInfo
+    token: str
+    replica: str
+    server: str
+    view: View = EVERYTHING
+    plain_http: bool = False
+    since: float = 0.0
+    known_since: float = math.inf
+    stretches: list[Stretch] = field(default_factory=list)
+    acks: AckLog = field(default_factory=AckLog)
+    keys: Mapping[str, int | None] = field(default_factory=dict)
+    keys_partial: bool = False
+    heard: int = 0
+    in_step: bool = True
+
+    @property
+    def name(self) -> str:
+        """What it calls itself: its name and instance, else its token's name; not always unique."""
+        named = [part for part in (self.client.name, self.client.instance) if part]
+        return "/".join(named) or self.token + "#" + self.id.rpartition("#")[2].rstrip('"]')
+
+    @property
+    def connected(self) -> bool:
+        """Whether it listens now."""
+        return bool(self.stretches) and self.stretches[-1].last is None
+
+    @property
+    def applied(self) -> int | None:
+        """The highest revision it acked; None as long as it never did."""
+        return self.acks.revision
+
+    @property
+    def not_in_force(self) -> Mapping[str, NotInForce]:
+        """What it last said is not in force, by agent."""
+        last = self.acks.last
+        return NOTHING if last is None else last.not_in_force
+
+    @property
+    def bytes(self) -> int:
+        """About how much memory what it said takes."""
+        return self.acks.bytes + _KEY_BYTES * len(self.keys)
+
+    def begin(self, head: int, now: float) -> None:
+        """Note that it subscribed."""
+        self.end(head, now)
+        if len(self.stretches) == _MAX_STRETCHES:
+            # Who comes and goes is still expected where it was first.
+            first, second, *later = self.stretches
+            self.stretches = [Stretch(first.first, second.last, second.ended_at), *later]
+        self.stretches = [*self.stretches, Stretch(head)]
+        self.since = now
+        self.known_since = min(self.known_since, now)
+
+    def end(self, head: int, now: float) -> None:
+        """Note that its connection is gone, if it has one."""
+        if self.connected:
+            self.stretches[-1].last = head
+            self.stretches[-1].ended_at = now
+            self.since = now
+
+    def hold(self, keys: Mapping[str, int | None]) -> None:
+        """Note which keys it says it holds, as many as are kept."""
+        self.keys_partial = False
+        size = 0
+        for agent_id in keys:
+            size += _KEY_BYTES + sys.getsizeof(agent_id)
+            if size > MAX_KEYS_BYTES:
+                self.keys_partial = True
+                most = MAX_KEYS_BYTES // (2 * _KEY_BYTES)
+                keys = dict(list(keys.items())[:most])
+                break
+        self.keys = keys
+
+    def gone_with(self, head: int, at: float) -> Backend:
+        """Return it as it is while its server's lease has lapsed: gone since then, unless before.
+
+        Args:
+            head: how far that server's stream had come.
+            at: when the lease ran out.
+        """
+        if not self.connected:
+            return self
+        *earlier, last = self.stretches
+        return replace(self, stretches=[*earlier, Stretch(last.first, head, at)], since=at)
+
+    def was_there(self, revision: int, committed_at: float) -> bool:
+        """Whether it listened when `revision` was committed: then a receipt expects it."""
+        return any(
+            each.first < revision
+            and (
+                each.last is None
+                or each.last >= revision
+                # Gone between the commit and the push.
+                or (each.ended_at is not None and each.ended_at >= committed_at)
+            )
+            for each in self.stretches
+        )
+
+    def together_with(self, other: Backend) -> Backend:
+        """Return one backend out of what two replicas know of it."""
+        newer = max(self, other, key=lambda each: (each.connected, each.since))
+        older = other if newer is self else self
+        said_last = max(self, other, key=lambda each: each.acks.last_at)
+        # What a replica hears from a connection that has been given up for another is no news.
+        until = newer.since if newer.connected else math.inf
+        return replace(
+            newer,
+            known_since=min(self.known_since, other.known_since),
+            stretches=[*older.stretches, *newer.stretches],
+            acks=newer.acks.merged_with(older.acks, until),
+            keys=said_last.keys,
+            keys_partial=said_last.keys_partial,
+        )
+
+    def to_json(self, offset_seconds: float, told: int | None = None) -> dict[str, Any]:
+        """Return it for other replicas.
+
+        Args:
+            offset_seconds: what makes our times the database's.
+            told: of how many acks they know already; None: they may know nothing.
+        """
+        acks = self.acks
+        oldest = max(acks.number - SHARED_ACKS, acks.number - len(acks))
+        after = told is not None and oldest < told < acks.number
+        if told is not None:
+            oldest = max(oldest, told)
+        said = list(acks.told(oldest, after=after)) if oldest < acks.number else []
+        return {
+            "client": self.client.model_dump(exclude_none=True),
+            "token": self.token,
+            "server": self.server,
+            "view": self.view.to_text(),
+            "plain_http": self.plain_http,
+            "since": self.since + offset_seconds,
+            "known_since": self.known_since + offset_seconds,
+            "stretches": [
+                [s.first, s.last, None if s.ended_at is None else s.ended_at + offset_seconds]
+                for s in self.stretches
+            ],
+            "acks": [
+                [a.revision, round(a.at + offset_seconds, 6), *([c] if c else [])] for a, c in said
+            ],
+            "after": after,
+            "partial": acks.partial or any(a.partial for a, _ in said),
+            "acked": acks.number,
+            "keys": dict(self.keys),
+            "keys_partial": self.keys_partial,
+        }
+
+    def take_over(self, data: Mapping[str, Any] | Told, offset_seconds: float) -> None:
+        """Take in what its replica tells of it; acks that are here already stay."""
+        told = data if isinstance(data, Told) else Told.of(data)
+        self.client, self.token, self.server = told.client, told.token, told.server
+        self.view, self.plain_http = View.from_text(told.view), told.plain_http
+        self.since = told.since - offset_seconds
+        known_since = told.since if told.known_since is None else told.known_since
+        self.known_since = known_since - offset_seconds
+        self.stretches = [
+            Stretch(first, last, None if ended is None else ended - offset_seconds)
+            for first, last, ended in told.stretches
+        ]
+        self.keys, self.keys_partial = told.keys, told.keys_partial
+        self._take_acks(told, offset_seconds)
+
+    def _take_acks(self, told: Told, offset_seconds: float) -> None:
+        missed = told.acked - self.heard
+        if missed < 0 or (not told.after and not self.in_step):
+            # Its server started its log anew, or tells all of it after something was lost.
+            self.acks.clear()
+            self.in_step, missed = True, told.acked
+        whole = missed >= len(told.acks)
+        lost = missed > len(told.acks)
+        if lost and told.after:
+            self.in_step = False
+        for place, (revision, at, *changes) in enumerate(
+            told.acks if whole else told.acks[len(told.acks) - missed :]
+        ):
+            first = place == 0
+            ack = Acked(
+                revision,
+                at - offset_seconds,
+                NOTHING,
+                after_gap=first and lost,
+                partial=told.partial or not self.in_step,
+            )
+            anew = first and whole and not told.after
+            self.acks.add_difference(ack, changes[0] if changes else {}, anew=anew)
+        self.heard = told.acked
+
+
+def identity(token: str, client: ClientInfo, otherwise: str) -> str:
+    """Return the id of a backend: it outlives a reconnect, and a token's rotation under one name.
+
+    Args:
+        token: its name.
+        client: who the backend says it is.
+        otherwise: what tells it from others where it names no instance.
+    """
+    if client.instance:
+        return _id(token, client.name or "", client.instance)
+    return _id(token, otherwise)
+
+
+def _id(*parts: str) -> str:
+    # Not joined by a character, which a name may hold.
+    return json.dumps(parts, ensure_ascii=False)
+
+
+_SharedAck = (
+    tuple[Integer, FiniteFloat]
+    | tuple[Integer, FiniteFloat, dict[Text, tuple[Annotated[Integer, Field(ge=-1)], Reason]]]
+)
+
+
+class Told(BaseModel):
+    """What another replica tells of a backend: the shape of a row, and the bounds of all in it."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, hide_input_in_errors=True)
+
+    client: ClientInfo
+    token: ShortText
+    server: ShortText
+    view: Annotated[str, Field(max_length=64 * 1024)] | None
+    since: Annotated[FiniteFloat, Field(ge=0, le=_LAST_SECOND)]
+    known_since: Annotated[FiniteFloat, Field(ge=0, le=_LAST_SECOND)] | None = None
+    plain_http: StrictBool = False
+    stretches: Annotated[
+        list[tuple[Integer, Integer | None, FiniteFloat | None]], Field(max_length=_MAX_STRETCHES)
+    ]
+    acks: Annotated[list[_SharedAck], Field(max_length=SHARED_ACKS)]
+    after: StrictBool = False
+    partial: StrictBool = False
+    acked: Revision
+    keys: dict[Text, Revision | None]
+    keys_partial: StrictBool = False
+
+    @classmethod
+    def of(cls, data: Any) -> Told:
+        """Return what a row says.
+
+        Raises:
+            ValidationError: it is not of this shape.
+        """
+        return _TOLD.validate_python(data)
+
+
+_TOLD: Final = TypeAdapter(Told)
+
+
+class Subject(NamedTuple):
+    """What a receipt is about.
+
+    Attributes:
+        agent_id: the agent that was changed.
+        is_default: whether it is, or was, the default: then everyone may see it.
+        revision: that of the change.
+        committed_at: seconds since 1970.
+        changed: False where the write altered nothing: then whoever is connected now is expected.
+    """
+
+    agent_id: str
+    is_default: bool
+    revision: int
+    committed_at: float
+    changed: bool = True
+
+
+def outcome_of(backend: Backend, subject: Subject) -> Outcome:
+    """Return how `backend` took the change: the first ack that has it in force, else the last."""
+    return backend.acks.outcome(subject.agent_id, subject.revision)

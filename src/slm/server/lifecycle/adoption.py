@@ -1,0 +1,169 @@
+"""Takes rows of `agents` that were not written by us into the life of this database.
+
+Runs once, inside the transaction of the first migration, and later only for keys that no key opened
+yet (docs/protocol.md section 1, "Adoption"). Knows no file and no setting.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from pydantic import SecretStr
+from sqlalchemy import Connection, bindparam, insert, select, update
+
+from slm.errors import KeyUndecryptable
+from slm.server.agents.credentials import binding_of
+from slm.server.agents.repository import new_change_id
+from slm.server.agents.service import CHANGED, CREATED
+from slm.server.db.tables import AGENTS, CHANGES, SELECT_AGENTS, STATE, agent_of, utc_now
+from slm.server.encryption.vault import KeyBinding, Vault
+
+ACTOR: Final = "slm"
+"""Who makes the changes of a start."""
+
+_UPDATE: Final = (
+    update(AGENTS)
+    .where(AGENTS.c.id == bindparam("row_id"))
+    .values(
+        revision=bindparam("new_revision"),
+        api_key_revision=bindparam("key_revision"),
+        llm_api_key_encrypted=bindparam("token"),
+        key_state=bindparam("state"),
+    )
+)
+
+
+@dataclass
+class Adoption:
+    """What a start found.
+
+    Attributes:
+        rows: how many rows got their first revision.
+        bound: the agents whose key was re-encrypted for its place.
+        kept: the agents whose stored key no given key opens.
+    """
+
+    rows: int = 0
+    bound: list[str] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
+
+
+def adopt(connection: Connection, vault: Vault, *, first_time: bool) -> Adoption:
+    """Give every row that has none a revision and a change, and bind what keys can be bound.
+
+    Args:
+        connection: in a transaction that holds the state row, or that takes it here first.
+        vault: the keys that were given; the first encrypts.
+        first_time: the table was taken over just now. Only then may a bare token be bound unasked:
+            later, whoever writes to the database could put an old one beside an endpoint of theirs.
+    """
+    found = Adoption()
+    # With its lock: while one replica starts the others write on, and a revision read without it
+    # would be put back over theirs.
+    before, last_id = connection.execute(
+        select(STATE.c.revision, STATE.c.head_id).where(STATE.c.id == 1).with_for_update()
+    ).one()
+    rows = connection.execute(
+        SELECT_AGENTS.where((AGENTS.c.revision == 0) | AGENTS.c.key_state.is_not(None)).order_by(
+            AGENTS.c.id
+        )
+    ).all()
+    revision, ids = before, [last_id]
+    for row in rows:
+        is_new = row.revision == 0
+        values = dict(row._mapping)
+        bound = _bind_key(values, vault, found, may_bind=first_time and is_new)
+        if not (is_new or bound):
+            continue
+        revision += 1
+        values["revision"] = revision
+        has_key = bool(values["llm_api_key_encrypted"])
+        values["api_key_revision"] = revision if has_key else None
+        connection.execute(
+            _UPDATE,
+            {
+                "row_id": row.id,
+                "new_revision": revision,
+                "key_revision": values["api_key_revision"],
+                "token": values["llm_api_key_encrypted"],
+                "state": values["key_state"],
+            },
+        )
+        ids.append(new_change_id())
+        _record(connection, CREATED if is_new else CHANGED, values, ids[-1])
+        found.rows += is_new
+    if revision != before:
+        head = {"revision": revision, "head_id": ids[-1], "before_id": ids[-2]}
+        connection.execute(update(STATE).where(STATE.c.id == 1).values(head))
+    return found
+
+
+def _bind_key(values: dict[str, Any], vault: Vault, found: Adoption, *, may_bind: bool) -> bool:
+    """Bind the row's key if it may be and can be; return whether the row changed by it."""
+    agent = agent_of(values)
+    if not agent.has_api_key:
+        return False
+    token = str(values["llm_api_key_encrypted"])
+    binding = binding_of(agent)
+    try:
+        vault.decrypt(token, binding)
+    except KeyUndecryptable:
+        pass
+    else:
+        changed = values["key_state"] is not None
+        values["key_state"] = None
+        return changed
+    if not may_bind and not _is_marked(values, vault, binding):
+        return False
+    try:
+        key = vault.decrypt_unbound(token)
+    except KeyUndecryptable:
+        found.kept.append(agent.agent_id)
+        values["key_state"] = values["key_state"] or _mark(token, vault, binding)
+        return False
+    values["llm_api_key_encrypted"] = vault.encrypt(key, binding)
+    values["key_state"] = None
+    found.bound.append(agent.agent_id)
+    return True
+
+
+def _mark(token: str, vault: Vault, binding: KeyBinding) -> str:
+    """Return the proof that this very token was adopted for this place.
+
+    Encrypted, so that nobody who can only write to the database can make one.
+    """
+    return vault.encrypt(SecretStr(_digest(token)), binding)
+
+
+def _is_marked(values: dict[str, Any], vault: Vault, binding: KeyBinding) -> bool:
+    if values["key_state"] is None:
+        return False
+    try:
+        digest = vault.decrypt(str(values["key_state"]), binding)
+    except KeyUndecryptable:
+        return False
+    return digest.get_secret_value() == _digest(str(values["llm_api_key_encrypted"]))
+
+
+def _digest(token: str) -> str:
+    return "adopted:" + hashlib.sha256(token.encode()).hexdigest()
+
+
+def _record(connection: Connection, kind: str, values: dict[str, Any], change_id: str) -> None:
+    agent = agent_of(values)
+    connection.execute(
+        insert(CHANGES),
+        {
+            "revision": agent.revision,
+            "change_id": change_id,
+            "type": kind,
+            "agent_id": agent.agent_id,
+            "agent": agent.model_dump_json(),
+            "was_default": kind == CHANGED and agent.is_default,
+            "actor": ACTOR,
+            "comment": None,
+            "created_at": utc_now(),
+        },
+    )

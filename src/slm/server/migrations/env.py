@@ -1,9 +1,0 @@
-"""Alembic's environment: runs on the connection, and in the transaction, that it is handed."""
-
-from alembic import context
-
-from slm.server.models import Base
-
-context.configure(connection=context.config.attributes["connection"], target_metadata=Base.metadata)
-with context.begin_transaction():
-    context.run_migrations()

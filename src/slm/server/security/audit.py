@@ -1,0 +1,270 @@
+"""The audit: who did what, to which agent, when and from where, as a chain of hashes.
+
+`append` is part of the caller's transaction, so what cannot be recorded does not happen. Holds no
+secret: a detail names fields, never their values. Knows no HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, TypeVar
+
+from sqlalchemy import (
+    BigInteger,
+    Connection,
+    Integer,
+    bindparam,
+    case,
+    cast,
+    func,
+    insert,
+    select,
+    update,
+)
+
+from slm.errors import Overloaded
+from slm.server.db.column_types import text_of, the_row
+from slm.server.db.database import Database
+from slm.server.db.statements import Prepared
+from slm.server.db.tables import AUDIT, AUDIT_HEAD, utc_now
+from slm.server.encryption.vault import Vault
+from slm.server.security.audit_chain import GENESIS as GENESIS
+from slm.server.security.audit_chain import START, Entry, Verdict, Walk, parse_link
+from slm.server.security.audit_reader import (
+    WALK_PAGE,
+    AuditFilter,
+    EntryPage,
+    ExportedPage,
+    ends,
+    entries_after,
+    entry_page,
+    export_page,
+)
+from slm.server.security.token_table import Caller
+
+_MOST: Final = 2**62
+_LAST_ROW: Final = func.coalesce(
+    select(func.max(AUDIT.c.seq)).where(AUDIT.c.seq <= _MOST).scalar_subquery(), 0
+)
+# The head, which is locked. One that another program altered must not keep everything from being
+# recorded: then the last row counts, and `verify` finds where it was altered.
+_NEXT: Final = Prepared(
+    update(AUDIT_HEAD)
+    .where(AUDIT_HEAD.c.id == 1)
+    .values(
+        seq=case(
+            (AUDIT_HEAD.c.seq.between(_LAST_ROW, _MOST), cast(AUDIT_HEAD.c.seq, BigInteger)),
+            else_=_LAST_ROW,
+        )
+        + bindparam("count", type_=Integer)
+    )
+    .returning(AUDIT_HEAD.c.seq, AUDIT_HEAD.c.hash)
+)
+_INSERT: Final = Prepared(insert(AUDIT))
+_MOVE: Final = Prepared(
+    update(AUDIT_HEAD).where(AUDIT_HEAD.c.id == 1).values(hash=bindparam("new_hash"))
+)
+
+_TRIES: Final = 100
+_PAUSE_SECONDS: Final = 0.1
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Who:
+    """Who does something, and from where.
+
+    Attributes:
+        actor: the token's name.
+        address: the peer's IP address; None for what the server does by itself.
+        caller: the token, which must still count when the transaction is under way; None for what
+            the server does by itself.
+    """
+
+    actor: str
+    address: str | None = None
+    caller: Caller | None = field(default=None, compare=False)
+
+    def require_counts(self, connection: Connection, tokens_version: int | None = None) -> None:
+        """Refuse what a token does that was revoked meanwhile; see `Caller.require_counts`.
+
+        Raises:
+            Unauthorized: it does not count any more.
+        """
+        if self.caller is not None:
+            self.caller.require_counts(connection, tokens_version)
+
+
+@dataclass(frozen=True)
+class Event:
+    """One thing to record.
+
+    Attributes:
+        who: who does it, and from where.
+        action: `agent.create`, `key.read`, `token.revoke`, …
+        agent_id: the agent that it is about; None for another thing or for all of them.
+        detail: what else; names and numbers, never a value that may be secret.
+    """
+
+    who: Who
+    action: str
+    agent_id: str | None = None
+    detail: Mapping[str, Any] = field(default_factory=dict)
+
+
+def append(connection: Connection, event: Event) -> None:
+    """Record an event within the caller's transaction; the last thing it does before it commits.
+
+    The row that is locked here orders all appends, so the chain has one end on any number of
+    replicas. It is always locked last, after `state`, so nobody waits in a circle.
+    """
+    append_all(connection, (event,))
+
+
+def append_all(connection: Connection, events: Sequence[Event]) -> None:
+    """Record several events, in their order; as `append`, with one look at the chain's end."""
+    if not events:
+        return
+    last, stored = the_row(_NEXT.run(connection, {"count": len(events)}))
+    before = text_of(stored)
+    at = utc_now().isoformat(timespec="microseconds").replace("+00:00", "Z")
+    rows = []
+    for seq, event in enumerate(events, last - len(events) + 1):
+        entry = Entry(
+            seq=seq,
+            at=at,
+            actor=event.who.actor,
+            action=event.action,
+            agent_id=event.agent_id,
+            address=event.who.address,
+            detail=json.dumps(event.detail, ensure_ascii=True, sort_keys=True),
+            hash="",
+        )
+        before = entry.hash_after(before)
+        rows.append(vars(entry) | {"hash": before})
+    _INSERT.run_each(connection, rows)
+    _MOVE.run(connection, {"new_hash": before})
+
+
+class AuditLog:
+    """Reads the audit and checks its chain.
+
+    Args:
+        database: where it is.
+        vault: opens the seal of a cut; without one no cut counts.
+    """
+
+    def __init__(self, database: Database, vault: Vault | None = None) -> None:
+        self._database = database
+        self._vault = vault
+
+    async def record(self, event: Event) -> None:
+        """Record an event in a transaction of its own, for what writes nothing else.
+
+        Raises:
+            DatabaseUnavailable: it cannot be recorded, so it must not be done.
+            InsufficientStorage: the same.
+        """
+
+        def work(connection: Connection) -> None:
+            event.who.require_counts(connection)
+            append(connection, event)
+
+        await self._database.run(work)
+
+    async def entries(
+        self,
+        *,
+        before: int | None = None,
+        limit: int = 100,
+        actor: str | None = None,
+        agent_id: str | None = None,
+        action: str | None = None,
+    ) -> list[Entry]:
+        """Return the newest entries first, those of a seq below `before`.
+
+        Args:
+            before: where the page before ended.
+            limit: how many.
+            actor: only what this token did.
+            agent_id: only what was about this agent.
+            action: only this, or with a trailing dot every action that begins so.
+        """
+        wanted = AuditFilter(before, actor, agent_id, action)
+        return (await self.page(wanted, limit)).entries
+
+    async def page(self, wanted: AuditFilter, limit: int) -> EntryPage:
+        """Return at most `limit` entries, the newest first, and where the next page starts.
+
+        A page may be short, even empty, and still have a following one: it looks at a bounded
+        number of rows, whatever the filter.
+
+        Raises:
+            DatabaseUnavailable: the database does not answer, or not in time.
+            Overloaded: too many such reads are under way.
+        """
+        return await self._database.read_long(
+            lambda connection: entry_page(connection, wanted, limit)
+        )
+
+    async def _when_free(self, fn: Callable[[Connection], T]) -> T:
+        """Run one step of a long walk; where others read, it waits for its turn."""
+        for _ in range(_TRIES):
+            with contextlib.suppress(Overloaded):
+                return await self._database.read_long(fn)
+            await asyncio.sleep(_PAUSE_SECONDS)
+        return await self._database.read_long(fn)
+
+    async def export_page(
+        self, after: int | None, upto: int | None, *, everything: bool = False
+    ) -> ExportedPage:
+        """Return some entries in the chain's order, from where the last export ended.
+
+        Raises:
+            Conflict: the audit has no row `after`, or not any more.
+            DatabaseUnavailable: the database does not answer.
+        """
+        return await self._database.read_long(
+            lambda connection: export_page(connection, after, upto, everything=everything)
+        )
+
+    async def verify(self, expect: str | None = None) -> Verdict:
+        """Walk the whole chain in pages and say whether it is what was written.
+
+        Whoever can write to the database can also compute a new chain. A head noted elsewhere tells
+        that, too.
+
+        Args:
+            expect: a `seq:hash` that an earlier verify gave; it must still be in the chain.
+        """
+        noted = None if expect is None else parse_link(expect)
+        cut, head, seal = await self._database.read(ends)
+        if cut != START and (self._vault is None or self._vault.unseal(seal or "") != str(cut)):
+            reason = "the beginning was cut off by somebody without the encryption key"
+            return Verdict(0, str(cut), cut.seq + 1, reason, str(cut))
+        if expect is not None and (noted is None or not cut.seq <= noted.seq <= head.seq):
+            reason = "the noted head is not in the audit"
+            return Verdict(head.seq, str(head), head.seq, reason)
+        walk = Walk(cut, noted)
+
+        def go_on(connection: Connection) -> bool:
+            entries = entries_after(connection, walk.at.seq, head.seq, WALK_PAGE)
+            if not entries:
+                walk.reason = "a row is missing"
+            # Hashed here, in the database's thread: a million rows are seconds of work.
+            return bool(entries) and walk.go(entries)
+
+        while walk.at.seq < head.seq:
+            if not await self._when_free(go_on):
+                if (await self._database.read(ends)).cut != cut:
+                    # It was trimmed meanwhile.
+                    return await self.verify(expect)
+                return walk.verdict()
+        if walk.at != head:
+            return walk.verdict(walk.at.seq, "the chain does not end at its recorded head")
+        return walk.verdict()

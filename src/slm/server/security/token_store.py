@@ -1,0 +1,235 @@
+"""The table of tokens: creates, lists and revokes them, each with its row in the audit.
+
+A new token is returned once and only its digest is kept. Knows no HTTP; who may do this is decided
+at the door.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any, Final
+
+from pydantic import SecretStr
+from sqlalchemy import Connection, func, insert, select, update
+
+from slm.errors import Conflict, TokenNotFound
+from slm.server.db.database import Database
+from slm.server.db.engines.listener import CHANNEL
+from slm.server.db.tables import STATE, TOKENS, utc_now, version_step
+from slm.server.security.agent_scope import View
+from slm.server.security.audit import Event, Who, append
+from slm.server.security.token_table import TokenTable, read_tokens
+from slm.server.security.tokens import digest, mint
+
+_SELECT: Final = select(
+    TOKENS.c.id,
+    TOKENS.c.name,
+    TOKENS.c.scopes,
+    TOKENS.c.agents,
+    TOKENS.c.created_at,
+    TOKENS.c.expires_at,
+    TOKENS.c.revoked_at,
+    TOKENS.c.last_used_at,
+).order_by(TOKENS.c.id)
+
+
+@dataclass(frozen=True)
+class TokenInfo:
+    """What is known of a token; not the token.
+
+    Attributes:
+        id: the number it is revoked by.
+        name: the actor of whatever it does; unique among the tokens that count.
+        scopes: what it may do.
+        view: the agents it is limited to.
+        created_at: since when it is there.
+        expires_at: after this it is refused; None: never.
+        revoked_at: since when it is refused; None: it is not.
+        last_used_at: about when it was last used; None: not yet.
+    """
+
+    id: int
+    name: str
+    scopes: tuple[str, ...]
+    view: View
+    created_at: datetime
+    expires_at: datetime | None
+    revoked_at: datetime | None
+    last_used_at: datetime | None
+
+    @property
+    def counts(self) -> bool:
+        """Whether it is neither revoked nor expired."""
+        expired = self.expires_at is not None and self.expires_at <= utc_now()
+        return self.revoked_at is None and not expired
+
+
+@dataclass(frozen=True)
+class TokenWritten:
+    """A token as it is after a write.
+
+    Attributes:
+        token: what is known of it.
+        version: the tokens_version from which a replica knows of it.
+        known: every token that counts from then on.
+    """
+
+    token: TokenInfo
+    version: int
+    known: TokenTable
+
+
+class TokenStore:
+    """Creates, lists and revokes tokens; other replicas notice through the state row.
+
+    Args:
+        database: where the tokens are.
+        tokens: what this server's doors ask; it knows of each write before that is answered.
+    """
+
+    def __init__(self, database: Database, tokens: TokenTable) -> None:
+        self._database = database
+        self._tokens = tokens
+
+    async def create(
+        self,
+        name: str,
+        scopes: Sequence[str],
+        view: View,
+        *,
+        expires_in_seconds: int | None = None,
+        who: Who,
+    ) -> tuple[TokenWritten, SecretStr]:
+        """Make a token and return it, the one time that it can be seen.
+
+        Raises:
+            Conflict: another token that counts has this name.
+        """
+        token = mint()
+        now = utc_now()
+        lifetime = expires_in_seconds and timedelta(seconds=expires_in_seconds)
+
+        def work(connection: Connection) -> TokenWritten:
+            version = _notice(connection, who)
+            if any(known.name == name and known.counts for known in _all(connection)):
+                raise Conflict("A token of this name is there already; revoke it first.")
+            values = {
+                "name": name,
+                "digest": digest(token.get_secret_value()),
+                "scopes": ",".join(scopes),
+                "agents": view.to_text(),
+                "created_at": now,
+                "expires_at": now + lifetime if lifetime else None,
+            }
+            statement = insert(TOKENS).values(values).returning(TOKENS.c.id)
+            token_id = connection.execute(statement).scalar_one()
+            detail = {"token_id": token_id, "name": name, "scopes": list(scopes)}
+            detail |= {"agents": view.patterns, "expires_in_seconds": expires_in_seconds}
+            append(connection, Event(who, "token.create", detail=detail))
+            return _written(connection, token_id, version)
+
+        return await self._write(work), token
+
+    async def all(self) -> list[TokenInfo]:
+        """Return every token that ever was, in the order in which they were made."""
+        return await self._database.read(_all)
+
+    async def revoke(self, token_id: int, *, who: Who) -> TokenWritten:
+        """Refuse a token from now on; its open streams are closed on every replica.
+
+        Raises:
+            TokenNotFound: there is no such token.
+            Conflict: nobody could administer this server any more.
+        """
+
+        def work(connection: Connection) -> TokenWritten:
+            version = _notice(connection, who)
+            token = _one(connection, token_id)
+            if token.revoked_at is not None:
+                return _written(connection, token_id, version)
+            others = [t for t in _all(connection) if t.id != token_id and t.counts]
+            if token.counts and _administers(token) and not any(map(_administers, others)):
+                raise Conflict(
+                    "This is the last token of scope admin; make another one before you revoke it."
+                )
+            statement = update(TOKENS).where(TOKENS.c.id == token_id).values(revoked_at=utc_now())
+            connection.execute(statement)
+            detail = {"token_id": token_id, "name": token.name}
+            append(connection, Event(who, "token.revoke", detail=detail))
+            return _written(connection, token_id, version)
+
+        return await self._write(work)
+
+    async def _write(self, work: Callable[[Connection], TokenWritten]) -> TokenWritten:
+        """Run the transaction and put what it left in force here, whatever the feed is at."""
+        asked_at = time.monotonic()
+        written = await self._database.run(work)
+        self._tokens.take(written.known, asked_at)
+        return written
+
+    async def note_used(self, used: Mapping[int, datetime]) -> None:
+        """Write down when tokens were last used; of several replicas the latest counts."""
+
+        def work(connection: Connection) -> None:
+            for token_id, at in sorted(used.items()):
+                later = TOKENS.c.last_used_at.is_(None) | (TOKENS.c.last_used_at < at)
+                connection.execute(
+                    update(TOKENS).where(TOKENS.c.id == token_id, later).values(last_used_at=at)
+                )
+
+        await self._database.run(work)
+
+
+def _administers(token: TokenInfo) -> bool:
+    return "admin" in token.scopes and token.expires_at is None
+
+
+def _written(connection: Connection, token_id: int, version: int) -> TokenWritten:
+    return TokenWritten(_one(connection, token_id), version, read_tokens(connection, version))
+
+
+def _notice(connection: Connection, who: Who) -> int:
+    """Lock the state row, as every writer does first, and let every replica see the change.
+
+    Raises:
+        Unauthorized: the token of whoever asks does not count any more.
+    """
+    step = version_step()
+    values = {"tokens_version": STATE.c.tokens_version + step}
+    statement: Any = update(STATE).where(STATE.c.id == 1).values(values)
+    if connection.dialect.name == "postgresql":
+        # With no revision: there is none, and a replica that has them all must look even so.
+        statement = statement.returning(STATE.c.tokens_version, func.pg_notify(CHANNEL, ""))
+    else:
+        statement = statement.returning(STATE.c.tokens_version)
+    version: int = connection.execute(statement).one()[0]
+    # The version before: this very transaction raised it.
+    who.require_counts(connection, version - step)
+    return version
+
+
+def _all(connection: Connection) -> list[TokenInfo]:
+    return [_info(row) for row in connection.execute(_SELECT)]
+
+
+def _one(connection: Connection, token_id: int) -> TokenInfo:
+    row = connection.execute(_SELECT.where(TOKENS.c.id == token_id)).one_or_none()
+    if row is None:
+        raise TokenNotFound
+    return _info(row)
+
+
+def _info(row: Any) -> TokenInfo:
+    return TokenInfo(
+        id=row.id,
+        name=row.name,
+        scopes=tuple(scope.strip() for scope in row.scopes.split(",")),
+        view=View.from_text(row.agents),
+        created_at=row.created_at,
+        expires_at=row.expires_at,
+        revoked_at=row.revoked_at,
+        last_used_at=row.last_used_at,
+    )

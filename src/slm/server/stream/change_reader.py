@@ -1,0 +1,321 @@
+"""What the feed reads: the state row, and the committed changes after a revision.
+
+Each function runs inside one transaction, so the state row and the changes are of one moment. Moves
+nothing but the epoch, and decides only whether the changes lead on from a position: that it is
+there, and no hole after it (docs/protocol.md section 2).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final, Literal
+
+from pydantic import ValidationError
+from sqlalchemy import Connection, bindparam, literal_column, null, select, update
+
+from slm.errors import DatabaseUnavailable
+from slm.schemas import Agent
+from slm.server.agents.catalog import CommittedChange, Position
+from slm.server.db.column_types import require_state
+from slm.server.db.tables import AGENTS, CHANGES, SELECT_AGENTS, STATE, agent_of
+from slm.server.security.token_table import TokenTable, read_tokens
+
+logger = logging.getLogger(__name__)
+
+MAX_CATCH_UP: Final = 50_000
+"""More changes than this are not read one by one: everything is loaded anew instead."""
+
+# What an unprivileged role may ask on PostgreSQL: which cluster this is, and how often a standby of
+# it was promoted. A standby has none to tell, and an LSN of its own it cannot name.
+_TIMELINE: Final = (
+    "(SELECT CASE WHEN pg_is_in_recovery() THEN NULL ELSE"
+    " (SELECT system_identifier FROM pg_control_system())::text || '/'"
+    " || left(pg_walfile_name(pg_current_wal_lsn()), 8) END)"
+)
+
+# Built once: building a statement costs more than running it.
+_HORIZON: Final = (
+    STATE.c.revision,
+    STATE.c.floor,
+    STATE.c.epoch,
+    STATE.c.tokens_version,
+    STATE.c.head_id,
+    STATE.c.floor_id,
+    STATE.c.timeline,
+)
+_SELECT_HORIZON: Final = select(*_HORIZON)
+_CHANGE: Final = (
+    CHANGES.c.revision,
+    CHANGES.c.type,
+    CHANGES.c.agent,
+    CHANGES.c.was_default,
+    CHANGES.c.created_at,
+    CHANGES.c.change_id,
+)
+_SELECT_CHANGES: Final = (
+    select(*_CHANGE)
+    .where(CHANGES.c.revision > bindparam("since"), CHANGES.c.revision <= bindparam("upto"))
+    .order_by(CHANGES.c.revision)
+    .limit(bindparam("at_most"))
+)
+_HERE: Final = CHANGES.alias("here")
+_ID_HERE: Final = (
+    select(_HERE.c.change_id).where(_HERE.c.revision == bindparam("position")).scalar_subquery()
+)
+_SELECT_WHERE: Final = select(*_HORIZON, _ID_HERE.label("id_here"))
+
+
+def _select_news(timeline: Any) -> Any:
+    """Return the usual look in one statement: the state row, and beside it each new change."""
+    return (
+        select(
+            *_HORIZON,
+            _ID_HERE.label("id_here"),
+            timeline.label("timeline_now"),
+            *(column.label(f"change_{column.name}") for column in _CHANGE),
+        )
+        .select_from(STATE.outerjoin(CHANGES, CHANGES.c.revision > bindparam("position")))
+        .order_by(CHANGES.c.revision)
+        .limit(bindparam("at_most"))
+    )
+
+
+_SELECT_NEWS: Final = _select_news(null())
+_SELECT_NEWS_AND_TIMELINE: Final = _select_news(literal_column(_TIMELINE))
+
+
+@dataclass(frozen=True)
+class Horizon:
+    """The state row, as one transaction saw it.
+
+    Attributes:
+        revision: that of the last committed change.
+        floor: changes after this one can be read.
+        epoch: the database's life.
+        tokens_version: counts changes of the tokens.
+        head_id: the change id of `revision`.
+        floor_id: that of `floor`.
+        timeline: the cluster and timeline that the epoch was made on; None: not noted.
+    """
+
+    revision: int
+    floor: int
+    epoch: str
+    tokens_version: int
+    head_id: str = ""
+    floor_id: str = ""
+    timeline: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what another program wrote there; SQLite keeps any value in any column.
+
+        Raises:
+            DatabaseUnavailable: a number is none, or the epoch is not one.
+        """
+        require_state(self.revision, self.floor, self.tokens_version, epoch=self.epoch)
+
+    def lost(self, held: Position, id_here: str | None) -> bool:
+        """Say whether what somebody holds is not in this database, as after a failover.
+
+        Args:
+            held: what they hold.
+            id_here: the change id of the row at that revision; None where there is no row.
+        """
+        if held.revision > self.revision:
+            return True
+        if id_here is None and held.revision == self.revision:
+            id_here = self.head_id
+        elif id_here is None and held.revision == self.floor:
+            id_here = self.floor_id
+        return None not in (id_here, held.change_id) and id_here != held.change_id
+
+
+@dataclass(frozen=True)
+class Page:
+    """Some changes after a revision, and the state row of the same transaction.
+
+    `id_here` is the change id of the revision itself, where its row is there.
+    """
+
+    horizon: Horizon
+    changes: Sequence[CommittedChange]
+    id_here: str | None = None
+
+    def continues(self, since: int) -> bool:
+        """Whether the changes follow `since` with no hole between."""
+        first = self.changes[0].revision if self.changes else since + 1
+        return self.horizon.floor <= since and first == since + 1
+
+
+@dataclass(frozen=True)
+class News:
+    """What one look found: changes, or everything anew; the tokens where they have changed.
+
+    Attributes:
+        horizon: the state row.
+        changes: what follows the position, whole and in order.
+        agents: everything, where changes do not lead there.
+        tokens: where they have changed.
+        lost: the position is not in this database.
+        timeline: where the database runs; None where it does not say.
+    """
+
+    horizon: Horizon
+    changes: Sequence[CommittedChange] = ()
+    agents: Sequence[Agent] | None = None
+    tokens: TokenTable | None = None
+    lost: bool = False
+    timeline: str | None = None
+
+    @property
+    def moved(self) -> bool:
+        """Whether this is another cluster or timeline than the epoch's: changes may be lost."""
+        return self.timeline is not None and self.timeline != self.horizon.timeline
+
+    def resync_reason(self, held: Position) -> Literal["forked", "epoch", "compacted"]:
+        """Return why changes alone do not lead from what is held to what was read."""
+        if self.lost and held.revision <= self.horizon.revision:
+            return "forked"
+        return "compacted" if self.horizon.epoch == held.epoch else "epoch"
+
+    @property
+    def head(self) -> Position:
+        """Where everything that was read leads."""
+        return Position(self.horizon.revision, self.horizon.epoch, self.horizon.head_id)
+
+
+def far_behind(agents: int) -> int:
+    """Return how many changes are too many to read one by one: reading everything is less."""
+    return max(1000, 4 * agents)
+
+
+def read_horizon(connection: Connection) -> Horizon:
+    """Return the state row."""
+    return Horizon(*connection.execute(_SELECT_HORIZON).one())
+
+
+def tells_timeline(connection: Connection) -> bool:
+    """Say whether this PostgreSQL can tell its timeline; some compatible databases cannot."""
+    connection.execute(select(literal_column(_TIMELINE))).one()
+    return True
+
+
+def has_moved(connection: Connection) -> bool:
+    """Say whether the database runs elsewhere than its epoch was made: that epoch is over.
+
+    Only PostgreSQL tells, and only where it was asked before.
+    """
+    if connection.execute(select(STATE.c.timeline)).scalar_one() is None:
+        return False
+    moved = STATE.c.timeline != literal_column(_TIMELINE)
+    return bool(connection.execute(select(moved)).scalar_one())
+
+
+def read_page(connection: Connection, since: int, limit: int, upto: int) -> Page:
+    """Return at most `limit` changes after `since`, none after `upto`."""
+    *horizon, id_here = connection.execute(_SELECT_WHERE, {"position": since}).one()
+    bounds = {"since": since, "upto": upto, "at_most": limit}
+    rows = connection.execute(_SELECT_CHANGES, bounds).all()
+    return Page(Horizon(*horizon), _without_hole(rows, since), id_here)
+
+
+def read_news(
+    connection: Connection,
+    held: Position,
+    tokens_version: int,
+    *,
+    at_most: int = MAX_CATCH_UP,
+    with_timeline: bool = False,
+) -> News:
+    """Return what is new after the position: changes one by one, or everything anew.
+
+    Args:
+        connection: inside a transaction.
+        held: up to where all is known; without an epoch before the first look.
+        tokens_version: of the tokens that are known.
+        at_most: where more changes than this are new, everything is read instead.
+        with_timeline: whether the database can tell it.
+    """
+    statement = _SELECT_NEWS_AND_TIMELINE if with_timeline else _SELECT_NEWS
+    at_most = min(at_most, MAX_CATCH_UP)
+    bounds = {"position": held.revision, "at_most": at_most + 1 if held.epoch else 1}
+    rows = connection.execute(statement, bounds).all()
+    width = len(_HORIZON)
+    horizon = Horizon(*rows[0][:width])
+    id_here, timeline = rows[0][width : width + 2]
+    lost = bool(held.epoch) and horizon.lost(held, id_here)
+    found = News(horizon, lost=lost, timeline=timeline)
+    if (
+        lost
+        or found.moved
+        or (horizon.epoch, horizon.tokens_version) != (held.epoch, tokens_version)
+    ):
+        # In another epoch the same version may stand for other tokens.
+        found = replace(found, tokens=read_tokens(connection, horizon.tokens_version))
+    if found.moved or (lost and horizon.epoch == held.epoch):
+        return found  # of no use before there is a new epoch
+    behind = horizon.revision - held.revision
+    if horizon.epoch == held.epoch and held.revision >= horizon.floor and behind <= at_most:
+        # Without a change the state row stands alone.
+        new = [row[width + 2 :] for row in rows if row[width + 2] is not None]
+        changes = _without_hole(new, held.revision)
+        if len(changes) == behind:
+            return replace(found, changes=changes)
+    agents = [agent_of(row) for row in connection.execute(SELECT_AGENTS.order_by(AGENTS.c.id))]
+    if not agents:
+        # There always is a default; those that come after this look would have no change to tell.
+        raise DatabaseUnavailable("The database has no agents, as in the middle of a restore.")
+    *_, head_id = connection.execute(_SELECT_WHERE, {"position": horizon.revision}).one()
+    # The row, where there is one: it is what the next look compares.
+    horizon = replace(horizon, head_id=head_id or horizon.head_id)
+    return replace(found, horizon=horizon, agents=agents)
+
+
+def renew_epoch(connection: Connection, news: News, held: Position, fresh: str) -> bool:
+    """Make a new epoch where the database lost what is held, or runs elsewhere; say if it did.
+
+    Under the lock of the state row, and on the epoch that was read alone: of several replicas that
+    notice it exactly one makes the epoch, and all take that one.
+
+    Args:
+        connection: inside a transaction that writes.
+        news: what was read.
+        held: what is looked for.
+        fresh: the new epoch.
+    """
+    connection.execute(select(STATE.c.id).with_for_update())
+    *row, id_here = connection.execute(_SELECT_WHERE, {"position": held.revision}).one()
+    horizon = Horizon(*row)
+    if horizon.epoch != news.horizon.epoch:
+        return False
+    lost = horizon.epoch == held.epoch and (news.lost or horizon.lost(held, id_here))
+    values: dict[str, Any] = {}
+    if news.moved and news.timeline != horizon.timeline:
+        values["timeline"] = news.timeline
+    if lost or (values and horizon.timeline is not None):
+        values["epoch"] = fresh
+    if values:
+        connection.execute(update(STATE).where(STATE.c.epoch == horizon.epoch).values(values))
+    return "epoch" in values
+
+
+def _without_hole(rows: Iterable[Sequence[Any]], since: int) -> list[CommittedChange]:
+    """Return the changes that follow `since` one by one; the first hole ends them.
+
+    Args:
+        rows: each a revision, type, agent, was_default, when it was made, and its change id.
+        since: the revision before the first.
+    """
+    changes = []
+    for expected, (revision, kind, text, was_default, at, change_id) in enumerate(rows, since + 1):
+        if revision != expected:
+            break
+        try:
+            agent = Agent.model_validate_json(text)
+        except ValidationError:
+            logger.error("change %d cannot be read", revision)
+            break
+        changes.append(CommittedChange(revision, kind, agent, was_default, at, change_id=change_id))
+    return changes

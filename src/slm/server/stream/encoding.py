@@ -1,0 +1,109 @@
+"""Committed changes as WebSocket frames, encoded once for everyone who may see the same.
+
+Pure: knows no connection (docs/protocol.md section 4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Final
+
+from slm import protocol
+from slm.protocol import AgentChanged, AgentDeleted, Heartbeat
+from slm.server.agents.catalog import CommittedChange
+from slm.server.security.agent_scope import EVERYTHING, View
+from slm.server.transport.ws_connection import text_frames
+
+MAX_WRITE_BYTES: Final = 64 * 1024
+"""Frames of a burst are joined into one write up to this, so that a burst evicts nobody."""
+
+
+@dataclass(frozen=True)
+class Frames:
+    """Messages in order, encoded once for everyone.
+
+    Attributes:
+        texts: one message each.
+        head: the revision that a subscriber has reached with the last one.
+        head_id: which change that is; of no account where `head` moves nobody.
+    """
+
+    texts: tuple[str, ...]
+    head: int
+    head_id: str = ""
+
+    @cached_property
+    def encoded(self) -> bytes:
+        """The WebSocket frames, one after the other."""
+        return text_frames(self.texts)
+
+
+def encode_change(
+    change: CommittedChange, view: View = EVERYTHING, *, hidden_today: bool = False
+) -> str:
+    """Return the frame's text for a change: the llm_* fields and flags, never a key.
+
+    A change outside the view is a heartbeat that names its revision, and an agent that leaves the
+    view by it is deleted (docs/protocol.md section 4, point 8).
+
+    Args:
+        change: the change.
+        view: what the token sees.
+        hidden_today: of a replay, whether the view does not see the agent any more. Then nothing
+            of it is told, but that it left: a client that had it until then must drop it.
+    """
+    agent, change_id = change.agent, change.change_id or None
+    message: AgentChanged | AgentDeleted | Heartbeat
+    seen_before = view.sees(agent.agent_id, change.was_default)
+    seen_after = not change.deletes and view.sees(agent.agent_id, agent.is_default)
+    if not (seen_before or seen_after):
+        message = Heartbeat(revision=change.revision, change_id=change_id)
+    elif not seen_after:
+        message = AgentDeleted(
+            agent_id=agent.agent_id,
+            revision=change.revision,
+            change_id=change_id,
+            traceparent=change.traceparent,
+        )
+    elif hidden_today:
+        message = Heartbeat(revision=change.revision, change_id=change_id)
+    else:
+        message = AgentChanged(
+            type="agent_created" if change.type == "agent_created" else "agent_config_changed",
+            agent_id=agent.agent_id,
+            revision=change.revision,
+            change_id=change_id,
+            config=agent,
+            traceparent=change.traceparent,
+        )
+    return protocol.encode(message)
+
+
+def in_writes(
+    changes: Iterable[CommittedChange],
+    view: View = EVERYTHING,
+    hides: Callable[[View, str], bool] = lambda _view, _agent_id: False,
+) -> Iterator[Frames]:
+    """Encode the changes and join them into writes of at most `MAX_WRITE_BYTES`, in order.
+
+    Args:
+        changes: what a replay tells.
+        view: what the token sees.
+        hides: whether a view does not see the agent of this agent_id today.
+    """
+    texts: list[str] = []
+    size = 0
+    last: CommittedChange | None = None
+    for change in changes:
+        hidden = hides(view, change.agent.agent_id)
+        text = encode_change(change, view, hidden_today=hidden)
+        if last is not None and size + len(text) > MAX_WRITE_BYTES:
+            yield Frames(tuple(texts), last.revision, last.change_id)
+            texts, size = [], 0
+        texts.append(text)
+        size += len(text)
+        last = change
+    if last is not None:
+        yield Frames(tuple(texts), last.revision, last.change_id)

@@ -1,0 +1,1 @@
+"""Background tasks and taking turns in one event loop. Knows nothing of SLM."""

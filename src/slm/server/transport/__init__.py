@@ -1,0 +1,1 @@
+"""Sockets, HTTP, TLS and WebSockets, below the application."""

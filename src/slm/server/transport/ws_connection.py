@@ -1,0 +1,556 @@
+"""WebSockets after their handshake, as the server holds thousands: small, one timer for all.
+
+What comes before is in `handshake`. Knows no agent, no token and no message, only bytes and timers
+(RFC 6455; docs/decisions/0009-frames-go-to-the-transport.md).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import os
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Final, Protocol
+
+from websockets import protocol as sans_io
+from websockets.frames import Frame, Opcode
+
+from slm.server.transport.http_protocol import LINGER_SECONDS, beneath_tls, end_writing
+
+try:
+    from websockets.speedups import apply_mask
+except ImportError:  # pragma: no cover - where it has no wheel
+    from websockets.utils import apply_mask
+
+SHORT_BYTES: Final = 4096
+"""A longer message, or one in pieces, is worth a parser of its own."""
+
+CLOSE_SECONDS: Final = 10.0
+"""How long a peer may take to answer a close frame, at most."""
+
+MAX_FRAGMENTS: Final = 1024
+"""How many pieces a message may come in; empty ones take memory too."""
+
+TURN_FRAMES: Final = 64
+"""After so many frames of one peer everyone else in the loop has a turn."""
+
+PIECE_BYTES: Final = 1024
+"""How much the library's parser is fed at once: it takes all the frames of what it is fed."""
+
+BURST: Final = 1000
+PER_SECOND: Final = 500
+FRAME_BYTES: Final = 16 * 1024
+"""How many frames a peer may send at once, and a second; so many bytes count as one more.
+
+One that sends more is read as slowly as that. A backend that acks is at ten a second.
+"""
+
+RECKON_AT: Final = 32
+"""After so many the time is looked at."""
+
+PONGS_WAIT_BYTES: Final = 16 * 1024
+"""One that reads nothing gets no pongs beyond these (RFC 6455 section 5.5.3)."""
+
+_TEXT, _PING, _PONG = 0x81, 0x89, 0x8A
+"""The first byte of a whole message in one frame, a ping and a pong (RFC 6455 section 5.2)."""
+
+logger = logging.getLogger(__name__)
+
+
+def text_frames(messages: Sequence[str]) -> bytes:
+    """Return the WebSocket text frames of these messages, one after the other, ready to be sent.
+
+    A server's frames carry no mask (RFC 6455 section 5.1), so one encoding fits every connection.
+    """
+    return b"".join(_frame(Opcode.TEXT, message.encode()) for message in messages)
+
+
+class Encoded(Protocol):
+    """What is pushed: WebSocket frames, ready for any connection."""
+
+    @property
+    def encoded(self) -> bytes:
+        """The frames, one after the other."""
+
+
+class Listener(Protocol):
+    """Who hears what a peer says."""
+
+    def heard(self, message: str | bytes) -> None:
+        """Take one message, text or binary."""
+
+    def gone(self) -> None:
+        """Hear, once, that no more will come: the connection ended, or is ending."""
+
+
+class WebSocketConnection(asyncio.Protocol):
+    """One WebSocket after its handshake; the order of `push` is the order on the wire.
+
+    What nearly all peers send, a short message in one frame or a pong, is read here; for anything
+    else the library's parser is made, and kept until the connection ends.
+
+    Args:
+        transport: of the open connection; not read from before `listen`.
+        keepalive: who pings the peer.
+        connections: all that the server has; this one is in it as long as it is open.
+        max_message_bytes: a longer message ends the connection (1009).
+
+    Attributes:
+        transport: where the frames go.
+        closed: whether a close frame has gone out, after which nothing may.
+    """
+
+    # There are thousands, and a broadcast visits each.
+    __slots__ = (
+        "_connections",
+        "_credit",
+        "_credit_at",
+        "_go_on",
+        "_keepalive",
+        "_listener",
+        "_max_message_bytes",
+        "_on_waiting",
+        "_parser",
+        "_spent",
+        "_timer",
+        "_unread",
+        "_unsent",
+        "_writable",
+        "closed",
+        "transport",
+    )
+
+    def __init__(
+        self,
+        transport: asyncio.Transport,
+        keepalive: Keepalive,
+        connections: set[Any],
+        max_message_bytes: int,
+    ) -> None:
+        self.transport = transport
+        self.closed = False
+        self._connections = connections
+        self._keepalive = keepalive
+        self._max_message_bytes = max_message_bytes
+        self._listener: Listener | None = None
+        self._unread = b""
+        self._parser: _Parser | None = None
+        self._writable: asyncio.Event | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._go_on: asyncio.TimerHandle | None = None
+        self._on_waiting: Callable[[int], object] | None = None
+        # How many bytes wait for the peer; bound once, since each push asks.
+        self._unsent = unsent_bytes_of(transport)
+        self._spent = 0.0
+        self._credit = float(BURST)
+        self._credit_at = 0.0
+
+    def listen(self, listener: Listener, on_waiting: Callable[[int], object] | None = None) -> None:
+        """Begin to hear the peer, and to ping it; once, before anything is read.
+
+        Args:
+            listener: who hears it.
+            on_waiting: called with how many bytes wait for the peer after it was sent anything
+                but a push, and when much of what it sent waits here.
+        """
+        self._listener = listener
+        self._on_waiting = on_waiting
+        self._connections.add(self)
+        if not self.closed:
+            self._keepalive.watch(self)
+        self.transport.resume_reading()
+
+    # --- sending ---
+
+    def push(self, frames: Encoded) -> int:
+        """Write without waiting; return how many bytes wait for the peer, -1 once it is closed."""
+        # One that was reset is closing until the loop's next turn, and may be told much until then.
+        if self.closed or self.transport.is_closing():
+            return -1
+        self.transport.write(frames.encoded)
+        return self._unsent()
+
+    def _answer(self, data: bytes) -> None:
+        """Write a frame of our own, as only this does, and account for it."""
+        if data and not self.transport.is_closing():
+            self.transport.write(data)
+            waiting = self._unsent()
+            if waiting and self._on_waiting is not None and not self.closed:
+                self._on_waiting(waiting)
+
+    def waiting_bytes(self) -> int:
+        """Return how many bytes wait for the peer to read, or of what it sends for the rest."""
+        held = self._parser.held_bytes if self._parser is not None else 0
+        return self._unsent() + len(self._unread) + held
+
+    async def drained(self) -> None:
+        """Wait until the peer has read most of what was written, or is gone."""
+        if self._writable is not None:
+            await self._writable.wait()
+
+    def end(self, code: int, reason: str = "") -> None:
+        """Send a close frame; cut the connection when the peer does not answer it in time."""
+        if self.closed or self.transport.is_closing():
+            return
+        parser = self._parser_from_now_on()
+        if parser.state is not sans_io.State.OPEN:
+            return  # The peer has closed; its frame is answered when its turn comes.
+        parser.send_close(code, reason)
+        self._close()
+        self._send_of(parser)
+
+    def abort(self) -> None:
+        """Cut the connection, throwing away what waits."""
+        self.closed = True
+        self._unread = b""
+        self._keepalive.forget(self)
+        self.transport.abort()
+
+    def ping(self, frame: bytes) -> None:
+        """Write a ping, unless this is closing."""
+        if not self.closed and not self.transport.is_closing():
+            self._answer(frame)
+
+    def shutdown(self) -> None:
+        """Close as a restarting server does (1012); uvicorn calls it."""
+        self.end(1012, "restarting")
+
+    # --- reading; the transport calls these ---
+
+    def data_received(self, data: bytes) -> None:
+        """Take what the peer sent, as far as its turn goes."""
+        self._unread = self._unread + data if self._unread else data
+        if self._go_on is None:
+            self._take_turn()
+
+    def eof_received(self) -> None:
+        """End when the peer will send no more."""
+        if not self.closed:
+            self._close(LINGER_SECONDS)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Let go of everything."""
+        self.closed = True
+        self._keepalive.forget(self)
+        self._connections.discard(self)
+        self._unread = b""
+        self._parser = self._on_waiting = None
+        for timer in (self._timer, self._go_on):
+            if timer is not None:
+                timer.cancel()
+        self.resume_writing()
+        self._say_gone()
+
+    def pause_writing(self) -> None:
+        """Note that much waits for the peer."""
+        self._writable = asyncio.Event()
+
+    def resume_writing(self) -> None:
+        """Note that most of it was read."""
+        if self._writable is not None:
+            self._writable.set()
+            self._writable = None
+
+    # --- turns ---
+
+    def _take_turn(self) -> None:
+        """Take some frames; where more are there, or there were too many, reading waits."""
+        data = self._unread
+        start = frames = 0
+        if self._parser is None:
+            start, frames = self._read_short(data)
+        while self._parser is not None and start < len(data) and frames < TURN_FRAMES:
+            frames += self._read(data[start : start + PIECE_BYTES])
+            start += PIECE_BYTES
+        self._unread = b"" if start >= len(data) or self.transport.is_closing() else data[start:]
+        # A read costs something too, whatever it brings.
+        self._spent += frames + start / FRAME_BYTES + 0.1
+        if self._spent >= RECKON_AT or frames >= TURN_FRAMES:
+            self._reckon()
+        if self._parser is not None or self._go_on is not None:
+            self._note_held()
+
+    def _reckon(self) -> None:
+        """Read no more for a while if the peer sent too much, or until the others had a turn."""
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        credit = min(BURST, self._credit + (now - self._credit_at) * PER_SECOND) - self._spent
+        self._credit, self._credit_at, self._spent = credit, now, 0.0
+        if credit < 0 or self._unread:
+            self.transport.pause_reading()
+            self._go_on = loop.call_later(max(0.0, -credit / PER_SECOND), self._next_turn)
+
+    def _note_held(self) -> None:
+        if self._on_waiting is not None and self.waiting_bytes() > SHORT_BYTES:
+            self._on_waiting(self._unsent())
+
+    def _next_turn(self) -> None:
+        self._go_on = None
+        self.transport.resume_reading()
+        if self._unread:
+            self._take_turn()
+
+    # --- the short way ---
+
+    def _read_short(self, data: bytes) -> tuple[int, int]:
+        """Take whole short messages, pings and pongs; the parser takes anything else from there.
+
+        Returns:
+            How far it read, and how many frames there were.
+        """
+        start, size, frames = 0, len(data), 0
+        while self._parser is None and size - start >= 2 and frames < TURN_FRAMES:
+            first, length = data[start], data[start + 1] & 0x7F
+            mask = start + 2
+            is_short = first in (_TEXT, _PING, _PONG) and data[start + 1] & 0x80
+            if length == 126 and first == _TEXT:
+                if size - start < 4:
+                    break
+                length = int.from_bytes(data[mask : mask + 2], "big")
+                mask += 2
+                is_short = is_short and 126 <= length <= SHORT_BYTES
+            elif length > 125:
+                is_short = False
+            if not is_short:
+                self._parser_from_now_on()
+                break
+            payload = mask + 4
+            if payload + length > size:
+                break
+            start = payload + length
+            frames += 1
+            self._take(first, apply_mask(data[payload:start], data[mask:payload]))
+        return start, frames
+
+    def _take(self, first: int, payload: bytes) -> None:
+        if first == _TEXT:
+            self._hear_text(payload)
+        elif first == _PONG:
+            self._keepalive.answered(self, payload)
+        else:
+            self._pong(payload)
+
+    def _pong(self, payload: bytes) -> None:
+        if not self.closed and self._unsent() < PONGS_WAIT_BYTES:
+            self._answer(_frame(Opcode.PONG, payload))
+
+    def _hear_text(self, payload: bytes) -> None:
+        try:
+            message = payload.decode()
+        except UnicodeDecodeError:
+            self.end(1007, "not UTF-8")
+        else:
+            self._hear(message)
+
+    def _hear(self, message: str | bytes) -> None:
+        if self._listener is not None and not self.closed:
+            self._listener.heard(message)
+
+    # --- the library's way ---
+
+    def _parser_from_now_on(self) -> _Parser:
+        if self._parser is None:
+            self._parser = _Parser(self._max_message_bytes)
+        return self._parser
+
+    def _read(self, data: bytes) -> int:
+        """Have the parser read; return how many frames there were."""
+        parser = self._parser_from_now_on()
+        if parser.parser_exc is not None:
+            return 0  # It was told so already, and what it still sends is thrown away.
+        parser.receive_data(data)
+        if parser.parser_exc is not None:
+            self._fail(parser)
+            return 1
+        frames = parser.frames_received()
+        for frame in frames:
+            if frame.opcode is Opcode.CLOSE:
+                self._answer_close(parser)
+                break
+            if self.closed:
+                continue
+            if frame.opcode is Opcode.PING:
+                self._pong(bytes(frame.data))
+            elif frame.opcode is Opcode.PONG:
+                self._keepalive.answered(self, bytes(frame.data))
+            else:
+                self._assemble(parser, frame)
+        return len(frames)
+
+    def _assemble(self, parser: _Parser, frame: Frame) -> None:
+        if frame.opcode is not Opcode.CONT:
+            parser.opcode = frame.opcode
+        whole = parser.add(frame)
+        if len(parser.parts) > MAX_FRAGMENTS:
+            parser.parts = []
+            self.end(1009, "too many fragments")
+        elif whole is not None and parser.opcode is Opcode.TEXT:
+            self._hear_text(whole)
+        elif whole is not None:
+            self._hear(whole)
+
+    def _answer_close(self, parser: _Parser) -> None:
+        """Answer the peer's close, or take its answer to ours; one that reads nothing is cut."""
+        self._send_of(parser)
+        self.transport.close()
+        if not self.closed:
+            self._close()
+
+    def _fail(self, parser: _Parser) -> None:
+        """Tell why (1002, 1007, 1009) and end, reading on for a moment so that it arrives."""
+        self._send_of(parser)
+        end_writing(self.transport)
+        if not self.closed:
+            self._close(LINGER_SECONDS)
+
+    def _send_of(self, parser: _Parser) -> None:
+        self._answer(b"".join(parser.data_to_send()))
+
+    # --- the end ---
+
+    def _close(self, seconds: float = CLOSE_SECONDS) -> None:
+        self.closed = True
+        self._keepalive.forget(self)
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_later(
+            min(seconds, self._keepalive.timeout_seconds), self.transport.abort
+        )
+        # Later: whoever closed it may be walking over all connections.
+        loop.call_soon(self._say_gone)
+
+    def _say_gone(self) -> None:
+        listener, self._listener = self._listener, None
+        if listener is not None:
+            listener.gone()
+
+
+class Keepalive:
+    """Pings the connections of one server and cuts those that do not answer; one timer for all.
+
+    Args:
+        interval_seconds: how long after its handshake, or its last pong, a peer is pinged.
+        timeout_seconds: how long it may take to answer.
+    """
+
+    def __init__(self, interval_seconds: float, timeout_seconds: float) -> None:
+        self.timeout_seconds = timeout_seconds
+        self._interval_seconds = interval_seconds
+        # Both in the order of time, for what is added last is due last.
+        self._due: dict[WebSocketConnection, float] = {}
+        self._asked: dict[WebSocketConnection, tuple[float, bytes]] = {}
+        self._timer: asyncio.TimerHandle | None = None
+
+    def watch(self, connection: WebSocketConnection) -> None:
+        """Ping this peer from now on."""
+        at = asyncio.get_running_loop().time() + self._interval_seconds
+        self._due[connection] = at
+        self._look_at(at)
+
+    def forget(self, connection: WebSocketConnection) -> None:
+        """Ping it no more."""
+        self._due.pop(connection, None)
+        self._asked.pop(connection, None)
+
+    def answered(self, connection: WebSocketConnection, payload: bytes) -> None:
+        """Take a pong; one that answers no ping of ours means nothing (RFC 6455 section 5.5.3)."""
+        asked = self._asked.get(connection)
+        if asked is not None and asked[1] == payload:
+            del self._asked[connection]
+            self.watch(connection)
+
+    def _look(self) -> None:
+        self._timer = None
+        now = asyncio.get_running_loop().time()
+        for connection in _until(now, ((c, at) for c, (at, _) in self._asked.items())):
+            # A close frame would wait in its buffer for ever.
+            connection.abort()
+        # Some a little early, so that thousands of connections are not thousands of timers.
+        payload = os.urandom(4)
+        ping = _frame(Opcode.PING, payload)
+        for connection in _until(now + self._interval_seconds / 50, self._due.items()):
+            del self._due[connection]
+            self._asked[connection] = (now + self.timeout_seconds, payload)
+            connection.ping(ping)
+        for at in self._due.values():
+            self._look_at(at)
+            break
+        for at, _ in self._asked.values():
+            self._look_at(at)
+            break
+
+    def _look_at(self, at: float) -> None:
+        """Look again at that time, unless a look before it is arranged."""
+        if self._timer is None or at < self._timer.when():
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer = asyncio.get_running_loop().call_at(at, self._look)
+
+
+class _Parser(sans_io.Protocol):
+    """The library's protocol, which answers a close frame between two fragments as it must.
+
+    The library calls it a protocol error (1002), so plain uvicorn fails Autobahn's case 7.1.5; a
+    control frame may stand there (RFC 6455 section 5.4), and each close is answered (5.5.1).
+
+    It answers no pings: what is sent is the connection's to decide.
+
+    Attributes:
+        opcode: of the message under way.
+        parts: what came of it.
+    """
+
+    def __init__(self, max_message_bytes: int) -> None:
+        super().__init__(sans_io.Side.SERVER, max_size=max_message_bytes, logger=logger)
+        # Its log has every frame.
+        self.debug = False
+        self.opcode = Opcode.TEXT
+        self.parts: list[bytes] = []
+
+    def frames_received(self) -> list[Frame]:
+        """Return what came since the last call; after the handshake all events are frames."""
+        return [event for event in self.events_received() if isinstance(event, Frame)]
+
+    def add(self, frame: Frame) -> bytes | None:
+        """Take a piece of a message; return the message once it is whole."""
+        if frame.fin and not self.parts:
+            return bytes(frame.data)
+        self.parts.append(bytes(frame.data))
+        if not frame.fin:
+            return None
+        whole, self.parts = b"".join(self.parts), []
+        return whole
+
+    @property
+    def held_bytes(self) -> int:
+        """How many bytes wait for the rest of their frame or message."""
+        return len(self.reader.buffer) + (self.current_size or 0)
+
+    def send_frame(self, frame: Frame) -> None:
+        if frame.opcode is not Opcode.PONG:
+            super().send_frame(frame)
+
+    def recv_frame(self, frame: Frame) -> None:
+        if frame.opcode is Opcode.CLOSE:
+            self.current_size = None
+        super().recv_frame(frame)
+
+
+def unsent_bytes_of(transport: asyncio.Transport) -> Callable[[], int]:
+    """Return what tells how many bytes wait for the peer, those that TLS has encrypted too."""
+    beneath = beneath_tls(transport)
+    if beneath is None:
+        return transport.get_write_buffer_size
+    carrier = beneath
+    return lambda: transport.get_write_buffer_size() + carrier.get_write_buffer_size()
+
+
+def _frame(opcode: Opcode, payload: bytes) -> bytes:
+    return Frame(opcode, payload).serialize(mask=False, extensions=[])
+
+
+def _until(
+    end: float, times: Iterable[tuple[WebSocketConnection, float]]
+) -> list[WebSocketConnection]:
+    """Return those up to the first whose time is after `end`."""
+    return [each for each, _ in itertools.takewhile(lambda item: item[1] <= end, times)]
