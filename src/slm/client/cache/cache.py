@@ -354,7 +354,7 @@ class AgentConfigCache:
         revision: int,
         complete: bool,
         age_seconds: float,
-        epoch_age_seconds: float,
+        epoch_age_seconds: float = 0.0,
         change_id: str | None = None,
     ) -> None:
         """Start from a snapshot file: all of it stale; entries that lack their key are left out.
