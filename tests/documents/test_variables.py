@@ -50,7 +50,7 @@ def test_the_arguments_of_the_client_are_those_of_the_code() -> None:
 
 def test_the_environment_step_is_in_the_page() -> None:
     """Each AUTOBOT_LLM_ variable that the chain's third step reads has its row."""
-    from slm.client import fallback
+    from slm.client.resolution import environment
 
     told = {name for name, _ in ROWS if name.startswith(PREFIX)}
-    assert told == {PREFIX + name for name in fallback._NAMES}
+    assert told == {PREFIX + name for name in environment._NAMES}
