@@ -123,7 +123,7 @@ async def test_prepared_statements_that_are_gone_fail_no_request(
 @contextlib.asynccontextmanager
 async def api(server: InLoopServer) -> AsyncIterator[Api]:
     async with aiohttp.ClientSession() as session:
-        yield Api(server, session, server.admin_token)
+        yield Api(server, session, server.admin_token, key_token=server.backend_token)
 
 
 # --- encodings ---

@@ -63,21 +63,32 @@ async def backup(database: Database, path: Path) -> None:
         raise InvalidRequest(f"{path} cannot be written: {error.strerror or error}.") from None
 
 
-async def restore(settings: Settings, path: Path) -> list[str]:
+async def restore(settings: Settings, path: Path, *, create: bool = False) -> list[str]:
     """Put a backup in the place of the database, with a new epoch; the server must be stopped.
 
     The database that was there is kept beside it as `….before-restore-<n>`.
+
+    Args:
+        settings: where the database is.
+        path: the backup.
+        create: whether to go on where no database is yet.
 
     Returns:
         What was done, and what needs the operator's attention.
 
     Raises:
-        StartupError: the server runs, or the file is no SLM database of a known version.
+        StartupError: the server runs, no database is there and `create` is not set, or the file is
+            no SLM database of a known version.
     """
     target = Database(settings.url, lock_timeout_seconds=settings.lock_timeout_seconds)
     place = target.path
     if place is None:
         raise StartupError("This restore is for a SQLite file; use pg_restore for PostgreSQL.")
+    if not create and not place.exists():
+        raise StartupError(
+            f"There is no database at {place}: name the server's data directory with --data (or its"
+            " file with --database-url), or add --create to restore into an empty place."
+        )
     make_data_dir(settings.data_dir)
     copy = place.with_name(f".{place.name}.{secrets.token_hex(8)}")
     try:

@@ -39,7 +39,7 @@ from slm.server.security.audit import Who
 from slm.server.settings import Settings
 
 FIRST_TOKENS: Final = (
-    ("admin", "admin.token", tokens.SCOPES),
+    ("admin", "admin.token", tokens.OPERATOR_SCOPES),
     ("backend", "backend.token", tokens.BACKEND_SCOPES),
 )
 MIGRATIONS: Final = Path(__file__).parents[1] / "db" / "migrations"
