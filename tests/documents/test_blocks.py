@@ -13,15 +13,6 @@ PAGES = sorted(
     str(path.relative_to(ROOT)) for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
 )
 RUN_BY = {
-    ("CONTRIBUTING.md", "text server"): (
-        "tests/test_import_law.py::test_imports_go_down_the_floors_of_a_room"
-    ),
-    ("CONTRIBUTING.md", "text client"): (
-        "tests/test_import_law.py::test_imports_go_down_the_floors_of_a_room"
-    ),
-    ("CONTRIBUTING.md", "text cli"): (
-        "tests/test_import_law.py::test_imports_go_down_the_floors_of_a_room"
-    ),
     ("README.md", "python"): "tests/test_documents.py::test_the_readmes_backend_runs",
     ("README.md", "sh"): "tests/test_documents.py::test_commands_are_understood",
     ("docs/operations.md", "nginx"): "tests/faults/test_operations.py::test_nginx_as_documented",
