@@ -1,8 +1,8 @@
 """The code blocks of a document, and which of them are to be run.
 
 A block is run by a test, unless the line before it is `<!-- fragment -->` or
-`<!-- fragment: why -->`. A block without a language is a picture or a text. A generated part of a
-page marks its own.
+`<!-- fragment: why -->`. A block without a language, or of `text`, is a picture. A generated part
+of a page marks its own.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Block:
 
 
 def all_blocks(page: str) -> Iterator[Block]:
-    """Yield every block of a page that has a language."""
+    """Yield every block of a page that is code."""
     before: list[str] = []
     lines = iter(enumerate((ROOT / page).read_text().splitlines(), 1))
     for number, line in lines:
@@ -50,7 +50,8 @@ def all_blocks(page: str) -> Iterator[Block]:
             if text.startswith("```"):
                 break
             inside.append(f"{text}\n")
-        if language := line.removeprefix("```").strip():
+        language = line.removeprefix("```").partition(" ")[0]
+        if language not in ("", "text"):
             fragment = any(FRAGMENT.fullmatch(each) for each in before)
             stops = tuple(
                 found[1] for each in before if (found := re.match(r"<!-- stop: (.+) -->", each))

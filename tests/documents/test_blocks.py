@@ -21,6 +21,12 @@ RUN_BY = {
     ),
     ("README.md", "sh"): "tests/test_documents.py::test_commands_are_understood",
     ("docs/operations.md", "nginx"): "tests/faults/test_operations.py::test_nginx_as_documented",
+    ("docs/operations.md", "ini"): (
+        "tests/faults/test_operations.py::test_the_systemd_unit_can_be_enabled_and_starts_a_server"
+    ),
+    ("docs/operations.md", "sh"): (
+        "tests/faults/test_operations.py::test_sqlite_backup_and_restore_as_documented"
+    ),
     ("docs/protocol.md", "json"): (
         "tests/test_protocol.py::test_every_example_of_the_document_is_a_golden_message"
     ),
