@@ -67,7 +67,7 @@ async def _openai(request: web.Request) -> web.Response:
 async def _anthropic(request: web.Request) -> web.Response:
     model = (await request.json())["model"]
     answer = {"type": "message", "role": "assistant", "model": model, "stop_reason": "end_turn"}
-    answer["content"] = [{"type": "text", "text": f"{model} says yes."}]  # type: ignore[assignment]
+    answer["content"] = [{"type": "text", "text": f"{model} says yes."}]
     return web.json_response(answer | {"usage": {"input_tokens": 9, "output_tokens": 4}})
 
 
@@ -225,7 +225,8 @@ def masked(lines: list[str]) -> tuple[list[str], list[str]]:
 
     Times are masked, and repeated lines of the backend count once.
     """
-    operator, backend = [], []
+    operator: list[str] = []
+    backend: list[str] = []
     for line in lines:
         if found := _BACKEND_LINE.match(line):
             did = " ".join(found.groups())
