@@ -38,13 +38,14 @@ class Lane:
         wait_seconds: how long a thread waits for a connection where the server has no more.
 
     Attributes:
+        wait_seconds: the same.
         engine: None before it is opened, where there is none, and after it was closed.
     """
 
     def __init__(self, workers: int, name: str, wait_seconds: float) -> None:
         self.engine: Engine | None = None
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix=name)
-        self._wait_seconds = wait_seconds
+        self.wait_seconds = wait_seconds
 
     def close(self) -> None:
         """Wait for the threads, then close every connection."""
@@ -82,7 +83,7 @@ class Lane:
         engine = self.engine
         if engine is None:
             raise _closed()
-        until = time.monotonic() + self._wait_seconds
+        until = time.monotonic() + self.wait_seconds
         while True:
             try:
                 return engine.connect()
