@@ -47,6 +47,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             terminalreporter.line(f"{name}: {shown}")
 
 
+@pytest.fixture(autouse=True)
+def _own_state_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What clients keep by default is kept in the test's own folder."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+
+
 @pytest.fixture
 async def server(tmp_path: Path) -> AsyncIterator[InLoopServer]:
     """A server with nothing but its default agent, in the test's own loop."""
@@ -63,8 +69,8 @@ async def session() -> AsyncIterator[aiohttp.ClientSession]:
 
 @pytest.fixture
 def admin(server: InLoopServer, session: aiohttp.ClientSession) -> Api:
-    """Calls with a token of all scopes."""
-    return Api(server, session, server.admin_token)
+    """An operator's calls: keys are read with the backend's token, all else with the admin's."""
+    return Api(server, session, server.admin_token, key_token=server.backend_token)
 
 
 @pytest.fixture

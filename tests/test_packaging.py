@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 import venv
 import zipfile
 from collections.abc import Iterable
@@ -32,6 +33,19 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=60)
     (built,) = target.glob("*.whl")
     return built
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The source distribution, unpacked."""
+    target = tmp_path_factory.mktemp("sdist")
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-d", str(target)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=60)
+    (built,) = target.glob("*.tar.gz")
+    with tarfile.open(built) as packed:
+        packed.extractall(target, filter="data")
+    (folder,) = (path for path in target.iterdir() if path.is_dir())
+    return folder
 
 
 def needed(requirements: Iterable[str], extras: frozenset[str]) -> dict[str, Distribution]:
@@ -99,6 +113,30 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     assert any(re.fullmatch(r"slm/server/db/migrations/versions/\w+\.py", name) for name in names)
     assert any(name.endswith("dist-info/licenses/LICENSE") for name in names)
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"slm", "autobot_slm"}
+
+
+def test_the_description_has_no_link_that_leads_nowhere(wheel: Path) -> None:
+    """On the package index only absolute links work, so there is no other one."""
+    with zipfile.ZipFile(wheel) as packed:
+        (name,) = (n for n in packed.namelist() if n.endswith("dist-info/METADATA"))
+        head, _, text = packed.read(name).decode().partition("\n\n")
+    assert "Description-Content-Type: text/markdown" in head
+    assert text.startswith("# SLM")
+    assert len(text) > 2000
+    targets = re.findall(r"\]\(([^)]*)\)|(?:href|src)=\"([^\"]*)\"", text)
+    assert not [one or other for one, other in targets if not re.match(r"https?:|#", one or other)]
+
+
+def test_the_source_distribution_is_whole(archive: Path, tmp_path: Path) -> None:
+    """It has what a contributor reads and runs, and the same wheel can be built from it."""
+    names = {path.name for path in archive.iterdir()}
+    assert names >= {"CONTRIBUTING.md", "SECURITY.md", "README.md", "CHANGELOG.md", "LICENSE"}
+    assert names >= {"Makefile", "src", "tests", "docs", "benchmarks", "requirements.lock"}
+    assert not names & {".venv", ".git", "slm-data", "dist"}
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    subprocess.run(command, cwd=archive, check=True, capture_output=True, timeout=60)
+    (built,) = tmp_path.glob("*.whl")
+    assert "slm/py.typed" in zipfile.ZipFile(built).namelist()
 
 
 def test_every_module_is_in_the_wheel(wheel: Path) -> None:

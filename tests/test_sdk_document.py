@@ -18,6 +18,7 @@ PAGE = (Path(__file__).parents[1] / "docs" / "sdk.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 PRINTED = [
     "openai m-billing agent 2\n",
+    "m-billing False\n",
     "m-billing m-billing\n",
     "m-billing\n",
     "the SLM has no agent 'biling' that this token may see (did you mean 'billing'?) billing\n",

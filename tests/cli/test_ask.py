@@ -57,6 +57,20 @@ async def test_the_answer_and_the_config_that_made_it(tmp_path: Path, provider: 
     assert len(model.received) == 1
 
 
+async def test_the_backends_token_is_used_and_the_admins_reads_no_key(tmp_path: Path) -> None:
+    """`slm ask` shows backend.token, and with admin.token it says which scope is missing."""
+    async with stage(tmp_path) as (_, _, model, _):
+        done = await slm("ask", "code-assistant", "hello", data=tmp_path)
+        refused = await slm(
+            *("ask", "code-assistant", "hello", "--token-file", str(tmp_path / "admin.token")),
+            data=tmp_path,
+        )
+        assert done.code == 0, done.err
+        assert model.received[0].headers["authorization"] == f"Bearer {CANARY}"
+        assert len(model.received) == 1
+    assert "key:read" in refused.err
+
+
 async def test_json(tmp_path: Path) -> None:
     """With --json one object says the text and everything about it."""
     async with stage(tmp_path) as (_, _, _, revision):

@@ -67,6 +67,22 @@ async def test_restore_asks(tmp_path: Path) -> None:
     assert not (tmp_path / "data").exists()
 
 
+async def test_restore_refuses_a_place_without_a_database(tmp_path: Path) -> None:
+    """Without --data it finds no database, says so, and makes none; --create makes one."""
+    data, copy = tmp_path / "data", tmp_path / "copy.db"
+    assert (await slm("db", "upgrade", data=data)).code == 0
+    copy.write_bytes((data / "slm.db").read_bytes())
+    elsewhere = tmp_path / "elsewhere"
+    refused = await slm("db", "restore", str(copy), "--yes", data=elsewhere)
+    assert refused.code == 1
+    assert str(elsewhere / "slm.db") in refused.error
+    assert "--data" in refused.error
+    assert not elsewhere.exists()
+    made = await slm("db", "restore", str(copy), "--yes", "--create", data=elsewhere)
+    assert made.code == 0, made.err
+    assert (elsewhere / "slm.db").exists()
+
+
 async def test_what_is_no_backup_is_refused(tmp_path: Path) -> None:
     """A file that is no database of ours is refused and the one in place stays."""
     data = tmp_path / "data"

@@ -202,6 +202,7 @@ async def test_an_id_with_a_slash_is_that_agent_and_no_path(data_dir: Path) -> N
     database.close()
     async with ServerProcess(data_dir, env={"SLM_ENCRYPTION_KEYS": key.decode()}) as server:
         headers = {"Authorization": f"Bearer {server.admin_token}"}
+        reader = {"Authorization": f"Bearer {server.backend_token}"}
         async with aiohttp.ClientSession(headers=headers) as http:
 
             async def call(method: str, agent_id: str, rest: str = "", **options: Any) -> Any:
@@ -213,7 +214,7 @@ async def test_an_id_with_a_slash_is_that_agent_and_no_path(data_dir: Path) -> N
             for agent_id in agent_ids:
                 assert (await call("GET", agent_id))["agent_id"] == agent_id
                 assert (await call("GET", agent_id, "?min_revision=1"))["agent_id"] == agent_id
-                keyed = await call("GET", agent_id, "/llm")
+                keyed = await call("GET", agent_id, "/llm", headers=reader)
                 assert (keyed["agent_id"], keyed["llm_api_key"]) == (agent_id, f"sk-{agent_id}")
                 changed = await call("PUT", agent_id, json={"llm_model": f"m-{agent_id}"})
                 assert (changed["agent_id"], changed["llm_model"]) == (agent_id, f"m-{agent_id}")

@@ -23,7 +23,8 @@ async def test_heartbeats_while_an_event_waits(site: Site, http: aiohttp.ClientS
             failpoints.arm("before_push:hold:0.5", testing=True)
             after = await operator.set("billing", llm_model="new")
             # The database has it, and a keyed read shows it, before anyone was told.
-            status, headers, said = await operator.ask("GET", "/api/agents/billing/llm")
+            reader = Operator(http, server.url, site.backend_token)
+            status, headers, said = await reader.ask("GET", "/api/agents/billing/llm")
             assert (status, said["llm_model"], headers["SLM-Revision"]) == (200, "new", str(after))
             await eventually(lambda: all(s.reached(after) for s in subs))
             await eventually(lambda: all(s.frames[-1]["type"] == "heartbeat" for s in subs))

@@ -85,8 +85,9 @@ async def test_cut_from_its_database(
                     "PUT", "/api/agents/billing", {"llm_model": "x"}
                 )
                 assert (status, said["code"]) == (503, "database-unavailable")
+                reader = Operator(http, server.url, site.backend_token)
                 for path in ("/api/agents/billing/llm", "/api/snapshot"):
-                    status, headers, said = await operator.ask("GET", path)
+                    status, headers, said = await reader.ask("GET", path)
                     assert (status, said["code"]) == (503, "database-unavailable")
                     assert int(headers["Retry-After"]) >= 1
                 for path in ("/api/agents", "/api/agents/billing", "/api/agents/default"):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import configparser
 import contextlib
 import os
 import re
 import shutil
 import ssl
 import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -24,7 +26,7 @@ from tests.support.faults.network import UP, proxied
 from tests.support.faults.site import Operator, Site
 from tests.support.faults.subscriber import heard, subscribers
 from tests.support.postgres import free_port, programs
-from tests.support.servers import eventually
+from tests.support.servers import ServerProcess, eventually
 
 PAGE = (Path(__file__).parents[2] / "docs" / "operations.md").read_text()
 
@@ -162,7 +164,7 @@ async def test_nginx_that_was_not_named(postgres_site: Site, tmp_path: Path) -> 
         nginx(tmp_path / "nginx", [server.url], ca) as url,
         aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=context)) as http,
     ):
-        operator = Operator(http, url, site.admin_token)
+        operator = Operator(http, url, site.backend_token)
         status, _, said = await operator.ask("GET", "/api/agents/default/llm")
         assert (status, said.get("code")) == (403, "tls-required"), said
         assert (await operator.ask("GET", "/api/agents/default"))[0] == 200
@@ -219,6 +221,74 @@ async def test_postgresql_backup_and_restore_as_documented(
             assert (await client.resolve("made-later")).step == "default"
     finally:
         await server.stop()
+
+
+@pytest.mark.history(streams=False)
+@pytest.mark.parametrize("holding", ["pg_dump", "pg_restore"])
+def test_an_unset_address_stops_before_another_database_is_touched(
+    tmp_path: Path, holding: str
+) -> None:
+    """With SLM_PG_URL unset or empty, none of the page's programs is called."""
+    for name in ("pg_dump", "pg_restore", "psql"):
+        program = tmp_path / name
+        program.write_text(f"#!/bin/sh\ntouch {tmp_path}/called\n")
+        program.chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    for more in ({}, {"SLM_PG_URL": ""}):
+        done = subprocess.run(
+            ["sh", "-c", block("sh", holding)], env={"PATH": path} | more, cwd=tmp_path
+        )
+        assert done.returncode != 0
+        assert not (tmp_path / "called").exists()
+    given = {"PATH": path, "SLM_PG_URL": "postgresql://slm@db/slm"}
+    subprocess.run(["sh", "-c", block("sh", holding)], env=given, cwd=tmp_path, check=True)
+    assert (tmp_path / "called").exists()
+
+
+@pytest.mark.history(streams=False)
+async def test_sqlite_backup_and_restore_as_documented(tmp_path: Path) -> None:
+    """The page's own lines name the server's data directory, and bring back what was there."""
+    data = tmp_path / "data"
+    (tmp_path / "slm").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m slm "$@"\n')
+    (tmp_path / "slm").chmod(0o755)
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("SLM_")}
+    environment = clean | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+
+    async def shell(lines: str) -> None:
+        await asyncio.to_thread(
+            subprocess.run,
+            ["sh", "-ec", lines.replace("/var/lib/slm", str(data))],
+            cwd=tmp_path,
+            env=environment,
+            check=True,
+        )
+
+    async with ServerProcess(data) as server, aiohttp.ClientSession() as http:
+        operator = Operator(http, server.url, server.admin_token)
+        await operator.create("kept")
+        await shell(block("sh", "slm db backup"))
+        await operator.create("made-later")
+        await server.terminate()
+        copied = await asyncio.to_thread(lambda: [*tmp_path.glob("slm-*.db")])
+        lines = block("sh", "slm db restore").replace("slm-2026-11-22.db", copied[0].name)
+        await shell(lines.replace("restore", "restore --yes"))
+        await server.start()
+        assert (await operator.agents()).keys() == {"default", "kept"}
+
+
+@pytest.mark.history(streams=False)
+def test_the_systemd_unit_can_be_enabled_and_starts_a_server() -> None:
+    """It has the section that `systemctl enable` needs, and a command that `slm` understands."""
+    unit = configparser.ConfigParser(interpolation=None)
+    unit.optionxform = str  # type: ignore[assignment,method-assign]
+    unit.read_string(block("ini", "ExecStart"))
+    assert unit["Install"]["WantedBy"] == "multi-user.target"
+    program, *arguments = unit["Service"]["ExecStart"].split()
+    assert program.endswith("/slm")
+    done = subprocess.run(
+        [sys.executable, "-m", "slm", *arguments, "--help"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
 
 
 async def test_a_rolling_restart(postgres_site: Site, http: aiohttp.ClientSession) -> None:

@@ -70,7 +70,7 @@ async def log(database: Database, vault: Vault, monkeypatch: pytest.MonkeyPatch)
     long_ago = utc_now() - timedelta(days=100)
     monkeypatch.setattr(audit, "utc_now", lambda: long_ago)
     await database.run(fill)
-    return AuditLog(database, vault)
+    return AuditLog(database, vault.unseal)
 
 
 def _forget(connection: Connection) -> None:

@@ -336,11 +336,23 @@ async def test_the_api_document_says_nothing_of_what_a_server_holds(doors: Doors
     assert (await doors.ask("GET", "/openapi.json")).body == document
 
 
-async def test_the_first_admin_token_has_every_scope_and_no_scope_has_another(
+async def test_the_first_admin_token_reads_no_key_and_can_make_a_token_that_does(
     doors: Doors,
 ) -> None:
-    """admin.token reads keys; a token with the scope `admin` alone reads no agent and no key."""
-    assert (await doors.ask("GET", "/api/snapshot")).status == 200
+    """admin.token has no key:read; making a key reader is in the audit, and so is what it reads."""
+    admin = doors.ask.as_(doors.ask.token)
+    for path in ("/api/snapshot", f"/api/agents/{HIDDEN}/llm"):
+        assert (await admin("GET", path)).status == 403, path
+    reader = await make_token(admin, "key reader", "key:read", "config:read")
+    assert (await reader("GET", "/api/snapshot")).status == 200
+    rows = (await admin("GET", "/api/admin/audit")).body["entries"]
+    made = [row for row in rows if row["action"] == "token.create"]
+    assert [row["actor"] for row in made if "key reader" in str(row)] == ["admin"]
+    assert [row["action"] for row in rows if row["actor"] == "key reader"] == ["key.read_all"]
+
+
+async def test_no_scope_has_another(doors: Doors) -> None:
+    """A token with the scope `admin` alone reads no agent and no key."""
     alone = await make_token(doors.ask, "admin alone", "admin")
     for path in ("/api/agents", "/api/snapshot", f"/api/agents/{HIDDEN}/llm", "/api/changes"):
         assert (await alone("GET", path)).status == 403, path

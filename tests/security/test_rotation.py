@@ -215,7 +215,8 @@ async def test_a_rotation_waits_until_every_live_replica_has_the_key(
             await behind.stop()
         await behind.start(encryption_keys=SecretStr(f"{old},{new}"))
         async with aiohttp.ClientSession() as session:
-            here, there = (Caller(s.url, token, session) for s in (ahead, behind))
+            reads = behind.backend_token
+            here, there = (Caller(s.url, token, session, key_token=reads) for s in (ahead, behind))
 
             async def rotated() -> bool:
                 return (await here("POST", "/api/admin/keys/rotate", {})).status == 200
@@ -247,8 +248,8 @@ async def test_a_replica_without_the_active_key_serves_no_key_and_says_so(
         _replicas(tmp_path, postgres_url, [old, new]) as (awake,),
         aiohttp.ClientSession() as session,
     ):
-        here = Caller(awake.url, sleeper.admin_token, session)
-        there = Caller(sleeper.url, sleeper.admin_token, session)
+        here = Caller(awake.url, sleeper.admin_token, session, key_token=sleeper.backend_token)
+        there = Caller(sleeper.url, sleeper.admin_token, session, key_token=sleeper.backend_token)
         keys = await _fill(here, 2)
         sleeper.send_signal(signal.SIGSTOP)
 
@@ -350,14 +351,16 @@ async def test_killed_before_any_transaction_of_a_rotation_no_key_is_lost(tmp_pa
     """Keys in the data directory, the only server killed at every stage: the next run ends it."""
     victim = ServerProcess(tmp_path / "data", testing=True)
     async with victim, aiohttp.ClientSession() as session:
-        keys = await _fill(Caller(victim.url, victim.admin_token, session), 6)
+        keys = await _fill(
+            Caller(victim.url, victim.admin_token, session, key_token=victim.backend_token), 6
+        )
         killed = 0
         # The start has 6 transactions, the rotation 14.
         for passing in range(6, 20, 2):
             victim.kill()
             with contextlib.suppress(AssertionError):  # killed before it was ready
                 await victim.start(failpoint=f"database:kill@{passing}")
-            ask = Caller(victim.url, victim.admin_token, session)
+            ask = Caller(victim.url, victim.admin_token, session, key_token=victim.backend_token)
             try:
                 await _rotation(ask)
             except aiohttp.ClientError:
@@ -384,8 +387,10 @@ async def test_a_server_killed_in_mid_rotation_harms_nobody(
         victim,
         aiohttp.ClientSession() as session,
     ):
-        token = read_token(steady.data_dir, "admin")
-        here, there = (Caller(url, token, session) for url in (steady.url, victim.url))
+        token, reads = (read_token(steady.data_dir, name) for name in ("admin", "backend"))
+        here, there = (
+            Caller(url, token, session, key_token=reads) for url in (steady.url, victim.url)
+        )
         load = Load(here, await _fill(here, 12))
         killed = 0
         async with load.running():
@@ -418,4 +423,4 @@ async def test_a_server_killed_in_mid_rotation_harms_nobody(
         ) as alone,
         aiohttp.ClientSession() as session,
     ):
-        assert await _held(Caller(alone.url, token, session)) == load.keys
+        assert await _held(Caller(alone.url, token, session, key_token=reads)) == load.keys

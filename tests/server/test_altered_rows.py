@@ -11,7 +11,7 @@ import httpx
 import pytest
 from sqlalchemy import Connection, text
 
-from tests.support.servers import InLoopServer, eventually, running_server
+from tests.support.servers import InLoopServer, eventually, reads_keys, running_server
 
 KEYS: Final = "MDEyMzQ1Njc4OTAxMjM0NTY3ODkwMTIzNDU2Nzg5MDE="
 
@@ -124,8 +124,14 @@ async def site(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[
     if request.param == "postgresql":
         more["database_url"] = request.getfixturevalue("postgres_url")
     async with running_server(tmp_path / "data", **more) as server:
-        headers = {"authorization": f"Bearer {server.admin_token}"}
-        async with httpx.AsyncClient(base_url=server.url, headers=headers, timeout=30) as client:
+
+        def authorized(request: httpx.Request) -> httpx.Request:
+            keyed = request.method == "GET" and reads_keys(request.url.path)
+            token = server.backend_token if keyed else server.admin_token
+            request.headers["authorization"] = f"Bearer {token}"
+            return request
+
+        async with httpx.AsyncClient(base_url=server.url, auth=authorized, timeout=30) as client:
             site = Site(server, client)
             await site.begin()
             yield site

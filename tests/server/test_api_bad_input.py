@@ -26,7 +26,7 @@ async def apis(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[dict[s
     directory = tmp_path_factory.mktemp("data")
     async with running_server(directory) as server, aiohttp.ClientSession() as session:
         yield {
-            "admin": Api(server, session, server.admin_token),
+            "admin": Api(server, session, server.admin_token, key_token=server.backend_token),
             "backend": Api(server, session, server.backend_token),
             "anonymous": Api(server, session),
         }

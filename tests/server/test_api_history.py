@@ -83,7 +83,9 @@ async def test_a_rollback_after_five_edits(http: aiohttp.ClientSession) -> None:
     assert CANARY not in str(history)
 
 
-async def test_a_rollback_that_keeps_the_place_keeps_the_key(http: aiohttp.ClientSession) -> None:
+async def test_a_rollback_that_keeps_the_place_keeps_the_key(
+    http: aiohttp.ClientSession, server: InLoopServer
+) -> None:
     """Where provider and origin are the same, the key of today stays, not the key of then."""
     await send(http, "POST", "/api/agents", OLD, 201)
     await send(http, "PUT", "/api/agents/billing", {"llm_api_key": "sk-today"})
@@ -91,6 +93,7 @@ async def test_a_rollback_that_keeps_the_place_keeps_the_key(http: aiohttp.Clien
     back = await send(http, "POST", "/api/agents/billing/rollback", {})
     assert back["llm_model"] == "gpt-6.1-sol"
     assert "api_key_cleared" not in back
+    http.headers["Authorization"] = f"Bearer {server.backend_token}"
     keyed = await send(http, "GET", "/api/agents/billing/llm")
     assert keyed["llm_api_key"] == "sk-today"
 

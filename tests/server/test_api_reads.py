@@ -132,7 +132,7 @@ async def test_a_waiting_read_is_answered_by_the_write_it_waits_for(
 ) -> None:
     """A read that asks for the next revision is answered as soon as somebody writes it."""
     async with running_server(tmp_path, min_revision_wait_seconds=60) as server:
-        admin = Api(server, session, server.admin_token)
+        admin = Api(server, session, server.admin_token, key_token=server.backend_token)
         waiting = asyncio.create_task(admin.get("/api/agents/default?min_revision=2"))
         await admin.get("/healthz")
         await admin.put("default", llm_model="new")
@@ -192,7 +192,8 @@ async def test_a_strange_agent_id_is_not_found(admin: Api, path: str) -> None:
     for method, suffix in (("GET", ""), ("GET", "/llm"), ("DELETE", ""), ("PUT", "")):
         url = URL(f"{admin.server.url}/api/agents/{path}{suffix}", encoded=True)
         body: dict[str, str] | None = {} if method == "PUT" else None
-        async with admin.session.request(method, url, headers=admin.auth(), json=body) as answer:
+        headers = admin.auth(suffix)
+        async with admin.session.request(method, url, headers=headers, json=body) as answer:
             assert answer.status == 404, (method, suffix)
             assert answer.content_type == "application/problem+json"
 

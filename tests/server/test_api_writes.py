@@ -149,7 +149,7 @@ async def test_nothing_older_follows_an_answer(
 ) -> None:
     """With a feed that is slow, whoever wrote or read a key then reads nothing older than that."""
     async with running_server(tmp_path) as server:
-        admin = Api(server, session, server.admin_token)
+        admin = Api(server, session, server.admin_token, key_token=server.backend_token)
         failpoints.arm("before_push:hold:0.3", testing=True)
         try:
             written = await admin.put("default", llm_model="new")

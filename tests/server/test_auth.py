@@ -6,6 +6,7 @@ import ipaddress
 import re
 import ssl
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -245,7 +246,7 @@ async def test_keyed_routes_refuse_a_forwarded_request(admin: Api) -> None:
         {"X-Forwarded-For": "127.0.0.1", "X-Forwarded-Proto": "https"},
         {"Forwarded": "for=127.0.0.1;proto=https"},
     ):
-        proxied = Api(admin.server, admin.session, admin.token, headers)
+        proxied = replace(admin, headers=headers)
         for answer in (
             await proxied.get("/api/agents/a/llm"),
             await proxied.get("/api/snapshot"),
@@ -283,7 +284,13 @@ async def test_keys_and_streams_over_tls(tls_server: InLoopServer, own_ca: trust
     assert tls_server.url.startswith("https://")
     connector = aiohttp.TCPConnector(ssl=context)
     async with aiohttp.ClientSession(connector=connector) as session:
-        admin = Api(tls_server, session, tls_server.admin_token, {"X-Forwarded-For": "192.0.2.1"})
+        admin = Api(
+            tls_server,
+            session,
+            tls_server.admin_token,
+            {"X-Forwarded-For": "192.0.2.1"},
+            key_token=tls_server.backend_token,
+        )
         async with admin.stream() as socket:
             assert (await socket.frame())["type"] == "subscribed"
             created = await admin.create("a", llm_provider="openai", llm_api_key="sk-canary-tls")

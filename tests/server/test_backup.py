@@ -243,11 +243,14 @@ async def test_a_restore_under_a_running_server_is_refused(here: Settings, tmp_p
 
 
 async def test_a_restore_into_an_empty_directory(here: Settings, tmp_path: Path) -> None:
-    """A new machine: the backup and the encryption key are all that is needed."""
+    """On a new machine it must be asked for; backup and encryption key are all that is needed."""
     copy = tmp_path / "copy.db"
     then = await backed_up(here, copy)
     new = Settings(data_dir=tmp_path / "new", encryption_keys=SecretStr(KEY))
-    assert len(await restore(new, copy)) == 1
+    with pytest.raises(StartupError, match="--create"):
+        await restore(new, copy)
+    assert not new.data_dir.exists(), "nothing is made in a place that may not be the one meant"
+    assert len(await restore(new, copy, create=True)) == 1
     async with serving(new) as store:
         assert await store.agents() == then["agents"]
     assert "slm.db.before-restore-1" not in names(new.data_dir)
@@ -276,7 +279,7 @@ async def test_a_crashed_servers_wal_is_part_of_its_database(
         for name in ("slm.db", "slm.db-wal"):
             (tmp_path / name).write_bytes((here.data_dir / name).read_bytes())
     new = Settings(data_dir=tmp_path / "new", encryption_keys=SecretStr(KEY))
-    await restore(new, tmp_path / "slm.db")
+    await restore(new, tmp_path / "slm.db", create=True)
     async with serving(new) as store:
         assert "billing" in await store.agents()
         await store.check_laws()
@@ -287,7 +290,7 @@ async def test_a_missing_encryption_key_is_told(here: Settings, tmp_path: Path) 
     copy = tmp_path / "copy.db"
     await backed_up(here, copy)
     other = Settings(data_dir=tmp_path / "new", encryption_keys=SecretStr(OTHER_KEY))
-    assert "encryption key" in " ".join(await restore(other, copy))
+    assert "encryption key" in " ".join(await restore(other, copy, create=True))
 
 
 @pytest.mark.parametrize(

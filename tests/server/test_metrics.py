@@ -70,7 +70,7 @@ async def test_a_slow_reader_is_seen_before_and_after_it_is_dropped(
 ) -> None:
     """While it reads nothing its bytes are told, with the largest; then that it was dropped."""
     async with running_server(tmp_path, buffer_bytes=200_000, **NO_PINGS) as server:
-        admin = Api(server, session, server.admin_token)
+        admin = Api(server, session, server.admin_token, key_token=server.backend_token)
         before = await _samples(admin)
         names = ("slm_buffered_bytes", "slm_largest_buffer_bytes", "slm_evictions_total")
         assert [before[name, ()] for name in names] == [0, 0, 0]

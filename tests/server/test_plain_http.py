@@ -76,10 +76,16 @@ async def test_keys_in_a_mesh(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
         aiohttp.ClientSession() as session,
     ):
         inside = {"X-Forwarded-For": "10.2.3.4", "X-Forwarded-Proto": "http"}
-        admin = Api(server, session, server.admin_token, inside)
+        admin = Api(server, session, server.admin_token, inside, key_token=server.backend_token)
         assert (await admin.create("a", llm_api_key="sk-mesh")).status == 201
         assert (await admin.get("/api/agents/a/llm")).json["llm_api_key"] == "sk-mesh"
-        outside = Api(server, session, server.admin_token, {"X-Forwarded-For": "192.0.2.4"})
+        outside = Api(
+            server,
+            session,
+            server.admin_token,
+            {"X-Forwarded-For": "192.0.2.4"},
+            key_token=server.backend_token,
+        )
         answer = await outside.get("/api/agents/a/llm")
         assert (answer.status, answer.code) == (403, "tls-required")
         assert "SLM_TRUSTED_NETWORKS" in answer.json["detail"]
@@ -99,7 +105,7 @@ async def test_the_fleet_shows_who_came_without_tls(tmp_path: Path) -> None:
             here.stream(client={"name": "here", "instance": "1"}),
             there.stream(client={"name": "there", "instance": "1"}),
         ):
-            admin = Api(server, session, server.admin_token)
+            admin = Api(server, session, server.admin_token, key_token=server.backend_token)
 
             async def plain() -> dict[str, bool]:
                 fleet = (await admin.get("/api/fleet")).json["backends"]

@@ -43,7 +43,7 @@ async def _served(data_dir: Path, database_url: str, **settings: Any) -> AsyncIt
     await server.start()
     try:
         async with aiohttp.ClientSession() as session:
-            yield Api(server, session, server.admin_token)
+            yield Api(server, session, server.admin_token, key_token=server.backend_token)
     finally:
         await server.stop()
 

@@ -19,8 +19,9 @@ from pydantic import SecretStr
 from sqlalchemy.engine import make_url
 
 from slm.errors import ConfigurationError, DatabaseUnavailable, StartupError
+from slm.server.database_url import sqlalchemy_spelling
 from slm.server.db.database import Database
-from slm.server.db.engines.postgresql import refuse_unfit, sqlalchemy_spelling
+from slm.server.db.engines.postgresql import refuse_unfit
 from slm.server.settings import Settings, load_settings
 from tests.server.test_database import execute, opened
 from tests.support.faults.network import Proxy
@@ -122,7 +123,7 @@ async def test_prepared_statements_that_are_gone_fail_no_request(
 @contextlib.asynccontextmanager
 async def api(server: InLoopServer) -> AsyncIterator[Api]:
     async with aiohttp.ClientSession() as session:
-        yield Api(server, session, server.admin_token)
+        yield Api(server, session, server.admin_token, key_token=server.backend_token)
 
 
 # --- encodings ---

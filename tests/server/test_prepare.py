@@ -102,7 +102,7 @@ async def test_notes_say_where_and_not_what(folder: Path) -> None:
 
 
 async def test_the_tokens_have_their_scopes(folder: Path) -> None:
-    """One has every scope, one what a backend needs; of both only the digest is stored."""
+    """The admin's reads no key, the backend's writes nothing; of both only the digest is stored."""
     store = await Store.open(plain(folder))
     rows = await store.sql(
         "SELECT name, digest, scopes, agents, revoked_at FROM tokens ORDER BY id"
@@ -111,7 +111,7 @@ async def test_the_tokens_have_their_scopes(folder: Path) -> None:
     admin = (folder / "admin.token").read_text().strip()
     backend = (folder / "backend.token").read_text().strip()
     assert [tuple(row) for row in rows] == [
-        ("admin", tokens.digest(admin), "config:read,key:read,agents:write,admin", None, None),
+        ("admin", tokens.digest(admin), "config:read,agents:write,admin", None, None),
         ("backend", tokens.digest(backend), "config:read,key:read", None, None),
     ]
     stored = (folder / "slm.db").read_bytes()

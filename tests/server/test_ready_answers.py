@@ -12,14 +12,14 @@ import pytest
 from multidict import CIMultiDictProxy
 
 from tests.support.raw import Api
-from tests.support.servers import InLoopServer
+from tests.support.servers import InLoopServer, reads_keys
 
 
 async def _raw(
     server: InLoopServer, path: str, token: str | None = None, **headers: str
 ) -> tuple[int, bytes, CIMultiDictProxy[str]]:
     """GET without the client's own decompression."""
-    token = token or server.admin_token
+    token = token or (server.backend_token if reads_keys(path) else server.admin_token)
     async with (
         aiohttp.ClientSession(auto_decompress=False) as session,
         session.get(

@@ -75,8 +75,9 @@ async def test_the_log_of_a_process_holds_no_secret(
         agents = f"{server.url}/api/agents"
         body = {"agent_id": "a", "name": "A", "llm_provider": "openai", "llm_model": "m"}
         await session.post(agents, json=body | {"llm_api_key": "sk-canary-log"}, headers=headers)
-        await session.get(f"{agents}/a/llm?min_revision=1", headers=headers)
-        await session.get(f"{server.url}/api/snapshot", headers=headers)
+        backend = {"Authorization": f"Bearer {server.backend_token}"}
+        await session.get(f"{agents}/a/llm?min_revision=1", headers=backend)
+        await session.get(f"{server.url}/api/snapshot", headers=backend)
         await session.get(f"{agents}?token=sk-canary-query", headers=headers)
         await session.put(f"{agents}/a", json={"sk-canary-name": 1}, headers=headers)
         await session.put(f"{agents}/a", data=b"sk-canary-body", headers=headers)

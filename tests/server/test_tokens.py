@@ -37,3 +37,4 @@ def test_scopes_are_those_of_the_contract() -> None:
     """The four scopes of the contract, and the two that a backend gets."""
     assert tokens.SCOPES == ("config:read", "key:read", "agents:write", "admin")
     assert tokens.BACKEND_SCOPES == ("config:read", "key:read")
+    assert tokens.OPERATOR_SCOPES == ("config:read", "agents:write", "admin")

@@ -11,7 +11,7 @@ from typing import Any
 
 import aiohttp
 
-from tests.support.servers import InLoopServer, ServerProcess
+from tests.support.servers import InLoopServer, ServerProcess, reads_keys
 
 
 @dataclass(frozen=True)
@@ -34,17 +34,20 @@ class Caller:
         url: the server's.
         token: what goes into Authorization; None sends none.
         seen: every body and header that came back, as text.
+        key_token: what goes there instead where keys are read, if that is another one.
     """
 
     url: str
     token: str | None
     session: aiohttp.ClientSession
     seen: list[str] = field(default_factory=list, repr=False)
+    key_token: str | None = None
 
     async def __call__(self, method: str, path: str, json_: Any = None, **more: Any) -> Answer:
         headers = dict(more.pop("headers", {}))
-        if self.token is not None:
-            headers["Authorization"] = f"Bearer {self.token}"
+        keys = self.key_token is not None and method == "GET" and reads_keys(path)
+        if token := self.key_token if keys else self.token:
+            headers["Authorization"] = f"Bearer {token}"
         async with self.session.request(
             method, self.url + path, json=json_, headers=headers, **more
         ) as answer:
@@ -103,9 +106,9 @@ class Stream:
 
 @contextlib.asynccontextmanager
 async def admin(server: InLoopServer | ServerProcess) -> AsyncIterator[Caller]:
-    """Ask this server with its first token, which may do everything."""
+    """Ask this server with its first two tokens, which may do everything between them."""
     async with aiohttp.ClientSession() as session:
-        yield Caller(server.url, server.admin_token, session)
+        yield Caller(server.url, server.admin_token, session, key_token=server.backend_token)
 
 
 def agent(agent_id: str, **fields: Any) -> dict[str, Any]:

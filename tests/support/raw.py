@@ -12,7 +12,7 @@ from typing import Any
 import aiohttp
 from multidict import CIMultiDictProxy
 
-from tests.support.servers import InLoopServer
+from tests.support.servers import InLoopServer, reads_keys
 
 PROBLEM = "application/problem+json"
 
@@ -47,21 +47,23 @@ class Answer:
 
 @dataclass
 class Api:
-    """Calls a server with one token."""
+    """Calls a server with one token, or reads keys with another one."""
 
     server: InLoopServer
     session: aiohttp.ClientSession
     token: str | None = None
     headers: dict[str, str] = field(default_factory=dict)
+    key_token: str | None = None
 
-    def auth(self) -> dict[str, str]:
+    def auth(self, path: str = "") -> dict[str, str]:
         """The headers of every request."""
-        token = {} if self.token is None else {"Authorization": f"Bearer {self.token}"}
+        shown = self.key_token if self.key_token and reads_keys(path) else self.token
+        token = {} if shown is None else {"Authorization": f"Bearer {shown}"}
         return token | self.headers
 
     async def call(self, method: str, path: str, **options: Any) -> Answer:
         """Send a request and read its answer."""
-        headers = self.auth() | options.pop("headers", {})
+        headers = self.auth(path if method == "GET" else "") | options.pop("headers", {})
         url = self.server.url + path
         async with self.session.request(method, url, headers=headers, **options) as answer:
             return Answer(answer.status, answer.headers, await answer.read())

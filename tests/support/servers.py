@@ -68,6 +68,11 @@ async def eventually(
         await asyncio.sleep(every)
 
 
+def reads_keys(path: str) -> bool:
+    """Say whether a GET of this path needs the scope key:read, which admin.token does not have."""
+    return path.partition("?")[0].endswith(("/llm", "/api/snapshot"))
+
+
 def read_token(data_dir: Path, name: str) -> str:
     """Return the token that the server wrote into `NAME.token` of its data directory."""
     return (data_dir / f"{name}.token").read_text().strip()
@@ -89,7 +94,7 @@ class InLoopServer:
 
     @property
     def admin_token(self) -> str:
-        """A token of all scopes."""
+        """A token of every scope but key:read."""
         return read_token(self.data_dir, "admin")
 
     @property

@@ -31,6 +31,10 @@ DEFAULT_URL: Final = "http://127.0.0.1:8760"
 URL_FILE: Final = "server.url"
 """Written into the data directory by `slm serve` while it runs."""
 
+ADMIN_FILE: Final = "admin.token"
+BACKEND_FILE: Final = "backend.token"
+"""The tokens that the first start writes into the data directory."""
+
 _PANEL: Final = "Which server"
 
 
@@ -56,7 +60,7 @@ TokenFile = Annotated[
         "--token-file",
         metavar="FILE",
         help="A file that holds the token. \\[env var: SLM_TOKEN, SLM_TOKEN_FILE; else the data "
-        "directory's admin.token]",
+        "directory's admin.token, for slm ask its backend.token]",
         rich_help_panel=_PANEL,
         show_default=False,
     ),
@@ -123,30 +127,43 @@ def find(
     token_file: TokenFile = None,
     ca_file: CaFile = None,
     data: DataDir = DEFAULT_DATA_DIR,
+    *,
+    own_token: str = ADMIN_FILE,
 ) -> Target:
     """Return the server that the options, the environment or the data directory name.
 
     The data directory's own token goes to a server on this machine alone, never to an address
     that came from elsewhere.
 
+    Args:
+        url: of the server.
+        token_file: a file that holds the token.
+        ca_file: certificates of a private CA.
+        data: the data directory of a server on this machine.
+        own_token: which token of the data directory is used where no other is named.
+
     Raises:
         ConfigurationError: the address is not one, or there is no token.
     """
     address, url_source = _find_url(url, data)
-    token, token_source = _find_token(token_file, data, address)
+    token, token_source = _find_token(token_file, data / own_token, address)
     found = f"{url_source}; token: {token_source}"
     proxies = usable_proxies(None, False, (address,), allow_insecure=flag("SLM_ALLOW_INSECURE"))
     return Target(address, SecretStr(token), ca_file, found, _client_cert(), proxies)
 
 
-def at_a_server(command: Callable[..., None], *, unless: str | None = None) -> Callable[..., None]:
+def at_a_server(
+    command: Callable[..., None], *, unless: str | None = None, own_token: str = ADMIN_FILE
+) -> Callable[..., None]:
     """Give a command the options that name a server, in place of its argument `target`.
 
     Args:
         command: what is to be called with the `Target` that `find` returns for those options.
         unless: an argument of the command; where it is given, `target` is None.
+        own_token: which token of the data directory is used where no other is named.
     """
-    options = inspect.signature(find, eval_str=True).parameters
+    options = dict(inspect.signature(find, eval_str=True).parameters)
+    del options["own_token"]
     own = inspect.signature(command, eval_str=True).parameters
     shown = [*(each for each in own.values() if each.name != "target"), *options.values()]
 
@@ -154,7 +171,7 @@ def at_a_server(command: Callable[..., None], *, unless: str | None = None) -> C
     def run(**given: Any) -> None:
         named = {name: given.pop(name) for name in options}
         offline = unless is not None and bool(given[unless])
-        command(target=None if offline else find(**named), **given)
+        command(target=None if offline else find(**named, own_token=own_token), **given)
 
     # typer reads both.
     run.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
@@ -228,19 +245,18 @@ def _checked_url(text: str, source: str) -> str:
     return url
 
 
-def _find_token(given: Path | None, data_dir: Path, url: str) -> tuple[str, str]:
+def _find_token(given: Path | None, file: Path, url: str) -> tuple[str, str]:
     if given is not None:
         return read_token(given), str(given)
     if token := variable("SLM_TOKEN"):
         return _checked_token(token, "SLM_TOKEN"), "SLM_TOKEN"
     if named := variable("SLM_TOKEN_FILE"):
         return read_token(Path(named)), named
-    file = data_dir / "admin.token"
     if is_loopback(url) and file.exists():
         return _own_token(file), str(file)
     raise ConfigurationError(
         f"no token for {url}: name a file with --token-file or SLM_TOKEN_FILE, or set SLM_TOKEN "
-        f"(a server writes admin.token into its data directory; none is in {data_dir})"
+        f"(a server writes {file.name} into its data directory; none is in {file.parent})"
     )
 
 

@@ -49,7 +49,8 @@ class SLMClient:
         token: the bearer token; else `token_file`, SLM_TOKEN or SLM_TOKEN_FILE.
         token_file: a file that holds it; read anew for each connection, so it may be replaced.
         cache_file: where to keep the last known good configuration for a start without the SLM;
-            else SLM_CACHE_FILE.
+            True for a file in the account's state directory, False for none. Else SLM_CACHE_FILE,
+            which may be `on` or `off`; else none.
         cache_key: a Fernet key that encrypts that file; without one no API key is in it. Else
             SLM_CACHE_KEY.
         ca_file: the PEM file of a private CA; certificates are verified against it alone. Else
@@ -82,7 +83,7 @@ class SLMClient:
         token: str | SecretStr | None = None,
         token_file: str | os.PathLike[str] | None = None,
         *,
-        cache_file: str | os.PathLike[str] | None = None,
+        cache_file: str | os.PathLike[str] | bool | None = None,
         cache_key: str | SecretStr | None = None,
         ca_file: str | os.PathLike[str] | None = None,
         client_cert: ClientCert | None = None,

@@ -10,6 +10,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
 from slm.client.client import SLMClient
+from slm.client.options import cache_file_from_environment
 
 Lifespan = Callable[[Any], AbstractAsyncContextManager[Mapping[str, Any] | None]]
 
@@ -19,7 +20,9 @@ def lifespan(
 ) -> Callable[[Any], AbstractAsyncContextManager[Mapping[str, Any]]]:
     """Return a lifespan that connects a client when the application starts, and closes it after.
 
-    The client is `app.state.slm`, and `request.state.slm` in each request.
+    The client is `app.state.slm`, and `request.state.slm` in each request. It keeps the last known
+    good configuration in a file of the account's state directory, so that an application restarted
+    while the SLM is down still has it; `cache_file=False` or SLM_CACHE_FILE=off keeps none.
 
     Example:
         >>> from fastapi import FastAPI
@@ -34,7 +37,7 @@ def lifespan(
 
     @asynccontextmanager
     async def start_up(app: Any) -> AsyncIterator[Mapping[str, Any]]:
-        client = slm if isinstance(slm, SLMClient) else SLMClient(slm, **options)
+        client = slm if isinstance(slm, SLMClient) else SLMClient(slm, **_with_cache_file(options))
         async with client:
             app.state.slm = client
             if inner is None:
@@ -44,3 +47,9 @@ def lifespan(
                 yield {**(state or {}), "slm": client}
 
     return start_up
+
+
+def _with_cache_file(options: dict[str, Any]) -> dict[str, Any]:
+    if options.get("cache_file") is None and cache_file_from_environment() is None:
+        return options | {"cache_file": True}
+    return options

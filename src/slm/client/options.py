@@ -6,6 +6,7 @@ An argument always wins over its variable. Reads variables and files; opens no c
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 from pydantic import SecretStr
 
 from slm.client.cache.snapshot_file import SnapshotFile
+from slm.client.cache.state_folder import default_cache_file
 from slm.client.runtime.log import quiet_logger
 from slm.client.transport.addresses import is_insecure, usable_urls
 from slm.client.transport.credentials import TokenSource
@@ -56,7 +58,7 @@ def read_options(
     token: str | SecretStr | None,
     token_file: str | os.PathLike[str] | None,
     *,
-    cache_file: str | os.PathLike[str] | None,
+    cache_file: str | os.PathLike[str] | bool | None,
     cache_key: str | SecretStr | None,
     ca_file: str | os.PathLike[str] | None,
     client_cert: ClientCert | None,
@@ -79,10 +81,11 @@ def read_options(
         tls,
         usable_proxies(proxy, trust_env, urls, allow_insecure=allowed),
     )
+    name = name if name is not None else variable("SLM_NAME")
     return Options(
         site=site,
-        file=_snapshot_file(cache_file, cache_key),
-        name=name if name is not None else variable("SLM_NAME"),
+        file=_snapshot_file(cache_file, cache_key, site, name),
+        name=name,
         insecure=any(map(is_insecure, urls)),
     )
 
@@ -107,14 +110,29 @@ def usable_tls(
     return files
 
 
+def cache_file_from_environment() -> str | bool | None:
+    """Return what SLM_CACHE_FILE says: a path, False for `off`, True for `on`, or None."""
+    named = variable("SLM_CACHE_FILE")
+    return {"off": False, "on": True}.get((named or "").lower(), named)
+
+
 def _snapshot_file(
-    path: str | os.PathLike[str] | None, key: str | SecretStr | None
+    given: str | os.PathLike[str] | bool | None,
+    key: str | SecretStr | None,
+    site: Site,
+    name: str | None,
 ) -> SnapshotFile | None:
-    path = path if path is not None else variable("SLM_CACHE_FILE")
-    if path is None:
+    given = given if given is not None else cache_file_from_environment()
+    if given is None or given is False:
         return None
     if key is None:
         key = variable("SLM_CACHE_KEY")
-    elif isinstance(key, str):
-        key = tidied(key)
-    return SnapshotFile(path, key)
+    elif isinstance(key, SecretStr):
+        key = key.get_secret_value()
+    key = None if key is None else tidied(key)
+    path: str | os.PathLike[str] | None = (
+        default_cache_file(site.urls, site.token.identity, name or socket.gethostname(), key)
+        if given is True
+        else given
+    )
+    return None if path is None else SnapshotFile(path, key)

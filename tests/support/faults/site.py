@@ -69,7 +69,7 @@ class Site:
 
     @property
     def admin_token(self) -> str:
-        """A token of all scopes; the first server to start wrote it."""
+        """A token of every scope but key:read; the first server to start wrote it."""
         return self._token("admin")
 
     @property

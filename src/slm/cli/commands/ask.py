@@ -6,6 +6,7 @@ The answer goes to stdout as it comes; which configuration made it, and why that
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import sys
 import time
@@ -16,11 +17,11 @@ import typer
 from slm import LLMInterface, SLMClient
 from slm.cli import output
 from slm.cli.agent_options import sent, temperature_sent
-from slm.cli.target import Target, at_a_server
+from slm.cli.target import BACKEND_FILE, Target, at_a_server
 from slm.client.config import ResolvedConfig, Step
 
 
-@at_a_server
+@functools.partial(at_a_server, own_token=BACKEND_FILE)
 def ask(
     target: Target,
     agent: Annotated[
@@ -52,8 +53,9 @@ def ask(
 ) -> None:
     """Ask an agent's model something, with the agent's config of this moment.
 
-    It goes the way of a backend: the config from the SLM (or the next step of the chain), the
-    request straight to the provider. The config that answered, and why that one, is told.
+    It does what a backend does: the config comes from the SLM (or the next step of the chain), the
+    request goes straight to the provider. It also says which config answered, and why that one.
+    It needs a token that may read keys (key:read), as backend.token does and admin.token does not.
 
     [bold]Example[/]
       slm ask code-assistant "What does functools.partial do?"

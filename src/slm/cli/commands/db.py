@@ -122,12 +122,20 @@ def restore(
         ),
     ],
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    create: Annotated[
+        bool,
+        typer.Option("--create", help="Restore where no database is yet, as on a new machine."),
+    ] = False,
     data: DataDir = DEFAULT_DATA_DIR,
     database_url: DatabaseUrl = None,
 ) -> None:
-    """Put a backup in the place of the database; the server must be stopped.
+    """Replace the database with a backup; the server must be stopped.
 
-    It begins a new epoch: every client takes a fresh snapshot, and drops what is not there.
+    Restoring starts a new epoch: every client takes a fresh snapshot and drops agents that are not
+    in it.
+
+    [bold]Example[/]
+      slm db restore slm-2026-11-22.db --data /var/lib/slm
     """
     from slm.server.lifecycle.backup import restore as restore_backup
     from slm.server.settings import load_settings
@@ -136,8 +144,8 @@ def restore(
     if not yes:
         if not sys.stdin.isatty():
             raise output.UsageError("there is no terminal to ask at; add --yes to restore")
-        typer.confirm("Replace the database by this backup?", abort=True, err=True)
+        typer.confirm(f"Replace {settings.url.database} with this backup?", abort=True, err=True)
     with output.progress("restoring"):
-        notes = asyncio.run(restore_backup(settings, file))
+        notes = asyncio.run(restore_backup(settings, file, create=create))
     for sentence in notes:
         output.say(sentence)

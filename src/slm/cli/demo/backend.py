@@ -57,7 +57,7 @@ async def answer(client: SLMClient, llm: LLMInterface, agent_id: str, prompt: st
 async def main(slm_url: str) -> None:
     """Be a backend until standard input closes."""
     async with (
-        SLMClient(slm_url, name="demo-backend", timings=TIMINGS) as client,
+        SLMClient(slm_url, name="demo-backend", cache_file=True, timings=TIMINGS) as client,
         LLMInterface(client) as llm,
     ):
         client.on_change(in_force)

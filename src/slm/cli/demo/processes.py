@@ -113,7 +113,12 @@ class Backend:
                 stdin=PIPE,
                 stdout=PIPE,
                 stderr=log,
-                env=_clean_environment() | {"SLM_TOKEN_FILE": str(self._token_file)},
+                env=_clean_environment()
+                | {
+                    "SLM_TOKEN_FILE": str(self._token_file),
+                    # Its cache file, too, is gone when the demo ends.
+                    "XDG_STATE_HOME": str(self._log_path.with_name("state")),
+                },
                 start_new_session=True,
             )
         self._reader = asyncio.create_task(self._read(self._process))

@@ -45,6 +45,7 @@ class AgentConfigCache:
     Attributes:
         ready: the configs that need no second look: whole, active and the newest known.
         epoch: the life of the database that the revisions belong to.
+        epoch_since: when that was first heard of, by `clock`.
         revision: everything up to it is in here; 0 before the first snapshot.
         synced: whether everything up to `revision` is in here, keys apart.
         live_until: until when every change since then counts as heard of, by `clock`; each message
@@ -71,6 +72,7 @@ class AgentConfigCache:
         self.clock = clock
         self.ready: dict[str, ResolvedConfig] = {}
         self.epoch: str | None = None
+        self.epoch_since = NEVER
         self.revision = 0
         self.synced = False
         self.live_until = NEVER
@@ -222,6 +224,8 @@ class AgentConfigCache:
         """
         self.set_live(False)
         self.generation += 1
+        if epoch != self.epoch:
+            self.epoch_since = self.clock()
         self.epoch = epoch
         self.synced = False
         self._tombstones.clear()
@@ -350,6 +354,7 @@ class AgentConfigCache:
         revision: int,
         complete: bool,
         age_seconds: float,
+        epoch_age_seconds: float = 0.0,
         change_id: str | None = None,
     ) -> None:
         """Start from a snapshot file: all of it stale; entries that lack their key are left out.
@@ -360,9 +365,11 @@ class AgentConfigCache:
             revision: up to which the file was complete.
             complete: whether a client may resume from there without a snapshot.
             age_seconds: how long ago the file was written.
+            epoch_age_seconds: how long ago the epoch was first heard of.
             change_id: which change `revision` was.
         """
         self.begin(epoch, revision, change_id)
+        self.epoch_since = self.clock() - epoch_age_seconds
         confirmed_at = self.clock() - age_seconds
         for agent in agents:
             if agent.llm_api_key is None and agent.api_key_revision is not None:

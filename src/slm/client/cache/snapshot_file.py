@@ -14,7 +14,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -26,7 +26,16 @@ from slm.client.runtime.log import quiet_logger
 from slm.common.files import NotTrusted, read_own
 from slm.errors import ConfigurationError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 _log = quiet_logger("slm.client")
+
+_Signature = tuple[int, int, int] | None
+_LOCK_SECONDS: Final = 2.0
+_LOOK_SECONDS: Final = 0.005
 
 FORMAT: Final = 1
 """What this version writes, and the only one that it reads."""
@@ -43,6 +52,7 @@ class Contents(NamedTuple):
         revision: up to which the entries are complete.
         complete: whether they are all there, so that a client may resume from `revision`.
         change_id: which change `revision` is, so that another one of that number is not resumed.
+        epoch_since: when that epoch was first heard of, in seconds since 1970; None: now.
     """
 
     entries: Sequence[tuple[ResolvedConfig, bool, bool]]
@@ -50,6 +60,7 @@ class Contents(NamedTuple):
     revision: int
     complete: bool
     change_id: str | None = None
+    epoch_since: float | None = None
 
 
 class Loaded(BaseModel):
@@ -63,11 +74,31 @@ class Loaded(BaseModel):
     saved_at: float
     agents: list[ReceivedAgent]
     change_id: str | None = None
+    epoch_since: float | None = None
 
     @property
     def age_seconds(self) -> float:
         """How long ago it was written; a wall clock that was set back makes it 0, not less."""
         return max(0.0, time.time() - self.saved_at)
+
+    @property
+    def epoch_age_seconds(self) -> float:
+        """How long ago its epoch was first heard of; at least as long as it was written."""
+        since = self.saved_at if self.epoch_since is None else self.epoch_since
+        return max(self.age_seconds, time.time() - since)
+
+    def is_newer_than(self, contents: Contents) -> bool:
+        """Whether it must not be replaced: another process saved what came later.
+
+        Epochs have no order of their own, so the one that was heard of later counts. Where the
+        clock was set back since the file was written, nothing can be said, and it is replaced.
+        """
+        if self.epoch == contents.epoch:
+            mine = contents.revision, contents.complete
+            return (self.revision, self.complete) > mine
+        if self.saved_at > time.time() or contents.epoch_since is None:
+            return False
+        return (self.epoch_since or self.saved_at) > contents.epoch_since
 
 
 class Refused(Exception):
@@ -75,7 +106,7 @@ class Refused(Exception):
 
 
 class SnapshotFile:
-    """Reads and writes one snapshot file.
+    """Reads and writes one snapshot file, which several processes may share.
 
     Args:
         path: where it is; the folder must exist.
@@ -87,6 +118,7 @@ class SnapshotFile:
 
     def __init__(self, path: str | os.PathLike[str], key: str | SecretStr | None = None) -> None:
         self.path = Path(path)
+        self._written: _Signature | None = None
         self._encrypt: Callable[[bytes], bytes] | None = None
         self._decrypt: Callable[[bytes], bytes] | None = None
         if key is None:
@@ -120,15 +152,29 @@ class SnapshotFile:
         return None
 
     def save(self, contents: Contents) -> None:
-        """Replace the file; a failure is a warning, since the backend can go on without it."""
+        """Replace the file, unless another process has written something newer.
+
+        A failure is a warning, since the backend can go on without it.
+        """
         try:
-            self._replace(self._encoded(contents))
+            with _locked(self.path.parent):
+                if not self._is_newer_than(contents):
+                    self._replace(self._encoded(contents))
+                    self._written = _signature(self.path)
         except OSError as error:
             _log.warning("the snapshot file %s was not written: %s", self.path, error.strerror)
         except Exception as error:
             # Whatever is wrong with what was to be saved, the saving of the next goes on.
             what = type(error).__name__
             _log.error("the snapshot file %s was not written: %s", self.path, what)
+
+    def _is_newer_than(self, contents: Contents) -> bool:
+        if self._written is not None and self._written == _signature(self.path):
+            return False  # ours, and what is saved now came later
+        try:
+            return self._load().is_newer_than(contents)
+        except (Refused, OSError):
+            return False  # what cannot be used may be replaced
 
     def _load(self) -> Loaded:
         try:
@@ -168,6 +214,7 @@ class SnapshotFile:
                 "epoch": contents.epoch,
                 "revision": contents.revision,
                 "change_id": contents.change_id,
+                "epoch_since": contents.epoch_since or time.time(),
                 "complete": contents.complete,
                 "saved_at": time.time(),
                 "agents": [_row(*entry, with_key=with_keys) for entry in contents.entries],
@@ -203,6 +250,41 @@ class SnapshotFile:
                 os.fsync(folder)
             finally:
                 os.close(folder)
+
+
+def _signature(path: Path) -> _Signature:
+    """Return what tells a file from what another process puts in its place."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the folder, so that between reading a file and replacing it nobody else does.
+
+    Where a file system knows no locks, or somebody holds it for long, it goes on without one:
+    what may be lost then is the newest state, and the next change saves it.
+    """
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        until = time.monotonic() + _LOCK_SECONDS
+        while time.monotonic() < until:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(_LOOK_SECONDS)
+            except OSError:
+                break
+        yield
+    finally:
+        os.close(descriptor)
 
 
 class Saver:

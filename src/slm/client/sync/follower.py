@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import os
 import socket
+import time
 import uuid
 import weakref
 from collections.abc import Callable
@@ -369,6 +370,7 @@ class Follower:
                 revision=loaded.revision,
                 complete=loaded.complete,
                 age_seconds=loaded.age_seconds,
+                epoch_age_seconds=loaded.epoch_age_seconds,
                 change_id=loaded.change_id,
             )
 
@@ -379,7 +381,8 @@ class Follower:
             return None
         complete = not cache.keys_awaited()
         revision, change_id = cache.heard
-        return Contents(cache.everything(), cache.epoch, revision, complete, change_id)
+        since = time.time() - (cache.clock() - cache.epoch_since)
+        return Contents(cache.everything(), cache.epoch, revision, complete, change_id, since)
 
 
 _followers: weakref.WeakSet[Follower] = weakref.WeakSet()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import os
 import ssl
 import time
@@ -79,6 +80,13 @@ class TokenSource:
     def files(self) -> tuple[Path, ...]:
         """The file it comes from, if any."""
         return () if self._file is None else (self._file,)
+
+    @property
+    def identity(self) -> str:
+        """What tells this token from others: its file, which outlives it, else a hash of it."""
+        if self._file is not None:
+            return f"file {self._file.absolute()}"
+        return hashlib.sha256(self._token.get_secret_value().encode()).hexdigest()[:16]
 
     def headers(self) -> dict[str, str]:
         """Return the Authorization header of the next request."""

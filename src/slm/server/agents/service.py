@@ -31,24 +31,23 @@ from slm.server.agents.catalog import CommittedChange
 from slm.server.agents.credentials import KeyedReads, binding_of
 from slm.server.agents.repository import (
     Author,
-    Head,
     agent_row,
     default_row,
     delete_agent,
     insert_agent,
-    next_head,
     record_change,
     update_agent,
 )
 from slm.server.agents.schemas import AgentCreate, AgentUpdate
+from slm.server.db import state
 from slm.server.db.database import Database
+from slm.server.db.state import Head
 from slm.server.db.tables import agent_of, utc_now
 from slm.server.encryption.keyring import Keyring
 from slm.server.encryption.vault import KeyBinding, Vault
 from slm.server.security.agent_scope import EVERYTHING, View
 from slm.server.security.audit import Event, Who, append
 from slm.server.security.token_table import Caller
-from slm.server.stream.change_reader import has_moved
 
 IfMatch = int | Collection["Version"] | None
 """The revision that an agent must be at, or several of which it must be one; None: any."""
@@ -280,7 +279,7 @@ class AgentRegistry:
 
         Whoever writes must still be allowed to: no token can be revoked while the row is locked.
         """
-        head = next_head(connection)
+        head = state.next_revision(connection)
         author.who.require_counts(connection, head.tokens_version)
         self._keyring.follow(connection, head.keyring_version)
         return head
@@ -423,7 +422,7 @@ def _found(connection: Connection, agent_id: str, if_match: IfMatch, epoch: str)
     wanted = (Version(if_match),) if isinstance(if_match, int) else if_match
     if not any(each.revision == row["revision"] and each.epoch in (None, epoch) for each in wanted):
         raise PreconditionFailed(f"The agent is at revision {row['revision']} of epoch {epoch}.")
-    if has_moved(connection):
+    if state.has_moved(connection):
         # After a failover another change may have the number that the caller has seen.
         raise PreconditionFailed("The database runs elsewhere now; its next epoch is being made.")
     return row
@@ -462,7 +461,7 @@ def _demote(connection: Connection, *, agent_after: Head) -> _Demotion | None:
     row = default_row(connection)
     if row is None:
         return None
-    head = next_head(connection)
+    head = state.next_revision(connection)
     values = dict(row._mapping) | {
         "is_default": False,
         "revision": head.revision,

@@ -19,13 +19,22 @@ from starlette.responses import JSONResponse
 
 from slm.errors import (
     BadRequest,
+    Behind,
     ContentTooLarge,
+    DatabaseUnavailable,
+    EncryptionKeyMissing,
+    Forbidden,
+    InsufficientStorage,
     InternalError,
     InvalidRequest,
     MethodNotAllowed,
     NotFound,
+    OutcomeUnknown,
     ProblemError,
+    TlsRequired,
+    TooManyRequests,
     Unauthorized,
+    UnsupportedMediaType,
     problem_classes,
 )
 from slm.server.agents.schemas import AgentCreate
@@ -187,3 +196,38 @@ def documented(*classes: type[ProblemError]) -> dict[int | str, dict[str, Any]]:
 def _schema_of(cls: type[ProblemError]) -> str:
     model = InvalidRequestProblem if issubclass(cls, InvalidRequest) else Problem
     return f"#/components/schemas/{model.__name__}"
+
+
+def problem_responses(*classes: type[ProblemError]) -> dict[int | str, dict[str, Any]]:
+    """Return the document of these problems, those that every route can have included."""
+    return documented(
+        *dict.fromkeys((*classes, Unauthorized, Forbidden, TooManyRequests, InternalError))
+    )
+
+
+READ_PROBLEMS: Final = (
+    Unauthorized,
+    Forbidden,
+    InvalidRequest,
+    InternalError,
+    Behind,
+    DatabaseUnavailable,
+)
+# A key read is a row in the audit, so it can fail as a write does.
+KEYED_PROBLEMS: Final = (
+    *READ_PROBLEMS,
+    EncryptionKeyMissing,
+    InsufficientStorage,
+    OutcomeUnknown,
+)
+
+WRITE_PROBLEMS: Final = (
+    BadRequest,
+    TlsRequired,
+    InvalidRequest,
+    DatabaseUnavailable,
+    EncryptionKeyMissing,
+    OutcomeUnknown,
+    InsufficientStorage,
+)
+BODY_PROBLEMS: Final = (*WRITE_PROBLEMS, ContentTooLarge, UnsupportedMediaType)

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final, Literal, TypeVar
 
-from sqlalchemy import Connection, update
+from sqlalchemy import Connection
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
@@ -28,13 +28,13 @@ from slm.errors import (
     ProblemError,
 )
 from slm.server import failpoints
+from slm.server.db import state
 from slm.server.db.cancellation import Attempt, Attempts
 from slm.server.db.engines.opening import for_writes, open_engines, sqlite_path
 from slm.server.db.engines.postgresql import refuse_unfit
 from slm.server.db.engines.sqlite_file import SqliteFile
 from slm.server.db.errors import is_read_only, problem_of, why_not_opened
 from slm.server.db.lane import Lane
-from slm.server.db.tables import STATE
 
 T = TypeVar("T")
 
@@ -288,8 +288,7 @@ class Database:
             DatabaseUnavailable: it does not.
             InsufficientStorage: its disk is still full.
         """
-        same = update(STATE).where(STATE.c.id == 1).values(floor=STATE.c.floor)
-        await self.run(lambda connection: connection.execute(same) and None)
+        await self.run(state.write_nothing)
         logger.info("the database can be written again")
         self.unwritable, self.read_only = None, False
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import secrets
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any, Final, TypeVar, cast
@@ -299,15 +298,6 @@ BACKENDS: Final = _table(Backend)
 # (a text date, 'true'), and one such row must not take the whole list down.
 SELECT_AGENTS: Final = select(*(type_coerce(c, NullType()).label(c.name) for c in AGENTS.c))
 """Every agent, as `agent_of` takes it; add a `where` or `order_by`."""
-
-
-def version_step() -> int:
-    """Return by how much a change raises tokens_version or keyring_version.
-
-    At random: where a failover lost the last changes, those that follow it do not come to the same
-    number, which would stand for what a server knows already.
-    """
-    return 1 + secrets.randbelow(1 << 20)
 
 
 def utc_now() -> datetime:

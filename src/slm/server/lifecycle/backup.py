@@ -14,12 +14,13 @@ import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-from sqlalchemy import URL, Connection, inspect, select, text, update
+from sqlalchemy import URL, Connection, inspect, select, text
 
 from slm.errors import InvalidRequest, ProblemError, StartupError
+from slm.server.db import state
 from slm.server.db.database import Database
 from slm.server.db.errors import DatabaseHeld
-from slm.server.db.tables import AGENTS, ENCRYPTION_KEYS, STATE
+from slm.server.db.tables import AGENTS, ENCRYPTION_KEYS
 from slm.server.encryption.secret_files import (
     create_private,
     make_data_dir,
@@ -62,21 +63,32 @@ async def backup(database: Database, path: Path) -> None:
         raise InvalidRequest(f"{path} cannot be written: {error.strerror or error}.") from None
 
 
-async def restore(settings: Settings, path: Path) -> list[str]:
+async def restore(settings: Settings, path: Path, *, create: bool = False) -> list[str]:
     """Put a backup in the place of the database, with a new epoch; the server must be stopped.
 
     The database that was there is kept beside it as `….before-restore-<n>`.
+
+    Args:
+        settings: where the database is.
+        path: the backup.
+        create: whether to go on where no database is yet.
 
     Returns:
         What was done, and what needs the operator's attention.
 
     Raises:
-        StartupError: the server runs, or the file is no SLM database of a known version.
+        StartupError: the server runs, no database is there and `create` is not set, or the file is
+            no SLM database of a known version.
     """
     target = Database(settings.url, lock_timeout_seconds=settings.lock_timeout_seconds)
     place = target.path
     if place is None:
         raise StartupError("This restore is for a SQLite file; use pg_restore for PostgreSQL.")
+    if not create and not place.exists():
+        raise StartupError(
+            f"There is no database at {place}: name the server's data directory with --data (or its"
+            " file with --database-url), or add --create to restore into an empty place."
+        )
     make_data_dir(settings.data_dir)
     copy = place.with_name(f".{place.name}.{secrets.token_hex(8)}")
     try:
@@ -123,7 +135,7 @@ async def _renew(copy: Path, source: Path, settings: Settings) -> list[str]:
             raise StartupError(f"{source} is damaged; nothing was changed.")
         if not is_ours(connection, str(source)) or not inspect(connection).has_table("state"):
             raise StartupError(f"{source} is not a database of SLM; nothing was changed.")
-        connection.execute(update(STATE).values(epoch=secrets.token_hex(8)))
+        state.begin_epoch(connection)
         return _key_note(connection, settings)
 
     database = Database(URL.create("sqlite", database=str(copy)))

@@ -18,6 +18,9 @@ SCOPES: Final = ("config:read", "key:read", "agents:write", "admin")
 BACKEND_SCOPES: Final = ("config:read", "key:read")
 """What a backend needs, and no more."""
 
+OPERATOR_SCOPES: Final = ("config:read", "agents:write", "admin")
+"""What the first start's admin.token has: everything but reading keys."""
+
 PREFIX: Final = "slm_"
 _FORM: Final = re.compile(r"slm_[A-Za-z0-9_-]{43}")
 

@@ -5,83 +5,49 @@ from __future__ import annotations
 import json
 import re
 from typing import Annotated, Final
-from urllib.parse import quote
 
 from fastapi import APIRouter, Query, Request, Response
-from pydantic import BaseModel
 
 from slm.errors import (
     AgentExists,
     AgentInactive,
     AgentIsDefault,
     AgentNotFound,
-    BadRequest,
-    ContentTooLarge,
-    DatabaseUnavailable,
-    EncryptionKeyMissing,
-    InsufficientStorage,
-    InvalidRequest,
     KeyUndecryptable,
-    OutcomeUnknown,
     PreconditionFailed,
     TlsRequired,
-    UnsupportedMediaType,
 )
 from slm.schemas import Agent, AgentList, LLMConfigWithKey
-from slm.server.agents.catalog import AgentFilter, agent_etag
+from slm.server.agents.catalog import AgentFilter
 from slm.server.agents.schemas import AgentCreate, AgentUpdate
-from slm.server.agents.service import Written
-from slm.server.api.parameters import FilterText
+from slm.server.api.access import KeyReader, Reader, Writer, sees_today, who_of
+from slm.server.api.parameters import AgentIdPath, FilterText, Parts, UpToDate, Wait
 from slm.server.api.peer import require_private
-from slm.server.api.route import (
+from slm.server.api.problems import (
+    BODY_PROBLEMS,
     KEYED_PROBLEMS,
     READ_PROBLEMS,
-    AgentIdPath,
-    KeyReader,
-    Parts,
-    Reader,
-    SLMRoute,
-    UpToDate,
-    Writer,
-    answered_at_once,
-    body_of,
+    WRITE_PROBLEMS,
+    problem_responses,
+)
+from slm.server.api.responses import (
+    WrittenAgent,
     catalog_headers,
     catch_up,
     json_response,
     none_match,
     not_modified,
-    problem_responses,
     revision_headers,
-    sees_today,
     versions_matched,
-    who_of,
+    written_answer,
 )
-from slm.server.api.waiting import Wait, receipt_of
+from slm.server.api.route import SLMRoute, answered_at_once, body_of
 from slm.server.security.agent_scope import EVERYTHING
 from slm.server.security.token_table import Caller
 from slm.server.services import Services
 from slm.server.strict_json import MAX_INTEGER
 
 router = APIRouter(prefix="/api", route_class=SLMRoute, tags=["agents"])
-
-
-class WrittenAgent(BaseModel):
-    """The answer of a write to a token without the scope config:read: only that it was made."""
-
-    agent_id: str
-    revision: int
-
-
-_WRITE_PROBLEMS: Final = (
-    BadRequest,
-    TlsRequired,
-    InvalidRequest,
-    DatabaseUnavailable,
-    EncryptionKeyMissing,
-    OutcomeUnknown,
-    InsufficientStorage,
-)
-BODY_PROBLEMS: Final = (*_WRITE_PROBLEMS, ContentTooLarge, UnsupportedMediaType)
 
 
 _NO_WEIGHT: Final = re.compile(r"\s*q\s*=\s*0(\.0*)?\s*")
@@ -282,9 +248,7 @@ async def update_agent(
 @router.delete(
     "/agents/{agent_id}",
     status_code=204,
-    responses=problem_responses(
-        *_WRITE_PROBLEMS, AgentNotFound, AgentIsDefault, PreconditionFailed
-    ),
+    responses=problem_responses(*WRITE_PROBLEMS, AgentNotFound, AgentIsDefault, PreconditionFailed),
 )
 async def delete_agent(
     request: Request,
@@ -306,48 +270,3 @@ async def delete_agent(
         caller=caller,
     )
     return await written_answer(services, caller, written, 204 if wait is None else 200, wait)
-
-
-async def written_answer(
-    services: Services,
-    caller: Caller,
-    written: Written,
-    status: int,
-    wait: float | None = None,
-    **more: object,
-) -> Response:
-    """Answer once the feed has passed the write on, so that whoever wrote reads what it wrote.
-
-    Args:
-        services: the parts of the server.
-        caller: who wrote.
-        written: what the registry did.
-        status: of the answer.
-        wait: how long to wait for every backend's answer; None: not at all, and no receipt.
-        more: fields to add to the agent in the body.
-    """
-    services.counts.writes += written.changed
-    headers = revision_headers(written.revision, written.epoch)
-    if not await catch_up(services, written.revision, written.change_id):
-        # It is committed; only this replica's reads do not know of it yet.
-        headers["slm-stale"] = "true"
-    agent = written.agent
-    if wait is not None:
-        more["receipt"] = await receipt_of(services, caller, written, wait)
-    if agent is None:
-        if status == 204:
-            return Response(None, status, headers)
-        return json_response(json.dumps(more, ensure_ascii=False).encode(), status, headers)
-    headers["etag"] = agent_etag(written.epoch, agent.revision)
-    if status == 201:
-        headers["location"] = f"/api/agents/{quote(agent.agent_id, safe='')}"
-    if written.api_key_cleared:
-        more["api_key_cleared"] = True
-    if "config:read" not in caller.scopes:
-        # Else an empty PUT would read what the scope does not cover.
-        more = WrittenAgent.model_validate(agent, from_attributes=True).model_dump() | more
-        return json_response(json.dumps(more, ensure_ascii=False).encode(), status, headers)
-    if not more:
-        return json_response(agent.model_dump_json().encode(), status, headers)
-    body = agent.model_dump(mode="json") | more
-    return json_response(json.dumps(body, ensure_ascii=False).encode(), status, headers)

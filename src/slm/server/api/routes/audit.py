@@ -9,16 +9,11 @@ from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from slm.errors import Conflict, DatabaseUnavailable, InvalidRequest, Overloaded
-from slm.server.api.parameters import FilterText
-from slm.server.api.route import (
-    Admin,
-    Parts,
-    SLMRoute,
-    json_response,
-    problem_responses,
-    who_of,
-)
-from slm.server.api.routes.agents import BODY_PROBLEMS
+from slm.server.api.access import Admin, who_of
+from slm.server.api.parameters import FilterText, Parts
+from slm.server.api.problems import BODY_PROBLEMS, problem_responses
+from slm.server.api.responses import json_response
+from slm.server.api.route import SLMRoute
 from slm.server.lifecycle.audit_retention import note_exported
 from slm.server.security.audit_chain import parse_link
 from slm.server.security.audit_reader import AuditFilter

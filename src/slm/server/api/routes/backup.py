@@ -12,8 +12,11 @@ from fastapi import APIRouter, Request
 from starlette.responses import StreamingResponse
 
 from slm.errors import DatabaseUnavailable, InsufficientStorage, InvalidRequest, TlsRequired
+from slm.server.api.access import Admin, who_of
+from slm.server.api.parameters import Parts
 from slm.server.api.peer import require_private
-from slm.server.api.route import Admin, Parts, SLMRoute, problem_responses, who_of
+from slm.server.api.problems import problem_responses
+from slm.server.api.route import SLMRoute
 from slm.server.lifecycle.backup import backup
 from slm.server.security.audit import Event
 

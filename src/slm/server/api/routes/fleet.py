@@ -14,18 +14,11 @@ from slm.errors import (
     RevisionNotFound,
 )
 from slm.protocol import Explanation
-from slm.server.api.parameters import BackendName, FilterText, RevisionPath
-from slm.server.api.route import (
-    KEYED_PROBLEMS,
-    READ_PROBLEMS,
-    Parts,
-    Reader,
-    SLMRoute,
-    catalog_headers,
-    problem_responses,
-    sees_today,
-)
-from slm.server.api.waiting import Wait, named_for
+from slm.server.api.access import Reader, sees_today
+from slm.server.api.parameters import BackendName, FilterText, Parts, RevisionPath, Wait
+from slm.server.api.problems import KEYED_PROBLEMS, READ_PROBLEMS, problem_responses
+from slm.server.api.responses import catalog_headers, named_for
+from slm.server.api.route import SLMRoute
 
 router = APIRouter(prefix="/api", route_class=SLMRoute, tags=["fleet"])
 

@@ -16,13 +16,11 @@ from prometheus_client.registry import Collector
 from pydantic import BaseModel
 
 from slm.errors import Unauthorized
-from slm.server.api.route import (
-    Parts,
-    SLMRoute,
-    json_response,
-    note_failed_login,
-    problem_responses,
-)
+from slm.server.api.access import note_failed_login
+from slm.server.api.parameters import Parts
+from slm.server.api.problems import problem_responses
+from slm.server.api.responses import json_response
+from slm.server.api.route import SLMRoute
 from slm.server.security.token_table import bearer_token
 from slm.server.services import Services
 

@@ -23,23 +23,17 @@ from slm.server.agents.history import (
     restoring_update,
 )
 from slm.server.agents.schemas import Rollback
-from slm.server.api.parameters import FilterText, Revision, Time
-from slm.server.api.route import (
-    KEYED_PROBLEMS,
-    AgentIdPath,
-    Parts,
-    Reader,
-    SLMRoute,
-    Writer,
+from slm.server.api.access import Reader, Writer, sees_today, who_of
+from slm.server.api.parameters import AgentIdPath, FilterText, Parts, Revision, Time, Wait
+from slm.server.api.problems import BODY_PROBLEMS, KEYED_PROBLEMS, problem_responses
+from slm.server.api.responses import (
+    WrittenAgent,
     json_response,
-    problem_responses,
     revision_headers,
-    sees_today,
     versions_matched,
-    who_of,
+    written_answer,
 )
-from slm.server.api.routes.agents import BODY_PROBLEMS, WrittenAgent, written_answer
-from slm.server.api.waiting import Wait
+from slm.server.api.route import SLMRoute
 from slm.server.services import Services
 
 router = APIRouter(prefix="/api", route_class=SLMRoute, tags=["history"])

@@ -22,15 +22,11 @@ from slm.errors import (
     OutcomeUnknown,
     UnsupportedMediaType,
 )
-from slm.server.api.parameters import MAX_ROW_ID
-from slm.server.api.route import (
-    Admin,
-    Parts,
-    SLMRoute,
-    json_response,
-    problem_responses,
-    who_of,
-)
+from slm.server.api.access import Admin, who_of
+from slm.server.api.parameters import MAX_ROW_ID, Parts
+from slm.server.api.problems import problem_responses
+from slm.server.api.responses import json_response
+from slm.server.api.route import SLMRoute
 from slm.server.encryption.rotation import KeyStatus
 from slm.server.strict_json import MAX_INTEGER
 

@@ -10,18 +10,12 @@ from fastapi.responses import StreamingResponse
 from slm.errors import Overloaded, TlsRequired
 from slm.schemas import Snapshot
 from slm.server.agents.snapshots import CHUNK_BYTES, SealedSnapshot
+from slm.server.api.access import KeyReader, who_of
+from slm.server.api.parameters import UpToDate
 from slm.server.api.peer import require_private
-from slm.server.api.route import (
-    KEYED_PROBLEMS,
-    KeyReader,
-    SLMRoute,
-    UpToDate,
-    catch_up,
-    json_response,
-    problem_responses,
-    revision_headers,
-    who_of,
-)
+from slm.server.api.problems import KEYED_PROBLEMS, problem_responses
+from slm.server.api.responses import catch_up, json_response, revision_headers
+from slm.server.api.route import SLMRoute
 from slm.server.security.token_table import Caller
 from slm.server.services import Services
 

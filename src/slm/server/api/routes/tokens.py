@@ -20,16 +20,12 @@ from slm.errors import (
     UnsupportedMediaType,
 )
 from slm.schemas import Name
-from slm.server.api.parameters import MAX_ROW_ID, RowIdPath
+from slm.server.api.access import Admin, who_of
+from slm.server.api.parameters import MAX_ROW_ID, Parts, RowIdPath
 from slm.server.api.peer import require_private
-from slm.server.api.route import (
-    Admin,
-    Parts,
-    SLMRoute,
-    json_response,
-    problem_responses,
-    who_of,
-)
+from slm.server.api.problems import problem_responses
+from slm.server.api.responses import json_response
+from slm.server.api.route import SLMRoute
 from slm.server.security.agent_scope import EVERYTHING, parse_patterns
 from slm.server.security.token_store import TokenInfo
 

@@ -20,9 +20,9 @@ from slm.errors import (
     UnclearAnswer,
 )
 from slm.protocol import MAX_FRAME_BYTES, Ack, ClientMessage, Explained, Subscribe
+from slm.server.api.access import Requires, services_of
 from slm.server.api.peer import has_foreign_origin, is_private
 from slm.server.api.problems import problem_response
-from slm.server.api.route import Requires, services_of
 from slm.server.fleet.ack_queue import Waiting
 from slm.server.security.agent_scope import View
 from slm.server.security.token_table import Caller
