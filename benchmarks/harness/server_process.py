@@ -30,7 +30,7 @@ from slm.server.serve import SLMServer
 from slm.server.settings import Settings
 from slm.server.stream.encoding import encode_change
 from slm.server.transport.process import tune_interpreter
-from slm.server.transport.ws_connection import text_frames
+from slm.server.transport.ws_frames import text_frames
 
 
 class SideDoor:

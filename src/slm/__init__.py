@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from slm.client.client import SLMClient
     from slm.client.config import ResolvedConfig, SecretText, Step
     from slm.client.lifespan import lifespan
-    from slm.client.sync.backoff import ClientStatus
+    from slm.client.status import ClientStatus
     from slm.client.timings import Timings
     from slm.errors import (
         AgentKeyUnavailable,
@@ -41,7 +41,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "AgentConfigCache": "slm.client.cache.cache",
     "BlockingSLMClient": "slm.client.blocking",
-    "ClientStatus": "slm.client.sync.backoff",
+    "ClientStatus": "slm.client.status",
     "LLMInterface": "slm.llm.interface",
     "ResolvedConfig": "slm.client.config",
     "SLMClient": "slm.client.client",

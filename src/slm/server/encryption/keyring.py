@@ -28,7 +28,7 @@ from slm.server.db import state
 from slm.server.db.database import Database
 from slm.server.db.tables import ENCRYPTION_KEYS, STATE, utc_now
 from slm.server.encryption.secret_files import read_private
-from slm.server.encryption.vault import Vault, fingerprint, parse_keys
+from slm.server.encryption.vault import Vault, parse_keys
 from slm.server.security.audit import Event, Who, append
 from slm.server.settings import Settings
 
@@ -265,8 +265,3 @@ def newest_inactive(connection: Connection) -> str | None:
     active = next(row for row in rows if row.is_active)
     newer = [row for row in rows if row.created_at > active.created_at]
     return max(newer, key=lambda row: row.created_at).fingerprint if newer else None
-
-
-def names_of(keys: Sequence[SecretStr]) -> list[str]:
-    """Return the fingerprints of keys."""
-    return [fingerprint(key.get_secret_value()) for key in keys]
