@@ -17,11 +17,12 @@ from sqlalchemy import Connection, bindparam, literal_column, null, select
 
 from slm.errors import DatabaseUnavailable
 from slm.schemas import Agent
-from slm.server.agents.catalog import CommittedChange, Position
+from slm.server.agents.changes import CommittedChange, Position
+from slm.server.agents.mapping import agent_of
 from slm.server.db import state
 from slm.server.db.column_types import require_state
 from slm.server.db.state import TIMELINE
-from slm.server.db.tables import AGENTS, CHANGES, SELECT_AGENTS, STATE, agent_of
+from slm.server.db.tables import AGENTS, CHANGES, SELECT_AGENTS, STATE
 from slm.server.security.token_table import TokenTable, read_tokens
 
 logger = logging.getLogger(__name__)
