@@ -32,7 +32,7 @@ from slm.server.db.database import Database
 from slm.server.db.statements import Prepared
 from slm.server.db.tables import AUDIT, AUDIT_HEAD, utc_now
 from slm.server.security.audit_chain import GENESIS as GENESIS
-from slm.server.security.audit_chain import START, AuditEntry, Verdict, Walk, parse_link
+from slm.server.security.audit_chain import START, ChainEntry, Verdict, Walk, parse_link
 from slm.server.security.audit_reader import (
     WALK_PAGE,
     AuditFilter,
@@ -134,7 +134,7 @@ def append_all(connection: Connection, events: Sequence[AuditEvent]) -> None:
     at = utc_now().isoformat(timespec="microseconds").replace("+00:00", "Z")
     rows = []
     for seq, event in enumerate(events, last - len(events) + 1):
-        entry = AuditEntry(
+        entry = ChainEntry(
             seq=seq,
             at=at,
             actor=event.who.actor,
@@ -201,7 +201,7 @@ class AuditLog:
         actor: str | None = None,
         agent_id: str | None = None,
         action: str | None = None,
-    ) -> list[AuditEntry]:
+    ) -> list[ChainEntry]:
         """Return the newest entries first, those of a seq below `before`.
 
         Args:
