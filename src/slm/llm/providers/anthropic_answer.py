@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from slm.llm.providers.base import End, StreamChunk, ToolCallDelta, Usage, counted
 from slm.llm.providers.parsing import NOTHING, AnswerParser, shown, string
-from slm.llm.providers.wire import Event
+from slm.llm.providers.wire import ServerSentEvent
 
 _FINISH: Final = {
     "end_turn": "stop",
@@ -36,7 +36,7 @@ class AnthropicParser(AnswerParser):
         self._stopped: set[int] = set()
         self._by_index: dict[int, int] = {}
 
-    def take(self, event: Event) -> StreamChunk | None:
+    def take(self, event: ServerSentEvent) -> StreamChunk | None:
         """Return what the event adds to the answer."""
         value = event.value
         kind = value.get("type") or event.name

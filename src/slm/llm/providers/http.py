@@ -42,7 +42,7 @@ from slm.llm.providers.failures import (
     refused,
 )
 from slm.llm.providers.parsing import AnswerParser
-from slm.llm.providers.wire import Body, Done, Event, StreamReader, json_of
+from slm.llm.providers.wire import Body, Done, ServerSentEvent, StreamReader, json_of
 from slm.llm.providers.words import Words, error_in_answer
 from slm.llm.transport import Connections
 
@@ -252,7 +252,7 @@ class HTTPProvider:
         head = b""
         more = True
         while more and not parser.done:
-            items: Iterable[Event | Done | Body | Exception]
+            items: Iterable[ServerSentEvent | Done | Body | Exception]
             try:
                 data = await _some(answer, parser.finish_reason is not None)
             except Exception as error:

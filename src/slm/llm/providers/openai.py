@@ -23,7 +23,7 @@ from slm.llm.providers.base import (
 )
 from slm.llm.providers.http import HTTPProvider
 from slm.llm.providers.parsing import AnswerParser, shown, string
-from slm.llm.providers.wire import Event
+from slm.llm.providers.wire import ServerSentEvent
 
 # What a message of an answer has beside these is the provider's own, and goes back to it.
 _COMMON: Final = frozenset(
@@ -131,7 +131,7 @@ class OpenAIParser(AnswerParser):
         self._extra: dict[str, list[Any]] = {}
         self._content: list[dict[str, Any]] = []
 
-    def take(self, event: Event) -> StreamChunk | None:
+    def take(self, event: ServerSentEvent) -> StreamChunk | None:
         """Return what the event adds to the answer."""
         usage = _usage(event.value.get("usage"))
         choice = _choice(event.value.get("choices") or (), self._wanted)

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from slm.llm.providers.base import Completion, End, StreamChunk, ToolCallDelta, Usage
 from slm.llm.providers.tool_calls import ToolCalls
-from slm.llm.providers.wire import Event
+from slm.llm.providers.wire import ServerSentEvent
 
 NOTHING: Final = StreamChunk()
 
@@ -39,7 +39,7 @@ class AnswerParser:
         """The reasoning so far."""
         return "".join(self._reasoning)
 
-    def take(self, event: Event) -> StreamChunk | None:
+    def take(self, event: ServerSentEvent) -> StreamChunk | None:
         """Return what the event adds to the answer, None where it only says that it is there."""
         raise NotImplementedError
 
