@@ -13,7 +13,12 @@ PAGES = sorted(
     str(path.relative_to(ROOT)) for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
 )
 RUN_BY = {
-    ("README.md", "python"): "tests/test_documents.py::test_the_readmes_backend_runs",
+    ("README.md", "console"): (
+        "tests/documents/test_readme.py::test_the_readme_works_from_an_empty_directory"
+    ),
+    ("README.md", "python"): (
+        "tests/documents/test_readme.py::test_the_readme_works_from_an_empty_directory"
+    ),
     ("README.md", "sh"): "tests/test_documents.py::test_commands_are_understood",
     ("docs/operations.md", "nginx"): "tests/faults/test_operations.py::test_nginx_as_documented",
     ("docs/how-to/adopt-a-table.md", "console"): (

@@ -34,11 +34,12 @@ from slm.cli.agent_options import (
     Temperature,
     Timeout,
     merged,
+    note_shadowed,
     read_key,
     sent,
     temperature_sent,
 )
-from slm.cli.api_client import Answer, Api, agent_path, call, parsed
+from slm.cli.api_client import Api, ApiAnswer, agent_path, call, parsed
 from slm.cli.commands import history
 from slm.cli.output import Json, escape
 from slm.cli.target import Target, at_a_server
@@ -98,6 +99,7 @@ def create(
     )
     body |= {"agent_id": agent} | temperature_sent("llm_temperature", temperature)
     answer = call(target, "POST", "/api/agents", body=body)
+    note_shadowed(body.get("llm_options", {}))
     revision = _revision_of(answer)
     if not as_json:
         said = f"[bold]{escape(agent)}[/] created at revision {revision}"
@@ -177,11 +179,12 @@ def set_agent(
         if "llm_api_key" in body:
             raise output.UsageError("--clear api-key contradicts giving one")
         body["llm_api_key"] = key
-    merged({}, option or [])  # what is wrong with them is said before anything is asked
+    given = merged({}, option or [])  # what is wrong is said before anything is asked
     if not body and not option:
         raise output.UsageError("nothing to set; name at least one field")
     body |= sent(comment=comment)
     old, answer = asyncio.run(_update(target, agent, body, option, if_match))
+    note_shadowed(given)
     new = parsed(Agent, answer)
     changed = _changes(old, new)
     if not as_json and changed:
@@ -266,7 +269,7 @@ def key_state(agent: Agent) -> str:
     return f"has an API key [dim](set at revision {agent.api_key_revision})[/]"
 
 
-def _revision_of(answer: Answer) -> int:
+def _revision_of(answer: ApiAnswer) -> int:
     """Return the revision of the agent that was written."""
     revision = answer.data.get("revision")
     if not isinstance(revision, int):
@@ -274,7 +277,7 @@ def _revision_of(answer: Answer) -> int:
     return revision
 
 
-def _warned_of_cleared_key(answer: Answer) -> bool:
+def _warned_of_cleared_key(answer: ApiAnswer) -> bool:
     """Say so where a write cleared the stored key, and return whether it did."""
     cleared = bool(answer.data.get("api_key_cleared"))
     if cleared:
@@ -291,7 +294,7 @@ async def _update(
     body: dict[str, Any],
     option: list[str] | None,
     if_match: int | None,
-) -> tuple[Agent, Answer]:
+) -> tuple[Agent, ApiAnswer]:
     """Change the agent and return it as it was, and the answer.
 
     Always with If-Match, so that "old → new" tells what this command did and options merge into

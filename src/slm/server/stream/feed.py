@@ -19,8 +19,8 @@ from typing import Final
 from slm.common import tracing
 from slm.errors import ProblemError
 from slm.server import failpoints
-from slm.server.agents.catalog import Catalog, CommittedChange, Position
-from slm.server.agents.service import Written
+from slm.server.agents.catalog import Catalog
+from slm.server.agents.changes import CommittedChange, Position, Written
 from slm.server.db.database import Database
 from slm.server.db.tables import utc_now
 from slm.server.metrics import Metrics
@@ -28,9 +28,9 @@ from slm.server.security.agent_scope import View
 from slm.server.security.token_table import TokenTable
 from slm.server.settings import Settings
 from slm.server.stream.change_reader import (
+    ChangePage,
     Horizon,
     News,
-    Page,
     far_behind,
     read_horizon,
     read_news,
@@ -261,7 +261,7 @@ class ChangeFeed:
         """
         return await self._database.read(read_horizon)
 
-    async def read(self, since: int, limit: int, upto: int) -> Page:
+    async def read(self, since: int, limit: int, upto: int) -> ChangePage:
         """Return at most `limit` changes after `since`, none after `upto`, for a replay.
 
         Raises:
