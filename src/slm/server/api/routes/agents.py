@@ -31,6 +31,7 @@ from slm.server.api.problems import (
     problem_responses,
 )
 from slm.server.api.responses import (
+    NOT_MODIFIED,
     WrittenAgent,
     catalog_headers,
     catch_up,
@@ -94,7 +95,7 @@ def _list_answer(
 @router.get(
     "/agents",
     response_model=AgentList,
-    responses=problem_responses(*READ_PROBLEMS),
+    responses=NOT_MODIFIED | problem_responses(*READ_PROBLEMS),
 )
 @answered_at_once(_whole_list)
 async def list_agents(
@@ -123,7 +124,7 @@ async def _default_at_once(request: Request, services: Services, caller: Caller)
 @router.get(
     "/agents/default",
     response_model=Agent,
-    responses=problem_responses(*READ_PROBLEMS, AgentNotFound),
+    responses=NOT_MODIFIED | problem_responses(*READ_PROBLEMS, AgentNotFound),
 )
 @answered_at_once(_default_at_once)
 async def get_default_agent(request: Request, services: UpToDate, caller: Reader) -> Response:
@@ -138,7 +139,7 @@ async def _agent_at_once(request: Request, services: Services, caller: Caller) -
 @router.get(
     "/agents/{agent_id}",
     response_model=Agent,
-    responses=problem_responses(*READ_PROBLEMS, AgentNotFound),
+    responses=NOT_MODIFIED | problem_responses(*READ_PROBLEMS, AgentNotFound),
 )
 @answered_at_once(_agent_at_once)
 async def get_agent(
@@ -248,7 +249,10 @@ async def update_agent(
 @router.delete(
     "/agents/{agent_id}",
     status_code=204,
-    responses=problem_responses(*WRITE_PROBLEMS, AgentNotFound, AgentIsDefault, PreconditionFailed),
+    responses={
+        200: {"description": "Deleted, with the receipt that `wait` asks for"},
+        **problem_responses(*WRITE_PROBLEMS, AgentNotFound, AgentIsDefault, PreconditionFailed),
+    },
 )
 async def delete_agent(
     request: Request,
