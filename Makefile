@@ -11,7 +11,7 @@ UV_COMPILE := uv pip compile --quiet --universal --generate-hashes --no-header -
 # Environments of tests/integrations: each has its locked requirements beside it.
 INTEGRATIONS := $(filter-out common,$(basename $(notdir $(wildcard tests/integrations/*.in))))
 
-.PHONY: help demo test test-integrations lint format bench bench-quick bench-peers soak lock clean
+.PHONY: help demo test test-integrations lint format bench bench-quick bench-peers soak docs picture lock clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' Makefile
@@ -23,11 +23,13 @@ demo: .venv/installed ## change an agent's LLM live, with a real language model,
 test: .venv/installed .venv/model lint ## lint, type checks and every test
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
-test-integrations: $(INTEGRATIONS:%=.venv-int-%/installed) ## the adapters beside both ends of each SDK's range, an environment each
-	@failed=0; for name in $(INTEGRATIONS); do \
+test-integrations: .venv/installed .venv-docs/installed $(INTEGRATIONS:%=.venv-int-%/installed) ## the documents as they are written, and the adapters beside both ends of each SDK's range
+	@failed=0; echo "== documents"; \
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m documents || failed=1; \
+	for name in $(INTEGRATIONS); do \
 		echo "== $$name"; \
-		SLM_TEST_ENVIRONMENT=$$name .venv-int-$$name/bin/python -m pytest -n 2 --dist loadgroup -m 'not soak and not real_llm' \
-			tests/llm tests/integrations || failed=1; \
+		SLM_TEST_ENVIRONMENT=$$name .venv-int-$$name/bin/python -m pytest -n 2 --dist loadgroup \
+			-m 'not soak and not real_llm and not documents' tests/llm tests/integrations || failed=1; \
 	done; exit $$failed
 
 lint: .venv/installed ## ruff, mypy --strict and bandit
@@ -53,6 +55,14 @@ bench-peers: ## what the bench compares with that pip cannot install (Debian, as
 soak: .venv/installed ## the long form of the fault and socket tests
 	$(BIN)/python -m pytest -m soak
 
+docs: .venv/installed .venv-docs/installed ## the documentation as a site, in build/site; its generated parts are written anew
+	$(BIN)/python -m tools.docs
+	$(BIN)/python -m tools.docs.site .venv-docs/bin/mkdocs
+	@echo 'open build/site/index.html'
+
+picture: .venv/installed ## take the README's picture of a terminal anew, from a real run
+	@$(BIN)/python -m tools.recording
+
 lock: ## resolve the requirements again (needs uv); read the diff before you commit it
 	$(UV_COMPILE) --upgrade --all-extras pyproject.toml -o requirements.lock
 	$(UV_COMPILE) --upgrade --no-deps requirements-model.in -o requirements-model.lock
@@ -61,9 +71,10 @@ lock: ## resolve the requirements again (needs uv); read the diff before you com
 			tests/integrations/common.in tests/integrations/$$name.in -o tests/integrations/$$name.txt; \
 	done
 	$(UV_COMPILE) --upgrade -c requirements.lock benchmarks/requirements.in -o benchmarks/requirements.txt
+	$(UV_COMPILE) --upgrade tools/docs/requirements.in -o tools/docs/requirements.txt
 
 clean: ## remove .venv and whatever tools left behind
-	rm -rf .venv .venv-bench .venv-int-* benchmarks/build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-bench .venv-docs .venv-int-* benchmarks/build build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Kept, though only a rule with a pattern names them.
@@ -96,6 +107,16 @@ clean: ## remove .venv and whatever tools left behind
 	@echo 'Installing the locked requirements of the bench (about 120 packages)'
 	@.venv-bench/bin/python -m pip --quiet --disable-pip-version-check install --require-hashes -r requirements.lock -r benchmarks/requirements.txt
 	@.venv-bench/bin/python -m pip --quiet --disable-pip-version-check install --no-deps --no-build-isolation --editable .
+	@touch $@
+
+# The documentation's generator: it needs nothing of ours, and nobody else needs it.
+.venv-docs/created: .venv/created
+	@"$(PYTHON)" -m venv --clear .venv-docs
+	@touch $@
+
+.venv-docs/installed: .venv-docs/created tools/docs/requirements.txt
+	@echo 'Installing the locked requirements of the documentation (about 30 packages)'
+	@.venv-docs/bin/python -m pip --quiet --disable-pip-version-check install --require-hashes -r tools/docs/requirements.txt
 	@touch $@
 
 .venv-int-%/created: .venv/created

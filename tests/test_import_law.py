@@ -1,9 +1,10 @@
-"""Who may know whom inside the package, and what `import slm` may load."""
+"""Who may know whom inside the package, how large its parts may be, and what `import slm` loads."""
 
 from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -118,6 +119,101 @@ def test_each_module_imports_only_what_its_room_may_know(module: str) -> None:
 def test_the_law_sees_every_form_of_import(source: str, rooms: set[str]) -> None:
     """An import in a function, a relative one or one by name counts like any other."""
     assert set(rooms_of(source, "slm.client.stream", package=False)) == rooms
+
+
+# --- the floors of CONTRIBUTING.md ---
+
+PROJECT = Path(__file__).parents[1]
+
+
+def floors_of(room: str, document: str) -> dict[str, int]:
+    """Return the floor of each name in the picture of a room; the ground is 0."""
+    found = re.search(rf"^```text {room}\n(.*?)^```", document, re.MULTILINE | re.DOTALL)
+    assert found, f"CONTRIBUTING.md has no picture of {room}"
+    lines = [re.split(r" {2,}", line)[0].split(", ") for line in found[1].splitlines()]
+    return {name: floor for floor, names in enumerate(reversed(lines)) for name in names}
+
+
+def uses_of(source: str, room: str, module: str, *, package: bool) -> Iterator[tuple[str, int]]:
+    """Yield what the source imports from its own room, by its first name there, and the line."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            start = node.module or ""
+            if node.level:
+                parts = module.split(".")
+                parts = parts[: len(parts) - node.level + (1 if package else 0)]
+                start = ".".join([*parts, start]).rstrip(".")
+            names = [f"{start}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            parts = name.split(".")
+            if parts[:2] == ["slm", room] and len(parts) > 2:
+                yield parts[2], node.lineno
+
+
+def breaks(room: str, floors: dict[str, int], module: str, path: Path) -> list[str]:
+    """Return a sentence for each import that goes up, or across, on the floors of a room."""
+    mine = module.split(".")[2]
+    found = []
+    uses = uses_of(path.read_text(), room, module, package=path.name == "__init__.py")
+    for name, line in uses:
+        if name != mine and name in floors and floors[name] >= floors[mine]:
+            found.append(
+                f"{path.relative_to(ROOT)}:{line} ({mine}, floor {floors[mine]}) imports"
+                f" slm.{room}.{name} (floor {floors[name]}): only what stands below may be imported"
+            )
+    return found
+
+
+@pytest.mark.parametrize("room", ["server", "cli"])
+def test_imports_go_down_the_floors_of_a_room(room: str) -> None:
+    """No import goes up or across in the pictures of CONTRIBUTING.md, which name every part."""
+    floors = floors_of(room, (PROJECT / "CONTRIBUTING.md").read_text())
+    inside = {m: p for m, p in modules().items() if m.startswith(f"slm.{room}.")}
+    assert {module.split(".")[2] for module in inside} == set(floors)
+    wrong = [each for m, p in inside.items() for each in breaks(room, floors, m, p)]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_an_import_that_goes_up_is_named_with_both_files(tmp_path: Path) -> None:
+    """The sentence says which file imports what, and which law that breaks."""
+    floors = floors_of("server", (PROJECT / "CONTRIBUTING.md").read_text())
+    database = ROOT / "server" / "db" / "database.py"
+    assert breaks("server", floors, "slm.server.db.database", database) == []
+    floors["failpoints"] = floors["db"] + 1
+    (sentence, *_) = breaks("server", floors, "slm.server.db.database", database)
+    assert sentence.startswith("server/db/database.py:")
+    assert "imports slm.server.failpoints" in sentence
+
+
+# --- sizes ---
+
+MOST_IN_A_FOLDER = 12
+ROOMIER = {"slm/server": 24}
+EXEMPT = {"routes", "commands", "versions"}
+
+
+def test_no_folder_holds_too_much_to_see_at_once() -> None:
+    """A folder of the package has at most 12 things in it, `server/` itself 24."""
+    source = ROOT.parent
+    full = {}
+    for folder in (ROOT, *(path for path in ROOT.rglob("*") if path.is_dir())):
+        things = [
+            path.name
+            for path in folder.iterdir()
+            if path.name not in ("__init__.py", "__pycache__")
+            and (path.is_dir() or path.suffix == ".py")
+        ]
+        name = folder.relative_to(source).as_posix()
+        if folder.name not in EXEMPT and len(things) > ROOMIER.get(name, MOST_IN_A_FOLDER):
+            full[name] = sorted(things)
+    assert not full
+
+
+# --- what an import loads ---
 
 
 def loaded_by(statement: str) -> set[str]:

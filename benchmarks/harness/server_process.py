@@ -25,12 +25,12 @@ from websockets.protocol import OPEN
 
 from benchmarks import native
 from benchmarks.harness import machine
-from slm.server.agents.service import Written
+from slm.server.agents.changes import Written
 from slm.server.serve import SLMServer
 from slm.server.settings import Settings
 from slm.server.stream.encoding import encode_change
 from slm.server.transport.process import tune_interpreter
-from slm.server.transport.ws_connection import text_frames
+from slm.server.transport.ws_frames import text_frames
 
 
 class SideDoor:

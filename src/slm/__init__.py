@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from slm.client.client import SLMClient
     from slm.client.config import ResolvedConfig, SecretText, Step
     from slm.client.lifespan import lifespan
-    from slm.client.sync.backoff import ClientStatus
+    from slm.client.status import ClientStatus
     from slm.client.timings import Timings
     from slm.errors import (
         AgentKeyUnavailable,
@@ -35,19 +35,23 @@ if TYPE_CHECKING:
         SLMUnavailable,
     )
     from slm.llm.interface import LLMInterface
+    from slm.llm.results import ChatResult
+    from slm.llm.transport import TransportSettings
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "AgentConfigCache": "slm.client.cache.cache",
     "BlockingSLMClient": "slm.client.blocking",
-    "ClientStatus": "slm.client.sync.backoff",
+    "ChatResult": "slm.llm.results",
+    "ClientStatus": "slm.client.status",
     "LLMInterface": "slm.llm.interface",
     "ResolvedConfig": "slm.client.config",
     "SLMClient": "slm.client.client",
     "SecretText": "slm.client.config",
     "Step": "slm.client.config",
     "Timings": "slm.client.timings",
+    "TransportSettings": "slm.llm.transport",
     "lifespan": "slm.client.lifespan",
 }
 
@@ -56,6 +60,7 @@ __all__ = [
     "AgentKeyUnavailable",
     "AgentUnknown",
     "BlockingSLMClient",
+    "ChatResult",
     "ClientStatus",
     "ConfigurationError",
     "LLMAuthError",
@@ -77,6 +82,7 @@ __all__ = [
     "SecretText",
     "Step",
     "Timings",
+    "TransportSettings",
     "lifespan",
 ]
 

@@ -22,7 +22,7 @@ from slm.client.config import ResolvedConfig
 from slm.client.resolution.chain import Chain
 from slm.client.resolution.explain import explain_steps
 from slm.client.runtime.callbacks import OnChange, Validator
-from slm.client.sync.backoff import ClientStatus
+from slm.client.status import ClientStatus
 from slm.errors import ConfigurationError, SLMError
 from slm.protocol import AgentDeleted, Explanation
 from slm.schemas import LLMConfigWithKey

@@ -285,7 +285,7 @@ async def test_a_question_that_cannot_be_answered_harms_nothing(
     ):
         await eventually(lambda: is_live(client))
         await eventually(
-            lambda: (sync := client._follower.sync) is not None and sync._explaining == 0
+            lambda: (sync := client._follower.sync) is not None and sync._questions.under_way == 0
         )
         assert is_live(client)
         assert len(slm.handshakes) == 1

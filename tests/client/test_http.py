@@ -13,8 +13,8 @@ import trustme
 from aiohttp import web
 from pydantic import SecretStr
 
-from slm.client.sync.backoff import NobodyListens
 from slm.client.timings import Timings
+from slm.client.transport.answers import NobodyListens
 from slm.client.transport.http import Connection, EpochChanged, TokenSource, normalised_url
 from slm.client.transport.site import Site
 from slm.client.transport.tls import TlsFiles

@@ -112,7 +112,7 @@ async def test_leaving_the_stream_in_any_way_is_not_live() -> None:
         await eventually(lambda: client.status is ClientStatus.LIVE)
         sync = client._follower.sync
         assert sync is not None
-        (hearing,) = (t for t in sync._tasks if "Stream.run" in work_of(t))
+        (hearing,) = (t for t in sync._tasks._running if "Stream.run" in work_of(t))
         sync.loop.call_soon_threadsafe(hearing.cancel)
         await eventually(lambda: client._cache.live_until == NEVER)
         assert client.peek("a") is None

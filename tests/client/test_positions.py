@@ -11,7 +11,7 @@ from typing import Any
 from slm import SLMClient
 from slm.client.cache.cache import AgentConfigCache
 from slm.client.cache.snapshot_file import SnapshotFile
-from slm.client.sync.backoff import ClientStatus
+from slm.client.status import ClientStatus
 from slm.schemas import LLMConfigWithKey, Snapshot
 from tests.client.test_golden import EPOCH, client_of
 from tests.support.faults.scripted import Peer, changed, config, scripted_slm

@@ -8,7 +8,7 @@ import time
 import weakref
 from functools import partial
 
-from slm.client.sync.idle import TURN_SECONDS, Quiet
+from slm.client.runtime.idle import TURN_SECONDS, Quiet
 from tests.support.servers import eventually
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from slm.client.sync.backoff import Backoff, ClientStatus, NobodyListens, is_retryable, status_after
+from slm.client.status import ClientStatus
+from slm.client.sync.backoff import Backoff, is_retryable, status_after
 from slm.client.timings import Timings
+from slm.client.transport.answers import NobodyListens
 from slm.errors import (
     BadRequest,
     ConfigurationError,

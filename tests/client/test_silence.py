@@ -10,7 +10,7 @@ from aiohttp import WSMsgType
 
 from slm import SLMClient
 from slm.client.runtime.background import following
-from slm.client.sync.backoff import ClientStatus
+from slm.client.status import ClientStatus
 from slm.client.timings import Timings
 from tests.support.faults.backends import TENTH
 from tests.support.faults.scripted import Peer, scripted_slm

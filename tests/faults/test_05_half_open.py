@@ -9,7 +9,7 @@ from collections.abc import Callable
 import aiohttp
 import pytest
 
-from slm.client.sync.backoff import ClientStatus
+from slm.client.status import ClientStatus
 from tests.support.faults.backends import backend, believes, is_live
 from tests.support.faults.network import DOWN, UP, proxied
 from tests.support.faults.site import Operator, Site

@@ -10,7 +10,7 @@ import aiohttp
 import pytest
 from sqlalchemy.engine import make_url
 
-from slm.client.sync.backoff import ClientStatus
+from slm.client.status import ClientStatus
 from slm.server import failpoints
 from tests.support.faults.backends import backend, believes, is_live
 from tests.support.faults.network import Proxy, proxied

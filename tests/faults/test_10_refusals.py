@@ -7,7 +7,7 @@ import itertools
 import pytest
 from aiohttp import web
 
-from slm.client.sync.backoff import ClientStatus
+from slm.client.status import ClientStatus
 from tests.support.faults.backends import backend, is_live
 from tests.support.faults.scripted import Peer, ScriptedSLM, changed, config, scripted_slm
 from tests.support.servers import eventually

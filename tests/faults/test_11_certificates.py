@@ -14,7 +14,7 @@ import aiohttp
 import pytest
 import trustme
 
-from slm.client.sync.backoff import ClientStatus
+from slm.client.status import ClientStatus
 from tests.support.faults.backends import backend, is_live
 from tests.support.faults.site import Operator, Site
 from tests.support.servers import eventually

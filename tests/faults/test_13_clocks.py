@@ -9,7 +9,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from slm.client.sync.backoff import ClientStatus
+from slm.client.status import ClientStatus
 from tests.support.faults.backends import backend, backends, believes, is_live
 from tests.support.faults.site import Operator, Site
 from tests.support.faults.subscriber import subscribers

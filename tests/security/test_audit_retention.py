@@ -70,7 +70,7 @@ async def log(database: Database, vault: Vault, monkeypatch: pytest.MonkeyPatch)
     long_ago = utc_now() - timedelta(days=100)
     monkeypatch.setattr(audit, "utc_now", lambda: long_ago)
     await database.run(fill)
-    return AuditLog(database, vault)
+    return AuditLog(database, vault.unseal)
 
 
 def _forget(connection: Connection) -> None:
@@ -135,8 +135,10 @@ async def test_a_cut_that_another_made_shows(
 
     assert (await log.verify()).whole
     forged = Vault([Vault.generate_key()])
-    for seal in (None, "", "x", forged.seal(f"{start.seq}:{start.hash}"),
-                 keyring.vault.seal("1:" + "0" * 64), keyring.vault.make_check()):  # fmt: skip
+    vault = keyring.vault
+    seals = [None, "", "x", forged.seal(f"{start.seq}:{start.hash}")]
+    seals += [vault.seal("1:" + "0" * 64), vault.make_check_of(vault.fingerprints[0])]
+    for seal in seals:
         await database.run(lambda c, seal=seal: cut(c, seal))  # type: ignore[misc]
         verdict = await log.verify()
         assert not verdict.whole

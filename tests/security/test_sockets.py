@@ -15,7 +15,8 @@ import aiohttp
 import pytest
 
 from slm.server.transport.http_protocol import HttpProtocol
-from slm.server.transport.ws_connection import BURST, MAX_FRAGMENTS, PONGS_WAIT_BYTES
+from slm.server.transport.ws_connection import BURST, PONGS_WAIT_BYTES
+from slm.server.transport.ws_frames import MAX_FRAGMENTS
 from tests.security.test_tls import certs as certs
 from tests.server.test_ws_limits import NO_PINGS, deaf_peers, handshake, masked, raw_stream
 from tests.support.raw import Api, raw_exchange

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import pytest
 from sqlalchemy import Connection, delete, update
 
-from slm.server.agents.catalog import CommittedChange
+from slm.server.agents.changes import CommittedChange
 from slm.server.agents.schemas import AgentCreate, AgentUpdate
 from slm.server.db.tables import CHANGES, STATE
 from slm.server.lifecycle.startup import prepare

@@ -19,8 +19,9 @@ from pydantic import SecretStr
 from sqlalchemy.engine import make_url
 
 from slm.errors import ConfigurationError, DatabaseUnavailable, StartupError
+from slm.server.database_url import sqlalchemy_spelling
 from slm.server.db.database import Database
-from slm.server.db.engines.postgresql import refuse_unfit, sqlalchemy_spelling
+from slm.server.db.engines.postgresql import refuse_unfit
 from slm.server.settings import Settings, load_settings
 from tests.server.test_database import execute, opened
 from tests.support.faults.network import Proxy
@@ -169,7 +170,8 @@ async def test_exhausted_connections_wait_for_one_of_ours(postgres_url: str) -> 
                 await asyncio.gather(*(database.run(slow) for _ in range(30)))
                 stuck = [database.run(execute("SELECT pg_sleep(1)")) for _ in range(2)]
                 held = [asyncio.ensure_future(each) for each in stuck]
-                database._lock_timeout_seconds = 0.1
+                assert database._main is not None
+                database._main.wait_seconds = 0.1
                 busy = f"SELECT count(*) FROM pg_stat_activity WHERE usename = '{role}'"
                 busy += " AND state = 'active' AND query LIKE '%pg_sleep(1)%'"
                 await eventually(lambda: admin.execute(busy).fetchall() == [(2,)])

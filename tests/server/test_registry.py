@@ -19,8 +19,8 @@ from slm.errors import (
     ProblemError,
 )
 from slm.schemas import Agent
+from slm.server.agents.changes import Written
 from slm.server.agents.schemas import AgentUpdate
-from slm.server.agents.service import Written
 from slm.server.db.tables import utc_now
 from tests.support.store import Store, new_agent
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from pydantic import SecretStr
 
 from slm.errors import ProblemError
+from slm.server.agents.changes import Written
 from slm.server.agents.schemas import AgentUpdate
-from slm.server.agents.service import Written
 from slm.server.settings import Settings
 from tests.support.store import KEY, Store, new_agent
 

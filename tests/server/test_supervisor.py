@@ -33,7 +33,6 @@ SHORT_TASKS = {
     "fleet/explain.py": "one answer to another replica, over after seconds",
     "fleet/replication.py": "two waits, cancelled by the function that began them",
     "agents/read_batches.py": "it lasts while somebody waits; each gets an answer in any case",
-    "stream/asgi_sink.py": "one stream of an ASGI server that is not ours, ended with the stream",
 }
 """Where else the server starts tasks, and why none of them lives as long as the server."""
 

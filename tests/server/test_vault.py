@@ -98,7 +98,8 @@ def test_any_key_decrypts_and_the_first_encrypts() -> None:
 
 def test_a_check_tells_the_right_key() -> None:
     """A check token is opened by the key that made it and by no other."""
-    check = Vault([KEY]).make_check()
+    maker = Vault([KEY])
+    check = maker.make_check_of(maker.fingerprints[0])
     assert Vault([OTHER_KEY, KEY]).opens_check(check)
     assert not Vault([OTHER_KEY]).opens_check(check)
     assert not Vault([KEY]).opens_check(Vault([KEY]).encrypt(SECRET, PLACE))

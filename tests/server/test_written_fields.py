@@ -57,6 +57,7 @@ ENDPOINTS = {
     "https://h//v1": "slashes",
     "https://h/v1//": "slashes",
     "https://h/openai//deployments/x": "slashes",
+    "https://h/v1/models": "/v1/models",
     "https://h/v1/chat/completions": "/chat/completions",
     "https://h/v1/Chat/Completions/": "/chat/completions",
     "https://h/openai/deployments/x/chat/completions": "/chat/completions",

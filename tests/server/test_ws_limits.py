@@ -14,15 +14,10 @@ from pathlib import Path
 
 import aiohttp
 import pytest
-import uvicorn
 
-from slm.server.app import create_app
-from slm.server.lifecycle.startup import prepare
-from slm.server.settings import Settings
-from slm.server.stream.asgi_sink import ASGISink
 from slm.server.transport.ws_connection import WebSocketConnection
 from tests.support.raw import Api, raw_exchange
-from tests.support.servers import TENTH, InLoopServer, eventually, read_token, running_server
+from tests.support.servers import InLoopServer, eventually, running_server
 
 NO_PINGS = {"ping_interval_seconds": 300.0}
 """So that only its buffer can be what ends a connection."""
@@ -407,47 +402,3 @@ def server_connections(api: Api):  # type: ignore[no-untyped-def]
     uvicorn_server = api.server.running._server
     assert uvicorn_server is not None
     return lambda: len(uvicorn_server.server_state.connections)
-
-
-# --- without our transport ---
-
-
-async def test_without_the_extension_frames_go_through_asgi(
-    tmp_path: Path, session: aiohttp.ClientSession
-) -> None:
-    """Under an ASGI server of another kind the stream is the same, through `send_text`."""
-    settings = Settings(data_dir=tmp_path, port=0, **TENTH)
-    prepared = await prepare(settings)
-    app = create_app(settings, prepared)
-    plain = uvicorn.Server(
-        uvicorn.Config(app, ws="websockets-sansio", log_config=None, lifespan="on", port=0)
-    )
-    running = asyncio.create_task(plain.serve())
-    await eventually(lambda: plain.started)
-    port = plain.servers[0].sockets[0].getsockname()[1]
-    headers = {"Authorization": f"Bearer {read_token(tmp_path, 'admin')}"}
-    url = f"http://127.0.0.1:{port}"
-    try:
-        async with session.ws_connect(f"{url}/ws", headers=headers) as ws:
-            await ws.send_str('{"subscribe": "agent_config", "since": 0, "epoch": "other"}')
-            types = [json.loads(await ws.receive_str())["type"] for _ in range(2)]
-            assert types == ["subscribed", "resync"]
-            [subscriber] = app.state.services.hub.subscribers()
-            assert isinstance(subscriber.sink, ASGISink)
-            for turn in range(5):
-                body = {"llm_model": f"m{turn}"}
-                await session.put(f"{url}/api/agents/default", json=body, headers=headers)
-            revisions: list[int] = []
-            while len(revisions) < 5:
-                frame = json.loads(await ws.receive_str())
-                if frame["type"] != "heartbeat":
-                    revisions.append(frame["revision"])
-            assert revisions == [2, 3, 4, 5, 6]
-            await ws.send_bytes(b"x")
-            while (await ws.receive()).type is aiohttp.WSMsgType.TEXT:
-                pass
-            assert ws.close_code == 1003
-    finally:
-        plain.should_exit = True
-        await running
-        await prepared.database.close()

@@ -14,7 +14,7 @@ from sqlalchemy import Connection, delete, select, update
 
 from slm.protocol import Ack
 from slm.schemas import Agent
-from slm.server.agents.catalog import CommittedChange
+from slm.server.agents.changes import CommittedChange
 from slm.server.agents.schemas import AgentUpdate
 from slm.server.db.tables import CHANGES, STATE
 from slm.server.stream.encoding import Frames, encode_change

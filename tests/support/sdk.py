@@ -1,11 +1,13 @@
-"""What the fleet's tests share: an SDK client at test speed, and what a server tells of it."""
+"""SDK clients at test speed, and what a server tells of them."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from slm import SLMClient, Timings
+from tests.support.faults.backends import TENTH
 from tests.support.raw import Api
+from tests.support.servers import InLoopServer
 
 FAST = Timings(
     backoff_initial_seconds=0.05,
@@ -18,6 +20,12 @@ FAST = Timings(
 def sdk(url: str, token: str, name: str, **options: Any) -> SLMClient:
     """Return a client that is called `name`, with timings of a tenth."""
     return SLMClient(url, token=token, name=name, **({"timings": FAST} | options))
+
+
+def client_of(url: str, server: InLoopServer, **options: Any) -> SLMClient:
+    """Return a client of the server, at this address, with every timing at a tenth."""
+    options = {"timings": Timings(**TENTH)} | options
+    return SLMClient(url, token=server.backend_token, **options)
 
 
 async def fleet_of(api: Api) -> dict[str, Any]:

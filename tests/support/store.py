@@ -8,10 +8,11 @@ from typing import Any
 from sqlalchemy import text
 
 from slm.schemas import Agent
+from slm.server.agents.mapping import agent_of
 from slm.server.agents.schemas import AgentCreate
 from slm.server.agents.service import AgentRegistry
 from slm.server.db.database import Database
-from slm.server.db.tables import CHANGES, SELECT_AGENTS, agent_of
+from slm.server.db.tables import CHANGES, SELECT_AGENTS
 from slm.server.encryption.vault import Vault
 from slm.server.lifecycle.startup import prepare
 from slm.server.settings import Settings

@@ -7,10 +7,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
-from tools.docs import variables
+from tools.docs import commands, decisions, sdk, variables
 
 ROOT: Final = Path(__file__).parents[2]
 PAGES: Final[Mapping[str, Callable[[], Mapping[str, str]]]] = {
+    "docs/decisions/README.md": decisions.parts,
+    "docs/reference/commands.md": commands.parts,
+    "docs/reference/sdk.md": sdk.parts,
     "docs/reference/variables.md": variables.parts,
 }
 """A page's path, and what returns the text of each of its generated parts by the part's name."""

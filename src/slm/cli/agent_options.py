@@ -10,18 +10,35 @@ import enum
 import json
 import math
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 import typer
 
-from slm.cli.output import UsageError
+from slm.cli.output import UsageError, note
 from slm.cli.target import Target
 from slm.common.environment import decoded, tidied
 from slm.common.files import NotTrusted, read_given
 from slm.errors import ConfigurationError
 
 Provider = Literal["ollama", "openai", "anthropic"]
+
+_NUMBERS: Final = frozenset(
+    [
+        *("temperature", "top_p", "top_k", "min_p", "seed", "n", "max_tokens", "num_ctx"),
+        *("max_completion_tokens", "frequency_penalty", "presence_penalty", "repeat_penalty"),
+        *("num_predict", "top_logprobs"),
+    ]
+)
+"""Options that every provider that has them takes as a number."""
+
+_SHADOWED: Final = {
+    "temperature": "--temperature",
+    "max_tokens": "--max-tokens",
+    "max_completion_tokens": "--max-tokens",
+    "num_predict": "--max-tokens",
+}
 
 
 class Clearable(enum.StrEnum):
@@ -167,8 +184,16 @@ def merged(options: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
         try:
             result[name] = json.loads(text)
         except ValueError:
+            if name in _NUMBERS:
+                raise UsageError(f"--option {name} must be a number") from None
             result[name] = text
     return result
+
+
+def note_shadowed(options: Mapping[str, Any]) -> None:
+    """Say which of the provider's options take precedence over a field of the agent."""
+    for name in _SHADOWED.keys() & options.keys():
+        note(f"the option {name} takes precedence over {_SHADOWED[name]} in every request")
 
 
 def read_key(target: Target, *, prompt: bool, file: Path | None, stdin: bool) -> str | None:

@@ -14,7 +14,7 @@ from slm.client.cache.keys_in_use import InUse
 from slm.client.client import SLMClient
 from slm.client.config import ResolvedConfig
 from slm.client.runtime.callbacks import OnChange, Validator
-from slm.client.sync.backoff import ClientStatus
+from slm.client.status import ClientStatus
 from slm.protocol import Explanation
 
 

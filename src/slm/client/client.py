@@ -22,7 +22,7 @@ from slm.client.runtime.background import following
 from slm.client.runtime.callbacks import OnChange, Validator
 from slm.client.runtime.clock import now
 from slm.client.runtime.dispatch import callbacks
-from slm.client.sync.backoff import ClientStatus
+from slm.client.status import ClientStatus
 from slm.client.sync.follower import Follower, Settings
 from slm.client.sync.follower import _abandoned as _abandoned
 from slm.client.timings import Timings, check_seconds

@@ -122,7 +122,7 @@ def make_services(settings: Settings, prepared: Prepared) -> Services:
         keyring=keyring,
         rotation=KeyRotation(settings, database, keyring, caretaker.lease),
         token_store=token_store,
-        audit=AuditLog(database, keyring.vault),
+        audit=AuditLog(database, lambda seal: keyring.vault.unseal(seal)),
         failed_logins=TokenBuckets(
             Rate(settings.auth_failures_per_second, settings.auth_failures_burst)
         ),

@@ -17,7 +17,7 @@ from sqlalchemy.exc import ArgumentError
 from slm.common.environment import listed
 from slm.endpoints import EndpointPolicy, parse_allowed
 from slm.errors import ConfigurationError
-from slm.server.db.engines.postgresql import sqlalchemy_spelling
+from slm.server.database_url import sqlalchemy_spelling
 from slm.server.settings_source import PREFIX, TidyEnvironment
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any, Final
 
 from slm import SLMClient
-from slm.client.sync.backoff import ClientStatus
+from slm.client.status import ClientStatus
 from slm.client.timings import Timings
 from tests.support.faults.subscriber import CONFIG_FIELDS
 

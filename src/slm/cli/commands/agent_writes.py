@@ -34,6 +34,7 @@ from slm.cli.agent_options import (
     Temperature,
     Timeout,
     merged,
+    note_shadowed,
     read_key,
     sent,
     temperature_sent,
@@ -98,6 +99,7 @@ def create(
     )
     body |= {"agent_id": agent} | temperature_sent("llm_temperature", temperature)
     answer = call(target, "POST", "/api/agents", body=body)
+    note_shadowed(body.get("llm_options", {}))
     revision = _revision_of(answer)
     if not as_json:
         said = f"[bold]{escape(agent)}[/] created at revision {revision}"
@@ -177,11 +179,12 @@ def set_agent(
         if "llm_api_key" in body:
             raise output.UsageError("--clear api-key contradicts giving one")
         body["llm_api_key"] = key
-    merged({}, option or [])  # what is wrong with them is said before anything is asked
+    given = merged({}, option or [])  # what is wrong is said before anything is asked
     if not body and not option:
         raise output.UsageError("nothing to set; name at least one field")
     body |= sent(comment=comment)
     old, answer = asyncio.run(_update(target, agent, body, option, if_match))
+    note_shadowed(given)
     new = parsed(Agent, answer)
     changed = _changes(old, new)
     if not as_json and changed:

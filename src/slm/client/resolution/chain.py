@@ -5,16 +5,60 @@ Reads the cache, and asks for what is missing there; knows no connection, no fil
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from slm.client.cache.cache import AgentConfigCache
 from slm.client.cache.entry import KnownAgent
 from slm.client.config import ResolvedConfig
 from slm.client.resolution.environment import from_environment, hardcoded
 from slm.client.resolution.unknown import UnknownAgents
 from slm.client.runtime.log import quiet_logger
-from slm.client.sync.synchroniser import Synchroniser
+from slm.client.status import ClientStatus
 from slm.errors import AgentKeyUnavailable, AgentUnknown, SLMUnavailable
 
 _log = quiet_logger("slm.client")
+
+
+class Fetcher(Protocol):
+    """Fetches what the cache lacks, and raises nothing."""
+
+    async def ask(self, agent_id: str) -> None:
+        """Fetch one agent."""
+
+    async def ask_default(self) -> None:
+        """Fetch which agent is the default."""
+
+    def refresh(self, agent_id: str) -> None:
+        """Fetch an agent in the background."""
+
+    def lacks(self, agent_id: str) -> bool:
+        """Say whether the SLM said within the last seconds that it has no such agent."""
+
+
+class Source(Protocol):
+    """Who keeps the cache up to date, as the chain needs it."""
+
+    @property
+    def fetcher(self) -> Fetcher:
+        """Whom to ask for what is missing."""
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed, so that nothing more comes of waiting."""
+
+    @property
+    def status(self) -> ClientStatus:
+        """How things stand with the SLM."""
+
+    @property
+    def last_error(self) -> str | None:
+        """What failed last; None while all is well."""
+
+    def hurry_key(self, agent_id: str) -> None:
+        """Ask for an agent's awaited key at once: a call waits for it."""
+
+    async def wait_for_change(self, timeout: float) -> None:
+        """Return when anything in the cache changed, or after the timeout."""
 
 
 class Chain:
@@ -35,7 +79,7 @@ class Chain:
         self._warned: set[str] = set()
 
     async def answer(
-        self, agent_id: str | None, sync: Synchroniser | None, *, judged: bool = True
+        self, agent_id: str | None, sync: Source | None, *, judged: bool = True
     ) -> ResolvedConfig:
         """Answer for an agent, or for the default agent when `agent_id` is None.
 
@@ -63,14 +107,14 @@ class Chain:
             raise AgentUnknown(agent_id, self._why_not(agent_id, sync), near)
         return config or self._without_slm(agent_id or "default", self._why_not(agent_id, sync))
 
-    def _is_missing(self, agent_id: str, sync: Synchroniser | None) -> bool:
+    def _is_missing(self, agent_id: str, sync: Source | None) -> bool:
         """Say whether the SLM is known not to have this agent."""
         cache = self._cache
         if cache.find(agent_id) is not None:
             return False
-        return cache.synced or (sync is not None and sync.lacks(agent_id))
+        return cache.synced or (sync is not None and sync.fetcher.lacks(agent_id))
 
-    def _why_not(self, agent_id: str | None, sync: Synchroniser | None) -> str:
+    def _why_not(self, agent_id: str | None, sync: Source | None) -> str:
         """Return why the agent itself did not answer, as a sentence."""
         if agent_id is not None and self._cache.find(agent_id) is not None:
             return f"agent {agent_id!r} is switched off, or what is known of it is too old"
@@ -81,22 +125,20 @@ class Chain:
         said = sync.last_error or f"the SLM has not answered yet ({sync.status.value})"
         return said.rstrip(".")
 
-    async def _own(
-        self, agent_id: str, sync: Synchroniser | None, judged: bool
-    ) -> ResolvedConfig | None:
+    async def _own(self, agent_id: str, sync: Source | None, judged: bool) -> ResolvedConfig | None:
         """Step 1: the agent's own config, or None where it is unknown or inactive."""
         cache = self._cache
         if cache.find(agent_id) is None and not cache.live and sync is not None:
-            await sync.ask(agent_id)
+            await sync.fetcher.ask(agent_id)
         return await self._whole(agent_id, sync, judged)
 
     async def _default(
-        self, agent_id: str | None, sync: Synchroniser | None, judged: bool
+        self, agent_id: str | None, sync: Source | None, judged: bool
     ) -> ResolvedConfig | None:
         """Step 2: the default agent's config."""
         cache = self._cache
         if cache.default_id is None and not cache.live and sync is not None:
-            await sync.ask_default()
+            await sync.fetcher.ask_default()
         default_id = cache.default_id
         if default_id is None or default_id == agent_id:
             return None
@@ -122,7 +164,7 @@ class Chain:
         return hardcoded(agent_id, f"{why}; {unset}, so the built-in values answer")
 
     async def _whole(
-        self, agent_id: str, sync: Synchroniser | None, judged: bool
+        self, agent_id: str, sync: Source | None, judged: bool
     ) -> ResolvedConfig | None:
         """Return a known agent's whole value: the current one, or the last one as stale."""
         cache = self._cache
@@ -131,9 +173,9 @@ class Chain:
             return None
         if not cache.live and sync is not None and known.freshness()[0] > cache.ttl_seconds:
             if known.config is not None and cache.expired(known.config):
-                await sync.ask(agent_id)
+                await sync.fetcher.ask(agent_id)
             else:
-                sync.refresh(agent_id)
+                sync.fetcher.refresh(agent_id)
             known = cache.find(agent_id)
         if known is None or not known.is_active:
             return None
@@ -148,7 +190,7 @@ class Chain:
         return None if gone else config
 
     async def _once_its_key_is_here(
-        self, agent_id: str, sync: Synchroniser | None, judged: bool
+        self, agent_id: str, sync: Source | None, judged: bool
     ) -> KnownAgent | None:
         """Return what is known of the agent, after waiting up to `key_wait` for a changed key.
 

@@ -15,7 +15,7 @@ from typing import Final
 from slm.client.cache.cache import AgentConfigCache
 from slm.client.cache.entry import KnownAgent
 from slm.client.cache.keys_in_use import KeysInUse
-from slm.client.sync.idle import Quiet
+from slm.client.runtime.idle import Quiet
 from slm.client.timings import Timings
 from slm.protocol import MAX_REASON, Ack, NotInForce, encode, storable
 

@@ -16,7 +16,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from slm.client.cache.cache import AgentConfigCache
-from slm.client.cache.entry import KnownAgent
 from slm.client.cache.keys_in_use import KeysInUse
 from slm.client.cache.snapshot_file import Contents, Saver, SnapshotFile
 from slm.client.config import ResolvedConfig
@@ -27,9 +26,13 @@ from slm.client.runtime import background
 from slm.client.runtime.callbacks import Hooks
 from slm.client.runtime.dispatch import callbacks
 from slm.client.runtime.log import quiet_logger
-from slm.client.sync.backoff import ClientStatus
+from slm.client.status import ClientStatus
+from slm.client.sync.acks import Acks
+from slm.client.sync.judging import Judging
+from slm.client.sync.stream import Stream
 from slm.client.sync.synchroniser import Synchroniser
 from slm.client.timings import Timings
+from slm.client.transport.http import Connection
 from slm.errors import SLMError
 from slm.protocol import ClientInfo, Explanation, storable
 
@@ -74,10 +77,7 @@ class Follower:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._saver: Saver | None = None
         self._closing: asyncio.Task[None] | None = None
-        self._to_judge: dict[str, KnownAgent] = {}
-        self._judging_anew = self._judging_all = False
-        cache.refused = self.hooks.refusal
-        cache.ask_first = self._ask_first
+        self._judging = Judging(cache, self.hooks, self._judged)
         _followers.add(self)
 
     # --- from any thread ---
@@ -136,8 +136,7 @@ class Follower:
         if self.sync is not None:
             _abandoned.append(self.sync)
         self.sync = self._saver = self._closing = self._loop = None
-        self._to_judge = {}
-        self._judging_anew = self._judging_all = False
+        self._judging.forget()
         self.hooks.start_anew()
         self.in_use.start_anew()
         self._instance = uuid.uuid4().hex[:12]
@@ -147,7 +146,7 @@ class Follower:
         loop = self._loop
         if loop is not None:
             with contextlib.suppress(RuntimeError):  # it has ended
-                loop.call_soon_threadsafe(self._judge_anew, added)
+                loop.call_soon_threadsafe(self._judging.judge_anew, added)
 
     # --- life ---
 
@@ -193,8 +192,7 @@ class Follower:
             _log.exception("the client did not close as it should")
         finally:
             self._closing = None
-            self._to_judge = {}
-            self._judging_anew = self._judging_all = False
+            self._judging.forget()
             held, self._loop = self._loop is not None, None
             if held:
                 callbacks.leave()
@@ -213,17 +211,12 @@ class Follower:
                 self._load(settings.options.file)
             interval = settings.timings.save_interval_seconds
             self._saver = Saver(settings.options.file, interval, self._contents)
-        self._judge_later(dict(self._cache.unsettled()))
+        self._judging.judge_later(dict(self._cache.unsettled()))
+        connection = Connection(settings.options.site, settings.timings)
+        stream = Stream(connection, self._info(), settings.timings)
+        acks = Acks(self._cache, self.in_use, settings.timings, settings.key_wait, stream.send)
         sync = self.sync = Synchroniser(
-            self._cache,
-            settings.options.site,
-            settings.timings,
-            self._info(),
-            self._swapped,
-            self._save_soon,
-            self.in_use,
-            settings.key_wait,
-            self.explained,
+            self._cache, connection, stream, acks, settings.timings, self
         )
         settings.options.log_decisions()
         sync.start()
@@ -265,76 +258,32 @@ class Follower:
             steps=explain_steps(cache, agent_id, answer, unreachable),
         )
 
-    # --- validators that may take a while ---
+    def _judged(self, take: Callable[[], list[str]]) -> None:
+        """Have verdicts come into force, unless the client was closed meanwhile."""
+        if self.closed:
+            return  # they are asked again if it is connected again
+        for agent_id in take():
+            self.swapped(agent_id)
+        if self.sync is not None:
+            self.sync.wake()
 
-    def _ask_first(self, agent_id: str, known: KnownAgent) -> bool:
-        if not self.hooks.has_slow_validators:
-            return False
-        self._judge_later({agent_id: known})
-        return True
+    # --- what is told (synchroniser.Owner) ---
 
-    def _judge_later(self, agents: dict[str, KnownAgent]) -> None:
-        if agents and not self._to_judge:
-            asyncio.get_running_loop().call_soon(self._ask_validators)
-        self._to_judge |= agents
+    def swapped(self, agent_id: str) -> None:
+        """Tell the callbacks of an agent whose config was swapped, left or came into force."""
+        if self.closed:
+            return
+        if self._saver is not None:
+            self._saver.soon()
+        known = self._cache.find(agent_id)
+        self.hooks.tell(agent_id, known.in_force if known is not None else None)
 
-    def _ask_validators(self) -> None:
-        waiting, self._to_judge = self._to_judge, {}
-        entries = [
-            (agent_id, known, known.pending)
-            for agent_id, known in waiting.items()
-            if known.unjudged and known.pending is not None
-        ]
+    def became_live(self) -> None:
+        """Have the snapshot file written soon."""
+        if self._saver is not None:
+            self._saver.soon()
 
-        def judged(reasons: list[str | None]) -> None:
-            for (agent_id, known, _), reason in zip(entries, reasons, strict=True):
-                if self._cache.judged(agent_id, known, reason):
-                    self._swapped(agent_id)
-
-        self._ask([config for *_, config in entries], judged)
-
-    def _judge_anew(self, added: bool) -> None:
-        """Ask of all that is known after a validator came, of the refused after one went."""
-        if not self._judging_anew:
-            self._judging_anew = True
-            asyncio.get_running_loop().call_soon(self._ask_anew)
-        self._judging_all |= added
-
-    def _ask_anew(self) -> None:
-        entries = self._cache.to_judge_anew(all_of_them=self._judging_all)
-        self._judging_anew = self._judging_all = False
-
-        def judged(reasons: list[str | None]) -> None:
-            for (agent_id, config), reason in zip(entries, reasons, strict=True):
-                reason = self.hooks.refusal(config) or reason
-                if self._cache.judged_anew(agent_id, config, reason):
-                    self._swapped(agent_id)
-
-        self._ask([config for _, config in entries], judged)
-
-    def _ask(
-        self, configs: list[ResolvedConfig], judged: Callable[[list[str | None]], None]
-    ) -> None:
-        """Ask the validators, and go on here with what they say."""
-        loop = asyncio.get_running_loop()
-
-        def take(reasons: list[str | None]) -> None:
-            if self.closed:
-                return  # they are asked again if it is connected again
-            judged(reasons)
-            if self.sync is not None:
-                self.sync.judged()
-
-        def tell(reasons: list[str | None]) -> None:
-            with contextlib.suppress(RuntimeError):  # closed meanwhile
-                loop.call_soon_threadsafe(take, reasons)
-
-        if self.hooks.has_slow_validators:
-            self.hooks.ask(configs, tell)
-        else:
-            take([None] * len(configs))
-
-    # --- files ---
+    # --- who follows, and the file ---
 
     def _info(self) -> ClientInfo:
         # Imported here: it loads email, csv and zipfile, for which a backend's start would wait.
@@ -349,17 +298,6 @@ class Follower:
             pid=os.getpid(),
             plain_http=self._settings.options.insecure or None,
         )
-
-    def _save_soon(self) -> None:
-        if self._saver is not None:
-            self._saver.soon()
-
-    def _swapped(self, agent_id: str) -> None:
-        if self.closed:
-            return
-        self._save_soon()
-        known = self._cache.find(agent_id)
-        self.hooks.tell(agent_id, known.in_force if known is not None else None)
 
     def _load(self, file: SnapshotFile) -> None:
         loaded = file.load()

@@ -71,11 +71,10 @@ class StoodStill(SLMUnavailable):
 class Stream:
     """Keeps one subscription up until its task is cancelled."""
 
-    def __init__(
-        self, connection: Connection, listener: Listener, client: ClientInfo, timings: Timings
-    ) -> None:
+    _listener: Listener
+
+    def __init__(self, connection: Connection, client: ClientInfo, timings: Timings) -> None:
         self._connection = connection
-        self._listener = listener
         self._client = client
         self._timings = timings
         self._watch = Watch(connection.files)
@@ -88,8 +87,9 @@ class Stream:
         self._caught_up_at: float | None = None
         self._healthy = False
 
-    async def run(self) -> None:
-        """Connect, and connect again with backoff, for ever."""
+    async def run(self, listener: Listener) -> None:
+        """Connect, and connect again with backoff, for ever; tell the listener what is heard."""
+        self._listener = listener
         backoff = Backoff(self._timings)
         while True:
             self._subscribed_at = self._caught_up_at = None

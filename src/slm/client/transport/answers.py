@@ -16,7 +16,6 @@ from urllib.parse import urlsplit
 import aiohttp
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from slm.client.sync.backoff import NobodyListens
 from slm.common.scrub import one_line
 from slm.errors import (
     BadRequest,
@@ -59,6 +58,10 @@ _NO_TLS: Final = (
     "UNKNOWN_PROTOCOL",
     "HTTP_REQUEST",
 )
+
+
+class NobodyListens(SLMUnavailable):
+    """The SLM's host refused the connection: no server is there, so asking costs none anything."""
 
 
 class UpgradeFailed(SLMUnavailable):

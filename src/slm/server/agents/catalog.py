@@ -10,57 +10,15 @@ import asyncio
 import gzip
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from functools import cached_property
-from typing import Final, NamedTuple
+from typing import Final
 
 from slm.schemas import Agent
+from slm.server.agents.changes import CommittedChange
 from slm.server.security.agent_scope import EVERYTHING, View
 
 GZIP_LEVEL: Final = 5
 """Above it a list gets hardly smaller and takes twice as long."""
-
-
-class Position(NamedTuple):
-    """A position in a database; the change id tells it from another one of the same number.
-
-    Attributes:
-        revision: of the last change that is known.
-        epoch: the life; empty: nothing is known yet.
-        change_id: of that change; None where only a number was given.
-    """
-
-    revision: int
-    epoch: str
-    change_id: str | None
-
-
-@dataclass(frozen=True)
-class CommittedChange:
-    """One row of `changes`, as the feed read it.
-
-    Attributes:
-        revision: its place in the order of all changes.
-        type: `agent_config_changed`, `agent_created` or `agent_deleted`.
-        agent: the agent after the change; for a delete, as it was.
-        was_default: whether it was the default before the change.
-        created_at: when it was made, by the clock of the server that made it; None: not read.
-        traceparent: the trace that it was made in, where it was made here and is traced.
-        change_id: tells it from any other change of this revision.
-    """
-
-    revision: int
-    type: str
-    agent: Agent
-    was_default: bool = False
-    created_at: datetime | None = None
-    traceparent: str | None = None
-    change_id: str = ""
-
-    @property
-    def deletes(self) -> bool:
-        """Whether the agent is gone after this."""
-        return self.type == "agent_deleted"
 
 
 class Entry:

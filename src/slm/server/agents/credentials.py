@@ -19,11 +19,12 @@ from sqlalchemy import Connection, bindparam, func, select
 from slm.endpoints import origin
 from slm.errors import AgentInactive, AgentNotFound, KeyUndecryptable, ProblemError
 from slm.schemas import Agent, LLMConfig, LLMConfigWithKey, Snapshot
+from slm.server.agents.mapping import agent_of
 from slm.server.agents.read_batches import MAX_ROWS, Asked, Batches
 from slm.server.agents.snapshots import Head, Piece, SealedSnapshot, SnapshotStore
 from slm.server.db.column_types import require_state, text_of
 from slm.server.db.database import Database
-from slm.server.db.tables import AGENTS, CHANGES, SELECT_AGENTS, STATE, agent_of
+from slm.server.db.tables import AGENTS, CHANGES, SELECT_AGENTS, STATE
 from slm.server.encryption.keyring import Keyring
 from slm.server.encryption.sealed import SealedTexts
 from slm.server.encryption.vault import KeyBinding

@@ -5,40 +5,18 @@ Knows tables and columns. The rules of what may be written, and when, are the re
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
 
-from sqlalchemy import Connection, Text, bindparam, cast, delete, func, insert, update
+from sqlalchemy import Connection, bindparam, delete, insert, update
 from sqlalchemy.types import UserDefinedType
 
 from slm.schemas import Agent
-from slm.server.agents.catalog import CommittedChange
-from slm.server.db.column_types import require_state, text_of, the_row
-from slm.server.db.engines.listener import CHANNEL
+from slm.server.agents.changes import CommittedChange
+from slm.server.db.state import Head
 from slm.server.db.statements import Prepared
-from slm.server.db.tables import AGENTS, CHANGES, SELECT_AGENTS, STATE, utc_now
+from slm.server.db.tables import AGENTS, CHANGES, SELECT_AGENTS, utc_now
 from slm.server.security.audit import Who
-
-
-class Head(NamedTuple):
-    """The state row after a write took its revision.
-
-    Attributes:
-        revision: the one taken.
-        epoch: it belongs to.
-        keyring_version: of the encryption keys.
-        tokens_version: of the tokens.
-        before_id: the change id of the revision before.
-        change_id: of the change that is made at this revision.
-    """
-
-    revision: int
-    epoch: str
-    keyring_version: int
-    tokens_version: int
-    before_id: str
-    change_id: str
 
 
 class Author(NamedTuple):
@@ -55,31 +33,6 @@ class _AsItIs(UserDefinedType[Any]):
 
 
 # Built once: building a statement costs more than running it.
-_BUMP: Final = (
-    update(STATE)
-    .where(STATE.c.id == 1)
-    .values(
-        revision=STATE.c.revision + 1,
-        # An assignment reads what was there before it.
-        before_id=STATE.c.head_id,
-        head_id=bindparam("change_id"),
-    )
-)
-_HEAD: Final = (
-    STATE.c.revision,
-    STATE.c.epoch,
-    STATE.c.keyring_version,
-    STATE.c.tokens_version,
-    STATE.c.before_id,
-)
-_NEXT_REVISION: Final = {
-    "sqlite": Prepared(_BUMP.returning(*_HEAD)),
-    # The wake-up for every replica: part of the transaction, so that it is sent on commit alone,
-    # and of the statement, so that it costs no round trip.
-    "postgresql": Prepared(
-        _BUMP.returning(*_HEAD, func.pg_notify(CHANNEL, cast(STATE.c.revision, Text)))
-    ),
-}
 _AGENT: Final = Prepared(SELECT_AGENTS.where(AGENTS.c.agent_id == bindparam("agent_id")))
 _COLUMNS: Final = tuple(SELECT_AGENTS.selected_columns.keys())
 _DEFAULT: Final = SELECT_AGENTS.where(AGENTS.c.is_default.is_(True))
@@ -98,20 +51,6 @@ _UPDATE: Final = Prepared(
 _INSERT: Final = insert(AGENTS).returning(AGENTS.c.id)
 _DELETE: Final = delete(AGENTS).where(AGENTS.c.id == bindparam("row_id"))
 _RECORD: Final = Prepared(insert(CHANGES))
-
-
-def next_head(connection: Connection) -> Head:
-    """Lock the state row and take the next revision: always the first statement of a write."""
-    change_id = new_change_id()
-    rows = _NEXT_REVISION[connection.dialect.name].run(connection, {"change_id": change_id})
-    revision, epoch, keyring, tokens, before_id, *_ = the_row(rows)
-    require_state(revision, tokens, epoch=text_of(epoch))
-    return Head(revision, epoch, keyring, tokens, before_id, change_id)
-
-
-def new_change_id() -> str:
-    """Return the random id of a change that is about to be made."""
-    return secrets.token_hex(8)
 
 
 def agent_row(connection: Connection, agent_id: str) -> dict[str, Any] | None:

@@ -7,12 +7,9 @@ committed here. Knows no HTTP.
 from __future__ import annotations
 
 import functools
-import json
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, Final, NamedTuple
 
-from pydantic import SecretStr
 from sqlalchemy import Connection
 
 from slm.common import tracing
@@ -22,84 +19,39 @@ from slm.errors import (
     AgentIsDefault,
     AgentNotFound,
     InvalidRequest,
-    KeyUndecryptable,
     PreconditionFailed,
 )
 from slm.schemas import Agent, LLMConfigWithKey, Snapshot
 from slm.server import failpoints
-from slm.server.agents.catalog import CommittedChange
-from slm.server.agents.credentials import KeyedReads, binding_of
+from slm.server.agents.changes import CHANGED, CREATED, DELETED, CommittedChange, Written
+from slm.server.agents.columns import altered_values, created_values, place_key
+from slm.server.agents.credentials import KeyedReads
+from slm.server.agents.mapping import agent_of
 from slm.server.agents.repository import (
     Author,
-    Head,
     agent_row,
     default_row,
     delete_agent,
     insert_agent,
-    next_head,
     record_change,
     update_agent,
 )
 from slm.server.agents.schemas import AgentCreate, AgentUpdate
+from slm.server.db import state
 from slm.server.db.database import Database
-from slm.server.db.tables import agent_of, utc_now
+from slm.server.db.state import Head
+from slm.server.db.tables import utc_now
 from slm.server.encryption.keyring import Keyring
 from slm.server.encryption.vault import KeyBinding, Vault
 from slm.server.security.agent_scope import EVERYTHING, View
 from slm.server.security.audit import Event, Who, append
 from slm.server.security.token_table import Caller
-from slm.server.stream.change_reader import has_moved
 
 IfMatch = int | Collection["Version"] | None
 """The revision that an agent must be at, or several of which it must be one; None: any."""
 
 ITSELF: Final = Who("slm")
 """The actor of what nobody asked for over HTTP."""
-
-CREATED: Final = "agent_created"
-CHANGED: Final = "agent_config_changed"
-DELETED: Final = "agent_deleted"
-
-_PLAIN: Final = (
-    "name",
-    "description",
-    "llm_provider",
-    "llm_endpoint",
-    "llm_model",
-    "llm_timeout",
-    "llm_temperature",
-    "llm_max_tokens",
-    "is_default",
-    "is_active",
-)
-
-
-@dataclass(frozen=True)
-class Written:
-    """What a write did.
-
-    Attributes:
-        agent: the agent as it now is; None after a delete.
-        revision: of the last change that this write made, or the current one if it made none.
-        epoch: the epoch of that revision.
-        changed: False where nothing was altered, so that there is no revision and no change.
-        api_key_cleared: the stored key was dropped, since it was bound to another place.
-        changes: what it wrote into the history, in order.
-        follows: the change id of the revision before the first of them.
-    """
-
-    agent: Agent | None
-    revision: int
-    epoch: str
-    changed: bool = True
-    api_key_cleared: bool = False
-    changes: tuple[CommittedChange, ...] = ()
-    follows: str = ""
-
-    @property
-    def change_id(self) -> str | None:
-        """The id of the last change that this write made; None where it made none."""
-        return self.changes[-1].change_id if self.changes else None
 
 
 class Version(NamedTuple):
@@ -280,7 +232,7 @@ class AgentRegistry:
 
         Whoever writes must still be allowed to: no token can be revoked while the row is locked.
         """
-        head = next_head(connection)
+        head = state.next_revision(connection)
         author.who.require_counts(connection, head.tokens_version)
         self._keyring.follow(connection, head.keyring_version)
         return head
@@ -295,9 +247,7 @@ class AgentRegistry:
             raise AgentIsDefault("The default agent must be active.")
         demotion = _demote(connection, agent_after=head) if agent.is_default else None
         now = utc_now()
-        values = {name: getattr(agent, name) for name in _PLAIN} | {
-            "agent_id": agent.agent_id,
-            "llm_options": _options_text(agent.llm_options),
+        values = created_values(agent) | {
             "revision": head.revision,
             "created_at": now,
             "updated_at": now,
@@ -336,13 +286,13 @@ class AgentRegistry:
                 "The body names another agent than the path.",
                 [{"loc": ["body", "agent_id"], "msg": "is not the path's", "type": "mismatch"}],
             )
-        values = row | _altered(before, sent)
+        values = row | altered_values(before, sent)
         after = agent_of(values)
         _check_default(before, after)
         place = before.llm_provider, before.llm_endpoint
         if (after.llm_provider, after.llm_endpoint) != place:
             self._check_endpoint(after.llm_provider, after.llm_endpoint)
-        cleared = self._place_key(values, before, after, sent, head.revision)
+        cleared = place_key(values, before, after, sent, head.revision, self._vault)
         if values == row:
             raise _Unchanged(Written(before, head.revision - 1, head.epoch, changed=False))
         values["revision"] = head.revision
@@ -354,40 +304,6 @@ class AgentRegistry:
         change = record_change(connection, CHANGED, after, head, before.is_default, author)
         _audit(connection, "agent.update", agent_id, head, author, update.model_fields_set)
         return _written(connection, change, head, demotion, author, cleared)
-
-    def _place_key(
-        self,
-        values: dict[str, Any],
-        before: Agent,
-        after: Agent,
-        sent: Mapping[str, Any],
-        revision: int,
-    ) -> bool:
-        """Set, keep or clear the key in `values`; return whether it was cleared unasked."""
-        moved = binding_of(after) != binding_of(before)
-        if "llm_api_key" in sent:
-            key: SecretStr | None = sent["llm_api_key"]
-            if key is not None and not moved and self._holds(values, before, key):
-                return False
-            if key is None and not before.has_api_key:
-                return False
-            values["key_state"] = None
-            values["llm_api_key_encrypted"] = key and self._vault.encrypt(key, binding_of(after))
-            values["api_key_revision"] = key and revision
-            return False
-        if not (moved and before.has_api_key):
-            return False
-        values["key_state"] = values["llm_api_key_encrypted"] = values["api_key_revision"] = None
-        return True
-
-    def _holds(self, values: Mapping[str, Any], agent: Agent, key: SecretStr) -> bool:
-        if not agent.has_api_key:
-            return False
-        try:
-            held = self._vault.decrypt(str(values["llm_api_key_encrypted"]), binding_of(agent))
-        except KeyUndecryptable:
-            return False
-        return held.get_secret_value() == key.get_secret_value()
 
     def _delete(
         self, connection: Connection, *, agent_id: str, author: Author, if_match: IfMatch
@@ -423,27 +339,10 @@ def _found(connection: Connection, agent_id: str, if_match: IfMatch, epoch: str)
     wanted = (Version(if_match),) if isinstance(if_match, int) else if_match
     if not any(each.revision == row["revision"] and each.epoch in (None, epoch) for each in wanted):
         raise PreconditionFailed(f"The agent is at revision {row['revision']} of epoch {epoch}.")
-    if has_moved(connection):
+    if state.has_moved(connection):
         # After a failover another change may have the number that the caller has seen.
         raise PreconditionFailed("The database runs elsewhere now; its next epoch is being made.")
     return row
-
-
-def _altered(before: Agent, sent: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the columns whose value, as served, is another one than was sent."""
-    altered = {
-        name: sent[name] for name in _PLAIN if name in sent and sent[name] != getattr(before, name)
-    }
-    if "llm_options" in sent:
-        options = _options_text(sent["llm_options"])
-        if options != _options_text(before.llm_options):
-            altered["llm_options"] = options
-    return altered
-
-
-def _options_text(options: Mapping[str, Any]) -> str:
-    """Return the options as they are stored: in the order given, so 1, 1.0 and true differ."""
-    return json.dumps(options, ensure_ascii=False, separators=(",", ":"))
 
 
 def _check_default(before: Agent, after: Agent) -> None:
@@ -462,7 +361,7 @@ def _demote(connection: Connection, *, agent_after: Head) -> _Demotion | None:
     row = default_row(connection)
     if row is None:
         return None
-    head = next_head(connection)
+    head = state.next_revision(connection)
     values = dict(row._mapping) | {
         "is_default": False,
         "revision": head.revision,

@@ -1,28 +1,24 @@
 """The database: runs one plain function as one transaction, in one hop to a thread.
 
 Knows no rule about agents. How SQLite and PostgreSQL are opened is in `engines`, the tables in
-`models`, what an error of theirs means in `database_errors`.
+`tables`, what an error of theirs means in `errors`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import functools
 import logging
 import sqlite3
-import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final, Literal, TypeVar
+from typing import Final, Literal, TypeVar
 
-from sqlalchemy import Connection, Engine, update
+from sqlalchemy import Connection
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
-from sqlalchemy.pool import QueuePool
 
 from slm.errors import (
     DatabaseUnavailable,
@@ -32,13 +28,13 @@ from slm.errors import (
     ProblemError,
 )
 from slm.server import failpoints
-from slm.server.db.cancellation import Attempt
-from slm.server.db.engines.opening import postgresql_engine, sqlite_engines, sqlite_path
+from slm.server.db import state
+from slm.server.db.cancellation import Attempt, Attempts
+from slm.server.db.engines.opening import for_writes, open_engines, sqlite_path
 from slm.server.db.engines.postgresql import refuse_unfit
-from slm.server.db.engines.sqlite_copy import copy_in_steps
 from slm.server.db.engines.sqlite_file import SqliteFile
-from slm.server.db.errors import is_full, is_read_only, problem_of, why_not_opened
-from slm.server.db.tables import STATE
+from slm.server.db.errors import is_read_only, problem_of, why_not_opened
+from slm.server.db.lane import Lane
 
 T = TypeVar("T")
 
@@ -46,9 +42,6 @@ logger = logging.getLogger(__name__)
 
 LONG_READERS: Final = 2
 """How many long reads run at once, each on a connection of its own."""
-
-ASK_AGAIN_SECONDS: Final = 0.2
-"""How soon PostgreSQL is asked again for a connection when it had no more."""
 
 LONG_READS: Final = 32
 """How many may be under way, those that wait included."""
@@ -79,23 +72,20 @@ class Database:
         idle_in_transaction_seconds: float = 5.0,
         pool_size: int = 8,
     ) -> None:
-        self.url = _for_writes(make_url(url))
+        self.url = for_writes(make_url(url))
         self.dialect: Literal["sqlite", "postgresql"] = (
             "sqlite" if self.url.get_backend_name() == "sqlite" else "postgresql"
         )
         self._lock_timeout_seconds = lock_timeout_seconds
         self._idle_in_transaction_seconds = idle_in_transaction_seconds
-        # None while a server is made ready: a migration takes as long as it takes.
-        self._answer_timeout_seconds: float | None = None
         self._workers = 1 if self.dialect == "sqlite" else pool_size
         self.traces: dict[int, str] = {}
         self.unwritable: str | None = None
         self.read_only = False
-        self._attempts: dict[Attempt, asyncio.Future[Any]] = {}
-        self._giving_up: asyncio.TimerHandle | None = None
+        self._attempts = Attempts()
         self._file: SqliteFile | None = None
-        self._main: _Lane | None = None
-        self._long: _Lane | None = None
+        self._main: Lane | None = None
+        self._long: Lane | None = None
         self._long_reads = 0
         self._copying = asyncio.Lock()
 
@@ -119,16 +109,11 @@ class Database:
 
     def answer_within(self, seconds: float) -> None:
         """From now on give a transaction up that takes longer, such as on a lost network."""
-        self._answer_timeout_seconds = seconds
+        self._attempts.timeout_seconds = seconds
 
     def give_up_in(self, seconds: float) -> None:
         """For a server that stops: by then each transaction is over, or is given up."""
-        self._giving_up = asyncio.get_running_loop().call_later(seconds, self._give_up)
-
-    def _give_up(self) -> None:
-        self._answer_timeout_seconds = 0
-        for attempt, future in list(self._attempts.items()):
-            attempt.give_up(future)
+        self._attempts.give_up_in(seconds)
 
     async def open(self) -> None:
         """Open the database; a SQLite file that is not there is made, readable by us alone.
@@ -137,23 +122,20 @@ class Database:
             StartupError: it cannot be used; one sentence says why.
         """
         self._file = None if self.path is None else SqliteFile(self.path)
-        self._main = _Lane(self._workers, "slm-database")
-        self._long = _Lane(LONG_READERS, "slm-database-long")
+        wait_seconds = self._lock_timeout_seconds
+        self._main = Lane(self._workers, "slm-database", wait_seconds)
+        self._long = Lane(LONG_READERS, "slm-database-long", wait_seconds)
         try:
-            await self._hop(self._main, self._open)
+            await self._main.run(self._open)
         except BaseException:
             await self.close()
             raise
 
     async def close(self) -> None:
         """Close every connection; a transaction that hangs on a dead network is cut."""
-        if self._giving_up is not None:
-            self._giving_up.cancel()
         lanes = [lane for lane in (self._long, self._main) if lane is not None]
         self._main = self._long = None
-        for attempt in list(self._attempts):
-            # Nobody waits for it any more: its caller went with the server.
-            attempt.cut()
+        self._attempts.cut_all()
         # The one that writes comes last: it folds the WAL into the file.
         for lane in lanes:
             await asyncio.to_thread(lane.close)
@@ -168,18 +150,17 @@ class Database:
         Args:
             fn: a plain function; it must not keep the connection. On PostgreSQL it runs under READ
                 COMMITTED, so a writer locks the state row first.
-            committed: given what `fn` returned, in its thread, once that is durable; what it raises
-                is the affair of nobody.
+            committed: given what `fn` returned, in its thread, once that is durable; its exceptions
+                are suppressed.
 
         Raises:
             DatabaseUnavailable: the database is away, or a lock was not had in time.
             InsufficientStorage: its disk is full.
             OutcomeUnknown: the connection was lost while committing.
         """
-        attempt = Attempt(self._answer_timeout_seconds)
-        lane = self._lane()
+        attempt, lane = self._attempts.begin(), self._lane()
         work = functools.partial(self._transaction, lane, fn, False, attempt, committed)
-        return await self._hop(lane, work, attempt)
+        return await self._attempts.outcome(attempt, lane.submit(work))
 
     async def read(self, fn: Callable[[Connection], T]) -> T:
         """Run `fn`, which only reads, on one consistent view of the whole database.
@@ -189,17 +170,16 @@ class Database:
         Raises:
             DatabaseUnavailable: the database is away.
         """
-        attempt = Attempt(self._answer_timeout_seconds)
-        lane = self._lane()
+        attempt, lane = self._attempts.begin(), self._lane()
         work = functools.partial(self._transaction, lane, fn, True, attempt)
-        return await self._hop(lane, work, attempt)
+        return await self._attempts.outcome(attempt, lane.submit(work))
 
     async def read_long(self, fn: Callable[[Connection], T], *, seconds: float | None = None) -> T:
         """Run `fn`, which only reads and may take long, beside the writers: none waits for it.
 
         It has connections of its own, `LONG_READERS` at most, and sees one consistent view. For a
         page of the history or the audit, an export, a check of the whole chain; not for what a
-        write must see. Where SQLite cannot have a second connection (`SqliteEngines`) it runs
+        write must see. Where SQLite cannot have a second connection (`Engines`) it runs
         between the writes, so it is to be short even then: ask for pages.
 
         Args:
@@ -213,16 +193,13 @@ class Database:
         """
         if self._long_reads >= LONG_READS:
             raise Overloaded("Too many long reads are under way. Try again.")
-        timeout = self._answer_timeout_seconds
-        if seconds is not None:
-            timeout = seconds if timeout is None else min(seconds, timeout)
-        attempt = Attempt(timeout)
+        attempt = self._attempts.begin(seconds)
         lane = self._long if self._long is not None and self._long.engine is not None else None
         lane = lane or self._lane()
         work = functools.partial(self._transaction, lane, fn, True, attempt)
         self._long_reads += 1
         try:
-            return await self._hop(lane, work, attempt, timeout)
+            return await self._attempts.outcome(attempt, lane.submit(work))
         except DatabaseUnavailable:
             if attempt.late and not attempt.entered:
                 raise Overloaded("Too many long reads are under way. Try again.") from None
@@ -230,7 +207,7 @@ class Database:
         finally:
             self._long_reads -= 1
 
-    def _lane(self) -> _Lane:
+    def _lane(self) -> Lane:
         if self._main is None:
             raise DatabaseUnavailable("The database is closed.")
         return self._main
@@ -238,7 +215,7 @@ class Database:
     async def copy_into(self, path: Path) -> None:
         """Write a consistent copy of a SQLite database into an empty file, while it is in use.
 
-        No writer waits for it, unless SQLite cannot have a second connection (`SqliteEngines`). The
+        No writer waits for it, unless SQLite cannot have a second connection (`Engines`). The
         copy is also made where the file was removed: it is what is left of it.
 
         Raises:
@@ -248,10 +225,9 @@ class Database:
         lane = self._lane()
         async with self._copying:
             if self._long is None or self._long.engine is None:
-                work = functools.partial(_outside, lane, "VACUUM INTO ?", str(path))
-                await self._hop(lane, work)
+                await lane.run(lambda: lane.outside("VACUUM INTO ?", str(path)))
             else:
-                await self._hop(self._long, functools.partial(_copy, self._long, path))
+                await self._long.run(functools.partial(self._long.copy_into, path))
 
     async def leave_wal(self) -> None:
         """Fold the WAL into the SQLite file for good, so that the file alone is the database."""
@@ -260,61 +236,18 @@ class Database:
         if long is not None:
             # Its connections use the WAL.
             await asyncio.to_thread(long.close)
-        await self._hop(lane, functools.partial(self._leave_wal, lane))
+        await lane.run(functools.partial(self._leave_wal, lane))
 
-    def _leave_wal(self, lane: _Lane) -> None:
-        _outside(lane, "PRAGMA journal_mode=DELETE")
+    def _leave_wal(self, lane: Lane) -> None:
+        lane.outside("PRAGMA journal_mode=DELETE")
         if self._file is not None:
             # SQLite let go of the file, and others are still to be kept out.
             self._file.hold(self._lock_timeout_seconds)
             self._file.note()
 
-    async def _hop(
-        self,
-        lane: _Lane,
-        work: Callable[[], T],
-        attempt: Attempt | None = None,
-        timeout: float | None = None,
-    ) -> T:
-        loop = asyncio.get_running_loop()
-        try:
-            running = lane.threads.submit(work)
-        except RuntimeError as error:
-            if "after shutdown" not in str(error):
-                raise
-            raise DatabaseUnavailable("The database is closed.") from None
-        future = asyncio.wrap_future(running)
-        timeout = self._answer_timeout_seconds if timeout is None else timeout
-        if attempt is None:
-            return await future
-        self._attempts[attempt] = future
-        timer = None if timeout is None else loop.call_later(timeout, attempt.give_up, future)
-        try:
-            return await future
-        except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if not attempt.late or (task is not None and task.cancelling()):
-                raise
-            if attempt.committing:
-                raise OutcomeUnknown from None
-            raise DatabaseUnavailable("The database did not answer in time.") from None
-        finally:
-
-            def over() -> None:
-                if timer is not None:
-                    timer.cancel()
-                self._attempts.pop(attempt, None)
-
-            if running.done():
-                over()
-            else:
-                # Whoever waited went, but on a silent network the thread hangs: it is still to be
-                # cut, by the timer or by `close`, or it never comes back.
-                running.add_done_callback(lambda _: _in_loop(loop, over))
-
     def _transaction(
         self,
-        lane: _Lane,
+        lane: Lane,
         fn: Callable[[Connection], T],
         read_only: bool,
         attempt: Attempt,
@@ -355,14 +288,13 @@ class Database:
             DatabaseUnavailable: it does not.
             InsufficientStorage: its disk is still full.
         """
-        same = update(STATE).where(STATE.c.id == 1).values(floor=STATE.c.floor)
-        await self.run(lambda connection: connection.execute(same) and None)
+        await self.run(state.write_nothing)
         logger.info("the database can be written again")
         self.unwritable, self.read_only = None, False
 
     def _once(
         self,
-        lane: _Lane,
+        lane: Lane,
         fn: Callable[[Connection], T],
         read_only: bool,
         attempt: Attempt,
@@ -370,9 +302,6 @@ class Database:
     ) -> T:
         attempt.check()
         attempt.entered = True
-        engine = lane.engine
-        if engine is None:
-            raise DatabaseUnavailable("The database is closed.")
         failpoints.reach("database")
         file = self._file
         if file is not None:
@@ -381,21 +310,20 @@ class Database:
             # The lane of one thread, and the only one that writes.
             file.check_content()
             try:
-                return self._begun(engine, lane, fn, read_only, attempt, committed)
+                return self._begun(lane, fn, read_only, attempt, committed)
             finally:
                 file.note()
-        return self._begun(engine, lane, fn, read_only, attempt, committed)
+        return self._begun(lane, fn, read_only, attempt, committed)
 
     def _begun(
         self,
-        engine: Engine,
-        lane: _Lane,
+        lane: Lane,
         fn: Callable[[Connection], T],
         read_only: bool,
         attempt: Attempt,
         committed: Callable[[T], None] | None,
     ) -> T:
-        with self._connected(engine) as connection, contextlib.ExitStack() as stack:
+        with lane.connect() as connection, contextlib.ExitStack() as stack:
             attempt.hold(connection.connection.dbapi_connection)  # type: ignore[arg-type]
             stack.callback(attempt.hold, None)
             if self.dialect == "postgresql":
@@ -437,132 +365,27 @@ class Database:
         """Make the engines and look at the database once."""
         assert self._main is not None and self._long is not None  # noqa: S101, PT018 - for mypy
         try:
-            if self.dialect == "sqlite":
-                engines = sqlite_engines(
-                    self.url,
-                    self._file,
-                    lock_timeout_seconds=self._lock_timeout_seconds,
-                    readers=LONG_READERS,
-                )
-                self._main.engine, self._long.engine = engines.writing, engines.reading
-            else:
-                self._main.engine = self._postgresql_engine(self._workers)
-                self._long.engine = self._postgresql_engine(LONG_READERS)
-            with self._connected(self._main.engine) as connection, connection.begin():
+            engines = open_engines(
+                self.url,
+                self._file,
+                lock_timeout_seconds=self._lock_timeout_seconds,
+                idle_in_transaction_seconds=self._idle_in_transaction_seconds,
+                writers=self._workers,
+                readers=LONG_READERS,
+            )
+            self._main.engine, self._long.engine = engines.writing, engines.reading
+            with self._main.connect() as connection, connection.begin():
                 connection.exec_driver_sql("SELECT 1")
             if self.dialect == "postgresql":
-                self._refuse_unfit(self._main.engine)
+                with self._main.connect() as one, self._main.connect() as other:
+                    refuse_unfit(
+                        one.connection.dbapi_connection,
+                        other.connection.dbapi_connection,
+                        self.name,
+                    )
             if self._file is not None and self._long.engine is not None:
                 # Opened later, it might find another file under the name, or none.
                 with self._long.engine.begin() as connection:
                     connection.exec_driver_sql("SELECT count(*) FROM sqlite_master")
         except (SQLAlchemyError, sqlite3.Error) as error:
             raise why_not_opened(error, self.name) from None
-
-    def _refuse_unfit(self, engine: Engine) -> None:
-        with self._connected(engine) as one, self._connected(engine) as other:
-            refuse_unfit(
-                one.connection.dbapi_connection, other.connection.dbapi_connection, self.name
-            )
-
-    def _connected(self, engine: Engine) -> Connection:
-        """Return a connection; where the server has no more of them, wait for one of ours."""
-        until = time.monotonic() + self._lock_timeout_seconds
-        while True:
-            try:
-                return engine.connect()
-            except DBAPIError as error:
-                if not is_full(error) or time.monotonic() > until:
-                    raise
-            # Until one of ours comes back, or PostgreSQL may have one more.
-            pool, again_at = engine.pool, time.monotonic() + ASK_AGAIN_SECONDS
-            while isinstance(pool, QueuePool) and not pool.checkedin():
-                if time.monotonic() > min(again_at, until):
-                    break
-                time.sleep(0.005)
-
-    def _postgresql_engine(self, pool_size: int) -> Engine:
-        return postgresql_engine(
-            self.url,
-            lock_timeout_seconds=self._lock_timeout_seconds,
-            idle_in_transaction_seconds=self._idle_in_transaction_seconds,
-            pool_size=pool_size,
-        )
-
-
-class _Lane:
-    """Threads and the connections that they use.
-
-    Args:
-        workers: how many threads there are at most.
-        name: theirs.
-
-    Attributes:
-        engine: None before it is opened, where there is none, and after it was closed.
-    """
-
-    def __init__(self, workers: int, name: str) -> None:
-        self.threads = ThreadPoolExecutor(workers, thread_name_prefix=name)
-        self.engine: Engine | None = None
-
-    def close(self) -> None:
-        """Wait for the threads, then close every connection."""
-        engine, self.engine = self.engine, None
-        self.threads.shutdown()
-        if engine is not None:
-            engine.dispose()
-
-
-def _for_writes(url: URL) -> URL:
-    """Of several hosts mean the one that takes writes, unless the URL says otherwise."""
-    hosts = url.query.get("host", "")
-    several = "," in hosts or not isinstance(hosts, str)
-    if not several or "target_session_attrs" in url.query:
-        return url
-    return url.update_query_dict({"target_session_attrs": "read-write"})
-
-
-def _outside(lane: _Lane, statement: str, *parameters: str) -> None:
-    """Run one of SQLite's statements that work outside a transaction only."""
-    with _raw(lane) as connection:
-        connection.execute(statement, parameters)
-
-
-def _copy(lane: _Lane, path: Path) -> None:
-    """Copy a SQLite database by way of one of its reading connections."""
-
-    def go_on() -> None:
-        if lane.engine is None:
-            raise DatabaseUnavailable("The database is closed.")
-
-    with _raw(lane) as connection:
-        try:
-            copy_in_steps(connection, path, go_on)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise InsufficientStorage from error
-            raise DatabaseUnavailable("The copy cannot be written.") from error
-
-
-@contextlib.contextmanager
-def _raw(lane: _Lane) -> Iterator[sqlite3.Connection]:
-    """Give SQLite's own connection, outside a transaction; its errors become problems."""
-    if lane.engine is None:
-        raise DatabaseUnavailable("The database is closed.")
-    try:
-        connection = lane.engine.raw_connection()
-        try:
-            yield connection.dbapi_connection  # type: ignore[misc]
-        finally:
-            connection.close()
-    except (SQLAlchemyError, sqlite3.Error) as error:
-        problem = problem_of(error, committing=False)
-        if problem is None:
-            raise
-        raise problem from error
-
-
-def _in_loop(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
-    """Call it in the loop, unless that has ended."""
-    with contextlib.suppress(RuntimeError):
-        loop.call_soon_threadsafe(call)

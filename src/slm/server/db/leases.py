@@ -11,6 +11,7 @@ import os
 import secrets
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -20,8 +21,6 @@ from slm.errors import ProblemError
 from slm.server.db.column_types import UNREADABLE
 from slm.server.db.database import Database
 from slm.server.db.tables import REPLICAS
-from slm.server.encryption.vault import Vault
-from slm.server.security.token_table import TokenTable
 
 KEEP_LAPSED_SECONDS: Final = 3600.0
 """For how long the lapsed lease of a server is kept."""
@@ -59,24 +58,24 @@ class Lease:
 
     Args:
         database: of all the replicas.
-        vault: whose keys are reported.
         lease_seconds: after how long without a word this process counts as gone.
-        tokens: whose version is reported; None: no door asks them.
+        fingerprints: returns those of the encryption keys that this process has.
+        tokens_version: returns that of the tokens in force here; by default -1, of none.
     """
 
     def __init__(
         self,
         database: Database,
-        vault: Vault,
         lease_seconds: float,
-        tokens: TokenTable | None = None,
+        fingerprints: Callable[[], tuple[str, ...]],
+        tokens_version: Callable[[], int] = lambda: -1,
     ) -> None:
         self.id = secrets.token_hex(16)
         self.name = f"{socket.gethostname()}:{os.getpid()}"[:255]
         self._database = database
-        self._vault = vault
         self._lease_seconds = lease_seconds
-        self._tokens = TokenTable() if tokens is None else tokens
+        self._fingerprints = fingerprints
+        self._tokens_version = tokens_version
         self._reported: tuple[str, ...] | None = None
 
     async def renew(self) -> None:
@@ -85,7 +84,7 @@ class Lease:
         Raises:
             DatabaseUnavailable: the database does not answer.
         """
-        fingerprints = self._vault.fingerprints
+        fingerprints = self._fingerprints()
         if self._database.dialect == "sqlite" and self._reported == fingerprints:
             return
 
@@ -95,7 +94,7 @@ class Lease:
                 "name": self.name,
                 "fingerprints": json.dumps(fingerprints),
                 "seen_at": now,
-                "tokens_version": self._tokens.version,
+                "tokens_version": self._tokens_version(),
             }
             if connection.dialect.name == "sqlite":
                 # Whoever held the file before is gone.

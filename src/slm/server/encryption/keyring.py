@@ -20,14 +20,15 @@ from pathlib import Path
 from typing import Final
 
 from pydantic import SecretStr
-from sqlalchemy import Connection, insert, select, update
+from sqlalchemy import Connection, insert, select
 
 from slm.common.environment import decoded
 from slm.errors import ConfigurationError, EncryptionKeyMissing, StartupError
+from slm.server.db import state
 from slm.server.db.database import Database
-from slm.server.db.tables import ENCRYPTION_KEYS, STATE, utc_now, version_step
+from slm.server.db.tables import ENCRYPTION_KEYS, STATE, utc_now
 from slm.server.encryption.secret_files import read_private
-from slm.server.encryption.vault import Vault, fingerprint, parse_keys
+from slm.server.encryption.vault import Vault, parse_keys
 from slm.server.security.audit import Event, Who, append
 from slm.server.settings import Settings
 
@@ -168,8 +169,7 @@ def register(connection: Connection, vault: Vault, who: Who) -> list[str]:
             )
             append(connection, Event(who, "encryption_key.add", detail={"fingerprint": name}))
     if not known.keys() >= set(vault.fingerprints):
-        raised = STATE.c.keyring_version + version_step()
-        connection.execute(update(STATE).values(keyring_version=raised))
+        state.bump_keyring(connection)
     pruned = [n for n in vault.fingerprints if n in known and known[n].retired_at is not None]
     return [
         f"The encryption key {name} was pruned and need not be given any more." for name in pruned
@@ -265,8 +265,3 @@ def newest_inactive(connection: Connection) -> str | None:
     active = next(row for row in rows if row.is_active)
     newer = [row for row in rows if row.created_at > active.created_at]
     return max(newer, key=lambda row: row.created_at).fingerprint if newer else None
-
-
-def names_of(keys: Sequence[SecretStr]) -> list[str]:
-    """Return the fingerprints of keys."""
-    return [fingerprint(key.get_secret_value()) for key in keys]

@@ -17,10 +17,10 @@ from pydantic import SecretStr
 from sqlalchemy import Connection, bindparam, select, update
 
 from slm.errors import Conflict, KeysNotReady, StartupError
-from slm.server.db.column_types import require_state
+from slm.server.db import state
 from slm.server.db.database import Database
 from slm.server.db.leases import Lease, ReplicaInfo, replicas
-from slm.server.db.tables import AGENTS, ENCRYPTION_KEYS, STATE, utc_now, version_step
+from slm.server.db.tables import AGENTS, ENCRYPTION_KEYS, STATE, utc_now
 from slm.server.encryption.keyring import (
     Keyring,
     KeySource,
@@ -31,14 +31,10 @@ from slm.server.encryption.keyring import (
 )
 from slm.server.encryption.secret_files import replace_private
 from slm.server.encryption.vault import Vault, fingerprint
-from slm.server.lifecycle.audit_retention import reseal
-from slm.server.security.audit import Event, Who, append
+from slm.server.security.audit import Event, Who, append, reseal
 from slm.server.security.audit_reader import ends
 from slm.server.settings import Settings
 
-_LOCK_STATE: Final = (
-    select(STATE.c.keyring_version, STATE.c.tokens_version).where(STATE.c.id == 1).with_for_update()
-)
 _ENCRYPTED: Final = (
     select(AGENTS.c.id, AGENTS.c.llm_api_key_encrypted, AGENTS.c.key_state)
     .where((AGENTS.c.llm_api_key_encrypted != "") | AGENTS.c.key_state.is_not(None))
@@ -220,7 +216,7 @@ class KeyRotation:
                     .where(ENCRYPTION_KEYS.c.fingerprint == fingerprint_)
                     .values(is_active=is_active)
                 )
-            _raise_version(connection)
+            state.bump_keyring(connection)
             detail = {"fingerprint": name, "before": active}
             append(connection, Event(who, "encryption_key.rotate", detail=detail))
             return name
@@ -257,7 +253,7 @@ class KeyRotation:
             append(connection, Event(who, "encryption_key.reencrypt", detail=detail))
             if len(rows) == limit:
                 return Progress(rows[-1].id, changed)
-            return Progress(None, changed + reseal(connection, self._vault))
+            return Progress(None, changed + reseal(connection, self._vault.reencrypt))
 
         return await self._database.run(work)
 
@@ -293,7 +289,7 @@ class KeyRotation:
             if names:
                 retire = update(ENCRYPTION_KEYS).where(ENCRYPTION_KEYS.c.fingerprint.in_(names))
                 connection.execute(retire.values(retired_at=utc_now()))
-                _raise_version(connection)
+                state.bump_keyring(connection)
                 detail = {"fingerprints": names}
                 append(connection, Event(who, "encryption_key.prune", detail=detail))
             return names
@@ -358,15 +354,9 @@ def _lock_state(connection: Connection, who: Who) -> int:
     Raises:
         Unauthorized: the token does not count any more.
     """
-    row = connection.execute(_LOCK_STATE).one()
-    require_state(row.keyring_version, row.tokens_version)
-    who.require_counts(connection, row.tokens_version)
-    return int(row.keyring_version)
-
-
-def _raise_version(connection: Connection) -> None:
-    raised = STATE.c.keyring_version + version_step()
-    connection.execute(update(STATE).where(STATE.c.id == 1).values(keyring_version=raised))
+    locked = state.lock(connection)
+    who.require_counts(connection, locked.tokens_version)
+    return locked.keyring_version
 
 
 def _ring_of(connection: Connection) -> tuple[int, str, set[str]]:

@@ -167,12 +167,8 @@ class Vault:
             return None
         return plain[len(_SEAL) :].decode() if plain.startswith(_SEAL) else None
 
-    def make_check(self) -> str:
-        """Return a token that tells later whether the active key is the same (`opens_check`)."""
-        return self.make_check_of(self.fingerprints[0])
-
     def make_check_of(self, name: str) -> str:
-        """Return such a token for the key of this fingerprint."""
+        """Return a token that tells later whether the key of this fingerprint is here."""
         return self._ring[name].encrypt(_CHECK).decode()
 
     def opens_check(self, token: str) -> bool:

@@ -11,13 +11,14 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from pydantic import SecretStr
-from sqlalchemy import Connection, bindparam, insert, select, update
+from sqlalchemy import Connection, bindparam, insert, update
 
 from slm.errors import KeyUndecryptable
+from slm.server.agents.changes import CHANGED, CREATED
 from slm.server.agents.credentials import binding_of
-from slm.server.agents.repository import new_change_id
-from slm.server.agents.service import CHANGED, CREATED
-from slm.server.db.tables import AGENTS, CHANGES, SELECT_AGENTS, STATE, agent_of, utc_now
+from slm.server.agents.mapping import agent_of
+from slm.server.db import state
+from slm.server.db.tables import AGENTS, CHANGES, SELECT_AGENTS, utc_now
 from slm.server.encryption.vault import KeyBinding, Vault
 
 ACTOR: Final = "slm"
@@ -62,9 +63,7 @@ def adopt(connection: Connection, vault: Vault, *, first_time: bool) -> Adoption
     found = Adoption()
     # With its lock: while one replica starts the others write on, and a revision read without it
     # would be put back over theirs.
-    before, last_id = connection.execute(
-        select(STATE.c.revision, STATE.c.head_id).where(STATE.c.id == 1).with_for_update()
-    ).one()
+    before, *_, last_id = state.lock(connection)
     rows = connection.execute(
         SELECT_AGENTS.where((AGENTS.c.revision == 0) | AGENTS.c.key_state.is_not(None)).order_by(
             AGENTS.c.id
@@ -91,12 +90,11 @@ def adopt(connection: Connection, vault: Vault, *, first_time: bool) -> Adoption
                 "state": values["key_state"],
             },
         )
-        ids.append(new_change_id())
+        ids.append(state.new_change_id())
         _record(connection, CREATED if is_new else CHANGED, values, ids[-1])
         found.rows += is_new
     if revision != before:
-        head = {"revision": revision, "head_id": ids[-1], "before_id": ids[-2]}
-        connection.execute(update(STATE).where(STATE.c.id == 1).values(head))
+        state.take_revisions(connection, revision, head_id=ids[-1], before_id=ids[-2])
     return found
 
 

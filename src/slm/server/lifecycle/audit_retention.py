@@ -14,13 +14,13 @@ import logging
 from datetime import timedelta
 from typing import Final
 
-from sqlalchemy import Connection, delete, select, update
+from sqlalchemy import Connection, delete, update
 
 from slm.errors import Conflict
+from slm.server.db import state
 from slm.server.db.database import Database
-from slm.server.db.tables import AUDIT, AUDIT_HEAD, STATE, utc_now
+from slm.server.db.tables import AUDIT, AUDIT_HEAD, utc_now
 from slm.server.encryption.keyring import Keyring
-from slm.server.encryption.vault import Vault
 from slm.server.security.audit import Event, Who, append
 from slm.server.security.audit_chain import Link, Walk
 from slm.server.security.audit_reader import EXPORTED, ends, entries_after, exported_upto, link_at
@@ -33,7 +33,6 @@ BATCH: Final = 500
 CUT: Final = "audit.cut"
 
 _PAUSE_SECONDS: Final = 0.02
-_LOCK_STATE: Final = select(STATE.c.keyring_version).where(STATE.c.id == 1).with_for_update()
 
 
 async def trim(database: Database, keyring: Keyring, *, keep_days: int) -> int:
@@ -73,19 +72,9 @@ def note_exported(connection: Connection, head: Link, who: Who) -> None:
     append(connection, Event(who, EXPORTED, detail={"head": str(head)}))
 
 
-def reseal(connection: Connection, vault: Vault) -> bool:
-    """Seal the cut by the active encryption key, where another one did; return whether."""
-    seal = connection.execute(select(AUDIT_HEAD.c.cut_seal)).scalar_one_or_none()
-    renewed = None if seal is None else vault.reencrypt(seal)
-    if renewed is None:
-        return False
-    connection.execute(update(AUDIT_HEAD).where(AUDIT_HEAD.c.id == 1).values(cut_seal=renewed))
-    return True
-
-
 def _batch(connection: Connection, *, keyring: Keyring, upto: Link, before: str) -> int:
     """Move the cut by at most BATCH rows and remove what is under it, both or neither."""
-    keyring.follow(connection, connection.execute(_LOCK_STATE).scalar_one())
+    keyring.follow(connection, state.lock(connection).keyring_version)
     if link_at(connection, upto.seq) != upto:
         raise Conflict("the exported entries are not those in the audit; nothing more is removed.")
     cut = ends(connection).cut

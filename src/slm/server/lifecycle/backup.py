@@ -14,12 +14,13 @@ import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-from sqlalchemy import URL, Connection, inspect, select, text, update
+from sqlalchemy import URL, Connection, inspect, select, text
 
 from slm.errors import InvalidRequest, ProblemError, StartupError
+from slm.server.db import state
 from slm.server.db.database import Database
 from slm.server.db.errors import DatabaseHeld
-from slm.server.db.tables import AGENTS, ENCRYPTION_KEYS, STATE
+from slm.server.db.tables import AGENTS, ENCRYPTION_KEYS
 from slm.server.encryption.secret_files import (
     create_private,
     make_data_dir,
@@ -134,7 +135,7 @@ async def _renew(copy: Path, source: Path, settings: Settings) -> list[str]:
             raise StartupError(f"{source} is damaged; nothing was changed.")
         if not is_ours(connection, str(source)) or not inspect(connection).has_table("state"):
             raise StartupError(f"{source} is not a database of SLM; nothing was changed.")
-        connection.execute(update(STATE).values(epoch=secrets.token_hex(8)))
+        state.begin_epoch(connection)
         return _key_note(connection, settings)
 
     database = Database(URL.create("sqlite", database=str(copy)))

@@ -10,11 +10,12 @@ import functools
 import logging
 from typing import Final
 
-from sqlalchemy import Connection, delete, select, update
+from sqlalchemy import Connection, delete, select
 
 from slm.server import failpoints
+from slm.server.db import state
 from slm.server.db.database import Database
-from slm.server.db.tables import CHANGES, STATE
+from slm.server.db.tables import CHANGES
 
 logger = logging.getLogger(__name__)
 
@@ -38,12 +39,9 @@ async def compact(database: Database, *, keep: int, batch: int = BATCH) -> int:
 
 def _batch(connection: Connection, *, keep: int, batch: int) -> int:
     """Move the floor by at most `batch` and remove what is under it, both or neither."""
-    state = connection.execute(
-        # The lock that every writer takes first; SQLite has it by its BEGIN IMMEDIATE.
-        select(STATE.c.revision, STATE.c.floor).where(STATE.c.id == 1).with_for_update()
-    ).one()
-    floor = min(state.revision - keep, state.floor + batch)
-    if floor <= state.floor:
+    locked = state.lock(connection)
+    floor = min(locked.revision - keep, locked.floor + batch)
+    if floor <= locked.floor:
         return 0
     # Its row goes, and whoever stands there must still find which change it was.
     floor_id = connection.execute(
@@ -51,6 +49,5 @@ def _batch(connection: Connection, *, keep: int, batch: int) -> int:
     ).scalar_one_or_none()
     connection.execute(delete(CHANGES).where(CHANGES.c.revision <= floor))
     failpoints.reach("in_compaction")
-    moved = {"floor": floor, "floor_id": floor_id or ""}
-    connection.execute(update(STATE).where(STATE.c.id == 1).values(moved))
-    return int(floor - state.floor)
+    state.move_floor(connection, floor, floor_id or "")
+    return floor - locked.floor

@@ -45,7 +45,12 @@ class Caretaker:
         supervisor: Supervisor | None = None,
     ) -> None:
         self.keys_usable = True
-        self.lease = Lease(database, keyring.vault, settings.lease_seconds, tokens)
+        self.lease = Lease(
+            database,
+            settings.lease_seconds,
+            fingerprints=lambda: keyring.vault.fingerprints,
+            tokens_version=lambda: tokens.version,
+        )
         self._confirm = asyncio.Event()
         tokens.on_replaced.append(self._confirm.set)
         self._settings = settings

@@ -18,11 +18,12 @@ from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from pydantic import SecretStr
-from sqlalchemy import Connection, delete, func, insert, inspect, select, text, update
+from sqlalchemy import Connection, delete, func, insert, inspect, select, text
 
 from slm.errors import ProblemError, StartupError
+from slm.server.db import state
 from slm.server.db.database import Database
-from slm.server.db.tables import AGENTS, ENCRYPTION_KEYS, STATE, TOKENS, utc_now, version_step
+from slm.server.db.tables import AGENTS, ENCRYPTION_KEYS, TOKENS, utc_now
 from slm.server.encryption.keyring import KeysAtHand, KeySource, key_file, read_keys, register
 from slm.server.encryption.secret_files import (
     check_database_file,
@@ -115,7 +116,7 @@ def _prepare(
     keys = _own_keys(connection, database, settings, notes) if own else list(at_hand.keys)
     migrate(connection)
     # Other replicas may be writing: the state row first and the audit's last, as in every write.
-    connection.execute(select(STATE.c.id).where(STATE.c.id == 1).with_for_update())
+    state.lock(connection)
     vault = _checked_vault(connection, keys, may_replace=own)
     notes += register(connection, vault, Who(ACTOR))
     notes += _adoption_notes(adopt(connection, vault, first_time=first_time))
@@ -283,6 +284,5 @@ def _first_tokens(connection: Connection, data_dir: Path) -> list[str]:
             )
         )
         notes.append(f"The token {name} ({', '.join(scopes)}) is in {path}.")
-    raised = STATE.c.tokens_version + version_step()
-    connection.execute(update(STATE).values(tokens_version=raised))
+    state.bump_tokens(connection)
     return notes

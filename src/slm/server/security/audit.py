@@ -31,7 +31,6 @@ from slm.server.db.column_types import text_of, the_row
 from slm.server.db.database import Database
 from slm.server.db.statements import Prepared
 from slm.server.db.tables import AUDIT, AUDIT_HEAD, utc_now
-from slm.server.encryption.vault import Vault
 from slm.server.security.audit_chain import GENESIS as GENESIS
 from slm.server.security.audit_chain import START, Entry, Verdict, Walk, parse_link
 from slm.server.security.audit_reader import (
@@ -151,17 +150,34 @@ def append_all(connection: Connection, events: Sequence[Event]) -> None:
     _MOVE.run(connection, {"new_hash": before})
 
 
+def reseal(connection: Connection, reencrypt: Callable[[str], str | None]) -> bool:
+    """Seal the cut by the active encryption key, where another one did; return whether.
+
+    Args:
+        connection: inside a transaction that writes.
+        reencrypt: returns the seal under the active key; None where there is nothing to do.
+    """
+    seal = connection.execute(select(AUDIT_HEAD.c.cut_seal)).scalar_one_or_none()
+    renewed = None if seal is None else reencrypt(seal)
+    if renewed is None:
+        return False
+    connection.execute(update(AUDIT_HEAD).where(AUDIT_HEAD.c.id == 1).values(cut_seal=renewed))
+    return True
+
+
 class AuditLog:
     """Reads the audit and checks its chain.
 
     Args:
         database: where it is.
-        vault: opens the seal of a cut; without one no cut counts.
+        unseal: opens the seal of a cut, None where it is none; by default no cut counts.
     """
 
-    def __init__(self, database: Database, vault: Vault | None = None) -> None:
+    def __init__(
+        self, database: Database, unseal: Callable[[str], str | None] = lambda seal: None
+    ) -> None:
         self._database = database
-        self._vault = vault
+        self._unseal = unseal
 
     async def record(self, event: Event) -> None:
         """Record an event in a transaction of its own, for what writes nothing else.
@@ -244,7 +260,7 @@ class AuditLog:
         """
         noted = None if expect is None else parse_link(expect)
         cut, head, seal = await self._database.read(ends)
-        if cut != START and (self._vault is None or self._vault.unseal(seal or "") != str(cut)):
+        if cut != START and self._unseal(seal or "") != str(cut):
             reason = "the beginning was cut off by somebody without the encryption key"
             return Verdict(0, str(cut), cut.seq + 1, reason, str(cut))
         if expect is not None and (noted is None or not cut.seq <= noted.seq <= head.seq):

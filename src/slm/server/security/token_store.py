@@ -13,12 +13,12 @@ from datetime import datetime, timedelta
 from typing import Any, Final
 
 from pydantic import SecretStr
-from sqlalchemy import Connection, func, insert, select, update
+from sqlalchemy import Connection, insert, select, update
 
 from slm.errors import Conflict, TokenNotFound
+from slm.server.db import state
 from slm.server.db.database import Database
-from slm.server.db.engines.listener import CHANNEL
-from slm.server.db.tables import STATE, TOKENS, utc_now, version_step
+from slm.server.db.tables import TOKENS, utc_now
 from slm.server.security.agent_scope import View
 from slm.server.security.audit import Event, Who, append
 from slm.server.security.token_table import TokenTable, read_tokens
@@ -197,17 +197,9 @@ def _notice(connection: Connection, who: Who) -> int:
     Raises:
         Unauthorized: the token of whoever asks does not count any more.
     """
-    step = version_step()
-    values = {"tokens_version": STATE.c.tokens_version + step}
-    statement: Any = update(STATE).where(STATE.c.id == 1).values(values)
-    if connection.dialect.name == "postgresql":
-        # With no revision: there is none, and a replica that has them all must look even so.
-        statement = statement.returning(STATE.c.tokens_version, func.pg_notify(CHANNEL, ""))
-    else:
-        statement = statement.returning(STATE.c.tokens_version)
-    version: int = connection.execute(statement).one()[0]
+    version, before = state.bump_tokens(connection)
     # The version before: this very transaction raised it.
-    who.require_counts(connection, version - step)
+    who.require_counts(connection, before)
     return version
 
 

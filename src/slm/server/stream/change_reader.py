@@ -13,27 +13,22 @@ from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
 from pydantic import ValidationError
-from sqlalchemy import Connection, bindparam, literal_column, null, select, update
+from sqlalchemy import Connection, bindparam, literal_column, null, select
 
 from slm.errors import DatabaseUnavailable
 from slm.schemas import Agent
-from slm.server.agents.catalog import CommittedChange, Position
+from slm.server.agents.changes import CommittedChange, Position
+from slm.server.agents.mapping import agent_of
+from slm.server.db import state
 from slm.server.db.column_types import require_state
-from slm.server.db.tables import AGENTS, CHANGES, SELECT_AGENTS, STATE, agent_of
+from slm.server.db.state import TIMELINE
+from slm.server.db.tables import AGENTS, CHANGES, SELECT_AGENTS, STATE
 from slm.server.security.token_table import TokenTable, read_tokens
 
 logger = logging.getLogger(__name__)
 
 MAX_CATCH_UP: Final = 50_000
 """More changes than this are not read one by one: everything is loaded anew instead."""
-
-# What an unprivileged role may ask on PostgreSQL: which cluster this is, and how often a standby of
-# it was promoted. A standby has none to tell, and an LSN of its own it cannot name.
-_TIMELINE: Final = (
-    "(SELECT CASE WHEN pg_is_in_recovery() THEN NULL ELSE"
-    " (SELECT system_identifier FROM pg_control_system())::text || '/'"
-    " || left(pg_walfile_name(pg_current_wal_lsn()), 8) END)"
-)
 
 # Built once: building a statement costs more than running it.
 _HORIZON: Final = (
@@ -83,7 +78,7 @@ def _select_news(timeline: Any) -> Any:
 
 
 _SELECT_NEWS: Final = _select_news(null())
-_SELECT_NEWS_AND_TIMELINE: Final = _select_news(literal_column(_TIMELINE))
+_SELECT_NEWS_AND_TIMELINE: Final = _select_news(literal_column(TIMELINE))
 
 
 @dataclass(frozen=True)
@@ -198,19 +193,8 @@ def read_horizon(connection: Connection) -> Horizon:
 
 def tells_timeline(connection: Connection) -> bool:
     """Say whether this PostgreSQL can tell its timeline; some compatible databases cannot."""
-    connection.execute(select(literal_column(_TIMELINE))).one()
+    connection.execute(select(literal_column(TIMELINE))).one()
     return True
-
-
-def has_moved(connection: Connection) -> bool:
-    """Say whether the database runs elsewhere than its epoch was made: that epoch is over.
-
-    Only PostgreSQL tells, and only where it was asked before.
-    """
-    if connection.execute(select(STATE.c.timeline)).scalar_one() is None:
-        return False
-    moved = STATE.c.timeline != literal_column(_TIMELINE)
-    return bool(connection.execute(select(moved)).scalar_one())
 
 
 def read_page(connection: Connection, since: int, limit: int, upto: int) -> Page:
@@ -285,20 +269,16 @@ def renew_epoch(connection: Connection, news: News, held: Position, fresh: str) 
         held: what is looked for.
         fresh: the new epoch.
     """
-    connection.execute(select(STATE.c.id).with_for_update())
+    state.lock(connection)
     *row, id_here = connection.execute(_SELECT_WHERE, {"position": held.revision}).one()
     horizon = Horizon(*row)
     if horizon.epoch != news.horizon.epoch:
         return False
     lost = horizon.epoch == held.epoch and (news.lost or horizon.lost(held, id_here))
-    values: dict[str, Any] = {}
-    if news.moved and news.timeline != horizon.timeline:
-        values["timeline"] = news.timeline
-    if lost or (values and horizon.timeline is not None):
-        values["epoch"] = fresh
-    if values:
-        connection.execute(update(STATE).where(STATE.c.epoch == horizon.epoch).values(values))
-    return "epoch" in values
+    timeline = news.timeline if news.moved and news.timeline != horizon.timeline else None
+    over = lost or (timeline is not None and horizon.timeline is not None)
+    state.renew(connection, horizon.epoch, epoch=fresh if over else None, timeline=timeline)
+    return over
 
 
 def _without_hole(rows: Iterable[Sequence[Any]], since: int) -> list[CommittedChange]:

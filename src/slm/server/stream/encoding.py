@@ -12,9 +12,9 @@ from typing import Final
 
 from slm import protocol
 from slm.protocol import AgentChanged, AgentDeleted, Heartbeat
-from slm.server.agents.catalog import CommittedChange
+from slm.server.agents.changes import CommittedChange
 from slm.server.security.agent_scope import EVERYTHING, View
-from slm.server.transport.ws_connection import text_frames
+from slm.server.transport.ws_frames import text_frames
 
 MAX_WRITE_BYTES: Final = 64 * 1024
 """Frames of a burst are joined into one write up to this, so that a burst evicts nobody."""

@@ -19,8 +19,8 @@ from typing import Final
 from slm.common import tracing
 from slm.errors import ProblemError
 from slm.server import failpoints
-from slm.server.agents.catalog import Catalog, CommittedChange, Position
-from slm.server.agents.service import Written
+from slm.server.agents.catalog import Catalog
+from slm.server.agents.changes import CommittedChange, Position, Written
 from slm.server.db.database import Database
 from slm.server.db.tables import utc_now
 from slm.server.metrics import Metrics

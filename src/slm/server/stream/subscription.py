@@ -10,7 +10,7 @@ import logging
 
 from slm.errors import ProblemError
 from slm.protocol import Subscribe
-from slm.server.agents.catalog import Position
+from slm.server.agents.changes import Position
 from slm.server.settings import Settings
 from slm.server.stream.change_reader import Page
 from slm.server.stream.encoding import in_writes

@@ -1,7 +1,7 @@
 """uvicorn's protocol class for HTTP, with limits on what a peer may send.
 
 `uvicorn.Config(http=…)` takes a class; this subclasses the pinned version's. Knows no agent and no
-token, only bytes, limits and timers. The other class, for WebSockets, is in `handshake`.
+token, only bytes, limits and timers. The other class, for WebSockets, is in `ws_handshake`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import struct
 import sys
 from asyncio import TimerHandle
+from collections.abc import Callable
 from typing import Final
 
 import httptools
@@ -340,6 +341,15 @@ def beneath_tls(transport: asyncio.Transport) -> asyncio.WriteTransport | None:
     """Return the transport that carries the bytes of a TLS one, and what it has not sent yet."""
     found = getattr(getattr(transport, "_ssl_protocol", None), "_transport", None)
     return found if isinstance(found, asyncio.WriteTransport) else None
+
+
+def unsent_bytes_of(transport: asyncio.Transport) -> Callable[[], int]:
+    """Return what tells how many bytes wait for the peer, those that TLS has encrypted too."""
+    beneath = beneath_tls(transport)
+    if beneath is None:
+        return transport.get_write_buffer_size
+    carrier = beneath
+    return lambda: transport.get_write_buffer_size() + carrier.get_write_buffer_size()
 
 
 def http_protocol(

@@ -1,22 +1,21 @@
-"""WebSockets after their handshake, as the server holds thousands: small, one timer for all.
+"""A WebSocket after its handshake, small, since a server holds thousands.
 
-What comes before is in `handshake`. Knows no agent, no token and no message, only bytes and timers
-(RFC 6455; docs/decisions/0009-frames-go-to-the-transport.md).
+The handshake is in `ws_handshake`. Knows no agent, no token and no message's meaning, only bytes
+and turns (RFC 6455; docs/decisions/0009-frames-go-to-the-transport.md).
 """
 
 from __future__ import annotations
 
 import asyncio
-import itertools
-import logging
-import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from typing import Any, Final, Protocol
 
 from websockets import protocol as sans_io
 from websockets.frames import Frame, Opcode
 
-from slm.server.transport.http_protocol import LINGER_SECONDS, beneath_tls, end_writing
+from slm.server.transport.http_protocol import LINGER_SECONDS, end_writing, unsent_bytes_of
+from slm.server.transport.ws_frames import MAX_FRAGMENTS, Encoded, Parser, encode_frame
+from slm.server.transport.ws_keepalive import Keepalive
 
 try:
     from websockets.speedups import apply_mask
@@ -28,9 +27,6 @@ SHORT_BYTES: Final = 4096
 
 CLOSE_SECONDS: Final = 10.0
 """How long a peer may take to answer a close frame, at most."""
-
-MAX_FRAGMENTS: Final = 1024
-"""How many pieces a message may come in; empty ones take memory too."""
 
 TURN_FRAMES: Final = 64
 """After so many frames of one peer everyone else in the loop has a turn."""
@@ -54,24 +50,6 @@ PONGS_WAIT_BYTES: Final = 16 * 1024
 
 _TEXT, _PING, _PONG = 0x81, 0x89, 0x8A
 """The first byte of a whole message in one frame, a ping and a pong (RFC 6455 section 5.2)."""
-
-logger = logging.getLogger(__name__)
-
-
-def text_frames(messages: Sequence[str]) -> bytes:
-    """Return the WebSocket text frames of these messages, one after the other, ready to be sent.
-
-    A server's frames carry no mask (RFC 6455 section 5.1), so one encoding fits every connection.
-    """
-    return b"".join(_frame(Opcode.TEXT, message.encode()) for message in messages)
-
-
-class Encoded(Protocol):
-    """What is pushed: WebSocket frames, ready for any connection."""
-
-    @property
-    def encoded(self) -> bytes:
-        """The frames, one after the other."""
 
 
 class Listener(Protocol):
@@ -135,7 +113,7 @@ class WebSocketConnection(asyncio.Protocol):
         self._max_message_bytes = max_message_bytes
         self._listener: Listener | None = None
         self._unread = b""
-        self._parser: _Parser | None = None
+        self._parser: Parser | None = None
         self._writable: asyncio.Event | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._go_on: asyncio.TimerHandle | None = None
@@ -261,7 +239,7 @@ class WebSocketConnection(asyncio.Protocol):
         if self._parser is None:
             start, frames = self._read_short(data)
         while self._parser is not None and start < len(data) and frames < TURN_FRAMES:
-            frames += self._read(data[start : start + PIECE_BYTES])
+            frames += self._read(self._parser, data[start : start + PIECE_BYTES])
             start += PIECE_BYTES
         self._unread = b"" if start >= len(data) or self.transport.is_closing() else data[start:]
         # A read costs something too, whatever it brings.
@@ -333,7 +311,7 @@ class WebSocketConnection(asyncio.Protocol):
 
     def _pong(self, payload: bytes) -> None:
         if not self.closed and self._unsent() < PONGS_WAIT_BYTES:
-            self._answer(_frame(Opcode.PONG, payload))
+            self._answer(encode_frame(Opcode.PONG, payload))
 
     def _hear_text(self, payload: bytes) -> None:
         try:
@@ -349,14 +327,13 @@ class WebSocketConnection(asyncio.Protocol):
 
     # --- the library's way ---
 
-    def _parser_from_now_on(self) -> _Parser:
+    def _parser_from_now_on(self) -> Parser:
         if self._parser is None:
-            self._parser = _Parser(self._max_message_bytes)
+            self._parser = Parser(self._max_message_bytes)
         return self._parser
 
-    def _read(self, data: bytes) -> int:
+    def _read(self, parser: Parser, data: bytes) -> int:
         """Have the parser read; return how many frames there were."""
-        parser = self._parser_from_now_on()
         if parser.parser_exc is not None:
             return 0  # It was told so already, and what it still sends is thrown away.
         parser.receive_data(data)
@@ -378,9 +355,7 @@ class WebSocketConnection(asyncio.Protocol):
                 self._assemble(parser, frame)
         return len(frames)
 
-    def _assemble(self, parser: _Parser, frame: Frame) -> None:
-        if frame.opcode is not Opcode.CONT:
-            parser.opcode = frame.opcode
+    def _assemble(self, parser: Parser, frame: Frame) -> None:
         whole = parser.add(frame)
         if len(parser.parts) > MAX_FRAGMENTS:
             parser.parts = []
@@ -390,21 +365,21 @@ class WebSocketConnection(asyncio.Protocol):
         elif whole is not None:
             self._hear(whole)
 
-    def _answer_close(self, parser: _Parser) -> None:
+    def _answer_close(self, parser: Parser) -> None:
         """Answer the peer's close, or take its answer to ours; one that reads nothing is cut."""
         self._send_of(parser)
         self.transport.close()
         if not self.closed:
             self._close()
 
-    def _fail(self, parser: _Parser) -> None:
+    def _fail(self, parser: Parser) -> None:
         """Tell why (1002, 1007, 1009) and end, reading on for a moment so that it arrives."""
         self._send_of(parser)
         end_writing(self.transport)
         if not self.closed:
             self._close(LINGER_SECONDS)
 
-    def _send_of(self, parser: _Parser) -> None:
+    def _send_of(self, parser: Parser) -> None:
         self._answer(b"".join(parser.data_to_send()))
 
     # --- the end ---
@@ -423,134 +398,3 @@ class WebSocketConnection(asyncio.Protocol):
         listener, self._listener = self._listener, None
         if listener is not None:
             listener.gone()
-
-
-class Keepalive:
-    """Pings the connections of one server and cuts those that do not answer; one timer for all.
-
-    Args:
-        interval_seconds: how long after its handshake, or its last pong, a peer is pinged.
-        timeout_seconds: how long it may take to answer.
-    """
-
-    def __init__(self, interval_seconds: float, timeout_seconds: float) -> None:
-        self.timeout_seconds = timeout_seconds
-        self._interval_seconds = interval_seconds
-        # Both in the order of time, for what is added last is due last.
-        self._due: dict[WebSocketConnection, float] = {}
-        self._asked: dict[WebSocketConnection, tuple[float, bytes]] = {}
-        self._timer: asyncio.TimerHandle | None = None
-
-    def watch(self, connection: WebSocketConnection) -> None:
-        """Ping this peer from now on."""
-        at = asyncio.get_running_loop().time() + self._interval_seconds
-        self._due[connection] = at
-        self._look_at(at)
-
-    def forget(self, connection: WebSocketConnection) -> None:
-        """Ping it no more."""
-        self._due.pop(connection, None)
-        self._asked.pop(connection, None)
-
-    def answered(self, connection: WebSocketConnection, payload: bytes) -> None:
-        """Take a pong; one that answers no ping of ours means nothing (RFC 6455 section 5.5.3)."""
-        asked = self._asked.get(connection)
-        if asked is not None and asked[1] == payload:
-            del self._asked[connection]
-            self.watch(connection)
-
-    def _look(self) -> None:
-        self._timer = None
-        now = asyncio.get_running_loop().time()
-        for connection in _until(now, ((c, at) for c, (at, _) in self._asked.items())):
-            # A close frame would wait in its buffer for ever.
-            connection.abort()
-        # Some a little early, so that thousands of connections are not thousands of timers.
-        payload = os.urandom(4)
-        ping = _frame(Opcode.PING, payload)
-        for connection in _until(now + self._interval_seconds / 50, self._due.items()):
-            del self._due[connection]
-            self._asked[connection] = (now + self.timeout_seconds, payload)
-            connection.ping(ping)
-        for at in self._due.values():
-            self._look_at(at)
-            break
-        for at, _ in self._asked.values():
-            self._look_at(at)
-            break
-
-    def _look_at(self, at: float) -> None:
-        """Look again at that time, unless a look before it is arranged."""
-        if self._timer is None or at < self._timer.when():
-            if self._timer is not None:
-                self._timer.cancel()
-            self._timer = asyncio.get_running_loop().call_at(at, self._look)
-
-
-class _Parser(sans_io.Protocol):
-    """The library's protocol, which answers a close frame between two fragments as it must.
-
-    The library calls it a protocol error (1002), so plain uvicorn fails Autobahn's case 7.1.5; a
-    control frame may stand there (RFC 6455 section 5.4), and each close is answered (5.5.1).
-
-    It answers no pings: what is sent is the connection's to decide.
-
-    Attributes:
-        opcode: of the message under way.
-        parts: what came of it.
-    """
-
-    def __init__(self, max_message_bytes: int) -> None:
-        super().__init__(sans_io.Side.SERVER, max_size=max_message_bytes, logger=logger)
-        # Its log has every frame.
-        self.debug = False
-        self.opcode = Opcode.TEXT
-        self.parts: list[bytes] = []
-
-    def frames_received(self) -> list[Frame]:
-        """Return what came since the last call; after the handshake all events are frames."""
-        return [event for event in self.events_received() if isinstance(event, Frame)]
-
-    def add(self, frame: Frame) -> bytes | None:
-        """Take a piece of a message; return the message once it is whole."""
-        if frame.fin and not self.parts:
-            return bytes(frame.data)
-        self.parts.append(bytes(frame.data))
-        if not frame.fin:
-            return None
-        whole, self.parts = b"".join(self.parts), []
-        return whole
-
-    @property
-    def held_bytes(self) -> int:
-        """How many bytes wait for the rest of their frame or message."""
-        return len(self.reader.buffer) + (self.current_size or 0)
-
-    def send_frame(self, frame: Frame) -> None:
-        if frame.opcode is not Opcode.PONG:
-            super().send_frame(frame)
-
-    def recv_frame(self, frame: Frame) -> None:
-        if frame.opcode is Opcode.CLOSE:
-            self.current_size = None
-        super().recv_frame(frame)
-
-
-def unsent_bytes_of(transport: asyncio.Transport) -> Callable[[], int]:
-    """Return what tells how many bytes wait for the peer, those that TLS has encrypted too."""
-    beneath = beneath_tls(transport)
-    if beneath is None:
-        return transport.get_write_buffer_size
-    carrier = beneath
-    return lambda: transport.get_write_buffer_size() + carrier.get_write_buffer_size()
-
-
-def _frame(opcode: Opcode, payload: bytes) -> bytes:
-    return Frame(opcode, payload).serialize(mask=False, extensions=[])
-
-
-def _until(
-    end: float, times: Iterable[tuple[WebSocketConnection, float]]
-) -> list[WebSocketConnection]:
-    """Return those up to the first whose time is after `end`."""
-    return [each for each, _ in itertools.takewhile(lambda item: item[1] <= end, times)]

@@ -1,7 +1,7 @@
 """uvicorn's protocol class for WebSockets: the handshake alone, after which the route takes over.
 
 `uvicorn.Config(ws=…)` takes a class; this subclasses the pinned version's. All that the handshake
-needed is freed then; what stays is in `websocket`.
+needed is freed then; what stays is in `ws_connection`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from typing import Any, Final
 from uvicorn.protocols.utils import ClientDisconnected
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
-from slm.server.transport.ws_connection import CLOSE_SECONDS, Keepalive, WebSocketConnection
+from slm.server.transport.ws_connection import CLOSE_SECONDS, WebSocketConnection
+from slm.server.transport.ws_keepalive import Keepalive
 
 TAKE_OVER: Final = "slm.take_over"
 """The key of `scope["extensions"]` under which an application finds `Handshake.take_over`."""

@@ -27,7 +27,6 @@ from slm.server.fleet.ack_queue import Waiting
 from slm.server.security.agent_scope import View
 from slm.server.security.token_table import Caller
 from slm.server.services import Services
-from slm.server.stream.asgi_sink import ASGISink
 from slm.server.stream.encoding import Frames
 from slm.server.stream.hub import Sink, Subscriber
 from slm.server.stream.openings import Place
@@ -43,8 +42,10 @@ _BEGINS_AN_ACK: Final = re.compile(r'\s*\{\s*"ack"')
 
 
 async def stream(websocket: WebSocket) -> None:
-    """Serve one connection: refused before the upgrade, or a stream until it closes."""
+    """Refuse a connection before the upgrade, or begin a stream, which goes on without this."""
     services = services_of(websocket)
+    # Our own server offers it with every handshake; no other one can serve streams.
+    take_over = websocket.scope["extensions"][TAKE_OVER]
     try:
         if has_foreign_origin(websocket):
             raise Forbidden("The Origin is not this server's own.")
@@ -61,7 +62,7 @@ async def stream(websocket: WebSocket) -> None:
             services.streams.release(caller.token_id)
             raise
     except ProblemError as problem:
-        await _refuse(websocket, problem)
+        await websocket.send_denial_response(problem_response(problem))
         return
     plain_http = not is_private(websocket, services.settings.trusted_proxies)
     conversation = _Conversation(services, caller, place, plain_http=plain_http)
@@ -70,27 +71,9 @@ async def stream(websocket: WebSocket) -> None:
     except BaseException:
         conversation.gone()
         raise
-    take_over = websocket.scope.get("extensions", {}).get(TAKE_OVER)
-    if take_over is not None:
-        connection: WebSocketConnection = take_over()
-        conversation.begin(connection, caller.view)
-        connection.listen(conversation, conversation.note_waiting)
-        return
-    conversation.begin(ASGISink(websocket), caller.view)
-    try:
-        while (message := await websocket.receive())["type"] != "websocket.disconnect":
-            text = message.get("text")
-            conversation.heard(message["bytes"] if text is None else text)
-    finally:
-        conversation.gone()
-
-
-async def _refuse(websocket: WebSocket, problem: ProblemError) -> None:
-    if "websocket.http.response" in websocket.scope.get("extensions", {}):
-        await websocket.send_denial_response(problem_response(problem))
-    else:
-        # Before `accept` this is a plain 403 (ASGI), the most that such a server can say.
-        await websocket.close()
+    connection: WebSocketConnection = take_over()
+    conversation.begin(connection, caller.view)
+    connection.listen(conversation, conversation.note_waiting)
 
 
 class _Conversation:

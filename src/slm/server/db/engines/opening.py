@@ -47,22 +47,68 @@ _NO_SHARED_MEMORY: Final = (
 
 
 @dataclass(frozen=True)
-class SqliteEngines:
-    """The two ways into one SQLite file.
+class Engines:
+    """The two ways into one database.
 
     Attributes:
-        writing: the engine of the one connection that writes.
-        reading: an engine whose connections only read, beside the one that writes; None where they
-            cannot: in memory, or on a file system without shared memory.
+        writing: for every transaction but long reads; on SQLite its one connection.
+        reading: for long reads, beside those; None where SQLite cannot have a second connection:
+            in memory, or on a file system without shared memory.
     """
 
     writing: Engine
     reading: Engine | None
 
 
+def open_engines(
+    url: URL,
+    file: SqliteFile | None,
+    *,
+    lock_timeout_seconds: float,
+    idle_in_transaction_seconds: float,
+    writers: int,
+    readers: int,
+) -> Engines:
+    """Open a database.
+
+    Args:
+        url: `sqlite:///…` or `postgresql+psycopg://…`.
+        file: what holds a SQLite file.
+        lock_timeout_seconds: how long a statement waits for a lock, and an opening for a file.
+        idle_in_transaction_seconds: after this PostgreSQL ends a transaction that says nothing.
+        writers: how many connections there are for anything but long reads; SQLite has one.
+        readers: how many there are for long reads.
+
+    Raises:
+        StartupError: there is no driver, SQLite is too old, or the file cannot be opened.
+        sqlite3.Error: it is no database, or damaged.
+    """
+    if url.get_backend_name() == "sqlite":
+        return sqlite_engines(url, file, lock_timeout_seconds=lock_timeout_seconds, readers=readers)
+    writing, reading = (
+        postgresql_engine(
+            url,
+            lock_timeout_seconds=lock_timeout_seconds,
+            idle_in_transaction_seconds=idle_in_transaction_seconds,
+            pool_size=size,
+        )
+        for size in (writers, readers)
+    )
+    return Engines(writing, reading)
+
+
+def for_writes(url: URL) -> URL:
+    """Of several hosts mean the one that takes writes, unless the URL says otherwise."""
+    hosts = url.query.get("host", "")
+    several = "," in hosts or not isinstance(hosts, str)
+    if not several or "target_session_attrs" in url.query:
+        return url
+    return url.update_query_dict({"target_session_attrs": "read-write"})
+
+
 def sqlite_engines(
     url: URL, file: SqliteFile | None, *, lock_timeout_seconds: float, readers: int
-) -> SqliteEngines:
+) -> Engines:
     """Open a SQLite file, which from then on no other process can open.
 
     Args:
@@ -79,7 +125,7 @@ def sqlite_engines(
         raise StartupError(f"SQLite {sqlite3.sqlite_version} is too old; 3.35 or newer is needed.")
     path = sqlite_path(url)
     if file is None or path is None:
-        return SqliteEngines(_sqlite_engine(url, _writer(":memory:", 0.0, shared=True)), None)
+        return Engines(_sqlite_engine(url, _writer(":memory:", 0.0, shared=True)), None)
     file.make()
     shared = True
     try:
@@ -94,8 +140,8 @@ def sqlite_engines(
     file.hold(lock_timeout_seconds)
     writing = _sqlite_engine(url, connection)
     if not shared:
-        return SqliteEngines(writing, None)
-    return SqliteEngines(writing, _sqlite_reading_engine(url, path, readers))
+        return Engines(writing, None)
+    return Engines(writing, _sqlite_reading_engine(url, path, readers))
 
 
 def _writer(path: str, timeout: float, *, shared: bool) -> sqlite3.Connection:

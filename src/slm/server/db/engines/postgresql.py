@@ -1,4 +1,4 @@
-"""What a PostgreSQL must be for this server: in UTF-8, and with sessions of its own; and its URL.
+"""What a PostgreSQL must be for this server: in UTF-8, and with sessions of its own.
 
 Asks on connections that it is given; opens none.
 """
@@ -6,43 +6,10 @@ Asks on connections that it is given; opens none.
 from __future__ import annotations
 
 import contextlib
-import re
 import secrets
-from typing import Any, Final
+from typing import Any
 
 from slm.errors import StartupError
-
-_LIBPQ_HOSTS: Final = re.compile(
-    r"^(?P<scheme>[a-z0-9+]+://)(?P<user>[^/?#@]*@)?(?P<hosts>[^/?#@]*,[^/?#@]*)"
-    r"(?P<path>/[^?#]*)?(?:\?(?P<query>[^#]*))?$",
-    re.IGNORECASE,
-)
-_LIBPQ_HOST: Final = re.compile(r"^(?:\[(?P<v6>[^\]]+)\]|(?P<name>[^:\[\]]*))(?::(?P<port>\d+))?$")
-
-
-def sqlalchemy_spelling(url: str) -> str:
-    """Return a URL with several hosts, as libpq writes it, as SQLAlchemy reads it.
-
-    `postgresql://u@a:5432,b:5433/db` becomes `postgresql://u@/db?host=a,b&port=5432,5433`; any
-    other URL stays as it is.
-
-    Raises:
-        ValueError: a host or a port of several is none.
-    """
-    found = _LIBPQ_HOSTS.match(url)
-    if found is None:
-        return url
-    hosts, ports = [], []
-    for each in found["hosts"].split(","):
-        one = _LIBPQ_HOST.match(each)
-        if one is None:
-            raise ValueError("one of its hosts or ports is not valid")
-        hosts.append(one["v6"] or one["name"])
-        ports.append(one["port"] or "5432")
-    query = f"host={','.join(hosts)}&port={','.join(ports)}"
-    if found["query"]:
-        query += f"&{found['query']}"
-    return f"{found['scheme']}{found['user'] or ''}{found['path'] or '/'}?{query}"
 
 
 def behind_a_pooler(name: str) -> StartupError:

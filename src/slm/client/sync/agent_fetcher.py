@@ -1,0 +1,190 @@
+"""Fetches into the cache what is missing there: one agent, which one is the default, or all keys.
+
+All who ask for one agent at one time share one request, and an SLM that could not be asked is left
+alone for a few seconds. Knows no stream; what follows from an answer is its recipient's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any, Final, Protocol
+
+from slm.client.cache.cache import AgentConfigCache
+from slm.client.timings import Timings
+from slm.client.transport.http import Connection, EpochChanged
+from slm.errors import AgentInactive, AgentNotFound, KeyUndecryptable, SLMError
+
+_REMEMBERED: Final = 10_000
+_DEFAULT: Final = "/default"  # no agent_id: those are tried as they are, this is the alias
+
+
+class Recipient(Protocol):
+    """Who is told what came of a request."""
+
+    def fetched(self, agent_id: str, swapped: bool, *, for_key: bool = False) -> None:
+        """Hear that a request about an agent ended, and whether its config was swapped."""
+
+    def snapshot_applied(self, swapped: list[str]) -> None:
+        """Hear which agents' config a snapshot swapped."""
+
+    def answered(self) -> None:
+        """Hear that the SLM answered."""
+
+    def not_answered(self, error: SLMError) -> None:
+        """Hear why it did not."""
+
+    def other_epoch(self) -> None:
+        """Hear that the answer was of another epoch than what is held."""
+
+
+class AgentFetcher:
+    """Asks one SLM for one cache; belongs to one loop.
+
+    Args:
+        connection: how to ask.
+        cache: where what comes is put.
+        timings: for how long what failed is not asked again.
+        spawn: runs a request in a task.
+        recipient: who is told.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        cache: AgentConfigCache,
+        timings: Timings,
+        spawn: Callable[[Coroutine[Any, Any, Any]], asyncio.Task[Any]],
+        recipient: Recipient,
+    ) -> None:
+        self._connection = connection
+        self._cache = cache
+        self._unknown_seconds = timings.unknown_seconds
+        self._spawn = spawn
+        self._recipient = recipient
+        self._loop = asyncio.get_running_loop()
+        self._asked: dict[str, asyncio.Task[Any]] = {}
+        self._not_before: dict[str, float] = {}
+        self._away_until = 0.0
+
+    async def ask(self, agent_id: str) -> None:
+        """Fetch one agent; raises nothing: what came is in the cache, or nothing came.
+
+        An SLM that could not be asked, and an agent that it does not know, are not asked again for
+        a few seconds.
+        """
+        generation = self._cache.generation
+        await asyncio.wait({self._asking(agent_id)})
+        if generation != self._cache.generation and not self._cache.synced:
+            # The stream began anew meanwhile, so that the answer was of no use.
+            await asyncio.wait({self._asking(agent_id)})
+
+    async def ask_default(self) -> None:
+        """Fetch which agent is the default; its key, if it has one, follows by itself."""
+        await asyncio.wait({self._asking(None)})
+
+    def refresh(self, agent_id: str) -> None:
+        """Fetch an agent in the background."""
+        if self._may_ask(agent_id):
+            self._asking(agent_id)
+
+    def lacks(self, agent_id: str) -> bool:
+        """Say whether the SLM said within the last seconds that it has no such agent."""
+        return agent_id in self._not_before
+
+    def ask_again(self) -> None:
+        """Forget what was not to be asked for a while: the SLM is there."""
+        self._away_until = 0.0
+        self._not_before.clear()
+
+    async def fetch_key(self, agent_id: str) -> SLMError | None:
+        """Fetch one agent for its key, now; return why nothing came."""
+        return await self._fetch(agent_id, for_key=True)
+
+    async def fetch_all_keys(self) -> SLMError | None:
+        """Fetch a snapshot for the keys in it, while the stream goes on; return why none came."""
+        cache = self._cache
+        generation = cache.generation
+        try:
+            snapshot = await self._connection.get_snapshot(min_revision=cache.position)
+        except SLMError as error:
+            self._could_not_ask(error)
+            return error
+        if generation != cache.generation:
+            return None  # a snapshot for the new beginning is under way
+        if cache.contradicts(snapshot):
+            self._recipient.other_epoch()
+            return None
+        self._recipient.snapshot_applied(cache.apply_snapshot(snapshot))
+        return None
+
+    def _asking(self, agent_id: str | None) -> asyncio.Task[Any]:
+        """Return the request under way for this agent, made if need be; None is the default."""
+        name = agent_id if agent_id is not None else _DEFAULT
+        task = self._asked.get(name)
+        if task is None:
+            task = self._asked[name] = self._spawn(
+                self._fetch(agent_id) if agent_id is not None else self._fetch_default()
+            )
+            task.add_done_callback(lambda _: self._asked.pop(name, None))
+        return task
+
+    async def _fetch(self, agent_id: str, *, for_key: bool = False) -> SLMError | None:
+        """Fetch one agent and apply what came; return why nothing did."""
+        if agent_id in ("", ".", "..") or not (for_key or self._may_ask(agent_id)):
+            return None
+        cache = self._cache
+        generation, known = cache.generation, cache.known_revision(agent_id)
+        failure: SLMError | None = None
+        swapped = False
+        try:
+            agent = await self._connection.get_llm(
+                agent_id, min_revision=known if known >= 0 else cache.position, epoch=cache.epoch
+            )
+            if generation == cache.generation:
+                swapped = cache.apply_fetched(agent)
+        except (AgentNotFound, AgentInactive):
+            self._do_not_ask_for_a_while(agent_id)
+            if generation == cache.generation:
+                swapped = cache.apply_absent(agent_id, known)
+        except KeyUndecryptable as error:
+            self._do_not_ask_for_a_while(agent_id)
+            if generation == cache.generation:
+                swapped = cache.apply_key_error(agent_id, known, error.detail)
+        except EpochChanged as error:
+            failure = error
+            self._recipient.other_epoch()
+        except SLMError as error:
+            failure = error
+            self._could_not_ask(error)
+        if failure is None:
+            self._recipient.answered()
+        self._recipient.fetched(agent_id, swapped, for_key=for_key)
+        return failure
+
+    async def _fetch_default(self) -> None:
+        if not self._may_ask(_DEFAULT):
+            return
+        generation = self._cache.generation
+        try:
+            agent = await self._connection.get_default(epoch=self._cache.epoch)
+        except EpochChanged:
+            self._recipient.other_epoch()
+        except SLMError as error:
+            self._could_not_ask(error)
+        else:
+            if generation == self._cache.generation:
+                self._recipient.fetched(agent.agent_id, self._cache.apply_config(agent))
+
+    def _may_ask(self, name: str) -> bool:
+        now = self._loop.time()
+        return now >= self._away_until and now >= self._not_before.get(name, 0.0)
+
+    def _do_not_ask_for_a_while(self, name: str) -> None:
+        if len(self._not_before) >= _REMEMBERED:
+            self._not_before.clear()
+        self._not_before[name] = self._loop.time() + self._unknown_seconds
+
+    def _could_not_ask(self, error: SLMError) -> None:
+        self._away_until = self._loop.time() + self._unknown_seconds
+        self._recipient.not_answered(error)

@@ -1,0 +1,87 @@
+"""What failed last: the sentence and the status that follow from it, each logged once.
+
+Tries nothing again; a token or certificate that the SLM refused is watched until it is replaced.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any, Final
+
+from slm.client.runtime.log import quiet_logger
+from slm.client.status import ClientStatus
+from slm.client.sync.backoff import status_after
+from slm.client.transport.credentials import Watch
+from slm.errors import SLMError
+
+_log = quiet_logger("slm.client")
+
+_SAID: Final = 32
+_LOOKS_SECONDS: Final = 60.0
+_REFUSED: Final = (ClientStatus.UNAUTHORIZED, ClientStatus.TLS_ERROR)
+
+
+class Failures:
+    """Belongs to one loop.
+
+    Args:
+        files: those that what is shown to the SLM comes from.
+        spawn: runs the watch over them in a task.
+        replaced: called once one of them was replaced after the SLM refused it.
+
+    Attributes:
+        last_error: what failed last; None while all is well.
+        status: what the client's status is because of it; None: what else is known says that.
+    """
+
+    def __init__(
+        self,
+        files: tuple[Path, ...],
+        spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]],
+        replaced: Callable[[], None],
+    ) -> None:
+        self.last_error: str | None = None
+        self.status: ClientStatus | None = None
+        self._files = files
+        self._spawn = spawn
+        self._replaced = replaced
+        self._said: set[str] = set()
+        self._watching: asyncio.Task[None] | None = None
+
+    def note(self, error: SLMError, *, connected: bool) -> bool:
+        """Note a failure; return whether the SLM was refused or refuses, so that waiting is vain.
+
+        Args:
+            error: what failed.
+            connected: whether a stream is up all the same.
+        """
+        status = status_after(error)
+        self.last_error = str(error)
+        if self.last_error not in self._said:
+            # With several addresses failures alternate; each is logged once.
+            if len(self._said) >= _SAID:
+                self._said.clear()
+            self._said.add(self.last_error)
+            _log.warning("cannot follow the SLM now: %s", error)
+        refused = status in _REFUSED
+        if refused or not connected:
+            self.status = status
+        if refused and self._files and (self._watching is None or self._watching.done()):
+            self._watching = self._spawn(self._until_replaced())
+        return refused
+
+    def clear(self) -> None:
+        """Note that all is well."""
+        if self.last_error is not None:
+            _log.info("the SLM is back")
+        self.last_error = self.status = None
+        self._said.clear()
+
+    async def _until_replaced(self) -> None:
+        watch = Watch(self._files)
+        while self.status in _REFUSED:
+            if await watch.wait(_LOOKS_SECONDS):
+                watch.note()
+                self._replaced()
