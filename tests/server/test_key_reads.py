@@ -14,7 +14,7 @@ from slm.errors import AgentNotFound, ProblemError
 from slm.server.agents.credentials import KeyedReads
 from slm.server.agents.read_batches import MAX_AT_ONCE
 from slm.server.agents.schemas import AgentUpdate
-from slm.server.agents.snapshots import MAX_NAMED, Head, SnapshotStore
+from slm.server.agents.snapshots import MAX_NAMED, SnapshotHead, SnapshotStore
 from slm.server.encryption.sealed import SealedTexts, Sealer
 from slm.server.security.agent_scope import EVERYTHING, View
 from slm.server.security.audit import AuditLog, Who
@@ -22,7 +22,7 @@ from tests.support.store import Store, new_agent
 
 ADA = Who("ada", "127.0.0.1")
 CANARY = "sk-canary-of-the-crowd"
-_NOWHERE = Head(0, "", 0, None)
+_NOWHERE = SnapshotHead(0, "", 0, None)
 
 
 class Counted:

@@ -32,7 +32,7 @@ from slm.server.fleet import replication as fleet_sync
 from slm.server.fleet.tracker import FORGET_EVERY_SECONDS
 from slm.server.lifecycle.audit_retention import trim
 from slm.server.lifecycle.compaction import compact
-from slm.server.lifecycle.startup import Prepared
+from slm.server.lifecycle.startup import PreparedDatabase
 from slm.server.services import Services, make_services
 from slm.server.settings import Settings
 from slm.server.tasks.periodic import Upkeep
@@ -124,7 +124,7 @@ def _workers(services: Services) -> list[_Worker]:
     return workers
 
 
-def create_app(settings: Settings, prepared: Prepared) -> FastAPI:
+def create_app(settings: Settings, prepared: PreparedDatabase) -> FastAPI:
     """Return the application; `app.state.services` has its parts.
 
     Args:

@@ -15,7 +15,7 @@ from slm.server.fleet.receipts import Receipts
 from slm.server.fleet.replication import FleetSync
 from slm.server.fleet.tracker import Fleet
 from slm.server.lifecycle.housekeeping import Caretaker
-from slm.server.lifecycle.startup import Prepared
+from slm.server.lifecycle.startup import PreparedDatabase
 from slm.server.metrics import Metrics
 from slm.server.security.audit import AuditLog
 from slm.server.security.rate_limits import Gauge, Rate, TokenBuckets
@@ -77,7 +77,7 @@ class Services:
     counts: RequestCounts = field(default_factory=RequestCounts)
 
 
-def make_services(settings: Settings, prepared: Prepared) -> Services:
+def make_services(settings: Settings, prepared: PreparedDatabase) -> Services:
     """Put the parts together; nothing runs yet."""
     catalog, tokens, supervisor = Catalog(), TokenTable(), Supervisor()
     database = prepared.database

@@ -39,7 +39,7 @@ from slm.cli.agent_options import (
     sent,
     temperature_sent,
 )
-from slm.cli.api_client import Answer, Api, agent_path, call, parsed
+from slm.cli.api_client import Api, ApiAnswer, agent_path, call, parsed
 from slm.cli.commands import history
 from slm.cli.output import Json, escape
 from slm.cli.target import Target, at_a_server
@@ -269,7 +269,7 @@ def key_state(agent: Agent) -> str:
     return f"has an API key [dim](set at revision {agent.api_key_revision})[/]"
 
 
-def _revision_of(answer: Answer) -> int:
+def _revision_of(answer: ApiAnswer) -> int:
     """Return the revision of the agent that was written."""
     revision = answer.data.get("revision")
     if not isinstance(revision, int):
@@ -277,7 +277,7 @@ def _revision_of(answer: Answer) -> int:
     return revision
 
 
-def _warned_of_cleared_key(answer: Answer) -> bool:
+def _warned_of_cleared_key(answer: ApiAnswer) -> bool:
     """Say so where a write cleared the stored key, and return whether it did."""
     cleared = bool(answer.data.get("api_key_cleared"))
     if cleared:
@@ -294,7 +294,7 @@ async def _update(
     body: dict[str, Any],
     option: list[str] | None,
     if_match: int | None,
-) -> tuple[Agent, Answer]:
+) -> tuple[Agent, ApiAnswer]:
     """Change the agent and return it as it was, and the answer.
 
     Always with If-Match, so that "old → new" tells what this command did and options merge into

@@ -13,7 +13,7 @@ import typer
 
 from slm.cli import output
 from slm.cli.agent_options import AgentId
-from slm.cli.api_client import Answer, Api, agent_path, parsed
+from slm.cli.api_client import Api, ApiAnswer, agent_path, parsed
 from slm.cli.output import Json, escape
 from slm.cli.pages import collect, collect_from
 from slm.cli.target import Target, at_a_server
@@ -215,7 +215,7 @@ def _what(change: Change, before: Change | None) -> list[str]:
     return [f"{label(field)} {_arrow(field, both)}" for field, both in differing.items()]
 
 
-def _show_then(agent: str, at: str, answer: Answer, as_json: bool) -> None:
+def _show_then(agent: str, at: str, answer: ApiAnswer, as_json: bool) -> None:
     found = parsed(ChangeList, answer).changes
     if not found or found[0].type == "agent_deleted":
         raise RevisionNotFound(f"{agent} was not there at {at}, or the history begins later")

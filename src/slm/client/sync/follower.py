@@ -19,7 +19,7 @@ from slm.client.cache.cache import AgentConfigCache
 from slm.client.cache.keys_in_use import KeysInUse
 from slm.client.cache.snapshot_file import Contents, Saver, SnapshotFile
 from slm.client.config import ResolvedConfig
-from slm.client.options import Options
+from slm.client.options import ClientOptions
 from slm.client.resolution.chain import Chain
 from slm.client.resolution.explain import explain_steps
 from slm.client.runtime import background
@@ -43,7 +43,7 @@ _log = quiet_logger("slm.client")
 class Settings:
     """What a client was made with, checked."""
 
-    options: Options
+    options: ClientOptions
     strict: bool
     start_timeout: float
     key_wait: float

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from slm.llm.providers.base import End, StreamChunk, ToolCallDelta, Usage, counted
 from slm.llm.providers.tool_calls import ToolCalls
-from slm.llm.providers.wire import Event
+from slm.llm.providers.wire import ServerSentEvent
 
 _FINISH: Final = {
     "end_turn": "stop",
@@ -50,7 +50,7 @@ class AnthropicParser:
         """The reasoning so far."""
         return "".join(self._reasoning)
 
-    def take(self, event: Event) -> StreamChunk | None:
+    def take(self, event: ServerSentEvent) -> StreamChunk | None:
         """Return what the event adds to the answer."""
         value = event.value
         kind = value.get("type") or event.name

@@ -40,7 +40,7 @@ from slm.llm.providers.failures import (
     not_an_answer,
     refused,
 )
-from slm.llm.providers.wire import Body, Done, Event, StreamReader, json_of
+from slm.llm.providers.wire import Body, Done, ServerSentEvent, StreamReader, json_of
 from slm.llm.providers.words import Words, error_in_answer
 from slm.llm.transport import Answer, Connections
 
@@ -67,7 +67,7 @@ class StreamParser(Protocol):
     finish_reason: str | None
     done: bool
 
-    def take(self, event: Event) -> StreamChunk | None:
+    def take(self, event: ServerSentEvent) -> StreamChunk | None:
         """Return what the event adds to the answer, None where it only says that it is there."""
 
     def end(self) -> StreamChunk | None:
@@ -268,7 +268,7 @@ class HTTPProvider:
         head = b""
         more = True
         while more and not parser.done:
-            items: Iterable[Event | Done | Body | Exception]
+            items: Iterable[ServerSentEvent | Done | Body | Exception]
             try:
                 data = await _some(answer, parser.finish_reason is not None)
             except Exception as error:

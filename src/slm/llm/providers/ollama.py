@@ -26,7 +26,7 @@ from slm.llm.providers.base import (
 from slm.llm.providers.failures import Unsupported
 from slm.llm.providers.http import HTTPProvider
 from slm.llm.providers.tool_calls import ToolCalls
-from slm.llm.providers.wire import Event
+from slm.llm.providers.wire import ServerSentEvent
 
 # These stand beside `options` in a request; everything else is the model's own and goes inside.
 _TOP_LEVEL: Final = frozenset({"format", "keep_alive", "logprobs", "think", "top_logprobs"})
@@ -179,7 +179,7 @@ class OllamaParser:
         """The reasoning so far."""
         return "".join(self._reasoning)
 
-    def take(self, event: Event) -> StreamChunk | None:
+    def take(self, event: ServerSentEvent) -> StreamChunk | None:
         """Return what the event adds to the answer."""
         chunk = self.read(event.value)
         return None if chunk == _NOTHING else chunk

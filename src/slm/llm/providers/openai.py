@@ -23,7 +23,7 @@ from slm.llm.providers.base import (
 )
 from slm.llm.providers.http import HTTPProvider
 from slm.llm.providers.tool_calls import ToolCalls
-from slm.llm.providers.wire import Event
+from slm.llm.providers.wire import ServerSentEvent
 
 # What a message of an answer has beside these is the provider's own, and goes back to it.
 _COMMON: Final = frozenset(
@@ -153,7 +153,7 @@ class OpenAIParser:
         """The reasoning so far."""
         return "".join(self._reasoning)
 
-    def take(self, event: Event) -> StreamChunk | None:
+    def take(self, event: ServerSentEvent) -> StreamChunk | None:
         """Return what the event adds to the answer."""
         usage = _usage(event.value.get("usage"))
         choice = _choice(event.value.get("choices") or (), self._wanted)

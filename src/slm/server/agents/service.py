@@ -44,7 +44,7 @@ from slm.server.db.tables import utc_now
 from slm.server.encryption.keyring import Keyring
 from slm.server.encryption.vault import KeyBinding, Vault
 from slm.server.security.agent_scope import EVERYTHING, View
-from slm.server.security.audit import Event, Who, append
+from slm.server.security.audit import AuditEvent, Who, append
 from slm.server.security.token_table import Caller
 
 IfMatch = int | Collection["Version"] | None
@@ -407,4 +407,4 @@ def _audit(
     detail: dict[str, Any] = {"revision": head.revision}
     if fields:
         detail["fields"] = sorted(set(fields) - {"comment"})
-    append(connection, Event(author.who, action, agent_id, detail))
+    append(connection, AuditEvent(author.who, action, agent_id, detail))

@@ -39,7 +39,7 @@ class Base(DeclarativeBase):
     """All tables of the server."""
 
 
-class Agent(Base):
+class AgentRow(Base):
     """One agent; the columns up to `updated_at` are those of a table that is adopted.
 
     `llm_options` is text and not JSON: PostgreSQL would accept less than a SQLite file may hold,
@@ -88,7 +88,7 @@ class Agent(Base):
     )
 
 
-class Change(Base):
+class ChangeRow(Base):
     """One committed change: the feed and the history (docs/protocol.md section 2).
 
     `agent` is the JSON of `schemas.Agent`, without the key; for a delete, the agent as it was.
@@ -115,7 +115,7 @@ class Change(Base):
     )
 
 
-class State(Base):
+class StateRow(Base):
     """The one row that every writer locks first, so that revision order is commit order.
 
     Attributes:
@@ -144,7 +144,7 @@ class State(Base):
     timeline: Mapped[str | None] = mapped_column(StoredString(64))
 
 
-class Token(Base):
+class TokenRow(Base):
     """One bearer token; of the token itself only the digest is kept.
 
     `agents` is null, or the JSON list of patterns that limits what the token can see.
@@ -165,7 +165,7 @@ class Token(Base):
     __table_args__ = ({"sqlite_autoincrement": True},)
 
 
-class EncryptionKey(Base):
+class EncryptionKeyRow(Base):
     """What the database knows of an encryption key: its name, and a token that only it opens.
 
     `retired_at`: pruned; its name stays, so that a server that is still given the key does not take
@@ -181,7 +181,7 @@ class EncryptionKey(Base):
     retired_at: Mapped[datetime | None] = mapped_column(StoredTime())
 
 
-class Audit(Base):
+class AuditRow(Base):
     """Who did what, to which agent, when and from where; each row's hash holds the one before.
 
     `at` is text, since the hash is over what is stored, and the two engines keep times differently.
@@ -205,7 +205,7 @@ class Audit(Base):
     )
 
 
-class AuditHead(Base):
+class AuditHeadRow(Base):
     """The one row that says where the audit's chain ends; locked by whoever appends to it.
 
     Not in `state`, since a key read would then wait for every write, and hold it up.
@@ -225,7 +225,7 @@ class AuditHead(Base):
     cut_seal: Mapped[str | None] = mapped_column(StoredText)
 
 
-class Replica(Base):
+class ReplicaRow(Base):
     """One server process that serves this database: a lease, and the encryption keys it has.
 
     `seen_at` is seconds since 1970 by the database's clock, the only one that replicas share;
@@ -241,7 +241,7 @@ class Replica(Base):
     tokens_version: Mapped[int] = mapped_column(BigInteger, server_default=text("-1"))
 
 
-class Backend(Base):
+class BackendRow(Base):
     """What one replica tells the others of some of its backends (`fleet/replication_rows.py`).
 
     Attributes:
@@ -274,15 +274,15 @@ def _table(model: type[Base]) -> Table:
     return table
 
 
-AGENTS: Final = _table(Agent)
-CHANGES: Final = _table(Change)
-STATE: Final = _table(State)
-TOKENS: Final = _table(Token)
-ENCRYPTION_KEYS: Final = _table(EncryptionKey)
-AUDIT: Final = _table(Audit)
-AUDIT_HEAD: Final = _table(AuditHead)
-REPLICAS: Final = _table(Replica)
-BACKENDS: Final = _table(Backend)
+AGENTS: Final = _table(AgentRow)
+CHANGES: Final = _table(ChangeRow)
+STATE: Final = _table(StateRow)
+TOKENS: Final = _table(TokenRow)
+ENCRYPTION_KEYS: Final = _table(EncryptionKeyRow)
+AUDIT: Final = _table(AuditRow)
+AUDIT_HEAD: Final = _table(AuditHeadRow)
+REPLICAS: Final = _table(ReplicaRow)
+BACKENDS: Final = _table(BackendRow)
 
 # Without SQLAlchemy's types: they raise on what another program may have put into a SQLite column
 # (a text date, 'true'), and one such row must not take the whole list down.

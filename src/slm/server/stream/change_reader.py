@@ -128,7 +128,7 @@ class Horizon:
 
 
 @dataclass(frozen=True)
-class Page:
+class ChangePage:
     """Some changes after a revision, and the state row of the same transaction.
 
     `id_here` is the change id of the revision itself, where its row is there.
@@ -197,12 +197,12 @@ def tells_timeline(connection: Connection) -> bool:
     return True
 
 
-def read_page(connection: Connection, since: int, limit: int, upto: int) -> Page:
+def read_page(connection: Connection, since: int, limit: int, upto: int) -> ChangePage:
     """Return at most `limit` changes after `since`, none after `upto`."""
     *horizon, id_here = connection.execute(_SELECT_WHERE, {"position": since}).one()
     bounds = {"since": since, "upto": upto, "at_most": limit}
     rows = connection.execute(_SELECT_CHANGES, bounds).all()
-    return Page(Horizon(*horizon), _without_hole(rows, since), id_here)
+    return ChangePage(Horizon(*horizon), _without_hole(rows, since), id_here)
 
 
 def read_news(

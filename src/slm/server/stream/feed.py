@@ -28,9 +28,9 @@ from slm.server.security.agent_scope import View
 from slm.server.security.token_table import TokenTable
 from slm.server.settings import Settings
 from slm.server.stream.change_reader import (
+    ChangePage,
     Horizon,
     News,
-    Page,
     far_behind,
     read_horizon,
     read_news,
@@ -261,7 +261,7 @@ class ChangeFeed:
         """
         return await self._database.read(read_horizon)
 
-    async def read(self, since: int, limit: int, upto: int) -> Page:
+    async def read(self, since: int, limit: int, upto: int) -> ChangePage:
         """Return at most `limit` changes after `since`, none after `upto`, for a replay.
 
         Raises:

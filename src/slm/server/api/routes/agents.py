@@ -40,6 +40,7 @@ from slm.server.api.problems import (
     problem_responses,
 )
 from slm.server.api.responses import (
+    NOT_MODIFIED,
     WrittenAgent,
     catalog_headers,
     catch_up,
@@ -81,7 +82,7 @@ class DeleteQuery(WaitQuery):
 @router.get(
     "/agents",
     response_model=AgentList,
-    responses=problem_responses(*READ_PROBLEMS),
+    responses=NOT_MODIFIED | problem_responses(*READ_PROBLEMS),
 )
 async def list_agents(
     request: Request, services: Parts, caller: Reader, query: Annotated[AgentListQuery, Query()]
@@ -118,7 +119,7 @@ def _takes_gzip(request: Request) -> bool:
 @router.get(
     "/agents/default",
     response_model=Agent,
-    responses=problem_responses(*READ_PROBLEMS, AgentNotFound),
+    responses=NOT_MODIFIED | problem_responses(*READ_PROBLEMS, AgentNotFound),
 )
 async def get_default_agent(
     request: Request, services: Parts, caller: Reader, _: UpToDate
@@ -130,7 +131,7 @@ async def get_default_agent(
 @router.get(
     "/agents/{agent_id}",
     response_model=Agent,
-    responses=problem_responses(*READ_PROBLEMS, AgentNotFound),
+    responses=NOT_MODIFIED | problem_responses(*READ_PROBLEMS, AgentNotFound),
 )
 async def get_agent(
     request: Request,
@@ -244,7 +245,10 @@ async def update_agent(
 @router.delete(
     "/agents/{agent_id}",
     status_code=204,
-    responses=problem_responses(*WRITE_PROBLEMS, AgentNotFound, AgentIsDefault, PreconditionFailed),
+    responses={
+        200: {"description": "Deleted, with the receipt that `wait` asks for"},
+        **problem_responses(*WRITE_PROBLEMS, AgentNotFound, AgentIsDefault, PreconditionFailed),
+    },
 )
 async def delete_agent(
     request: Request,

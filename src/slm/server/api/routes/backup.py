@@ -18,7 +18,7 @@ from slm.server.api.peer import require_private
 from slm.server.api.problems import problem_responses
 from slm.server.api.route import SLMRoute
 from slm.server.lifecycle.backup import backup
-from slm.server.security.audit import Event
+from slm.server.security.audit import AuditEvent
 
 router = APIRouter(prefix="/api/admin", route_class=SLMRoute, tags=["administration"])
 
@@ -44,7 +44,7 @@ async def make_backup(
     place = services.database.path
     if place is None:
         raise InvalidRequest("This backup is for a SQLite file; use pg_dump for PostgreSQL.")
-    await services.audit.record(Event(who, "database.backup"))
+    await services.audit.record(AuditEvent(who, "database.backup"))
     # Beside the database: on another disk the copy might not fit.
     path = place.with_name(f".backup-{secrets.token_hex(8)}")
     try:

@@ -33,7 +33,7 @@ async def get_health() -> Response:
     return json_response(b'{"status":"ok"}')
 
 
-class Background(BaseModel):
+class BackgroundState(BaseModel):
     """One background task of this server, as its supervisor sees it."""
 
     running: bool
@@ -45,7 +45,7 @@ class Background(BaseModel):
 
 @router.get(
     "/readyz",
-    response_model=dict[str, bool | int | str | dict[str, Background]],
+    response_model=dict[str, bool | int | str | dict[str, BackgroundState]],
     responses={503: {}},
 )
 async def get_readiness(services: Parts) -> Response:
