@@ -175,7 +175,7 @@ async def get_llm_config(
     if not sees_today(services, caller, agent_id):
         # Without a look into the database, whose time would tell whether it is there.
         raise AgentNotFound
-    config, revision, epoch = await services.registry.llm(
+    config, revision, epoch = await services.reads.llm(
         agent_id, who=who_of(request, caller), view=caller.view
     )
     services.counts.key_reads += 1
@@ -204,7 +204,9 @@ async def create_agent(
         require_private(request, services.settings)
     who = who_of(request, caller)
     written = await services.registry.create(
-        agent, actor=who.actor, comment=agent.comment, address=who.address, caller=caller
+        agent,
+        who=who,
+        comment=agent.comment,
     )
     return await written_answer(services, caller, written, 201, wait)
 
@@ -236,11 +238,9 @@ async def update_agent(
     written = await services.registry.update(
         agent_id,
         update,
-        actor=who.actor,
+        who=who,
         comment=update.comment,
         if_match=versions_matched(request.headers),
-        address=who.address,
-        caller=caller,
     )
     return await written_answer(services, caller, written, 200, wait)
 
@@ -263,10 +263,8 @@ async def delete_agent(
     who = who_of(request, caller)
     written = await services.registry.delete(
         agent_id,
-        actor=who.actor,
+        who=who,
         comment=comment,
         if_match=versions_matched(request.headers),
-        address=who.address,
-        caller=caller,
     )
     return await written_answer(services, caller, written, 204 if wait is None else 200, wait)

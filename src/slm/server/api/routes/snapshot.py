@@ -40,7 +40,7 @@ async def get_snapshot(request: Request, services: UpToDate, caller: KeyReader) 
 
 async def _snapshot(request: Request, services: Services, caller: Caller) -> Response:
     who = who_of(request, caller)
-    sealed = await services.registry.reads.sealed_snapshot(who=who, view=caller.view)
+    sealed = await services.reads.sealed_snapshot(who=who, view=caller.view)
     services.counts.key_reads += sealed.agents
     await catch_up(services, sealed.head.revision, sealed.head.change_id)
     headers = revision_headers(sealed.head.revision, sealed.head.epoch)
