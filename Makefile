@@ -58,7 +58,7 @@ soak: .venv/installed ## the long form of the fault and socket tests
 docs: .venv/installed .venv-docs/installed ## the documentation as a site, in build/site; its generated parts are written anew
 	$(BIN)/python -m tools.docs
 	$(BIN)/python -m tools.docs.site .venv-docs/bin/mkdocs
-	@echo 'open build/site/index.html'
+	@echo 'to read it: python3 -m http.server --directory build/site'
 
 picture: .venv/installed ## take the README's picture of a terminal anew, from a real run
 	@$(BIN)/python -m tools.recording

@@ -90,7 +90,7 @@ class Asked:
         self.awaited: set[str] = set()
         self.asked: list[list[str]] = []
         self._fails = fails
-        cache = SimpleNamespace(size=size, synced=True, find=self._find)
+        cache = SimpleNamespace(size=size, position=SimpleNamespace(synced=True), find=self._find)
         self.fetcher = KeyFetcher(
             cast("AgentConfigCache", cache),
             Timings(**timings),

@@ -32,6 +32,12 @@ def json_response(
     return Response(body, status, headers, media_type="application/json")
 
 
+NOT_MODIFIED: Final[dict[int | str, dict[str, Any]]] = {
+    304: {"description": "Not modified: If-None-Match has the tag of the present state"}
+}
+"""For the `responses` of a route that answers with an ETag."""
+
+
 def not_modified(etag: str, headers: Mapping[str, str]) -> Response:
     """Return 304: the caller has it already."""
     return Response(None, 304, {**headers, "etag": etag})
