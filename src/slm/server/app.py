@@ -42,15 +42,7 @@ LAST_WORDS_SECONDS = 0.5
 
 
 class _Application(FastAPI):
-    """FastAPI, whose document also has what stands outside its routes' own models.
-
-    Attributes:
-        own_routes: every HTTP route of ours, flat.
-    """
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self.own_routes: list[APIRoute] = []
+    """FastAPI, whose document also has what stands outside its routes' own models."""
 
     def setup(self) -> None:
         """Answer the document from memory: it is open to all, and slow to encode."""
@@ -67,8 +59,8 @@ class _Application(FastAPI):
         """Return the methods that this path takes, for `Allow` (RFC 9110 section 15.5.6)."""
         return {
             method
-            for route in self.own_routes
-            if route.path_regex.match(path)
+            for route in self.routes
+            if isinstance(route, APIRoute) and route.path_regex.match(path)
             for method in route.methods or ()
         }
 
@@ -181,7 +173,7 @@ def create_app(settings: Settings, prepared: PreparedDatabase) -> FastAPI:
         audit.router,
         health.router,
     ):
-        app.include_router(router)
-        app.own_routes += [route for route in router.routes if isinstance(route, APIRoute)]
+        # Not `include_router`: to search level by level costs a tenth of a plain read.
+        app.router.routes += router.routes
     app.add_api_websocket_route("/ws", ws.stream)
     return app

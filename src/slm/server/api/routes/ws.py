@@ -49,7 +49,7 @@ async def stream(websocket: WebSocket) -> None:
     try:
         if has_foreign_origin(websocket):
             raise Forbidden("The Origin is not this server's own.")
-        caller = _REQUIREMENT.check(websocket)
+        caller = _REQUIREMENT.check(websocket, services)
         if services.connections.has_too_many_streams:
             raise Overloaded("The server has reached its limit of open streams.")
         if not services.streams.take(caller.token_id):
