@@ -271,7 +271,6 @@ class AgentRegistry:
                 written = await self._database.run(transaction, committed=self.committed)
         except _Unchanged as nothing:
             return nothing.written
-        await failpoints.reach_async("after_commit")
         return written
 
     def _next(self, connection: Connection, author: Author) -> Head:
