@@ -11,7 +11,7 @@ UV_COMPILE := uv pip compile --quiet --universal --generate-hashes --no-header -
 # Environments of tests/integrations: each has its locked requirements beside it.
 INTEGRATIONS := $(filter-out common,$(basename $(notdir $(wildcard tests/integrations/*.in))))
 
-.PHONY: help demo test test-integrations lint format bench bench-quick bench-peers soak docs lock clean
+.PHONY: help demo test test-integrations lint format bench bench-quick bench-peers soak docs picture lock clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' Makefile
@@ -58,7 +58,10 @@ soak: .venv/installed ## the long form of the fault and socket tests
 docs: .venv/installed .venv-docs/installed ## the documentation as a site, in build/site; its generated parts are written anew
 	$(BIN)/python -m tools.docs
 	$(BIN)/python -m tools.docs.site .venv-docs/bin/mkdocs
-	@echo 'open build/site/index.html'
+	@echo 'to read it: python3 -m http.server --directory build/site'
+
+picture: .venv/installed ## take the README's picture of a terminal anew, from a real run
+	@$(BIN)/python -m tools.recording
 
 lock: ## resolve the requirements again (needs uv); read the diff before you commit it
 	$(UV_COMPILE) --upgrade --all-extras pyproject.toml -o requirements.lock

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
-import os
 import re
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
-import aiohttp
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from slm import errors
-from tests.end_to_end.test_live_change import Operator
-from tests.support.recorder import recording_provider
-from tests.support.servers import running_server
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -46,35 +40,6 @@ def test_the_protocol_lists_every_error_code() -> None:
     kinds = [each for each in vars(errors).values() if isinstance(each, type)]
     problems = {each for each in kinds if issubclass(each, errors.ProblemError)}
     assert told == {(each.status, each.code) for each in problems - {errors.ProblemError}}
-
-
-async def test_the_readmes_backend_runs(tmp_path: Path) -> None:
-    """The ten lines are taken from the README, pointed at a real server, and answer."""
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len([line for line in code.splitlines() if line.strip()]) <= 10
-    assert "http://127.0.0.1:8760" in code
-    async with (
-        running_server(tmp_path / "data") as server,
-        recording_provider() as provider,
-        aiohttp.ClientSession() as http,
-    ):
-        revision = await Operator(http, server).create(
-            "code-assistant",
-            llm_provider="openai",
-            llm_endpoint=provider.openai_url,
-            llm_model="gpt-readme",
-        )
-        clean = {k: v for k, v in os.environ.items() if not k.startswith("SLM_")}
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-c",
-            code.replace("http://127.0.0.1:8760", server.url),
-            env=clean | {"SLM_TOKEN_FILE": str(server.data_dir / "backend.token")},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-        out, err = await asyncio.wait_for(process.communicate(), 60)
-    assert out.decode() == f"from gpt-readme (openai/gpt-readme, revision {revision})\n", err
 
 
 def commands(document: str) -> dict[tuple[str, ...], set[str]]:

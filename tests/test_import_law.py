@@ -189,6 +189,18 @@ def test_an_import_that_goes_up_is_named_with_both_files(tmp_path: Path) -> None
     assert "imports slm.server.failpoints" in sentence
 
 
+@pytest.mark.parametrize("room", ["server", "client", "llm", "cli"])
+def test_a_class_has_a_name_of_its_own(room: str) -> None:
+    """No two modules of a room define a class of the same name."""
+    where: dict[str, list[str]] = {}
+    for module, path in modules().items():
+        if module.startswith(f"slm.{room}.") and "migrations" not in module:
+            for node in ast.parse(path.read_text()).body:
+                if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                    where.setdefault(node.name, []).append(module)
+    assert not {name: found for name, found in where.items() if len(found) > 1}
+
+
 # --- sizes ---
 
 MOST_IN_A_FOLDER = 12

@@ -25,7 +25,7 @@ from websockets.protocol import OPEN
 
 from benchmarks import native
 from benchmarks.harness import machine
-from slm.server.agents.service import Written
+from slm.server.agents.changes import Written
 from slm.server.serve import SLMServer
 from slm.server.settings import Settings
 from slm.server.stream.encoding import encode_change

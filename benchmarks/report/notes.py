@@ -20,7 +20,7 @@ Run it yourself: `make bench` (about fifteen minutes), or `make bench-quick` for
 minutes, one repeat, prints its table and leaves this page alone). Redis, etcd, NATS, PostgreSQL
 and Unleash are started and stopped by the bench where they are installed (`make bench-peers` on
 Debian); one that is not installed is named as not measured. This page is written by the bench: edit
-`benchmarks/notes.py`, not the page."""
+`benchmarks/report/notes.py`, not the page."""
 
 ONE_RUN = "on one machine in one run"
 SEVERAL_RUNS = "in several runs"

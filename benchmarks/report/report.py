@@ -147,14 +147,16 @@ def _where(kept: Kept) -> str:
             f"{one['seconds']:.0f} s",
             one["commit"],
             f"{one['machine']['load_before']:.1f}",
+            f"`benchmarks/results/{name}.json`",
         ]
-        for one in kept.files.values()
+        for name, one in kept.files.items()
     ]
-    parts.append(table(["bench", "taken", "repeats", "took", "commit", "load after"], lines))
+    header = ["bench", "taken", "repeats", "took", "commit", "load before", "figures"]
+    parts.append(table(header, lines))
     listed = ", ".join(f"{name} {number}" for name, number in sorted(each["versions"].items()))
     parts.append(f"Versions: {listed}.")
     parts.append(
-        "The raw figures of every repeat are in `benchmarks/results/`; a package or program of the"
-        " bench that is not named here was not installed."
+        "The file of the last column has the raw figures of every repeat. A package or program of"
+        " the bench that is not named here was not installed."
     )
     return "\n\n".join(parts)

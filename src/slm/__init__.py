@@ -35,12 +35,15 @@ if TYPE_CHECKING:
         SLMUnavailable,
     )
     from slm.llm.interface import LLMInterface
+    from slm.llm.results import ChatResult
+    from slm.llm.transport import TransportSettings
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "AgentConfigCache": "slm.client.cache.cache",
     "BlockingSLMClient": "slm.client.blocking",
+    "ChatResult": "slm.llm.results",
     "ClientStatus": "slm.client.status",
     "LLMInterface": "slm.llm.interface",
     "ResolvedConfig": "slm.client.config",
@@ -48,6 +51,7 @@ _HOMES = {
     "SecretText": "slm.client.config",
     "Step": "slm.client.config",
     "Timings": "slm.client.timings",
+    "TransportSettings": "slm.llm.transport",
     "lifespan": "slm.client.lifespan",
 }
 
@@ -56,6 +60,7 @@ __all__ = [
     "AgentKeyUnavailable",
     "AgentUnknown",
     "BlockingSLMClient",
+    "ChatResult",
     "ClientStatus",
     "ConfigurationError",
     "LLMAuthError",
@@ -77,6 +82,7 @@ __all__ = [
     "SecretText",
     "Step",
     "Timings",
+    "TransportSettings",
     "lifespan",
 ]
 

@@ -47,8 +47,10 @@ _DEFAULT_PORTS: Final = {"http": 80, "https": 443}
 # Anything else is read in one way here and in another there: some readers take `%2e` for a dot or
 # `\` for a slash, some drop what stands before or after the brackets. So it names no place.
 _HOST_AND_PORT: Final = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]*)?")
-# Providers' own routes, which are added to an endpoint. `/models` isn't one: an Azure base has it.
+# Providers' own routes, which are added to an endpoint. `/models` alone isn't one: an Azure base
+# has it.
 _ROUTES: Final = (
+    "/v1/models",
     *("/chat/completions", "/completions", "/responses", "/v1/messages"),
     *("/api/chat", "/api/generate"),
 )

@@ -32,6 +32,7 @@ MAX_OPTIONS_DEPTH: Final = 32
 MAX_KEY_LENGTH: Final = 4096
 _CONTROLS: Final = frozenset({"Cc", "Cs", "Zl", "Zp"})
 _TURNS: Final = frozenset({"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"})
+_AGENT_ID: Final = re.compile(AGENT_ID_PATTERN.strip("^$"))
 _KEY: Final = re.compile(r"[\x21-\x7e]+")
 # As it stands in a .env file. Base64 has "=" at its end alone.
 _ASSIGNED: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=[^=]")
@@ -125,6 +126,15 @@ def _usable_key(key: SecretStr) -> SecretStr:
     return key
 
 
+def _agent_id(text: str) -> str:
+    if not _AGENT_ID.fullmatch(text):
+        raise ValueError(
+            "must be 1 to 64 characters: lower-case letters, digits, dots, underscores and hyphens,"
+            " beginning with a letter or digit"
+        )
+    return text
+
+
 def _trimmed(value: Any) -> Any:
     """Drop the blanks at both ends that come with what is pasted; a line break is refused later."""
     return _AROUND.sub("", value) if isinstance(value, str) else value
@@ -136,7 +146,9 @@ def _strict_secret(value: Any) -> Any:
     return value
 
 
-AgentId = Annotated[str, Field(pattern=AGENT_ID_PATTERN)]
+AgentId = Annotated[
+    str, AfterValidator(_agent_id), Field(json_schema_extra={"pattern": AGENT_ID_PATTERN})
+]
 _Trimmed = BeforeValidator(_trimmed, json_schema_input_type=str)
 _SOME_TEXT: Final[dict[str, Any]] = {"pattern": r"\S"}
 Name = Annotated[

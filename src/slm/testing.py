@@ -65,7 +65,7 @@ class FakeSLMClient(SLMClient):
         self._cache = AgentConfigCache()
         self._cache.refused = self._refusal
         self._cache.begin(_EPOCH, 0)
-        self._cache.synced = True
+        self._cache.position.synced = True
         self._chain = Chain(self._cache, 0.0, strict=strict)
         self._callbacks: list[OnChange] = []
         self._validators: list[Validator] = []
@@ -73,7 +73,7 @@ class FakeSLMClient(SLMClient):
         self._keys = KeysInUse()
         self._status = ClientStatus.LIVE
         self._error: str | None = None
-        self._cache.set_live(True)
+        self._cache.liveness.set(True)
         self.set_agent("default", is_default=True)
         for agent_id, fields in (agents or {}).items():
             self.set_agent(agent_id, **fields)
@@ -95,7 +95,7 @@ class FakeSLMClient(SLMClient):
         unknown = sorted(fields.keys() - _SETTABLE)
         if unknown:
             raise ConfigurationError(f"an agent has no field {unknown[0]!r}")
-        revision = self._cache.revision + 1
+        revision = self._cache.position.revision + 1
         row = self._agents.get(agent_id, dict(_DEFAULTS)) | fields
         if "llm_api_key" in fields:
             row["api_key_revision"] = None if row["llm_api_key"] is None else revision
@@ -105,16 +105,16 @@ class FakeSLMClient(SLMClient):
         if config.is_default:
             for other, held in self._agents.items():
                 held["is_default"] = other == agent_id
-        self._cache.advance(revision)
+        self._cache.position.advance(revision)
         if self._cache.apply_fetched(config):
             self._tell(agent_id)
         return revision
 
     def delete_agent(self, agent_id: str) -> int:
         """Delete an agent, as an operator does; return the change's revision."""
-        revision = self._cache.revision + 1
+        revision = self._cache.position.revision + 1
         self._agents.pop(agent_id, None)
-        self._cache.advance(revision)
+        self._cache.position.advance(revision)
         gone = AgentDeleted(type="agent_deleted", agent_id=agent_id, revision=revision)
         if self._cache.apply_change(gone):
             self._tell(agent_id)
@@ -122,12 +122,12 @@ class FakeSLMClient(SLMClient):
 
     def disconnect(self, error: str = "the SLM did not answer") -> None:
         """Be what a client is whose SLM is away: what is known is served, no longer as live."""
-        self._cache.set_live(False)
+        self._cache.liveness.set(False)
         self._status, self._error = ClientStatus.DISCONNECTED, error
 
     def reconnect(self) -> None:
         """Be live again."""
-        self._cache.set_live(True)
+        self._cache.liveness.set(True)
         self._status, self._error = ClientStatus.LIVE, None
 
     # --- what the code under test does ---
@@ -147,7 +147,7 @@ class FakeSLMClient(SLMClient):
 
     def close_now(self) -> None:
         """Be closed; what is known can still be asked for."""
-        self._cache.set_live(False)
+        self._cache.liveness.set(False)
         self._status = ClientStatus.CLOSED
 
     async def __aenter__(self) -> FakeSLMClient:
@@ -187,7 +187,7 @@ class FakeSLMClient(SLMClient):
     @property
     def revision(self) -> int:
         """The revision of the last change."""
-        return self._cache.revision
+        return self._cache.position.revision
 
     async def resolve(self, agent_id: str) -> ResolvedConfig:
         """Answer as `SLMClient.resolve` does."""
@@ -230,15 +230,15 @@ class FakeSLMClient(SLMClient):
             answered_by=None if answer is None else answer.step.value,
             error=error,
             status=self._status.value,
-            revision=self._cache.revision,
-            epoch=self._cache.epoch,
+            revision=self._cache.position.revision,
+            epoch=self._cache.position.epoch,
             last_error=self._error,
             steps=explain_steps(self._cache, agent_id, answer, unreachable),
         )
 
     def peek(self, agent_id: str) -> ResolvedConfig | None:
         """Return the agent's own config if it is at hand and live."""
-        return self._cache.ready.get(agent_id) if self._cache.live else None
+        return self._cache.ready.get(agent_id) if self._cache.liveness.live else None
 
     def on_change(self, callback: OnChange) -> Callable[[], None]:
         """Have `callback(agent_id, config)` called after each change; return how to stop that."""

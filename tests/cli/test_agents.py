@@ -129,10 +129,29 @@ async def test_the_key_at_a_prompt_is_hidden(server: InLoopServer) -> None:
     )
     assert done.code == 0
     assert "has an API key" in done.out
-    stored = await server.running.services.registry.llm("code-assistant")
+    stored = await server.running.services.reads.llm("code-assistant")
     key = stored[0].llm_api_key
     assert key is not None
     assert key.get_secret_value() == CANARY
+
+
+async def test_an_option_that_takes_precedence_over_a_field_is_told(server: InLoopServer) -> None:
+    """`--option temperature=1` works, and stderr says that --temperature no longer counts."""
+    for command in (CREATE, ("agents", "set", "code-assistant")):
+        done = await slm(*command, "--option", "temperature=1", data=server.data_dir)
+        assert done.code == 0, done.err
+        assert "takes precedence over --temperature" in done.err
+    quiet = await slm("agents", "set", "code-assistant", "--option", "n=2", data=server.data_dir)
+    assert "precedence" not in quiet.err
+
+
+async def test_an_agent_id_that_cannot_be_one_says_what_can(server: InLoopServer) -> None:
+    """The error names the characters that are allowed, not a pattern."""
+    create = ("agents", "create", "Billing Bot", "--provider", "openai", "--model", "m")
+    done = await slm(*create, data=server.data_dir)
+    assert done.code == 1
+    assert "lower-case letters, digits" in done.error
+    assert "^" not in done.error
 
 
 async def test_options_are_merged_and_removed(server: InLoopServer) -> None:

@@ -122,6 +122,8 @@ async def test_a_key_in_the_wrong_place_is_not_repeated(words: tuple[str, ...]) 
         (("agents", "show"), "name an agent, or say --default"),
         (("agents", "set", "x"), "nothing to set"),
         (("agents", "set", "x", "--option", "top_p"), "NAME=JSON"),
+        (("agents", "set", "x", "--option", "top_p=abc"), "--option top_p must be a number"),
+        (("agnets", "list"), "Did you mean 'agents'"),
         (("agents", "set", "x", "--model", "m", "--clear", "name"), "'name' is not one of"),
         (
             ("agents", "set", "x", "--endpoint", "http://x", "--clear", "endpoint"),

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
 from pydantic import SecretStr
 
-from slm.client.cache.cache import MAX_DELETES, AgentConfigCache
+from slm.client.cache.cache import AgentConfigCache
+from slm.client.cache.position import MAX_DELETES
+from slm.client.cache.restoring import restore
+from slm.client.cache.snapshot import ReceivedAgent
+from slm.client.cache.snapshot_file import Loaded
 from slm.errors import ConfigurationError
 from slm.protocol import AgentChanged, AgentDeleted
 from slm.schemas import AgentConfig, LLMConfigWithKey, Snapshot
@@ -49,7 +54,7 @@ def deleted(agent_id: str, revision: int) -> AgentDeleted:
 def synced(*rows: LLMConfigWithKey, revision: int = 10, **options: Any) -> AgentConfigCache:
     cache = AgentConfigCache(**options)
     cache.apply_snapshot(Snapshot(revision=revision, epoch="e1", agents=list(rows)))
-    cache.set_live(True)
+    cache.liveness.set(True)
     return cache
 
 
@@ -148,8 +153,8 @@ def test_a_snapshot_does_not_undo_what_is_newer() -> None:
     assert sorted(cache.ready) == ["a", "d", "e"]
     assert cache.ready["a"].llm_model == "new"
     assert not cache.apply_change(deleted("b", 22))
-    cache.advance(23)
-    assert cache.revision == 23
+    cache.position.advance(23)
+    assert cache.position.revision == 23
 
 
 def test_a_snapshot_says_what_it_swapped() -> None:
@@ -172,7 +177,7 @@ def test_another_epoch_moves_back() -> None:
     )
     assert sorted(cache.ready) == ["a", "back"]
     assert cache.ready["a"].llm_model == "old"
-    assert (cache.revision, cache.epoch) == (4, "e2")
+    assert (cache.position.revision, cache.position.epoch) == (4, "e2")
 
 
 def test_after_begin_what_is_held_goes_on_being_served() -> None:
@@ -180,15 +185,15 @@ def test_after_begin_what_is_held_goes_on_being_served() -> None:
     cache = synced(row("a", 9), row("gone", 8))
     cache.begin("e2", 4)
     assert cache.apply_change(changed("a", 5, llm_model="new"))
-    assert not cache.live
-    assert not cache.synced
+    assert not cache.liveness.live
+    assert not cache.position.synced
     assert cache.ready["a"].llm_model == "new"
     assert "gone" in cache.ready
     cache.apply_snapshot(Snapshot(revision=4, epoch="e2", agents=[row("a", 3)]))
     assert cache.ready["a"].llm_model == "new"
     assert "gone" not in cache.ready
-    assert cache.synced
-    assert cache.revision == 4
+    assert cache.position.synced
+    assert cache.position.revision == 4
 
 
 def test_an_absence_that_is_older_than_a_change_is_not_applied() -> None:
@@ -335,7 +340,7 @@ def test_the_ttl_counts_from_the_last_live_moment() -> None:
     clock = Clock()
     cache = synced(row("a", 1), ttl_seconds=300, clock=clock)
     clock.now += 1000
-    cache.set_live(False)
+    cache.liveness.set(False)
     config = cache.ready["a"]
     clock.now += 300
     assert (config.age, config.stale) == (300, False)
@@ -348,7 +353,7 @@ def test_an_answer_over_http_counts_anew() -> None:
     """A refresh in the background resets the age of that agent alone."""
     clock = Clock()
     cache = synced(row("a", 1), row("b", 1), ttl_seconds=300, clock=clock)
-    cache.set_live(False)
+    cache.liveness.set(False)
     clock.now += 400
     cache.apply_fetched(row("a", 1))
     assert not cache.ready["a"].stale
@@ -360,11 +365,11 @@ def test_max_stale_ends_what_is_served() -> None:
     clock = Clock()
     for limit, at_301, at_400 in ((None, False, False), (0, True, True), (50, False, True)):
         cache = synced(row("a", 1), ttl_seconds=300, max_stale_seconds=limit, clock=clock)
-        cache.set_live(False)
+        cache.liveness.set(False)
         clock.now += 301
-        assert cache.expired(cache.ready["a"]) is at_301
+        assert cache.liveness.expired(cache.ready["a"].age) is at_301
         clock.now += 99
-        assert cache.expired(cache.ready["a"]) is at_400
+        assert cache.liveness.expired(cache.ready["a"].age) is at_400
 
 
 def test_a_value_that_was_replaced_says_so() -> None:
@@ -379,18 +384,15 @@ def test_a_value_that_was_replaced_says_so() -> None:
 def test_from_the_file_everything_is_stale_and_keyless_entries_are_not_there() -> None:
     """An entry that needs a key that the file lacks counts as not there."""
     cache = AgentConfigCache()
-    cache.load(
-        [row("a", 1), row("b", 2, api_key_revision=2), row("c", 3, key="k", is_default=True)],
-        epoch="e1",
-        revision=5,
-        complete=True,
-        age_seconds=60,
-    )
+    rows = [row("a", 1), row("b", 2, api_key_revision=2), row("c", 3, key="k", is_default=True)]
+    agents = [ReceivedAgent(**dict(each)) for each in rows]
+    saved_at = time.time() - 60
+    restore(cache, Loaded(epoch="e1", revision=5, complete=True, saved_at=saved_at, agents=agents))
     assert sorted(cache.ready) == ["a", "c"]
     assert cache.ready["a"].stale
     assert cache.ready["a"].age >= 60
     assert cache.default_id == "c"
-    assert not cache.synced, "with an entry missing there is nothing to resume from"
+    assert not cache.position.synced, "with an entry missing there is nothing to resume from"
 
 
 def test_a_config_never_shows_its_key() -> None:
@@ -407,9 +409,9 @@ def test_deletes_do_not_add_up() -> None:
     """Agents that live for a minute: what is kept of those that are gone is bounded."""
     cache = synced(revision=10)
     for revision in range(11, 11 + 2 * MAX_DELETES + 10):
-        cache.advance(revision)
+        cache.position.advance(revision)
         cache.apply_change(deleted(f"a{revision}", revision))
-    assert len(cache._tombstones) <= MAX_DELETES
+    assert len(cache.position.gone) <= MAX_DELETES
     assert cache.known_revision("a11") >= 11
     assert not cache.apply_change(changed("a11", 11))
     assert cache.find("a11") is None

@@ -174,7 +174,7 @@ class AnyStream(RuleBasedStateMachine):
         """The connection ends, and what was under way with it."""
         self.connected = False
         self.in_flight.clear()
-        self.cache.set_live(False)
+        self.cache.liveness.set(False)
 
     @precondition(lambda self: not self.connected)
     @rule()
@@ -184,12 +184,12 @@ class AnyStream(RuleBasedStateMachine):
         self.connected = True
         self.delivered.clear()
         if (
-            cache.synced
-            and cache.epoch == database.epoch
-            and (database.floor <= cache.revision <= database.head)
+            cache.position.synced
+            and cache.position.epoch == database.epoch
+            and (database.floor <= cache.position.revision <= database.head)
         ):
-            self.sent_up_to = cache.revision
-            cache.set_live(True)
+            self.sent_up_to = cache.position.revision
+            cache.liveness.set(True)
         else:
             cache.begin(database.epoch, database.head)
             self.sent_up_to = database.head
@@ -207,7 +207,7 @@ class AnyStream(RuleBasedStateMachine):
     def deliver(self, doubled: bool) -> None:
         message = self.in_flight.pop(0)
         for _ in range(2 if doubled else 1):
-            self.cache.advance(message.revision)
+            self.cache.position.advance(message.revision)
             self.cache.apply_change(message)
         self.delivered.append(message)
 
@@ -225,27 +225,29 @@ class AnyStream(RuleBasedStateMachine):
     def a_snapshot_arrives(self) -> None:
         """A late one too; but one that was asked for before a resync is given up with it."""
         snapshot = self.snapshots.pop(0)
-        wanted = self.connected and snapshot.epoch == self.cache.epoch
-        if wanted and (self.cache.synced or snapshot.revision >= self.cache._streamed):
+        wanted = self.connected and snapshot.epoch == self.cache.position.epoch
+        if wanted and (
+            self.cache.position.synced or snapshot.revision >= self.cache.position.at_least
+        ):
             self.cache.apply_snapshot(snapshot)
-            self.cache.set_live(True)
+            self.cache.liveness.set(True)
 
     @rule(agent_id=st.sampled_from(AGENTS))
     def ask_for_a_key(self, agent_id: str) -> None:
         """The database answers now; the answer arrives when it likes."""
         cache, database = self.cache, self.database
         known = cache.known_revision(agent_id)
-        if cache.epoch != database.epoch or database.head < known:
+        if cache.position.epoch != database.epoch or database.head < known:
             return
         row = database.rows.get(agent_id)
         answer = row.keyed(agent_id) if row is not None and row.is_active else None
-        self.answers.append((cache.generation, agent_id, known, answer))
+        self.answers.append((cache.position.generation, agent_id, known, answer))
 
     @precondition(lambda self: self.answers)
     @rule(number=st.integers(0, 99))
     def a_key_arrives(self, number: int) -> None:
         generation, agent_id, known, answer = self.answers.pop(number % len(self.answers))
-        if generation != self.cache.generation:
+        if generation != self.cache.position.generation:
             return
         if answer is None:
             self.cache.apply_absent(agent_id, known)
@@ -267,7 +269,7 @@ class AnyStream(RuleBasedStateMachine):
 
     @invariant()
     def there_is_a_default_while_live(self) -> None:
-        if self.cache.live:
+        if self.cache.liveness.live:
             assert self.cache.default_id is not None
 
     @invariant()
@@ -288,9 +290,9 @@ class AnyStream(RuleBasedStateMachine):
         self.send()
         while self.in_flight:
             self.deliver(doubled=False)
-        if not self.cache.synced:
+        if not self.cache.position.synced:
             self.cache.apply_snapshot(self.database.snapshot())
-        self.cache.set_live(True)
+        self.cache.liveness.set(True)
         for agent_id in self.cache.keys_awaited():
             self.cache.apply_fetched(self.database.rows[agent_id].keyed(agent_id))
         self.check_equality()
@@ -300,7 +302,7 @@ class AnyStream(RuleBasedStateMachine):
 
     def check_equality(self) -> None:
         rows = self.database.rows
-        assert self.cache.revision == self.database.head
+        assert self.cache.position.revision == self.database.head
         assert self.cache.keys_awaited() == []
         for agent_id in [*AGENTS, "default"]:
             row, known = rows.get(agent_id), self.cache.find(agent_id)

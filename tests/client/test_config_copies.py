@@ -31,7 +31,7 @@ def held() -> ResolvedConfig:
         llm_api_key=SecretStr("sk-canary"),
     )
     cache.apply_snapshot(ReceivedSnapshot(revision=1, epoch="e", agents=[agent]))
-    cache.set_live(True)
+    cache.liveness.set(True)
     return cache.ready["a"]
 
 

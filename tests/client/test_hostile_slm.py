@@ -19,7 +19,7 @@ from slm.client.cache.cache import AgentConfigCache
 from slm.client.resolution.explain import explain_steps
 from slm.client.timings import Timings
 from slm.client.transport import answers, http
-from slm.client.transport.answers import Place, _retry_after
+from slm.client.transport.answers import AskedServer, _retry_after
 from slm.client.transport.credentials import TokenSource
 from slm.errors import SLMError, SLMUnavailable, Unavailable
 from slm.protocol import ExplainedStep
@@ -204,7 +204,7 @@ async def test_a_snapshot_too_large_leaves_the_sdk_as_it_is(
 def test_what_a_server_repeats_of_the_token_is_hidden() -> None:
     """A problem's words are logged, so the token is taken out of them."""
     body = f'{{"code": "unavailable", "detail": "no: Bearer {TOKEN.upper()} or {TOKEN[:12]}"}}'
-    place = Place("https://slm.example", None)
+    place = AskedServer("https://slm.example", None)
     problem = answers.problem(
         503, {}, body.encode(), TokenSource(TOKEN).repeated, place, "/api/snapshot"
     )

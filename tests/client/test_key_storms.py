@@ -35,7 +35,7 @@ class Backend:
         self.most_under_way = 0
         self._seconds = seconds
         self._all_here = asyncio.Event()
-        cache = SimpleNamespace(size=AGENTS, synced=True, find=self._find)
+        cache = SimpleNamespace(size=AGENTS, position=SimpleNamespace(synced=True), find=self._find)
         self.fetcher = KeyFetcher(
             cast("AgentConfigCache", cache),
             Timings(),
@@ -177,7 +177,7 @@ def test_what_acks_name_is_bounded_in_time(changes: int, gap: float) -> None:
         for number, name in enumerate(names):
             message = changed(name, 2 + number)
             assert isinstance(message, AgentChanged)
-            cache.advance(message.revision)
+            cache.position.advance(message.revision)
             cache.apply_change(message)
             acks.changed()
             await asyncio.sleep(gap)

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from slm import ClientStatus, SLMClient, Timings
-from slm.client.cache.cache import NEVER, AgentConfigCache
+from slm.client.cache.cache import AgentConfigCache
+from slm.client.cache.freshness import NEVER
 from slm.client.cache.snapshot import ReceivedAgent, ReceivedSnapshot
 from slm.client.runtime import clock
 from tests.support.faults.backends import TENTH
@@ -114,7 +115,7 @@ async def test_leaving_the_stream_in_any_way_is_not_live() -> None:
         assert sync is not None
         (hearing,) = (t for t in sync._tasks._running if "Stream.run" in work_of(t))
         sync.loop.call_soon_threadsafe(hearing.cancel)
-        await eventually(lambda: client._cache.live_until == NEVER)
+        await eventually(lambda: client._cache.liveness.live_until == NEVER)
         assert client.peek("a") is None
 
 
@@ -124,13 +125,13 @@ def test_the_age_counts_from_the_last_live_moment() -> None:
     cache = AgentConfigCache(ttl_seconds=300, clock=lambda: time_now[0])
     agents = [ReceivedAgent(agent_id="a", revision=1, llm_provider="ollama", llm_model="m")]
     cache.apply_snapshot(ReceivedSnapshot(revision=1, epoch="e", agents=agents))
-    cache.set_live(True, until=40.0)
+    cache.liveness.set(True, until=40.0)
     held = cache.ready["a"]
-    assert (cache.live, held.age, held.stale) == (True, 0.0, False)
+    assert (cache.liveness.live, held.age, held.stale) == (True, 0.0, False)
     time_now[0] = 640.0
-    assert (cache.live, held.age, held.stale) == (False, 600.0, True)
-    cache.set_live(False)
-    assert (cache.live, held.age, held.stale) == (False, 600.0, True)
+    assert (cache.liveness.live, held.age, held.stale) == (False, 600.0, True)
+    cache.liveness.set(False)
+    assert (cache.liveness.live, held.age, held.stale) == (False, 600.0, True)
 
 
 def test_the_clock_goes_on_in_suspend() -> None:

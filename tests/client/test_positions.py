@@ -120,14 +120,14 @@ def test_a_snapshot_that_contradicts_the_stream_replaces_everything() -> None:
     cache.begin("e1", 5, "lost")
     cache.apply_snapshot(_snapshot(5, "lost", a=(5, "lost")))
     assert cache.ready["a"].llm_model == "lost"
-    generation = cache.generation
+    generation = cache.position.generation
     cache.apply_snapshot(_snapshot(5, "new", a=(3, "older"), b=(5, "new")))
-    assert cache.generation > generation
+    assert cache.position.generation > generation
     assert {name: value.llm_model for name, value in cache.ready.items()} == {
         "a": "older",
         "b": "new",
     }
-    assert cache.heard == (5, "new")
+    assert cache.position.heard == (5, "new")
 
 
 async def _live_once(url: str, path: Path) -> None:

@@ -31,6 +31,7 @@ _SAME = (
     (re.compile(r"\b[\w.-]+:\d+(?=  )"), "HOST:PID"),
     (re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d"), "TIME"),
     (re.compile(r"[ \t]+"), " "),
+    (re.compile(r" $", re.MULTILINE), ""),
 )
 
 

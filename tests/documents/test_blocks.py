@@ -13,9 +13,32 @@ PAGES = sorted(
     str(path.relative_to(ROOT)) for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
 )
 RUN_BY = {
-    ("README.md", "python"): "tests/test_documents.py::test_the_readmes_backend_runs",
+    ("README.md", "console"): (
+        "tests/documents/test_readme.py::test_the_readme_works_from_an_empty_directory"
+    ),
+    ("README.md", "python"): (
+        "tests/documents/test_readme.py::test_the_readme_works_from_an_empty_directory"
+    ),
     ("README.md", "sh"): "tests/test_documents.py::test_commands_are_understood",
+    ("docs/operating.md", "console"): (
+        "tests/documents/test_operating.py::test_the_operators_page_prints_what_it_shows"
+    ),
     ("docs/operations.md", "nginx"): "tests/faults/test_operations.py::test_nginx_as_documented",
+    ("docs/how-to/adopt-a-table.md", "console"): (
+        "tests/documents/test_tutorial.py::test_a_table_is_adopted_as_the_guide_says"
+    ),
+    ("docs/how-to/migrate.md", "console"): (
+        "tests/documents/test_tutorial.py::test_a_backend_is_migrated_as_the_guide_says"
+    ),
+    ("docs/how-to/migrate.md", "python"): (
+        "tests/documents/test_tutorial.py::test_a_backend_is_migrated_as_the_guide_says"
+    ),
+    ("docs/how-to/synchronous-backend.md", "console"): (
+        "tests/documents/test_tutorial.py::test_the_synchronous_backends_work"
+    ),
+    ("docs/how-to/synchronous-backend.md", "python"): (
+        "tests/documents/test_tutorial.py::test_the_synchronous_backends_work"
+    ),
     ("docs/operations.md", "ini"): (
         "tests/faults/test_operations.py::test_the_systemd_unit_can_be_enabled_and_starts_a_server"
     ),

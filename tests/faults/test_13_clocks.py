@@ -93,7 +93,7 @@ async def test_a_value_expires_by_the_time_that_passed(
     await server.start()
     try:
         client = backend(server.url, sqlite_site.backend_token)
-        client._cache.ttl_seconds = 1.0
+        client._cache.liveness.ttl_seconds = 1.0
         async with client:
             await eventually(lambda: is_live(client))
             wall.shift = shift
@@ -129,7 +129,7 @@ async def test_a_snapshot_file_of_another_day(
         assert (config.step, config.stale) == ("agent", True)
         assert config.age >= 0
     limited = backend(server.url, token, cache_file=file, start_timeout=0.1, max_stale_seconds=0.3)
-    limited._cache.ttl_seconds = 0.2
+    limited._cache.liveness.ttl_seconds = 0.2
     async with limited:
 
         async def ended() -> bool:

@@ -259,7 +259,7 @@ async def test_an_ack_after_a_reconnect_begins_the_interval_anew() -> None:
     await eventually(lambda: loop.time() > half)
     acks.subscribed()
     await eventually(lambda: len(sent) == 2)
-    cache.advance(2)
+    cache.position.advance(2)
     acks.changed()
     await eventually(lambda: len(sent) == 3)
     assert sent[2] - sent[1] >= interval * 0.95

@@ -11,7 +11,7 @@ from slm.errors import InsufficientStorage
 from slm.server.db.database import Database
 from slm.server.db.tables import AUDIT, AUDIT_HEAD
 from slm.server.lifecycle.startup import prepare
-from slm.server.security.audit import GENESIS, AuditLog, Event, Who, append
+from slm.server.security.audit import GENESIS, AuditEvent, AuditLog, Who, append
 from slm.server.settings import Settings
 
 ADA = Who("ada", "192.0.2.7")
@@ -27,7 +27,9 @@ async def database(tmp_path: Path) -> AsyncIterator[Database]:
 async def _fill(database: Database, count: int) -> AuditLog:
     log = AuditLog(database)
     for number in range(count):
-        await log.record(Event(ADA, "agent.update", f"agent-{number}", {"fields": ["llm_model"]}))
+        await log.record(
+            AuditEvent(ADA, "agent.update", f"agent-{number}", {"fields": ["llm_model"]})
+        )
     return log
 
 
@@ -82,14 +84,14 @@ async def test_a_chain_written_anew_shows_against_a_head_that_was_noted(
     log = await _fill(database, 25)
     noted = (await log.verify()).head
     assert (await log.verify(noted)).whole
-    await log.record(Event(ADA, "key.read", "agent-1"))
+    await log.record(AuditEvent(ADA, "key.read", "agent-1"))
     assert (await log.verify(noted)).whole, "a chain that grew still holds the old head"
 
     def rewrite(connection: Connection) -> None:
         connection.execute(delete(AUDIT))
         connection.execute(update(AUDIT_HEAD).values(seq=0, hash=GENESIS))
         for _ in range(40):
-            append(connection, Event(Who("mallory"), "agent.update", "harmless"))
+            append(connection, AuditEvent(Who("mallory"), "agent.update", "harmless"))
 
     await database.run(rewrite)
     assert (await log.verify()).whole
@@ -108,7 +110,7 @@ async def test_what_cannot_be_recorded_does_not_happen(database: Database) -> No
         pages = connection.exec_driver_sql("PRAGMA page_count").scalar_one()
         connection.exec_driver_sql(f"PRAGMA max_page_count = {pages}")
         for _ in range(1000):
-            append(connection, Event(ADA, "agent.update", "x" * 60))
+            append(connection, AuditEvent(ADA, "agent.update", "x" * 60))
 
     with pytest.raises(InsufficientStorage):
         await database.run(work)
@@ -125,7 +127,7 @@ async def test_appends_from_many_tasks_make_one_chain(database: Database) -> Non
     log = AuditLog(database)
     before = (await log.verify()).rows
     await asyncio.gather(
-        *(log.record(Event(Who(f"token-{n}"), "key.read", "a")) for n in range(200))
+        *(log.record(AuditEvent(Who(f"token-{n}"), "key.read", "a")) for n in range(200))
     )
     verdict = await log.verify()
     assert (verdict.whole, verdict.rows) == (True, before + 200)

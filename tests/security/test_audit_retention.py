@@ -22,7 +22,7 @@ from slm.server.encryption.vault import Vault
 from slm.server.lifecycle.audit_retention import note_exported, trim
 from slm.server.lifecycle.startup import prepare
 from slm.server.security import audit
-from slm.server.security.audit import GENESIS, AuditLog, Event, Who, append_all
+from slm.server.security.audit import GENESIS, AuditEvent, AuditLog, Who, append_all
 from slm.server.security.audit_reader import ends
 from slm.server.settings import Settings
 from tests.support.command import slm
@@ -61,7 +61,7 @@ async def log(database: Database, vault: Vault, monkeypatch: pytest.MonkeyPatch)
     """An audit with entries of long ago and of today."""
 
     def fill(connection: Connection) -> None:
-        events = [Event(ADA, "key.read", f"agent-{number}") for number in range(OLD + NEW)]
+        events = [AuditEvent(ADA, "key.read", f"agent-{number}") for number in range(OLD + NEW)]
         append_all(connection, events[:OLD])
         monkeypatch.undo()
         append_all(connection, events[OLD:])
@@ -239,7 +239,7 @@ async def test_the_server_trims_by_itself(ask: Caller, server: InLoopServer) -> 
         _forget(connection)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(audit, "utc_now", lambda: utc_now() - timedelta(days=3))
-            events = [Event(ADA, "key.read", f"agent-{number}") for number in range(10)]
+            events = [AuditEvent(ADA, "key.read", f"agent-{number}") for number in range(10)]
             append_all(connection, events)
         note_exported(connection, ends(connection).head, ADA)
 

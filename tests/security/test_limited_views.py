@@ -15,7 +15,7 @@ from pydantic import SecretStr
 from sqlalchemy import select
 
 from slm.schemas import Agent
-from slm.server.agents.catalog import CommittedChange
+from slm.server.agents.changes import CommittedChange
 from slm.server.db.column_types import EPOCH_START
 from slm.server.db.tables import AUDIT
 from slm.server.security.agent_scope import View

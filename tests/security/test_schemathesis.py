@@ -101,6 +101,23 @@ async def test_the_api_does_what_its_document_says(tmp_path: Path) -> None:
     assert still == 200, "the token was good to the end"
 
 
+async def test_statuses_that_are_rare_are_in_the_document(ask: Caller) -> None:
+    """A read that finds nothing new is 304, a delete that waits 200; the document says so."""
+    document = (await ask("GET", "/openapi.json")).body
+    await ask("POST", "/api/agents", agent("a"))
+    documented = document["paths"]
+    for path, place in (
+        ("/api/agents", "/api/agents"),
+        ("/api/agents/default", "/api/agents/default"),
+        ("/api/agents/a", "/api/agents/{agent_id}"),
+    ):
+        tag = (await ask("GET", path)).headers["ETag"]
+        assert (await ask("GET", path, headers={"If-None-Match": tag})).status == 304
+        assert "304" in documented[place]["get"]["responses"]
+    assert (await ask("DELETE", "/api/agents/a?wait=0.1s")).status == 200
+    assert documented["/api/agents/{agent_id}"]["delete"]["responses"].keys() >= {"200", "204"}
+
+
 async def test_the_document_lists_every_problem_code(ask: Caller) -> None:
     """Every code of the error tree and of the parser, and for each route what it can answer."""
     document = (await ask("GET", "/openapi.json")).body

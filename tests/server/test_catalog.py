@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slm.schemas import Agent
-from slm.server.agents.catalog import AgentFilter, Catalog, CommittedChange
+from slm.server.agents.catalog import AgentFilter, Catalog
+from slm.server.agents.changes import CommittedChange
 
 NOW = datetime(2026, 11, 22, tzinfo=UTC)
 

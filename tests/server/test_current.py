@@ -13,7 +13,7 @@ import pytest
 from sqlalchemy import delete, select, update
 from sqlalchemy.engine import make_url
 
-from slm.server.agents.catalog import CommittedChange
+from slm.server.agents.changes import CommittedChange
 from slm.server.db.tables import CHANGES, STATE
 from slm.server.lifecycle.compaction import compact
 from slm.server.security.agent_scope import EVERYTHING, View

@@ -11,11 +11,12 @@ from typing import Any, TypeVar
 import pytest
 from sqlalchemy import Connection, delete, update
 
-from slm.server.agents.catalog import CommittedChange
+from slm.server.agents.changes import CommittedChange
 from slm.server.agents.schemas import AgentCreate, AgentUpdate
 from slm.server.db.tables import CHANGES, STATE
 from slm.server.lifecycle.startup import prepare
 from slm.server.security.agent_scope import EVERYTHING, View
+from slm.server.security.audit import Who
 from slm.server.services import Services, make_services
 from slm.server.settings import Settings
 from slm.server.stream import change_reader as news
@@ -102,7 +103,7 @@ def change_state(**values: Any) -> Callable[[Connection], None]:
 async def create(services: Services, agent_id: str) -> int:
     """Commit an agent through the registry, and wake nobody."""
     agent = AgentCreate(agent_id=agent_id, name="n", llm_provider="ollama", llm_model="m")
-    return (await services.registry.create(agent, actor="test")).revision
+    return (await services.registry.create(agent, who=Who("test"))).revision
 
 
 async def test_the_poll_finds_what_nobody_told_of(services: Services) -> None:
@@ -197,7 +198,7 @@ async def test_a_burst_goes_out_whole_and_in_order(services: Services) -> None:
     filler = {"filler": "x" * 3000}
     for number in range(100):
         update_ = AgentUpdate(llm_model=f"m{number}", llm_options=filler)
-        await services.registry.update("default", update_, actor="test")
+        await services.registry.update("default", update_, who=Who("test"))
     services.feed.follow()
     await eventually(lambda: len(listener.texts) == 101)
     assert [f'"m{number}"' in listener.texts[number + 1] for number in range(100)] == [True] * 100

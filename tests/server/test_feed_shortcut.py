@@ -9,8 +9,7 @@ import aiohttp
 import pytest
 
 from slm.server import failpoints
-from slm.server.agents.catalog import CommittedChange
-from slm.server.agents.service import Written
+from slm.server.agents.changes import CommittedChange, Written
 from tests.support.raw import Api
 from tests.support.servers import InLoopServer, eventually, running_server
 from tests.support.store import KEY

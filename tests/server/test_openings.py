@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slm.errors import Overloaded
-from slm.server.stream.openings import Openings, Place
+from slm.server.stream.openings import Opening, Openings
 from tests.support.servers import eventually
 
 
@@ -79,7 +79,7 @@ def test_no_place_is_lost_whoever_comes_and_goes(steps: list[tuple[str, str]], l
 
     async def example() -> None:
         openings = Openings(limit, seconds=60)
-        tasks: dict[str, list[asyncio.Task[Place]]] = {"a": [], "b": [], "c": []}
+        tasks: dict[str, list[asyncio.Task[Opening]]] = {"a": [], "b": [], "c": []}
         for key, step in steps:
             if step == "open":
                 tasks[key].append(asyncio.create_task(openings.place(key)))

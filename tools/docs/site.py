@@ -33,6 +33,7 @@ def gather(target: Path) -> None:
     """Write the site's pages into a folder, which is made anew."""
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(ROOT / "docs", target)
+    shutil.copy(Path(__file__).with_name("site.css"), target)
     for page in target.rglob("*.md"):
         source = ROOT / "docs" / page.relative_to(target)
         page.write_text(_linked(source.read_text(), source, page.relative_to(target)))
@@ -43,18 +44,27 @@ def gather(target: Path) -> None:
 
 
 def build(mkdocs: str) -> None:
-    """Build the site; whatever mkdocs warns of ends it.
+    """Build the site anew.
+
+    Raises:
+        CalledProcessError: mkdocs warned of something.
+    """
+    gather(PAGES)
+    render(mkdocs)
+    for page in PAGES.rglob("*.md"):
+        shutil.copy(page, SITE / page.relative_to(PAGES))
+
+
+def render(mkdocs: str) -> None:
+    """Make the HTML of the pages that were gathered; whatever mkdocs warns of ends it.
 
     Raises:
         CalledProcessError: a link or an anchor leads nowhere, or a page is in no menu.
     """
-    gather(PAGES)
+    # Not --quiet, with which mkdocs counts no warnings.
+    command = [mkdocs, "build", "--clean", "--strict"]
     environ = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
-    subprocess.run(
-        [mkdocs, "build", "--quiet", "--clean", "--strict"], cwd=ROOT, env=environ, check=True
-    )
-    for page in PAGES.rglob("*.md"):
-        shutil.copy(page, SITE / page.relative_to(PAGES))
+    subprocess.run(command, cwd=ROOT, env=environ, check=True)
 
 
 def _linked(text: str, source: Path, page: Path) -> str:
@@ -77,6 +87,8 @@ def _linked(text: str, source: Path, page: Path) -> str:
         to = os.path.relpath(inside, page.parent)
         return f"[{found['text']}]({to}{found['anchor'] or ''})"
 
+    # A fence may say more than its language, as in CONTRIBUTING.md; mkdocs knows no such fence.
+    text = re.sub(r"^```(\w+) .*$", r"```\1", text, flags=re.MULTILINE)
     # Not in code, where `handlers[name](call)` is no link.
     pieces = re.split(r"(^```.*?^```)", text, flags=re.DOTALL | re.MULTILINE)
     return "".join(_LINK.sub(led, each) if i % 2 == 0 else each for i, each in enumerate(pieces))

@@ -38,7 +38,7 @@ OnBytes = Callable[[int, int | None], None]
 
 
 @dataclass(frozen=True)
-class Answer:
+class ApiAnswer:
     """A success of the server.
 
     Attributes:
@@ -93,7 +93,7 @@ class Api:
         body: Mapping[str, Any] | None = None,
         params: Mapping[str, str | int] | None = None,
         if_match: int | str | None = None,
-    ) -> Answer:
+    ) -> ApiAnswer:
         """Make one request.
 
         Args:
@@ -131,7 +131,7 @@ class Api:
                 f"something answers at {self.target.url}, but it is not an SLM: the answer is not "
                 "JSON or has no SLM-Revision header, which a proxy must forward"
             )
-        return Answer(data, int(revision), epoch)
+        return ApiAnswer(data, int(revision), epoch)
 
     async def download(self, method: str, path: str, to: BinaryIO, on_bytes: OnBytes) -> None:
         """Make one request and write its answer, whatever it holds, into a file.
@@ -185,10 +185,10 @@ class Api:
 
 def call(
     target: Target, method: str, path: str, *, timeout_seconds: float = 30.0, **how: Any
-) -> Answer:
+) -> ApiAnswer:
     """Make one request, for a command that needs no other; arguments and errors: `Api.call`."""
 
-    async def once() -> Answer:
+    async def once() -> ApiAnswer:
         async with Api(target, timeout_seconds=timeout_seconds) as api:
             return await api.call(method, path, **how)
 
@@ -200,7 +200,7 @@ def agent_path(agent_id: str) -> str:
     return f"/api/agents/{quote(agent_id, safe='')}"
 
 
-def parsed(model: type[_M], answer: Answer) -> _M:
+def parsed(model: type[_M], answer: ApiAnswer) -> _M:
     """Return the answer as the model, or say that it is not of the contract's shape."""
     try:
         return model.model_validate(answer.data)

@@ -6,13 +6,13 @@ import asyncio
 from dataclasses import replace
 from typing import Any
 
-from slm.cli.api_client import Answer, Api
+from slm.cli.api_client import Api, ApiAnswer
 from slm.cli.target import Target
 
 
 def collect(
     target: Target, path: str, params: dict[str, Any], *, rows: str, cursor: str, limit: int
-) -> Answer:
+) -> ApiAnswer:
     """Return the last page's answer with the rows of all pages, `limit` of them at most.
 
     Args:
@@ -24,7 +24,7 @@ def collect(
         limit: how many rows.
     """
 
-    async def all_pages() -> Answer:
+    async def all_pages() -> ApiAnswer:
         async with Api(target) as api:
             return await collect_from(api, path, params, rows=rows, cursor=cursor, limit=limit)
 
@@ -33,7 +33,7 @@ def collect(
 
 async def collect_from(
     api: Api, path: str, params: dict[str, Any], *, rows: str, cursor: str, limit: int
-) -> Answer:
+) -> ApiAnswer:
     """Do the same over an open session."""
     found: list[Any] = []
     while True:

@@ -120,6 +120,7 @@ class SLMClient:
         )
         self._cache = AgentConfigCache(ttl_seconds, max_stale_seconds=max_stale_seconds)
         self._ready = self._cache.ready
+        self._liveness = self._cache.liveness
         self._follower = Follower(settings, self._cache)
         self._hooks = self._follower.hooks
         # A client that nobody holds any more is closed; at exit, the thread ends with the process.
@@ -199,7 +200,7 @@ class SLMClient:
     @property
     def revision(self) -> int:
         """Every change up to this revision was received; 0 before the first contact."""
-        return self._cache.revision
+        return self._cache.position.revision
 
     # --- answers ---
 
@@ -212,7 +213,7 @@ class SLMClient:
             SLMUnavailable: the client is strict, and neither the SLM nor the environment answers.
         """
         config = self._ready.get(agent_id)
-        if config is not None and now() < self._cache.live_until:
+        if config is not None and now() < self._liveness.live_until:
             return config
         return await self._answered(agent_id)
 
@@ -223,7 +224,7 @@ class SLMClient:
             AgentKeyUnavailable: the agent needs an API key that cannot be had now.
         """
         config = self._ready.get(agent_id)
-        if config is not None and now() < self._cache.live_until:
+        if config is not None and now() < self._liveness.live_until:
             return config
         return self._answered_now(agent_id)
 
@@ -236,7 +237,7 @@ class SLMClient:
             AgentKeyUnavailable: the agent needs an API key that cannot be had now.
         """
         config = self._ready.get(agent_id)
-        if config is None or now() >= self._cache.live_until:
+        if config is None or now() >= self._liveness.live_until:
             config = await self._answered(agent_id)
         return config.as_dict()
 
@@ -271,7 +272,7 @@ class SLMClient:
 
     def peek(self, agent_id: str) -> ResolvedConfig | None:
         """Return the agent's own config if it is at hand and live; asks nobody."""
-        return self._ready.get(agent_id) if now() < self._cache.live_until else None
+        return self._ready.get(agent_id) if now() < self._liveness.live_until else None
 
     def on_change(self, callback: OnChange) -> Callable[[], None]:
         """Have `callback(agent_id, config)` called after each swap; return how to stop that.

@@ -28,7 +28,7 @@ _log = quiet_logger("slm.client")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class ClientOptions:
     """What a client was made with, checked.
 
     Attributes:
@@ -66,7 +66,7 @@ def read_options(
     proxy: str | SecretStr | None,
     trust_env: bool,
     allow_insecure: bool | None,
-) -> Options:
+) -> ClientOptions:
     """Return what the arguments of `SLMClient` and the environment say.
 
     Raises:
@@ -82,7 +82,7 @@ def read_options(
         usable_proxies(proxy, trust_env, urls, allow_insecure=allowed),
     )
     name = name if name is not None else variable("SLM_NAME")
-    return Options(
+    return ClientOptions(
         site=site,
         file=_snapshot_file(cache_file, cache_key, site, name),
         name=name,

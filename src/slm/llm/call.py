@@ -10,11 +10,12 @@ import functools
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 from slm.client.config import ResolvedConfig
 from slm.common.scrub import MAX_TEXT, one_line, scrubbed
-from slm.endpoints import canonical_url, effective_endpoint
+from slm.endpoints import canonical_url, effective_endpoint, origin
 from slm.errors import (
     ConfigurationError,
     LLMAuthError,
@@ -23,6 +24,7 @@ from slm.errors import (
     LLMError,
     LLMStreamBroken,
     LLMTimeout,
+    LLMUnavailable,
 )
 from slm.llm.providers.base import ChatRequest, Completion, Message, Provider
 from slm.llm.providers.failures import Failure
@@ -90,7 +92,12 @@ class Call:
     def _explained(self, error: Exception) -> Failure:
         # What an adapter reads of an exception is the provider's words, of any type and length.
         with contextlib.suppress(Exception):
-            return self.provider.explain(error)
+            failure = self.provider.explain(error)
+            if failure.kind is LLMUnavailable and failure.status is None:
+                # Nobody answered, so the place is what is to be looked at.
+                place = origin(self.config.llm_provider, self.config.llm_endpoint)
+                return replace(failure, detail=f"{failure.detail} (endpoint {place})")
+            return failure
         return Failure(LLMBadResponse, "the provider's error is not of its own protocol")
 
     def broken(self, text: str, error: LLMError | None = None) -> LLMError:

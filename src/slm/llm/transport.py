@@ -15,10 +15,9 @@ import re
 import socket
 import ssl
 import urllib.request
-import zlib
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import Any, Final
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -28,9 +27,7 @@ from yarl import URL
 from slm.common.environment import variable
 from slm.endpoints import EndpointPolicy, literal_address, origin
 from slm.errors import ConfigurationError
-
-if TYPE_CHECKING:
-    from aiohttp import ClientResponse
+from slm.llm.answer import Answer
 
 _HEADER_NAME: Final = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
 _HEADER_VALUE: Final = re.compile(r"[\x20-\x7e]*")
@@ -46,10 +43,6 @@ KEY_MARK: Final = "{key}"
 
 class AddressRefused(Exception):
     """A request would go to a place that it may not go to; nothing was sent."""
-
-
-class AnswerUnreadable(Exception):
-    """The answer is larger than allowed, or compressed in a way that nobody asked for."""
 
 
 def _policy_of_environment() -> EndpointPolicy:
@@ -378,81 +371,3 @@ class CheckedResolver(AbstractResolver):
 
     async def close(self) -> None:
         """Do nothing."""
-
-
-class Answer:
-    """An answer whose head is there and whose body comes piece by piece, decompressed.
-
-    Attributes:
-        status: the HTTP status.
-        headers: by name, in any case.
-        content_type: without its parameters, in lower case.
-    """
-
-    def __init__(self, response: ClientResponse, max_bytes: int) -> None:
-        self._response = response
-        self._left = max_bytes
-        self._max_bytes = max_bytes
-        self.status = response.status
-        self.headers: Mapping[str, str] = response.headers
-        self.content_type = (
-            response.headers.get("content-type", "").partition(";")[0].strip().lower()
-        )
-        self._inflate = _decompressor(response.headers.get("content-encoding", ""))
-
-    async def some(self) -> bytes:
-        """Return the next bytes of the body, none at its end.
-
-        Raises:
-            AnswerUnreadable: it is larger than allowed, or its compression is broken.
-        """
-        while data := await self._response.content.readany():
-            if self._inflate is not None:
-                data = self._inflated(data, self._inflate)
-            self._left -= len(data)
-            if self._left < 0:
-                raise AnswerUnreadable(f"the answer is larger than {self._max_bytes} bytes")
-            if data:
-                return data
-        return b""
-
-    async def read(self, limit: int | None = None) -> bytes:
-        """Return the body, or its first `limit` bytes."""
-        parts: list[bytes] = []
-        size = 0
-        while data := await self.some():
-            parts.append(data)
-            size += len(data)
-            if limit is not None and size >= limit:
-                break
-        return b"".join(parts)[:limit]
-
-    async def drain(self, seconds: float) -> None:
-        """Read what is left, if it comes soon: the connection can be used again then."""
-        with contextlib.suppress(Exception):
-            async with asyncio.timeout(seconds):
-                while await self.some():
-                    pass
-
-    def _inflated(self, data: bytes, inflate: Decompressor) -> bytes:
-        try:
-            # One byte more than allowed is enough to know; the rest is never unpacked.
-            return inflate.decompress(data, self._left + 1)
-        except zlib.error:
-            raise AnswerUnreadable("the answer is not compressed as it says") from None
-
-
-class Decompressor(Protocol):
-    """What `zlib.decompressobj` returns."""
-
-    def decompress(self, data: bytes, max_length: int, /) -> bytes:
-        """Return what the data unpacks to, so many bytes at most."""
-
-
-def _decompressor(encoding: str) -> Decompressor | None:
-    encoding = encoding.strip().lower()
-    if encoding in ("", "identity"):
-        return None
-    if encoding in ("gzip", "x-gzip", "deflate"):
-        return zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)
-    raise AnswerUnreadable("the answer is compressed in a way that was not asked for")

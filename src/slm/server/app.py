@@ -32,7 +32,7 @@ from slm.server.fleet import replication as fleet_sync
 from slm.server.fleet.tracker import FORGET_EVERY_SECONDS
 from slm.server.lifecycle.audit_retention import trim
 from slm.server.lifecycle.compaction import compact
-from slm.server.lifecycle.startup import Prepared
+from slm.server.lifecycle.startup import PreparedDatabase
 from slm.server.services import Services, make_services
 from slm.server.settings import Settings
 from slm.server.tasks.periodic import Upkeep
@@ -42,15 +42,7 @@ LAST_WORDS_SECONDS = 0.5
 
 
 class _Application(FastAPI):
-    """FastAPI, whose document also has what stands outside its routes' own models.
-
-    Attributes:
-        own_routes: every HTTP route of ours, flat.
-    """
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self.own_routes: list[APIRoute] = []
+    """FastAPI, whose document also has what stands outside its routes' own models."""
 
     def setup(self) -> None:
         """Answer the document from memory: it is open to all, and slow to encode."""
@@ -67,8 +59,8 @@ class _Application(FastAPI):
         """Return the methods that this path takes, for `Allow` (RFC 9110 section 15.5.6)."""
         return {
             method
-            for route in self.own_routes
-            if route.path_regex.match(path)
+            for route in self.routes
+            if isinstance(route, APIRoute) and route.path_regex.match(path)
             for method in route.methods or ()
         }
 
@@ -132,7 +124,7 @@ def _workers(services: Services) -> list[_Worker]:
     return workers
 
 
-def create_app(settings: Settings, prepared: Prepared) -> FastAPI:
+def create_app(settings: Settings, prepared: PreparedDatabase) -> FastAPI:
     """Return the application; `app.state.services` has its parts.
 
     Args:
@@ -181,7 +173,7 @@ def create_app(settings: Settings, prepared: Prepared) -> FastAPI:
         audit.router,
         health.router,
     ):
-        app.include_router(router)
-        app.own_routes += [route for route in router.routes if isinstance(route, APIRoute)]
+        # Not `include_router`: to search level by level costs a tenth of a plain read.
+        app.router.routes += router.routes
     app.add_api_websocket_route("/ws", ws.stream)
     return app

@@ -24,7 +24,7 @@ from slm.errors import StartupError
 from slm.protocol import MAX_ACK_BYTES
 from slm.server import failpoints
 from slm.server.app import create_app
-from slm.server.lifecycle.startup import Prepared, prepare
+from slm.server.lifecycle.startup import PreparedDatabase, prepare
 from slm.server.services import Services
 from slm.server.settings import Settings
 from slm.server.tasks.supervisor import SupervisedTask
@@ -139,7 +139,7 @@ class SLMServer:
         self.url = ""
         self.notes: list[str] = []
         self._tls: ServerTls | None = None
-        self._prepared: Prepared | None = None
+        self._prepared: PreparedDatabase | None = None
         self._app: FastAPI | None = None
         self._server: _Uvicorn | None = None
         self._ticking: SupervisedTask | None = None

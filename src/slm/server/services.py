@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from slm.server.agents.catalog import Catalog
+from slm.server.agents.credentials import KeyedReads
 from slm.server.agents.service import AgentRegistry
 from slm.server.db.database import Database
 from slm.server.encryption.keyring import Keyring, read_keys
@@ -15,7 +16,7 @@ from slm.server.fleet.receipts import Receipts
 from slm.server.fleet.replication import FleetSync
 from slm.server.fleet.tracker import Fleet
 from slm.server.lifecycle.housekeeping import Caretaker
-from slm.server.lifecycle.startup import Prepared
+from slm.server.lifecycle.startup import PreparedDatabase
 from slm.server.metrics import Metrics
 from slm.server.security.audit import AuditLog
 from slm.server.security.rate_limits import Gauge, Rate, TokenBuckets
@@ -49,6 +50,7 @@ class Services:
     settings: Settings
     database: Database
     registry: AgentRegistry
+    reads: KeyedReads
     catalog: Catalog
     hub: Hub
     fleet: Fleet
@@ -77,17 +79,15 @@ class Services:
     counts: RequestCounts = field(default_factory=RequestCounts)
 
 
-def make_services(settings: Settings, prepared: Prepared) -> Services:
+def make_services(settings: Settings, prepared: PreparedDatabase) -> Services:
     """Put the parts together; nothing runs yet."""
     catalog, tokens, supervisor = Catalog(), TokenTable(), Supervisor()
     database = prepared.database
     keyring = Keyring(prepared.vault, lambda: read_keys(settings).keys)
-    registry = AgentRegistry(database, prepared.vault, keyring, settings.endpoint_policy)
+    reads = KeyedReads(database, keyring)
     tokens.max_age_seconds = settings.max_outage_seconds
     token_store = TokenStore(database, tokens)
-    caretaker = Caretaker(
-        settings, database, keyring, registry.reads, tokens, token_store, supervisor
-    )
+    caretaker = Caretaker(settings, database, keyring, reads, tokens, token_store, supervisor)
     lease = caretaker.lease
     fleet = Fleet(
         lease.id,
@@ -104,11 +104,13 @@ def make_services(settings: Settings, prepared: Prepared) -> Services:
     acks = AckQueue(lambda: hub.is_writing)
     hub.on_written = acks.written
     feed = ChangeFeed(database, catalog, hub, tokens, settings, metrics, supervisor)
-    registry.committed = feed.committed
     return Services(
         settings=settings,
         database=database,
-        registry=registry,
+        registry=AgentRegistry(
+            database, prepared.vault, reads, keyring, settings.endpoint_policy, feed.committed
+        ),
+        reads=reads,
         catalog=catalog,
         hub=hub,
         fleet=fleet,

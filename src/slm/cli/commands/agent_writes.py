@@ -34,11 +34,12 @@ from slm.cli.agent_options import (
     Temperature,
     Timeout,
     merged,
+    note_shadowed,
     read_key,
     sent,
     temperature_sent,
 )
-from slm.cli.api_client import Answer, Api, agent_path, call, parsed
+from slm.cli.api_client import Api, ApiAnswer, agent_path, call, parsed
 from slm.cli.commands import history
 from slm.cli.output import Json, escape
 from slm.cli.target import Target, at_a_server
@@ -54,11 +55,16 @@ def create(
     target: Target,
     agent: AgentId,
     provider: Annotated[
-        Provider, typer.Option("--provider", help="Whose protocol to speak.", show_default=False)
+        Provider,
+        typer.Option(
+            "--provider",
+            help="The provider, or whose protocol the endpoint speaks.",
+            show_default=False,
+        ),
     ],
     model: Annotated[
         str,
-        typer.Option("--model", help="The model, as the provider calls it.", show_default=False),
+        typer.Option("--model", help="The model's name at the provider.", show_default=False),
     ],
     name: Name = None,
     description: Description = None,
@@ -77,7 +83,7 @@ def create(
     wait_limit: WaitLimit = None,
     as_json: Json = False,
 ) -> None:
-    """Create an agent. What is not given takes its default: 30 s, the provider's endpoint.
+    """Create an agent. Options that are left out take their defaults.
 
     [bold]Example[/]
       slm agents create classifier --provider openai --model gpt-6-luna --api-key
@@ -98,6 +104,7 @@ def create(
     )
     body |= {"agent_id": agent} | temperature_sent("llm_temperature", temperature)
     answer = call(target, "POST", "/api/agents", body=body)
+    note_shadowed(body.get("llm_options", {}))
     revision = _revision_of(answer)
     if not as_json:
         said = f"[bold]{escape(agent)}[/] created at revision {revision}"
@@ -143,7 +150,7 @@ def set_agent(
     wait_limit: WaitLimit = None,
     as_json: Json = False,
 ) -> None:
-    """Change an agent; what is not named stays. Every backend's next request uses it.
+    """Change an agent. Fields that are not named keep their values.
 
     A stored API key is bound to the provider and its address: changing either without giving a
     key clears it, and the command says so.
@@ -177,11 +184,12 @@ def set_agent(
         if "llm_api_key" in body:
             raise output.UsageError("--clear api-key contradicts giving one")
         body["llm_api_key"] = key
-    merged({}, option or [])  # what is wrong with them is said before anything is asked
+    given = merged({}, option or [])  # what is wrong is said before anything is asked
     if not body and not option:
         raise output.UsageError("nothing to set; name at least one field")
     body |= sent(comment=comment)
     old, answer = asyncio.run(_update(target, agent, body, option, if_match))
+    note_shadowed(given)
     new = parsed(Agent, answer)
     changed = _changes(old, new)
     if not as_json and changed:
@@ -242,7 +250,7 @@ def rollback(
     wait_limit: WaitLimit = None,
     as_json: Json = False,
 ) -> None:
-    """Give an agent back what it was, as a new change. An API key is never restored.
+    """Restore an earlier revision of an agent as a new change, without its API key.
 
     [bold]Example[/]
       slm agents rollback code-assistant --to 41 --wait
@@ -266,7 +274,7 @@ def key_state(agent: Agent) -> str:
     return f"has an API key [dim](set at revision {agent.api_key_revision})[/]"
 
 
-def _revision_of(answer: Answer) -> int:
+def _revision_of(answer: ApiAnswer) -> int:
     """Return the revision of the agent that was written."""
     revision = answer.data.get("revision")
     if not isinstance(revision, int):
@@ -274,7 +282,7 @@ def _revision_of(answer: Answer) -> int:
     return revision
 
 
-def _warned_of_cleared_key(answer: Answer) -> bool:
+def _warned_of_cleared_key(answer: ApiAnswer) -> bool:
     """Say so where a write cleared the stored key, and return whether it did."""
     cleared = bool(answer.data.get("api_key_cleared"))
     if cleared:
@@ -291,7 +299,7 @@ async def _update(
     body: dict[str, Any],
     option: list[str] | None,
     if_match: int | None,
-) -> tuple[Agent, Answer]:
+) -> tuple[Agent, ApiAnswer]:
     """Change the agent and return it as it was, and the answer.
 
     Always with If-Match, so that "old → new" tells what this command did and options merge into

@@ -111,7 +111,7 @@ def check(files: list[Path], expect: str | None = None) -> dict[str, Any]:
     Raises:
         ConfigurationError: a file cannot be read.
     """
-    from slm.server.security.audit_chain import Entry, Walk, parse_link
+    from slm.server.security.audit_chain import ChainEntry, Walk, parse_link
 
     walk: Walk | None = None
     noted = None if expect is None else parse_link(expect)
@@ -128,7 +128,7 @@ def check(files: list[Path], expect: str | None = None) -> dict[str, Any]:
                     walk = Walk(start, noted)
                 if walk.at != start:
                     reason = f"{name} does not go on where the file before it ends"
-                elif not walk.go(Entry(**entry) for entry in file.entries()):
+                elif not walk.go(ChainEntry(**entry) for entry in file.entries()):
                     reason = f"{name}, entry {walk.at.seq + 1}: {walk.reason}"
                 elif file.end != {"head": str(walk.at), "rows": file.rows} or next(lines, ""):
                     reason = f"{name} does not end where it says"

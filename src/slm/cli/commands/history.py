@@ -13,7 +13,7 @@ import typer
 
 from slm.cli import output
 from slm.cli.agent_options import AgentId
-from slm.cli.api_client import Answer, Api, agent_path, parsed
+from slm.cli.api_client import Api, ApiAnswer, agent_path, parsed
 from slm.cli.output import Json, escape
 from slm.cli.pages import collect, collect_from
 from slm.cli.target import Target, at_a_server
@@ -56,7 +56,7 @@ def history(
     limit: Limit = 20,
     as_json: Json = False,
 ) -> None:
-    """Show what became of an agent, the newest first; with --at, what it was at a time.
+    """Show an agent's changes, newest first; with --at, what it was at that time.
 
     [bold]Example[/]
       slm agents history code-assistant --at "2026-11-17 14:03"
@@ -94,7 +94,7 @@ def diff(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Show what differs between two revisions of an agent; without any, its last change."""
+    """Show how two revisions of an agent differ; without revisions, its last change."""
     before, after = asyncio.run(_two(target, agent, old, new))
     differing = differences(before.agent, after.agent)
     if as_json:
@@ -125,7 +125,7 @@ def changes(
     limit: Limit = 20,
     as_json: Json = False,
 ) -> None:
-    """Show who changed what in the whole fleet, the newest first.
+    """Show who changed what, newest first.
 
     [bold]Example[/]
       slm changes --actor deploy --limit 5
@@ -215,7 +215,7 @@ def _what(change: Change, before: Change | None) -> list[str]:
     return [f"{label(field)} {_arrow(field, both)}" for field, both in differing.items()]
 
 
-def _show_then(agent: str, at: str, answer: Answer, as_json: bool) -> None:
+def _show_then(agent: str, at: str, answer: ApiAnswer, as_json: bool) -> None:
     found = parsed(ChangeList, answer).changes
     if not found or found[0].type == "agent_deleted":
         raise RevisionNotFound(f"{agent} was not there at {at}, or the history begins later")

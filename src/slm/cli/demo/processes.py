@@ -81,7 +81,7 @@ class Server:
         await _end(self._process)
 
 
-class Backend:
+class DemoBackend:
     """The demo's backend and what it reports.
 
     Args:

@@ -30,7 +30,7 @@ from slm.cli import output
 from slm.cli.api_client import Api, agent_path
 from slm.cli.demo.local_model import missing
 from slm.cli.demo.model import RealModel, is_at_hand, real_model
-from slm.cli.demo.processes import Backend, Server
+from slm.cli.demo.processes import DemoBackend, Server
 from slm.cli.output import escape
 from slm.cli.target import Target, read_token
 from slm.errors import StartupError
@@ -49,10 +49,11 @@ def demo(
 ) -> None:
     """Change an agent's LLM live, and watch its very next request use it.
 
-    Starts an SLM on SQLite, a backend and a real language model on this machine (an Ollama that
-    answers, else a small local model), changes the agent's parameters, then its provider, then
-    stops the SLM and starts it again. For each: the answer, the config that made it, and how long
-    the change took to reach the backend. Under a minute; nothing of it is left.
+    It starts a server on SQLite, a backend and a real language model on this machine (Ollama if it
+    runs here, else a small local model). It changes the agent's parameters and its provider, and
+    stops the server and starts it again. Each step shows the answer, the configuration that made
+    it, and how long the change took to reach the backend. It takes under a minute and leaves
+    nothing behind.
     """
     if find_model:
         raise typer.Exit(0 if asyncio.run(is_at_hand()) else 1)
@@ -72,7 +73,7 @@ async def _until_told(tour: Any) -> None:
 
 
 @dataclass
-class Step:
+class TourStep:
     """What one step showed, for the table at the end."""
 
     what: str
@@ -122,7 +123,7 @@ async def _stage(console: Console) -> AsyncIterator[_Stage]:
         server = Server(folder / "data")
         stack.push_async_callback(server.stop)
         await server.start()
-        backend = Backend(server.url, server.data_dir / "backend.token")
+        backend = DemoBackend(server.url, server.data_dir / "backend.token")
         stack.push_async_callback(backend.stop)
         await backend.start()
         token = SecretStr(read_token(server.data_dir / "admin.token"))
@@ -134,7 +135,7 @@ class _Stage:
     """The parts while they run, and the steps of the tour."""
 
     def __init__(
-        self, console: Console, model: RealModel, server: Server, backend: Backend, api: Api
+        self, console: Console, model: RealModel, server: Server, backend: DemoBackend, api: Api
     ) -> None:
         self._console = console
         self._model = model
@@ -153,7 +154,7 @@ class _Stage:
         grid.add_row("[bold]model[/]", escape(self._model.what))
         self._console.print(grid)
 
-    async def create(self) -> Step:
+    async def create(self) -> TourStep:
         self._head("An agent is created; the backend runs already")
         body = {
             "agent_id": AGENT,
@@ -168,12 +169,12 @@ class _Stage:
         }
         return await self._change("created", "POST", "/api/agents", body)
 
-    async def change_parameters(self) -> Step:
+    async def change_parameters(self) -> TourStep:
         self._head("Its parameters are changed")
         body = {"llm_temperature": 0.0, "llm_max_tokens": 12}
         return await self._change("parameters", "PUT", agent_path(AGENT), body)
 
-    async def change_provider(self) -> Step:
+    async def change_provider(self) -> TourStep:
         self._head("Its provider is changed, from openai to anthropic, and its key with it")
         body = {
             "llm_provider": "anthropic",
@@ -183,15 +184,15 @@ class _Stage:
         }
         return await self._change("provider", "PUT", agent_path(AGENT), body)
 
-    async def without_slm(self) -> Step:
+    async def without_slm(self) -> TourStep:
         self._head("The SLM is stopped; the backend goes on from its cache")
         with output.progress("stopping the SLM"):
             await self._server.stop()
         self._line("done", f"SIGTERM to process {self._server.pid}; nobody answers at its address")
         report = await self._ask()
-        return Step("SLM stopped", report["revision"], None, None, report)
+        return TourStep("SLM stopped", report["revision"], None, None, report)
 
-    async def slm_is_back(self) -> Step:
+    async def slm_is_back(self) -> TourStep:
         self._head("The SLM is back, and the agent is changed at once")
         with output.progress("starting the SLM again"):
             await self._server.start()
@@ -204,7 +205,7 @@ class _Stage:
         )
         return step
 
-    async def _change(self, what: str, method: str, path: str, body: dict[str, Any]) -> Step:
+    async def _change(self, what: str, method: str, path: str, body: dict[str, Any]) -> TourStep:
         """Make one change over HTTP, see it reach the backend, and let the backend ask."""
         self._line("sent", f"{method} {path}  [cyan]{escape(_shown_body(body))}[/]")
         sent = time.monotonic()
@@ -212,7 +213,7 @@ class _Stage:
         answered = time.monotonic()
         with output.progress("waiting for the backend"):
             in_force = await self._backend.in_force(answer.revision)
-        step = Step(what, answer.revision, in_force - sent, in_force - answered)
+        step = TourStep(what, answer.revision, in_force - sent, in_force - answered)
         self._line(
             "took",
             f"in the backend's cache [bold green]{_ms(in_force - sent)}[/] after the request was "
@@ -245,7 +246,7 @@ class _Stage:
         )
         return report
 
-    def summary(self, steps: list[Step]) -> None:
+    def summary(self, steps: list[TourStep]) -> None:
         self._console.print()
         self._rule("What happened")
         table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 3, 0, 0))

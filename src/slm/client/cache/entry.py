@@ -1,53 +1,23 @@
-"""What the cache knows of one agent: its whole value, what it waits for, and how fresh it is.
+"""What the cache knows of one agent: which config serves, what it waits for, and what came of that.
 
-Values only; the rules about them are the cache's.
+Knows no other agent and asks nobody; what is newer than what is known is for the cache to say.
 """
 
 from __future__ import annotations
 
 import operator
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final
 
 from pydantic import SecretStr
 
+from slm.client.cache.freshness import Freshness
 from slm.client.cache.snapshot import ReceivedAgent
 from slm.client.config import Options, ResolvedConfig, Step
 from slm.schemas import AgentConfig
 
 _NO_OPTIONS: Final = Options()
-
-
-class Clockwork(Protocol):
-    """What a value asks for its age: the cache."""
-
-    clock: Callable[[], float]
-
-    def freshness(self, confirmed_at: float, *, from_file: bool) -> tuple[float, bool]:
-        """Return age and staleness of a value that nothing has superseded."""
-
-
-class Freshness:
-    """Since when one value was known to be the current one; a `ResolvedConfig` asks it."""
-
-    __slots__ = ("_cache", "confirmed_at", "from_file", "superseded_at")
-
-    def __init__(self, cache: Clockwork, confirmed_at: float, *, from_file: bool) -> None:
-        self._cache = cache
-        self.confirmed_at = confirmed_at
-        self.from_file = from_file
-        self.superseded_at: float | None = None
-
-    def __deepcopy__(self, memo: object) -> Freshness:
-        return self  # of its client: copying it would copy every agent
-
-    def __call__(self) -> tuple[float, bool]:
-        """Return the age in seconds, and whether the value is stale."""
-        if self.superseded_at is not None:
-            return self._cache.clock() - self.superseded_at, True
-        return self._cache.freshness(self.confirmed_at, from_file=self.from_file)
 
 
 @dataclass(slots=True, eq=False)
@@ -122,6 +92,86 @@ class KnownAgent:
         """Whether a key must still be fetched for this agent to be up to date."""
         missing = self.pending is not None and not self.unjudged
         return self.is_active and (missing or self.key_error is not None)
+
+    def key_of(self, api_key_revision: int) -> SecretStr | None:
+        """Return the key of this revision, if it is here."""
+        for held in (self.config, self.refused_config, self.pending):
+            same_key = held is not None and held.api_key_revision == api_key_revision
+            if held is not None and same_key and held.llm_api_key is not None:
+                return held.llm_api_key
+        return None
+
+    # --- what becomes of it ---
+
+    def take(
+        self, value: ResolvedConfig, old: KnownAgent | None, key_from: str, now: float
+    ) -> ResolvedConfig:
+        """Serve a value, and return it; what equals the one served before stays that one.
+
+        Args:
+            value: config and key.
+            old: what was known before.
+            key_from: how the key came; empty: as before.
+            now: the cache's time.
+        """
+        before = old.in_force if old is not None else None
+        if old is not None and before is not None and same(before, value):
+            value, self.freshness = before, old.freshness
+            self.freshness.confirm(now)
+        self.config = value
+        self.key_from = key_from or (old.key_from if old is not None else "")
+        return value
+
+    def await_verdict(self, old: KnownAgent | None, now: float) -> None:
+        """Serve what was served before, as stale, until a validator has judged what was taken."""
+        self.pending, self.unjudged, self.pending_since = self.config, True, now
+        self.pending_freshness = self.freshness
+        self.config = old.in_force if old is not None else None
+        if old is not None and self.config is not None:
+            self.freshness = old.freshness
+
+    def await_key(
+        self, value: ResolvedConfig, key_error: str | None, old: KnownAgent | None, now: float
+    ) -> None:
+        """Serve what was served before, as stale, until the key is here; nothing after an error."""
+        self.pending, self.key_error = value, key_error
+        waiting = old.pending if old is not None else None
+        same_key = waiting is not None and waiting.api_key_revision == value.api_key_revision
+        self.pending_since = old.pending_since if old is not None and same_key else now
+        if old is not None and key_error is None:
+            # The previous whole value: better than nothing, and never mixed with the new one.
+            self.config, self.freshness = old.in_force, old.freshness
+
+    def refuse(self, reason: str, old: KnownAgent | None) -> None:
+        """Keep the last good config in force: what was taken must not be used."""
+        self.refused = reason
+        before = old.in_force if old is not None else None
+        # With nothing good to keep, a call says best itself what is wrong.
+        if old is not None and before is not None and before is not self.config:
+            if old.refused is not None and old.refused_config is None:
+                return  # not good either
+            self.refused_config = self.config
+            self.config, self.freshness = before, old.freshness
+
+    def take_verdict(self, value: ResolvedConfig, reason: str | None, now: float) -> ResolvedConfig:
+        """Take what was said of `value`, which was awaited; return what serves then."""
+        before = self.in_force
+        self.pending, self.unjudged, self.refused = None, False, reason
+        if reason is not None and before is not None:
+            self.refused_config = value
+            return before
+        if before is not None:
+            self.freshness.supersede(now)
+        self.config, self.freshness = value, self.pending_freshness or self.freshness
+        return value
+
+    def take_later_verdict(self, reason: str | None, freshness: Freshness) -> bool:
+        """Take what is said now of the newest config; return whether it serves from now on."""
+        self.refused = reason
+        if reason is not None or self.refused_config is None:
+            return False
+        self.config, self.refused_config, self.freshness = self.refused_config, None, freshness
+        return True
 
 
 def value_of(

@@ -97,13 +97,13 @@ class Chain:
         if config is not None:
             return config
         if agent_id is not None and self._is_missing(agent_id, sync):
-            self._unknown.near(agent_id, self._cache.names)
+            self._unknown.near(agent_id, self._cache.agents)
         if agent_id is None or not self._strict:
             config = await self._default(agent_id, sync, judged)
         elif self._cache.find(agent_id) is not None:
             raise AgentUnknown(agent_id, self._why_not(agent_id, sync))
         elif self._is_missing(agent_id, sync):
-            near = self._unknown.near(agent_id, self._cache.names)
+            near = self._unknown.near(agent_id, self._cache.agents)
             raise AgentUnknown(agent_id, self._why_not(agent_id, sync), near)
         return config or self._without_slm(agent_id or "default", self._why_not(agent_id, sync))
 
@@ -112,14 +112,14 @@ class Chain:
         cache = self._cache
         if cache.find(agent_id) is not None:
             return False
-        return cache.synced or (sync is not None and sync.fetcher.lacks(agent_id))
+        return cache.position.synced or (sync is not None and sync.fetcher.lacks(agent_id))
 
     def _why_not(self, agent_id: str | None, sync: Source | None) -> str:
         """Return why the agent itself did not answer, as a sentence."""
         if agent_id is not None and self._cache.find(agent_id) is not None:
             return f"agent {agent_id!r} is switched off, or what is known of it is too old"
         if agent_id is not None and self._is_missing(agent_id, sync):
-            return self._unknown.sentence(agent_id, self._cache.names)
+            return self._unknown.sentence(agent_id, self._cache.agents)
         if sync is None:
             return "this client is closed"
         said = sync.last_error or f"the SLM has not answered yet ({sync.status.value})"
@@ -128,7 +128,7 @@ class Chain:
     async def _own(self, agent_id: str, sync: Source | None, judged: bool) -> ResolvedConfig | None:
         """Step 1: the agent's own config, or None where it is unknown or inactive."""
         cache = self._cache
-        if cache.find(agent_id) is None and not cache.live and sync is not None:
+        if cache.find(agent_id) is None and not cache.liveness.live and sync is not None:
             await sync.fetcher.ask(agent_id)
         return await self._whole(agent_id, sync, judged)
 
@@ -137,7 +137,7 @@ class Chain:
     ) -> ResolvedConfig | None:
         """Step 2: the default agent's config."""
         cache = self._cache
-        if cache.default_id is None and not cache.live and sync is not None:
+        if cache.default_id is None and not cache.liveness.live and sync is not None:
             await sync.fetcher.ask_default()
         default_id = cache.default_id
         if default_id is None or default_id == agent_id:
@@ -171,8 +171,12 @@ class Chain:
         known = await self._once_its_key_is_here(agent_id, sync, judged)
         if known is None:
             return None
-        if not cache.live and sync is not None and known.freshness()[0] > cache.ttl_seconds:
-            if known.config is not None and cache.expired(known.config):
+        if (
+            not cache.liveness.live
+            and sync is not None
+            and known.freshness()[0] > cache.liveness.ttl_seconds
+        ):
+            if known.config is not None and cache.liveness.expired(known.config.age):
                 await sync.fetcher.ask(agent_id)
             else:
                 sync.fetcher.refresh(agent_id)
@@ -182,7 +186,7 @@ class Chain:
         if known.key_error is not None:
             raise AgentKeyUnavailable(agent_id, known.key_error)
         config = known.config
-        gone = config is not None and cache.expired(config)
+        gone = config is not None and cache.liveness.expired(config.age)
         if known.unjudged and (config is None or gone):
             return known.pending  # as after a validator that failed: a call says what is wrong
         if known.pending is not None and (config is None or gone):

@@ -60,7 +60,7 @@ def _own_step(cache: AgentConfigCache, agent_id: str, unreachable: str) -> Expla
     known = cache.find(agent_id)
     if known is None:
         said = _unknown("no agent of this name", cache, unreachable)
-        near = nearest(agent_id, cache.names)
+        near = nearest(agent_id, cache.agents)
         return _step(Step.AGENT, said if near is None else f"{said}; did you mean {near!r}?")
     return _known_step(Step.AGENT, cache, known)
 
@@ -89,7 +89,7 @@ def _hardcoded_step(agent_id: str) -> ExplainedStep:
 
 
 def _unknown(what: str, cache: AgentConfigCache, unreachable: str) -> str:
-    if cache.live:
+    if cache.liveness.live:
         return f"the SLM has {what} that this token may see"
     return f"nothing is known of it, and the SLM cannot be asked: {unreachable}"
 
@@ -113,7 +113,7 @@ def _known_step(step: Step, cache: AgentConfigCache, known: KnownAgent) -> Expla
         said = f"revision {known.revision} is refused ({known.refused}), the last good one is used"
     elif known.refused is not None:
         said = f"it will fail ({known.refused}), and there is no earlier one to use"
-    elif cache.expired(held):
+    elif cache.liveness.expired(held.age):
         said = "it is too old to be used"
     elif held.stale:
         said = "the last that is known; the SLM may have a newer one"

@@ -155,12 +155,12 @@ class Acks:
     def _received(self) -> int:
         """Return up to where everything is here; of another epoch than the SLM's, nothing."""
         cache = self._cache
-        if cache.synced:
-            self._synced_epoch = cache.epoch
-        if cache.epoch != self._synced_epoch or self._synced_epoch is None:
+        if cache.position.synced:
+            self._synced_epoch = cache.position.epoch
+        if cache.position.epoch != self._synced_epoch or self._synced_epoch is None:
             self._passed = 0
             return 0
-        return cache.revision
+        return cache.position.revision
 
     def _look_again_in(self, seconds: float | None) -> None:
         if self._again is not None:

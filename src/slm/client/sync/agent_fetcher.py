@@ -73,9 +73,9 @@ class AgentFetcher:
         An SLM that could not be asked, and an agent that it does not know, are not asked again for
         a few seconds.
         """
-        generation = self._cache.generation
+        generation = self._cache.position.generation
         await asyncio.wait({self._asking(agent_id)})
-        if generation != self._cache.generation and not self._cache.synced:
+        if generation != self._cache.position.generation and not self._cache.position.synced:
             # The stream began anew meanwhile, so that the answer was of no use.
             await asyncio.wait({self._asking(agent_id)})
 
@@ -104,15 +104,15 @@ class AgentFetcher:
     async def fetch_all_keys(self) -> SLMError | None:
         """Fetch a snapshot for the keys in it, while the stream goes on; return why none came."""
         cache = self._cache
-        generation = cache.generation
+        generation = cache.position.generation
         try:
-            snapshot = await self._connection.get_snapshot(min_revision=cache.position)
+            snapshot = await self._connection.get_snapshot(min_revision=cache.position.at_least)
         except SLMError as error:
             self._could_not_ask(error)
             return error
-        if generation != cache.generation:
+        if generation != cache.position.generation:
             return None  # a snapshot for the new beginning is under way
-        if cache.contradicts(snapshot):
+        if cache.position.contradicts(snapshot):
             self._recipient.other_epoch()
             return None
         self._recipient.snapshot_applied(cache.apply_snapshot(snapshot))
@@ -133,23 +133,25 @@ class AgentFetcher:
         """Fetch one agent and apply what came; return why nothing did."""
         if agent_id in ("", ".", "..") or not (for_key or self._may_ask(agent_id)):
             return None
-        cache = self._cache
-        generation, known = cache.generation, cache.known_revision(agent_id)
+        cache, position = self._cache, self._cache.position
+        generation, known = position.generation, cache.known_revision(agent_id)
         failure: SLMError | None = None
         swapped = False
         try:
             agent = await self._connection.get_llm(
-                agent_id, min_revision=known if known >= 0 else cache.position, epoch=cache.epoch
+                agent_id,
+                min_revision=known if known >= 0 else position.at_least,
+                epoch=position.epoch,
             )
-            if generation == cache.generation:
+            if generation == position.generation:
                 swapped = cache.apply_fetched(agent)
         except (AgentNotFound, AgentInactive):
             self._do_not_ask_for_a_while(agent_id)
-            if generation == cache.generation:
+            if generation == position.generation:
                 swapped = cache.apply_absent(agent_id, known)
         except KeyUndecryptable as error:
             self._do_not_ask_for_a_while(agent_id)
-            if generation == cache.generation:
+            if generation == position.generation:
                 swapped = cache.apply_key_error(agent_id, known, error.detail)
         except EpochChanged as error:
             failure = error
@@ -165,15 +167,15 @@ class AgentFetcher:
     async def _fetch_default(self) -> None:
         if not self._may_ask(_DEFAULT):
             return
-        generation = self._cache.generation
+        generation = self._cache.position.generation
         try:
-            agent = await self._connection.get_default(epoch=self._cache.epoch)
+            agent = await self._connection.get_default(epoch=self._cache.position.epoch)
         except EpochChanged:
             self._recipient.other_epoch()
         except SLMError as error:
             self._could_not_ask(error)
         else:
-            if generation == self._cache.generation:
+            if generation == self._cache.position.generation:
                 self._recipient.fetched(agent.agent_id, self._cache.apply_config(agent))
 
     def _may_ask(self, name: str) -> bool:

@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import os
 import socket
-import time
 import uuid
 import weakref
 from collections.abc import Callable
@@ -17,9 +16,10 @@ from dataclasses import dataclass
 
 from slm.client.cache.cache import AgentConfigCache
 from slm.client.cache.keys_in_use import KeysInUse
-from slm.client.cache.snapshot_file import Contents, Saver, SnapshotFile
+from slm.client.cache.restoring import contents_of, restore
+from slm.client.cache.snapshot_file import Saver
 from slm.client.config import ResolvedConfig
-from slm.client.options import Options
+from slm.client.options import ClientOptions
 from slm.client.resolution.chain import Chain
 from slm.client.resolution.explain import explain_steps
 from slm.client.runtime import background
@@ -43,7 +43,7 @@ _log = quiet_logger("slm.client")
 class Settings:
     """What a client was made with, checked."""
 
-    options: Options
+    options: ClientOptions
     strict: bool
     start_timeout: float
     key_wait: float
@@ -179,7 +179,7 @@ class Follower:
 
     async def _close(self) -> None:
         try:
-            self._cache.set_live(False)
+            self._cache.liveness.set(False)
             self.hooks.forget_untold()
             sync, self.sync = self.sync, None
             saver, self._saver = self._saver, None
@@ -207,10 +207,12 @@ class Follower:
             self._loop = background.following.hold(self._holder)
             callbacks.enter()
         if settings.options.file is not None:
-            if self._cache.epoch is None:
-                self._load(settings.options.file)
+            if self._cache.position.epoch is None:
+                loaded = settings.options.file.load()
+                if loaded is not None:
+                    restore(self._cache, loaded)
             interval = settings.timings.save_interval_seconds
-            self._saver = Saver(settings.options.file, interval, self._contents)
+            self._saver = Saver(settings.options.file, interval, lambda: contents_of(self._cache))
         self._judging.judge_later(dict(self._cache.unsettled()))
         connection = Connection(settings.options.site, settings.timings)
         stream = Stream(connection, self._info(), settings.timings)
@@ -252,8 +254,8 @@ class Follower:
             answered_by=None if answer is None else answer.step.value,
             error=error and storable(error),
             status=self.status.value,
-            revision=cache.revision,
-            epoch=cache.epoch and storable(cache.epoch),
+            revision=cache.position.revision,
+            epoch=cache.position.epoch and storable(cache.position.epoch),
             last_error=last_error and storable(last_error),
             steps=explain_steps(cache, agent_id, answer, unreachable),
         )
@@ -298,29 +300,6 @@ class Follower:
             pid=os.getpid(),
             plain_http=self._settings.options.insecure or None,
         )
-
-    def _load(self, file: SnapshotFile) -> None:
-        loaded = file.load()
-        if loaded is not None:
-            self._cache.load(
-                loaded.agents,
-                epoch=loaded.epoch,
-                revision=loaded.revision,
-                complete=loaded.complete,
-                age_seconds=loaded.age_seconds,
-                epoch_age_seconds=loaded.epoch_age_seconds,
-                change_id=loaded.change_id,
-            )
-
-    def _contents(self) -> Contents | None:
-        cache = self._cache
-        # In between two lives of the database there is nothing that could be resumed from.
-        if cache.epoch is None or not cache.synced:
-            return None
-        complete = not cache.keys_awaited()
-        revision, change_id = cache.heard
-        since = time.time() - (cache.clock() - cache.epoch_since)
-        return Contents(cache.everything(), cache.epoch, revision, complete, change_id, since)
 
 
 _followers: weakref.WeakSet[Follower] = weakref.WeakSet()

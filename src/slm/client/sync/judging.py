@@ -81,7 +81,15 @@ class Judging:
         self._ask([config for *_, config in entries], take)
 
     def _ask_anew(self) -> None:
-        entries = self._cache.to_judge_anew(all_of_them=self._all)
+        entries = [
+            (agent_id, newest)
+            for agent_id, known in self._cache.agents.items()
+            if (newest := known.newest) is not None
+            and known.is_active
+            and known.pending is None
+            and known.key_error is None
+            and (self._all or known.refused is not None)
+        ]
         self._anew = self._all = False
 
         def take(reasons: list[str | None]) -> list[str]:

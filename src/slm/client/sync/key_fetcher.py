@@ -166,7 +166,7 @@ class KeyFetcher:
         """Ask for these, and say of each that is still missing when it is asked for again."""
         cache = self._cache
         many = len(agent_ids) > FEW and len(agent_ids) * _SHARE >= cache.size
-        if not (many and cache.synced):
+        if not (many and cache.position.synced):
             # With no snapshot yet, the one under way brings the others.
             agent_ids = agent_ids[:MAX_SINGLE]
         for agent_id in agent_ids:
@@ -174,7 +174,7 @@ class KeyFetcher:
                 awaited.again = False
         self._asking.update(agent_ids)
         try:
-            if many and cache.synced:
+            if many and cache.position.synced:
                 failures = [await self._fetch_all()] * len(agent_ids)
             else:
                 failures = list(await asyncio.gather(*map(self._fetch_one, agent_ids)))

@@ -68,25 +68,26 @@ class Poller:
         """Go on until cancelled."""
         while True:
             await self._wanted.wait()
-            if self._cache.synced:
+            if self._cache.position.synced:
                 await asyncio.sleep(self._interval * random.uniform(*_SPREAD))  # noqa: S311 # nosec
             if self._wanted.is_set():
                 await self._look()
 
     async def _look(self) -> None:
-        cache = self._cache
+        position = self._cache.position
         try:
-            news = await self._connection.get_news(since=cache.revision if cache.synced else 0)
+            since = position.revision if position.synced else 0
+            news = await self._connection.get_news(since=since)
         except SLMError as error:
             self.end()
             self._refused(error)
             return
-        other = news.epoch != cache.epoch
-        if other or not cache.synced or news.changes:
+        other = news.epoch != position.epoch
+        if other or not position.synced or news.changes:
             await self._take_all(0 if other else news.revision)
-        elif news.revision < cache.revision:
+        elif news.revision < position.revision:
             return  # a replica that is behind: what it says confirms nothing
-        if self._wanted.is_set() and cache.synced:
+        if self._wanted.is_set() and position.synced:
             self.works = True
             self._answered()
 

@@ -10,7 +10,8 @@ import asyncio
 import functools
 from typing import Protocol
 
-from slm.client.cache.cache import NEVER, AgentConfigCache
+from slm.client.cache.cache import AgentConfigCache
+from slm.client.cache.freshness import NEVER
 from slm.client.runtime.log import quiet_logger
 from slm.client.runtime.tasks import Tasks
 from slm.client.status import ClientStatus
@@ -84,6 +85,7 @@ class Synchroniser:
         self.closed = False
         self.settled = asyncio.Event()
         self._cache = cache
+        self._position = cache.position
         self._timings = timings
         self._owner = owner
         self._swapped = owner.swapped
@@ -114,11 +116,11 @@ class Synchroniser:
     @property
     def status(self) -> ClientStatus:
         """How things stand, from what is up and what failed last."""
-        if self._cache.live:
+        if self._cache.liveness.live:
             return ClientStatus.LIVE
         if self._poller.works:
             return ClientStatus.POLLING
-        if self._cache.live_until != NEVER:
+        if self._cache.liveness.live_until != NEVER:
             return ClientStatus.DISCONNECTED  # nothing was heard for too long, as will be noticed
         if self._connected and self._failures.status is None:
             return ClientStatus.BEHIND if self._behind else ClientStatus.SYNCING
@@ -148,7 +150,7 @@ class Synchroniser:
     async def close(self) -> None:
         """Stop everything and close every connection."""
         self.closed = True
-        self._cache.set_live(False)
+        self._cache.liveness.set(False)
         self._stream.deafen()
         # Whoever waits for something gets what is known.
         self.settled.set()
@@ -159,8 +161,8 @@ class Synchroniser:
 
     def look(self) -> None:
         """Notice, before a question is answered, that this process or its machine stood still."""
-        if self._cache.live_until != NEVER and not self._cache.live:
-            self._cache.set_live(False)
+        if self._cache.liveness.live_until != NEVER and not self._cache.liveness.live:
+            self._cache.liveness.set(False)
             self.settled.clear()
             self._stream.leave()
 
@@ -188,19 +190,19 @@ class Synchroniser:
 
     def position(self) -> Resume | None:
         """Return where to resume: only what is complete up to a revision may be resumed."""
-        cache = self._cache
-        if not cache.synced or cache.epoch is None:
+        position = self._position
+        if not position.synced or position.epoch is None:
             return None
-        since, change_id = cache.heard
-        return Resume(since, cache.epoch, change_id)
+        since, change_id = position.heard
+        return Resume(since, position.epoch, change_id)
 
     def heard(self, until: float) -> None:
         """Go on being live, where this client is."""
         if self.closed:
             return
         self._heard_until = until
-        if self._cache.live_until != NEVER:
-            self._cache.live_until = until
+        if self._cache.liveness.live_until != NEVER:
+            self._cache.liveness.live_until = until
 
     def subscribed(self, message: Subscribed, since: int | None) -> None:
         """Go on from where we were, or begin with a snapshot; nothing between is lost."""
@@ -212,32 +214,32 @@ class Synchroniser:
         self._want_keys()  # whom the SLM refused a key may have another token now
         if since is None:
             self._begin(message)
-        elif message.epoch == self._cache.epoch and message.revision == since:
+        elif message.epoch == self._position.epoch and message.revision == since:
             # Live only once everything up to the head of that moment is here.
             self._live_from = message.head or 0
-            self._cache.advance(since, message.change_id)
+            self._position.advance(since, message.change_id)
             self._reached()
         # else: a resync follows, and until then what is held may be of another life.
 
     def received(self, message: ServerMessage) -> None:
         """Apply what the stream says."""
-        cache = self._cache
+        position = self._position
         if not self._connected or self.closed:
             return  # left over in the buffer of a stream that was given up
         if isinstance(message, AgentChanged | AgentDeleted):
-            if cache.synced and message.revision > cache.revision + 1:
+            if position.synced and message.revision > position.revision + 1:
                 # The contract excludes this; but a hole must not stay, whoever made it.
                 _log.warning("the stream skipped a revision; fetching a snapshot")
-                self._start_over(cache.epoch or "", message.revision, message.change_id)
+                self._start_over(position.epoch or "", message.revision, message.change_id)
             about: tracing.Attributes = {
                 "slm.agent_id": message.agent_id,
                 "slm.revision": message.revision,
             }
             with tracing.joined("slm.apply", message.traceparent, about):
-                cache.advance(message.revision, message.change_id)
-                self.fetched(message.agent_id, cache.apply_change(message))
+                position.advance(message.revision, message.change_id)
+                self.fetched(message.agent_id, self._cache.apply_change(message))
         elif isinstance(message, Heartbeat):
-            cache.advance(message.revision, message.change_id)
+            position.advance(message.revision, message.change_id)
             self._behind = message.behind
             self._update_liveness()
         elif isinstance(message, Resync):
@@ -269,13 +271,13 @@ class Synchroniser:
 
     def _stuck(self) -> str | None:
         """Say why this client is not live though its stream is up; None: it is, or has none."""
-        if self._cache.live or not self._connected:
+        if self._cache.liveness.live or not self._connected:
             return None
         return "is behind" if self._behind else "does not bring this client up to date"
 
     def _reached(self) -> None:
         """Become live once the head that `subscribed` named is reached."""
-        if self._cache.synced and self._cache.revision >= self._live_from:
+        if self._position.synced and self._position.revision >= self._live_from:
             self._live_from = 0
             self._all_is_well()
 
@@ -287,10 +289,10 @@ class Synchroniser:
         self.settled.set()
 
     def _update_liveness(self) -> None:
-        reached = self._cache.revision >= self._live_from
-        live = self._connected and self._cache.synced and reached and not self._behind
-        became_live = live and self._cache.live_until == NEVER
-        self._cache.set_live(live, self._heard_until)
+        reached = self._position.revision >= self._live_from
+        live = self._connected and self._position.synced and reached and not self._behind
+        became_live = live and self._cache.liveness.live_until == NEVER
+        self._cache.liveness.set(live, self._heard_until)
         self._stream.note_caught_up(live)
         if became_live:
             self._owner.became_live()
@@ -304,7 +306,7 @@ class Synchroniser:
     def _polled(self) -> None:
         """Note that without a stream, too, what is known is the newest."""
         self._failures.status = None
-        self._cache.confirm()
+        self._cache.liveness.confirm()
         self.wake()
         self.settled.set()
 
@@ -345,7 +347,7 @@ class Synchroniser:
             except SLMError as error:
                 self.not_answered(error)
                 await watch.wait(backoff.delay_after(error))
-        other_life = self._connected and self._cache.contradicts(snapshot)
+        other_life = self._connected and self._position.contradicts(snapshot)
         for agent_id in self._cache.apply_snapshot(snapshot):
             self._swapped(agent_id)
         self._want_keys()
@@ -376,7 +378,7 @@ class Synchroniser:
 
     def answered(self) -> None:
         """Note that the SLM answered."""
-        if self._cache.live:
+        if self._cache.liveness.live:
             self._failures.last_error = None
 
     def not_answered(self, error: SLMError) -> None:

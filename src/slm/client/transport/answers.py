@@ -86,7 +86,7 @@ class Redirected(aiohttp.ClientError):
             self.target = ""
 
 
-class Place:
+class AskedServer:
     """Whom a request went to, as errors name it.
 
     Args:
@@ -122,7 +122,7 @@ def problem(
     headers: Mapping[str, str],
     body: bytes,
     repeated: Callable[[str], str],
-    place: Place,
+    place: AskedServer,
     what: str,
 ) -> SLMError:
     """Return the error that an answer other than success stands for.
@@ -157,7 +157,7 @@ def _without_words(
     status: int,
     headers: Mapping[str, str],
     repeated: Callable[[str], str],
-    place: Place,
+    place: AskedServer,
     what: str,
 ) -> str:
     """Return a sentence for an answer in whose body nobody says what is wrong."""
@@ -181,7 +181,7 @@ def _without_words(
 
 
 def handshake_failure(
-    error: aiohttp.WSServerHandshakeError, repeated: Callable[[str], str], place: Place
+    error: aiohttp.WSServerHandshakeError, repeated: Callable[[str], str], place: AskedServer
 ) -> SLMError:
     """Return the error for a handshake that was answered, though not as a WebSocket's is."""
     headers: Mapping[str, str] = error.headers or {}
@@ -193,7 +193,7 @@ def handshake_failure(
 
 
 def failure_of(
-    error: Exception, what: str, timeout: float, place: Place, repeated: Callable[[str], str]
+    error: Exception, what: str, timeout: float, place: AskedServer, repeated: Callable[[str], str]
 ) -> SLMError:
     """Return the error of ours for what the HTTP library raised, which knows the request.
 
@@ -246,7 +246,7 @@ def failure_of(
     return SLMUnavailable(f"the SLM's answer cannot be read: {type(error).__name__}")
 
 
-def _proxy_refused(status: int, place: Place) -> SLMError:
+def _proxy_refused(status: int, place: AskedServer) -> SLMError:
     hint = {
         403: ": it does not allow this destination",
         407: ": it asks for a user name and password, or refuses these",
@@ -259,7 +259,7 @@ def _proxy_refused(status: int, place: Place) -> SLMError:
     )
 
 
-def _tls_failure(error: Exception, place: Place) -> SLMError:
+def _tls_failure(error: Exception, place: AskedServer) -> SLMError:
     cause = getattr(error, "certificate_error", None) or getattr(error, "os_error", None) or error
     reason = getattr(cause, "verify_message", None) or getattr(cause, "reason", None) or str(cause)
     if isinstance(reason, str) and reason.upper().replace(" ", "_") in _NO_TLS:

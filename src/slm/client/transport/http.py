@@ -22,7 +22,7 @@ from slm.client.timings import Timings
 from slm.client.transport.addresses import Addresses, normalised_url
 from slm.client.transport.answers import (
     UPGRADE,
-    Place,
+    AskedServer,
     Redirected,
     UpgradeFailed,
     failure_of,
@@ -253,11 +253,11 @@ class Connection:
                     raise SLMUnavailable(f"the SLM's answer is larger than {max_bytes} bytes")
             return answer.status, answer.headers, b"".join(pieces)
 
-    def _place(self, url: str) -> Place:
+    def _place(self, url: str) -> AskedServer:
         way = None
         with contextlib.suppress(SLMError):
             way = self._site.proxies.on_the_way_to(url)
-        return Place(url, None if way is None else way.place)
+        return AskedServer(url, None if way is None else way.place)
 
     async def _translated(self, call: Awaitable[_T], url: str, what: str, timeout: float) -> _T:
         """Turn the HTTP library's exceptions into ours: theirs know the request and its token."""

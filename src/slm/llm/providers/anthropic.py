@@ -78,15 +78,7 @@ class AnthropicProvider(HTTPProvider):
         parser.finish_reason = finish(answer.get("stop_reason"))
         for block in blocks or ():
             parser.whole(block)
-        end = parser.ended()
-        return Completion(
-            text=parser.text,
-            reasoning=parser.reasoning,
-            tool_calls=end.tool_calls,
-            finish_reason=parser.finish_reason or ("tool_calls" if end.tool_calls else "stop"),
-            usage=usage(answer.get("usage"), None),
-            parts=end.parts,
-        )
+        return parser.completion(usage(answer.get("usage"), None))
 
     def parser(self, request: ChatRequest) -> AnthropicParser:
         """Return what reads one stream."""

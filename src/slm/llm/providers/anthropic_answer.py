@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from slm.llm.providers.base import End, StreamChunk, ToolCallDelta, Usage, counted
-from slm.llm.providers.tool_calls import ToolCalls
-from slm.llm.providers.wire import Event
+from slm.llm.providers.parsing import NOTHING, AnswerParser, shown, string
+from slm.llm.providers.wire import ServerSentEvent
 
 _FINISH: Final = {
     "end_turn": "stop",
@@ -23,34 +23,20 @@ _FINISH: Final = {
 }
 
 
-class AnthropicParser:
+class AnthropicParser(AnswerParser):
     """Reads one stream, block by block, or the blocks of a whole answer."""
 
     def __init__(self) -> None:
-        self.finish_reason: str | None = None
-        self.done = False
+        super().__init__()
         self._begun = False
         self._prompt: Any = None
-        self._text: list[str] = []
-        self._reasoning: list[str] = []
-        self._calls = ToolCalls()
         # The provider's own blocks, and where the pieces of the ones being read go.
         self._blocks: list[dict[str, Any]] = []
         self._pieces: dict[int, list[str]] = {}
         self._stopped: set[int] = set()
         self._by_index: dict[int, int] = {}
 
-    @property
-    def text(self) -> str:
-        """The text so far."""
-        return "".join(self._text)
-
-    @property
-    def reasoning(self) -> str:
-        """The reasoning so far."""
-        return "".join(self._reasoning)
-
-    def take(self, event: Event) -> StreamChunk | None:
+    def take(self, event: ServerSentEvent) -> StreamChunk | None:
         """Return what the event adds to the answer."""
         value = event.value
         kind = value.get("type") or event.name
@@ -61,11 +47,11 @@ class AnthropicParser:
         if kind == "content_block_start":
             block = dict(_mapping(value.get("content_block")))
             self._by_index[_index(value, len(self._blocks))] = len(self._blocks)
-            return _shown(self.begin(block))
+            return shown(self.begin(block))
         if kind == "content_block_delta":
-            return _shown(self._delta(value))
+            return shown(self._delta(value))
         if kind == "content_block_stop":
-            return _shown(self.stop(self._by_index.get(_index(value, -1))))
+            return shown(self.stop(self._by_index.get(_index(value, -1))))
         if kind == "message_delta":
             self.finish_reason = (
                 finish(_mapping(value.get("delta")).get("stop_reason")) or self.finish_reason
@@ -92,7 +78,7 @@ class AnthropicParser:
     def whole(self, block: Mapping[str, Any] | None) -> StreamChunk:
         """Take a block that came whole."""
         if block is None:
-            return _NOTHING
+            return NOTHING
         first = self.begin(dict(block))
         return StreamChunk(tool_calls=first.tool_calls + self.stop().tool_calls)
 
@@ -102,8 +88,8 @@ class AnthropicParser:
         at = len(self._blocks)
         self._blocks.append(block)
         kind = block.get("type")
-        text = _string(block.get("text")) if kind == "text" else ""
-        reasoning = _string(block.get("thinking")) if kind == "thinking" else ""
+        text = string(block.get("text")) if kind == "text" else ""
+        reasoning = string(block.get("thinking")) if kind == "thinking" else ""
         self._text.append(text)
         self._reasoning.append(reasoning)
         calls: tuple[ToolCallDelta, ...] = ()
@@ -116,21 +102,21 @@ class AnthropicParser:
         """End a block, the last one if not said otherwise, and return what it still adds."""
         at = len(self._blocks) - 1 if at is None else at
         if at < 0 or at in self._stopped:
-            return _NOTHING
+            return NOTHING
         self._stopped.add(at)
         block, pieces = self._blocks[at], self._pieces.pop(at, None)
         kind = str(block.get("type"))
         if kind in ("text", "thinking"):
             if pieces:
-                block[kind] = _string(block.get(kind)) + "".join(pieces)
-            return _NOTHING
+                block[kind] = string(block.get(kind)) + "".join(pieces)
+            return NOTHING
         if not kind.endswith("tool_use"):
-            return _NOTHING
+            return NOTHING
         # Some servers give the whole of it where the block begins.
         given = "".join(pieces) if pieces else block.get("input")
         block["input"] = _object_or_text(given)
         if kind != "tool_use" or pieces or not given:
-            return _NOTHING
+            return NOTHING
         return StreamChunk(tool_calls=self._piece(at, function={"arguments": given}))
 
     def _piece(self, at: int, **piece: Any) -> tuple[ToolCallDelta, ...]:
@@ -144,11 +130,7 @@ class AnthropicParser:
         if not (self.done or self.finish_reason):
             return None
         pieces = [call for at in range(len(self._blocks)) for call in self.stop(at).tool_calls]
-        end = self.ended()
-        reason = None
-        if self.finish_reason is None:
-            reason = self.finish_reason = "tool_calls" if end.tool_calls else "stop"
-        return StreamChunk(tool_calls=tuple(pieces), finish_reason=reason, end=end)
+        return self.last(tuple(pieces))
 
     def ended(self) -> End:
         """Return what is known only at the end."""
@@ -162,26 +144,26 @@ class AnthropicParser:
         at = self._block_of(value, str(kind))
         block = self._blocks[at]
         if kind == "text_delta":
-            text = _string(delta.get("text"))
+            text = string(delta.get("text"))
             self._pieces.setdefault(at, []).append(text)
             self._text.append(text)
             return StreamChunk(text=text)
         if kind == "thinking_delta":
-            thought = _string(delta.get("thinking"))
+            thought = string(delta.get("thinking"))
             self._pieces.setdefault(at, []).append(thought)
             self._reasoning.append(thought)
             return StreamChunk(reasoning=thought)
         if kind == "input_json_delta":
             piece = delta.get("partial_json")
-            piece = json.dumps(piece) if isinstance(piece, Mapping) else _string(piece)
+            piece = json.dumps(piece) if isinstance(piece, Mapping) else string(piece)
             self._pieces.setdefault(at, []).append(piece)
             if block.get("type") == "tool_use" and piece:
                 return StreamChunk(tool_calls=self._piece(at, function={"arguments": piece}))
         elif kind == "signature_delta":
-            block["signature"] = _string(block.get("signature")) + _string(delta.get("signature"))
+            block["signature"] = string(block.get("signature")) + string(delta.get("signature"))
         elif kind == "citations_delta":
             block["citations"] = [*(block.get("citations") or ()), delta.get("citation")]
-        return _NOTHING
+        return NOTHING
 
     def _block_of(self, value: Mapping[str, Any], kind: str) -> int:
         """Return which block a piece belongs to; some servers leave out its start or its index."""
@@ -198,7 +180,6 @@ class AnthropicParser:
         return at
 
 
-_NOTHING: Final = StreamChunk()
 # Blocks that hold no more than this are the common form, and need not be kept beside it.
 _PLAIN: Final[Mapping[Any, set[str]]] = {
     "text": {"type", "text"},
@@ -214,14 +195,6 @@ def _mapping(value: Any) -> Mapping[str, Any]:
     return value
 
 
-def _string(value: Any) -> str:
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise TypeError("a member of the answer is not text")
-    return value
-
-
 def _index(value: Mapping[str, Any], default: int) -> int:
     index = value.get("index")
     if index is None:
@@ -229,10 +202,6 @@ def _index(value: Mapping[str, Any], default: int) -> int:
     if isinstance(index, bool) or not isinstance(index, int):
         raise TypeError("the index of a block is not a number")
     return index
-
-
-def _shown(chunk: StreamChunk) -> StreamChunk | None:
-    return None if chunk == _NOTHING else chunk
 
 
 def _object_or_text(given: Any) -> Any:
@@ -249,7 +218,7 @@ def finish(reason: Any) -> str | None:
     """Return the reason in the common words, or the provider's own."""
     if not reason:
         return None
-    return _FINISH.get(reason, reason) if isinstance(reason, str) else _string(reason)
+    return _FINISH.get(reason, reason) if isinstance(reason, str) else string(reason)
 
 
 def usage(prompt: Any, last: Any) -> Usage | None:

@@ -24,9 +24,10 @@ from slm.errors import (
     LLMRateLimited,
     LLMUnavailable,
 )
+from slm.llm.answer import AnswerUnreadable
 from slm.llm.providers.wire import NotOfTheProtocol
 from slm.llm.providers.words import Words, calls_itself_error, number, words_of
-from slm.llm.transport import AddressRefused, AnswerUnreadable
+from slm.llm.transport import AddressRefused
 
 _MAX_WAIT_SECONDS: Final = 365 * 86400.0
 

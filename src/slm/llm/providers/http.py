@@ -14,10 +14,11 @@ import re
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Final, Protocol, TypeVar
+from typing import Any, ClassVar, Final, TypeVar
 
 from slm import __version__
 from slm.endpoints import origin
+from slm.llm.answer import Answer
 from slm.llm.providers.adjustments import REASONING, Adjustments
 from slm.llm.providers.base import (
     PARTS,
@@ -40,9 +41,10 @@ from slm.llm.providers.failures import (
     not_an_answer,
     refused,
 )
-from slm.llm.providers.wire import Body, Done, Event, StreamReader, json_of
+from slm.llm.providers.parsing import AnswerParser
+from slm.llm.providers.wire import Body, Done, ServerSentEvent, StreamReader, json_of
 from slm.llm.providers.words import Words, error_in_answer
-from slm.llm.transport import Answer, Connections
+from slm.llm.transport import Connections
 
 T = TypeVar("T")
 
@@ -54,24 +56,6 @@ MAX_ORIGINS: Final = 256
 _DRAIN_SECONDS: Final = 0.05
 _ERROR_SECONDS: Final = 5.0
 _MAX_ERROR_BYTES: Final = 65536
-
-
-class StreamParser(Protocol):
-    """Reads the events of one stream.
-
-    Attributes:
-        finish_reason: None until the provider said that it is done.
-        done: whether the protocol's own end mark was seen; nothing comes after it.
-    """
-
-    finish_reason: str | None
-    done: bool
-
-    def take(self, event: Event) -> StreamChunk | None:
-        """Return what the event adds to the answer, None where it only says that it is there."""
-
-    def end(self) -> StreamChunk | None:
-        """Return the last piece, with its `end`; None where the stream was cut."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +110,7 @@ class HTTPProvider:
         """Return a whole answer; raises whatever comes of one that is not of the protocol."""
         raise NotImplementedError
 
-    def parser(self, request: ChatRequest) -> StreamParser:
+    def parser(self, request: ChatRequest) -> AnswerParser:
         """Return what reads one stream."""
         raise NotImplementedError
 
@@ -268,7 +252,7 @@ class HTTPProvider:
         head = b""
         more = True
         while more and not parser.done:
-            items: Iterable[Event | Done | Body | Exception]
+            items: Iterable[ServerSentEvent | Done | Body | Exception]
             try:
                 data = await _some(answer, parser.finish_reason is not None)
             except Exception as error:

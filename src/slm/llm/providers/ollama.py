@@ -25,8 +25,8 @@ from slm.llm.providers.base import (
 )
 from slm.llm.providers.failures import Unsupported
 from slm.llm.providers.http import HTTPProvider
-from slm.llm.providers.tool_calls import ToolCalls
-from slm.llm.providers.wire import Event
+from slm.llm.providers.parsing import AnswerParser, shown, string
+from slm.llm.providers.wire import ServerSentEvent
 
 # These stand beside `options` in a request; everything else is the model's own and goes inside.
 _TOP_LEVEL: Final = frozenset({"format", "keep_alive", "logprobs", "think", "top_logprobs"})
@@ -58,15 +58,7 @@ class OllamaProvider(HTTPProvider):
             raise TypeError("an answer without a message")
         parser = OllamaParser()
         parser.read(answer)
-        end = parser.ended()
-        return Completion(
-            text=parser.text,
-            reasoning=parser.reasoning,
-            tool_calls=end.tool_calls,
-            finish_reason="tool_calls" if end.tool_calls else parser.finish_reason or "stop",
-            usage=_usage(answer),
-            parts=end.parts,
-        )
+        return parser.completion(_usage(answer))
 
     def parser(self, request: ChatRequest) -> OllamaParser:
         """Return what reads one stream."""
@@ -157,32 +149,18 @@ def _format(wanted: Mapping[str, Any]) -> Any:
     raise Unsupported("of response_format, ollama knows json_object and json_schema alone")
 
 
-class OllamaParser:
+class OllamaParser(AnswerParser):
     """Reads one stream, or the one part of a whole answer."""
 
     def __init__(self) -> None:
-        self.finish_reason: str | None = None
-        self.done = False
+        super().__init__()
         self._answered = False
-        self._text: list[str] = []
-        self._reasoning: list[str] = []
-        self._calls = ToolCalls()
         self._extra: dict[str, Any] = {}
 
-    @property
-    def text(self) -> str:
-        """The text so far."""
-        return "".join(self._text)
-
-    @property
-    def reasoning(self) -> str:
-        """The reasoning so far."""
-        return "".join(self._reasoning)
-
-    def take(self, event: Event) -> StreamChunk | None:
+    def take(self, event: ServerSentEvent) -> StreamChunk | None:
         """Return what the event adds to the answer."""
         chunk = self.read(event.value)
-        return None if chunk == _NOTHING else chunk
+        return shown(chunk)
 
     def read(self, part: Mapping[str, Any]) -> StreamChunk:
         """Take one part, and return what it adds."""
@@ -192,7 +170,7 @@ class OllamaParser:
         if not isinstance(message, Mapping):
             raise TypeError("a message is no object")
         self._answered = self._answered or bool(message) or bool(part.get("done"))
-        text, reasoning = _string(message.get("content")), _string(message.get("thinking"))
+        text, reasoning = string(message.get("content")), string(message.get("thinking"))
         self._text.append(text)
         self._reasoning.append(reasoning)
         # Each comes whole, and all of them with index 0.
@@ -203,7 +181,7 @@ class OllamaParser:
         finish = None
         if part.get("done") in (True, "true"):
             self.done = True
-            reason = _string(part.get("done_reason")) or "stop"
+            reason = string(part.get("done_reason")) or "stop"
             finish = self.finish_reason = "tool_calls" if len(self._calls) else reason
         return StreamChunk(
             text=text,
@@ -217,11 +195,7 @@ class OllamaParser:
         """Return the last piece; None where the stream was cut."""
         if not (self._answered and self.done):
             return None
-        end = self.ended()
-        finish = None
-        if self.finish_reason is None:
-            finish = self.finish_reason = "tool_calls" if end.tool_calls else "stop"
-        return StreamChunk(finish_reason=finish, end=end)
+        return self.last()
 
     def ended(self) -> End:
         """Return what is known only at the end."""
@@ -234,17 +208,6 @@ class OllamaParser:
         if extras := self._calls.extras():
             parts["tool_calls"] = extras
         return End(tool_calls=calls, parts=parts)
-
-
-_NOTHING: Final = StreamChunk()
-
-
-def _string(value: Any) -> str:
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise TypeError("a member of the answer is not text")
-    return value
 
 
 def _usage(part: Mapping[str, Any]) -> Usage | None:

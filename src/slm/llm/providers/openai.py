@@ -22,8 +22,8 @@ from slm.llm.providers.base import (
     parts_of,
 )
 from slm.llm.providers.http import HTTPProvider
-from slm.llm.providers.tool_calls import ToolCalls
-from slm.llm.providers.wire import Event
+from slm.llm.providers.parsing import AnswerParser, shown, string
+from slm.llm.providers.wire import ServerSentEvent
 
 # What a message of an answer has beside these is the provider's own, and goes back to it.
 _COMMON: Final = frozenset(
@@ -65,15 +65,7 @@ class OpenAIProvider(HTTPProvider):
         message = choice.get("message")
         if not isinstance(message, Mapping) and not parser.finish_reason:
             raise TypeError("a choice without a message")
-        end = parser.ended()
-        return Completion(
-            text=parser.text,
-            reasoning=parser.reasoning,
-            tool_calls=end.tool_calls,
-            finish_reason=parser.finish_reason or ("tool_calls" if end.tool_calls else "stop"),
-            usage=_usage(answer.get("usage")),
-            parts=end.parts,
-        )
+        return parser.completion(_usage(answer.get("usage")))
 
     def parser(self, request: ChatRequest) -> OpenAIParser:
         """Return what reads one stream."""
@@ -125,7 +117,7 @@ def _call(call: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
     return {**extra, "type": "function", **call, "function": function}
 
 
-class OpenAIParser:
+class OpenAIParser(AnswerParser):
     """Reads one stream, or the one choice of a whole answer.
 
     Args:
@@ -133,27 +125,13 @@ class OpenAIParser:
     """
 
     def __init__(self, wanted: int | None = None) -> None:
-        self.finish_reason: str | None = None
-        self.done = False
+        super().__init__()
         self._wanted = wanted
         self._answered = False
-        self._text: list[str] = []
-        self._reasoning: list[str] = []
-        self._calls = ToolCalls()
         self._extra: dict[str, list[Any]] = {}
         self._content: list[dict[str, Any]] = []
 
-    @property
-    def text(self) -> str:
-        """The text so far."""
-        return "".join(self._text)
-
-    @property
-    def reasoning(self) -> str:
-        """The reasoning so far."""
-        return "".join(self._reasoning)
-
-    def take(self, event: Event) -> StreamChunk | None:
+    def take(self, event: ServerSentEvent) -> StreamChunk | None:
         """Return what the event adds to the answer."""
         usage = _usage(event.value.get("usage"))
         choice = _choice(event.value.get("choices") or (), self._wanted)
@@ -168,7 +146,7 @@ class OpenAIParser:
         chunk = self.choose(choice, delta=True)
         if usage is not None:
             return replace(chunk, usage=usage)
-        return None if chunk == _NOTHING else chunk
+        return shown(chunk)
 
     def choose(self, choice: Mapping[str, Any], *, delta: bool) -> StreamChunk:
         """Take one choice, and return what it adds."""
@@ -187,7 +165,7 @@ class OpenAIParser:
             self._content += [dict(part) for part in content]
         elif self._content and text:
             self._content.append({"type": "text", "text": text})
-        text = text or _string(message.get("refusal"))
+        text = text or string(message.get("refusal"))
         reasoning = reasoning or _reasoning(message)
         pieces = []
         former = message.get("function_call")
@@ -213,11 +191,7 @@ class OpenAIParser:
         """Return the last piece; None where the stream was cut."""
         if not self._answered or not (self.done or self.finish_reason):
             return None
-        end = self.ended()
-        finish = None
-        if self.finish_reason is None:
-            finish = self.finish_reason = "tool_calls" if end.tool_calls else "stop"
-        return StreamChunk(finish_reason=finish, end=end)
+        return self.last()
 
     def ended(self) -> End:
         """Return what is known only at the end."""
@@ -230,9 +204,6 @@ class OpenAIParser:
         if extras := self._calls.extras():
             parts["tool_calls"] = extras
         return End(tool_calls=calls, parts=parts)
-
-
-_NOTHING: Final = StreamChunk()
 
 
 def _choice(choices: Any, wanted: int | None) -> Mapping[str, Any] | None:
@@ -255,14 +226,6 @@ def _number(choice: Mapping[str, Any]) -> int:
     return index if isinstance(index, int) else 0
 
 
-def _string(value: Any) -> str:
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise TypeError("a member of the answer is not text")
-    return value
-
-
 def _said(content: Any) -> tuple[str, str]:
     """Return text and reasoning of a content, which is text or a list of parts."""
     if content is None or isinstance(content, str):
@@ -271,9 +234,9 @@ def _said(content: Any) -> tuple[str, str]:
     for part in content:
         kind = part.get("type")
         if kind in (None, "text", "output_text"):
-            texts.append(_string(part.get("text")))
+            texts.append(string(part.get("text")))
         elif kind == "refusal":
-            texts.append(_string(part.get("refusal")))
+            texts.append(string(part.get("refusal")))
         elif kind in ("thinking", "reasoning"):
             inner = part.get(kind) or part.get("text")
             thoughts.append("".join(_said(inner)))

@@ -27,7 +27,7 @@ class NotOfTheProtocol(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class Event:
+class ServerSentEvent:
     """One event of a stream: its name, where it has one, and its JSON object."""
 
     name: str
@@ -73,7 +73,7 @@ class StreamReader:
         self._data: list[bytes] = []
         self._begun = False
 
-    def feed(self, data: bytes) -> Iterator[Event | Done]:
+    def feed(self, data: bytes) -> Iterator[ServerSentEvent | Done]:
         """Yield what these bytes make whole.
 
         Raises:
@@ -91,7 +91,7 @@ class StreamReader:
         else:
             yield from self._fed_events(data)
 
-    def end(self) -> Iterator[Event | Done | Body]:
+    def end(self) -> Iterator[ServerSentEvent | Done | Body]:
         """Yield what is left when nothing more comes."""
         rest = b"".join(self._line)
         self._line.clear()
@@ -119,7 +119,7 @@ class StreamReader:
             return _Kind.EVENTS
         return _Kind.UNKNOWN if _FIELD_BEGUN.match(data[:8]) else _Kind.BODY
 
-    def _fed_lines(self, data: bytes) -> Iterator[Event | Done]:
+    def _fed_lines(self, data: bytes) -> Iterator[ServerSentEvent | Done]:
         # At "\n" alone: U+2028 and U+0085 stand inside JSON, and end no line there.
         *whole, rest = data.split(b"\n")
         for line in whole:
@@ -129,7 +129,7 @@ class StreamReader:
             yield from self._noted(_objects("", line))
         self._line.append(rest)
 
-    def _fed_events(self, data: bytes) -> Iterator[Event | Done]:
+    def _fed_events(self, data: bytes) -> Iterator[ServerSentEvent | Done]:
         if self._after_cr and data.startswith(b"\n"):
             data = data[1:]
         self._after_cr = data.endswith(b"\r")
@@ -148,7 +148,7 @@ class StreamReader:
         if rest:
             self._line.append(rest)
 
-    def _taken(self, line: bytes) -> Iterator[Event | Done]:
+    def _taken(self, line: bytes) -> Iterator[ServerSentEvent | Done]:
         name, _, value = line.partition(b":")
         value = value.removeprefix(b" ")
         if name == b"data":
@@ -158,7 +158,7 @@ class StreamReader:
             yield from self._dispatched()
             self._name = value.decode("utf-8", "replace").strip()
 
-    def _dispatched(self) -> Iterator[Event | Done]:
+    def _dispatched(self) -> Iterator[ServerSentEvent | Done]:
         name, parts = self._name, self._data
         self._name, self._data = "", []
         if len(parts) < 2:
@@ -171,13 +171,13 @@ class StreamReader:
             found = [each for part in parts for each in _objects(name, part)]
         yield from self._noted(found)
 
-    def _noted(self, found: Iterable[Event | Done]) -> Iterator[Event | Done]:
+    def _noted(self, found: Iterable[ServerSentEvent | Done]) -> Iterator[ServerSentEvent | Done]:
         for each in found:
             self._begun = True
             yield each
 
 
-def _objects(name: str, data: bytes = b"") -> Iterator[Event | Done]:
+def _objects(name: str, data: bytes = b"") -> Iterator[ServerSentEvent | Done]:
     if data[:5] == b"data:":
         data = data[5:]
     data = data.strip(b" \t\r\n")
@@ -196,9 +196,9 @@ def _objects(name: str, data: bytes = b"") -> Iterator[Event | Done]:
             raise NotOfTheProtocol(value[:2048]) from None
     for each in value if isinstance(value, list) else [value]:
         if isinstance(each, dict):
-            yield Event(name, each)
+            yield ServerSentEvent(name, each)
         elif isinstance(each, str) and each.strip():
-            yield Event("error", {"error": each})
+            yield ServerSentEvent("error", {"error": each})
         elif each is not None and each != "":
             raise NotOfTheProtocol(data[:2048].decode("utf-8", "replace"))
 

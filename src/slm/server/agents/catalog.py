@@ -10,60 +10,18 @@ import asyncio
 import gzip
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from functools import cached_property
-from typing import Final, NamedTuple
+from typing import Final
 
 from slm.schemas import Agent
+from slm.server.agents.changes import CommittedChange
 from slm.server.security.agent_scope import EVERYTHING, View
 
 GZIP_LEVEL: Final = 5
 """Above it a list gets hardly smaller and takes twice as long."""
 
 
-class Position(NamedTuple):
-    """A position in a database; the change id tells it from another one of the same number.
-
-    Attributes:
-        revision: of the last change that is known.
-        epoch: the life; empty: nothing is known yet.
-        change_id: of that change; None where only a number was given.
-    """
-
-    revision: int
-    epoch: str
-    change_id: str | None
-
-
-@dataclass(frozen=True)
-class CommittedChange:
-    """One row of `changes`, as the feed read it.
-
-    Attributes:
-        revision: its place in the order of all changes.
-        type: `agent_config_changed`, `agent_created` or `agent_deleted`.
-        agent: the agent after the change; for a delete, as it was.
-        was_default: whether it was the default before the change.
-        created_at: when it was made, by the clock of the server that made it; None: not read.
-        traceparent: the trace that it was made in, where it was made here and is traced.
-        change_id: tells it from any other change of this revision.
-    """
-
-    revision: int
-    type: str
-    agent: Agent
-    was_default: bool = False
-    created_at: datetime | None = None
-    traceparent: str | None = None
-    change_id: str = ""
-
-    @property
-    def deletes(self) -> bool:
-        """Whether the agent is gone after this."""
-        return self.type == "agent_deleted"
-
-
-class Entry:
+class CatalogEntry:
     """One agent as the catalog holds it, encoded when first asked for."""
 
     def __init__(self, agent: Agent, epoch: str) -> None:
@@ -102,7 +60,7 @@ class AgentFilter:
     is_active: bool | None = None
     view: View = EVERYTHING
 
-    def matches(self, entry: Entry) -> bool:
+    def matches(self, entry: CatalogEntry) -> bool:
         """Whether the agent is in the list."""
         agent = entry.agent
         return (
@@ -130,7 +88,7 @@ class Catalog:
         self.revision = 0
         self.epoch = ""
         self.change_id = ""
-        self._entries: dict[str, Entry] = {}
+        self._entries: dict[str, CatalogEntry] = {}
         self._default_id: str | None = None
         self._whole_list: bytes | None = None
         self._compressed: asyncio.Future[bytes] | None = None
@@ -140,7 +98,7 @@ class Catalog:
 
     def load(self, agents: Iterable[Agent], revision: int, epoch: str, change_id: str = "") -> None:
         """Replace everything; `agents` come in the order of their ids."""
-        self._entries = {agent.agent_id: Entry(agent, epoch) for agent in agents}
+        self._entries = {agent.agent_id: CatalogEntry(agent, epoch) for agent in agents}
         self._default_id = next(
             (e.agent.agent_id for e in self._entries.values() if e.agent.is_default), None
         )
@@ -156,7 +114,7 @@ class Catalog:
                 self._entries.pop(agent_id, None)
             else:
                 # A new id is higher than all others, so the dict stays in the order of the ids.
-                self._entries[agent_id] = Entry(agent, self.epoch)
+                self._entries[agent_id] = CatalogEntry(agent, self.epoch)
             if agent.is_default and not change.deletes:
                 self._default_id = agent_id
             elif self._default_id == agent_id:
@@ -166,7 +124,7 @@ class Catalog:
             self.change_id = changes[-1].change_id
         self._whole_list = self._compressed = None
 
-    def get(self, agent_id: str) -> Entry | None:
+    def get(self, agent_id: str) -> CatalogEntry | None:
         """Return the agent of exactly this agent_id."""
         return self._entries.get(agent_id)
 
@@ -180,7 +138,7 @@ class Catalog:
         entry = self._entries.get(agent_id)
         return None if entry is None else entry.agent
 
-    def default(self) -> Entry | None:
+    def default(self) -> CatalogEntry | None:
         """Return the agent that is the default now."""
         return None if self._default_id is None else self._entries.get(self._default_id)
 
@@ -212,7 +170,7 @@ class Catalog:
             self._compressed = asyncio.ensure_future(compressing)
         return await asyncio.shield(self._compressed)
 
-    def _encode(self, entries: Sequence[Entry], total: int) -> bytes:
+    def _encode(self, entries: Sequence[CatalogEntry], total: int) -> bytes:
         bodies = b",".join(entry.body for entry in entries)
         # An epoch is hexadecimal and needs no escapes.
         tail = f'],"total":{total},"revision":{self.revision},"epoch":"{self.epoch}"}}'

@@ -19,16 +19,17 @@ from sqlalchemy import Connection, bindparam, func, select
 from slm.endpoints import origin
 from slm.errors import AgentInactive, AgentNotFound, KeyUndecryptable, ProblemError
 from slm.schemas import Agent, LLMConfig, LLMConfigWithKey, Snapshot
+from slm.server.agents.mapping import agent_of
 from slm.server.agents.read_batches import MAX_ROWS, Asked, Batches
-from slm.server.agents.snapshots import Head, Piece, SealedSnapshot, SnapshotStore
+from slm.server.agents.snapshots import Piece, SealedSnapshot, SnapshotHead, SnapshotStore
 from slm.server.db.column_types import require_state, text_of
 from slm.server.db.database import Database
-from slm.server.db.tables import AGENTS, CHANGES, SELECT_AGENTS, STATE, agent_of
+from slm.server.db.tables import AGENTS, CHANGES, SELECT_AGENTS, STATE
 from slm.server.encryption.keyring import Keyring
 from slm.server.encryption.sealed import SealedTexts
 from slm.server.encryption.vault import KeyBinding
-from slm.server.security.agent_scope import View
-from slm.server.security.audit import Event, Who, append_all
+from slm.server.security.agent_scope import EVERYTHING, View
+from slm.server.security.audit import AuditEvent, Who, append_all
 
 _KEYED: Final = "+"
 _KEYLESS: Final = "-"
@@ -69,6 +70,10 @@ _SOME: Final = (
 )
 
 
+ITSELF: Final = Who("slm")
+"""The actor of what nobody asked for over HTTP."""
+
+
 class _Found(NamedTuple):
     config: LLMConfigWithKey
     revision: int
@@ -99,8 +104,12 @@ class KeyedReads:
         self._pieces_under: tuple[str, ...] = ()
         self._batches = Batches(database, self._read_batch)
 
+    def forget(self, agent_id: str) -> None:
+        """Note that the agent's key was written: the next read finds whether it can be used."""
+        self.undecryptable -= {agent_id}
+
     async def llm(
-        self, agent_id: str, *, who: Who, view: View
+        self, agent_id: str, *, who: Who = ITSELF, view: View = EVERYTHING
     ) -> tuple[LLMConfigWithKey, int, str]:
         """Return an agent with its key, and the revision and epoch it was read at.
 
@@ -120,7 +129,7 @@ class KeyedReads:
             self.undecryptable |= {agent_id}
             raise
         if agent_id in self.undecryptable:
-            self.undecryptable -= {agent_id}
+            self.forget(agent_id)
         return found
 
     async def sealed_snapshot(self, *, who: Who, view: View) -> SealedSnapshot:
@@ -131,7 +140,7 @@ class KeyedReads:
             EncryptionKeyMissing: this replica has not the encryption key that is in use now.
             DatabaseUnavailable: it cannot be read, or the audit cannot be written.
         """
-        found: SealedSnapshot | Head = await self._batches.ask(Asked(who, view))
+        found: SealedSnapshot | SnapshotHead = await self._batches.ask(Asked(who, view))
         if isinstance(found, SealedSnapshot):
             return found
         made = await self._snapshots.make(view, found)
@@ -140,7 +149,7 @@ class KeyedReads:
         answered: SealedSnapshot = await self._batches.ask(Asked(who, view, made=made))
         return answered
 
-    async def snapshot(self, *, who: Who, view: View) -> Snapshot:
+    async def snapshot(self, *, who: Who = ITSELF, view: View = EVERYTHING) -> Snapshot:
         """Return the same as a value; see `sealed_snapshot`."""
         sealed = await self.sealed_snapshot(who=who, view=view)
         return Snapshot.model_validate_json(b"".join(sealed.chunks()))
@@ -164,7 +173,7 @@ class KeyedReads:
                 agent = agent_of(row)
                 found[agent.agent_id] = agent, row
         outcomes: list[Any] = []
-        events: list[Event] = []
+        events: list[AuditEvent] = []
         for each in batch:
             if len(events) >= MAX_ROWS:
                 break  # the rest comes with the next transaction
@@ -183,7 +192,7 @@ class KeyedReads:
         append_all(connection, events)
         return outcomes
 
-    def _snapshot_for(self, asked: Asked, head: Head) -> tuple[Any, list[Event]]:
+    def _snapshot_for(self, asked: Asked, head: SnapshotHead) -> tuple[Any, list[AuditEvent]]:
         """Return the snapshot, or the state that one has to be made of."""
         ready = asked.made or self._snapshots.kept(asked.view, head)
         if ready is None:
@@ -191,8 +200,12 @@ class KeyedReads:
         return ready, ready.events(asked.who)
 
     def _llm_for(
-        self, connection: Connection, asked: Asked, read: tuple[Agent, Any] | None, head: Head
-    ) -> tuple[_Found, list[Event]]:
+        self,
+        connection: Connection,
+        asked: Asked,
+        read: tuple[Agent, Any] | None,
+        head: SnapshotHead,
+    ) -> tuple[_Found, list[AuditEvent]]:
         if read is None:
             raise AgentNotFound
         agent, row = read
@@ -206,11 +219,11 @@ class KeyedReads:
         if config.llm_api_key is None:
             return found, []
         detail = {"revision": agent.revision, "api_key_revision": agent.api_key_revision}
-        return found, [Event(asked.who, "key.read", agent.agent_id, detail)]
+        return found, [AuditEvent(asked.who, "key.read", agent.agent_id, detail)]
 
     # --- all agents ---
 
-    async def _read_for_snapshot(self, view: View) -> tuple[Head, Iterator[Piece]]:
+    async def _read_for_snapshot(self, view: View) -> tuple[SnapshotHead, Iterator[Piece]]:
         some = functools.partial(self._read_all, limit=_LARGE + 1)
         head, rows = await self._database.read(some)
         if len(rows) > _LARGE:
@@ -244,7 +257,7 @@ class KeyedReads:
 
     def _read_all(
         self, connection: Connection, limit: int | None = None
-    ) -> tuple[Head, Sequence[Any]]:
+    ) -> tuple[SnapshotHead, Sequence[Any]]:
         head = _head_of(connection.execute(_HEAD).one())
         self._keyring.follow(connection, head.keyring_version)
         return head, connection.execute(_ALL if limit is None else _ALL.limit(limit)).all()
@@ -293,9 +306,9 @@ def _piece_of(agent: LLMConfigWithKey) -> Piece:
     return Piece(agent.agent_id, text, agent.llm_api_key is not None, lost)
 
 
-def _head_of(row: Any) -> Head:
+def _head_of(row: Any) -> SnapshotHead:
     require_state(row.head_revision, epoch=row.head_epoch)
-    return Head(row.head_revision, row.head_epoch, row.keyring_version, row.head_change_id)
+    return SnapshotHead(row.head_revision, row.head_epoch, row.keyring_version, row.head_change_id)
 
 
 def _config(agent: Agent, key: SecretStr | None, error: str | None) -> LLMConfigWithKey:

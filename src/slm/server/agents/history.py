@@ -15,7 +15,7 @@ from sqlalchemy import BigInteger, ColumnElement, Connection, Row, case, literal
 
 from slm.errors import InvalidRequest, RevisionNotFound
 from slm.schemas import Agent, Change, ChangeList
-from slm.server.agents.schemas import AgentCreate, AgentUpdate
+from slm.server.agents.schemas import RESTORED_FIELDS, AgentCreate, AgentUpdate
 from slm.server.db.column_types import require_state
 from slm.server.db.database import Database
 from slm.server.db.pages import Window, opaque, read_page
@@ -33,21 +33,6 @@ _SELECT_STATE: Final = select(
     STATE.c.epoch,
     select(AGENTS.c.agent_id).where(AGENTS.c.is_default).scalar_subquery().label("default_id"),
 )
-
-_RESTORED: Final = (
-    "name",
-    "description",
-    "llm_provider",
-    "llm_endpoint",
-    "llm_model",
-    "llm_timeout",
-    "llm_temperature",
-    "llm_max_tokens",
-    "llm_options",
-    "is_active",
-)
-"""What a rollback brings back. Not the key, which no history holds; and not is_default, which says
-something of the fleet rather than of this agent."""
 
 
 @dataclass(frozen=True)
@@ -147,13 +132,13 @@ def restoring_update(old: Agent, comment: str) -> AgentUpdate:
 
     Not validated anew: what was once stored may be stored again, even where rules have changed.
     """
-    fields = {name: getattr(old, name) for name in _RESTORED}
+    fields = {name: getattr(old, name) for name in RESTORED_FIELDS}
     return AgentUpdate.model_construct(_fields_set=set(fields), comment=comment, **fields)
 
 
 def restoring_create(old: Agent, comment: str) -> AgentCreate:
     """Return the write that makes a deleted agent again, without its key."""
-    fields = {name: getattr(old, name) for name in _RESTORED}
+    fields = {name: getattr(old, name) for name in RESTORED_FIELDS}
     return AgentCreate.model_construct(
         agent_id=old.agent_id, llm_api_key=None, is_default=False, comment=comment, **fields
     )

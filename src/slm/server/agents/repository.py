@@ -12,7 +12,7 @@ from sqlalchemy import Connection, bindparam, delete, insert, update
 from sqlalchemy.types import UserDefinedType
 
 from slm.schemas import Agent
-from slm.server.agents.catalog import CommittedChange
+from slm.server.agents.changes import CommittedChange
 from slm.server.db.state import Head
 from slm.server.db.statements import Prepared
 from slm.server.db.tables import AGENTS, CHANGES, SELECT_AGENTS, utc_now

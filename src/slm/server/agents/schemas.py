@@ -38,14 +38,6 @@ from slm.schemas import (
     TimeoutSeconds,
 )
 
-_STORED: Final = frozenset(
-    {
-        *("name", "description", "llm_provider", "llm_endpoint", "llm_model", "llm_timeout"),
-        *("llm_temperature", "llm_max_tokens", "llm_options"),
-    }
-)
-"""Fields whose stored value may break a rule: the table was adopted, or the rule is a newer one."""
-
 
 class _Written(BaseModel):
     """What a client sends: strict types, unknown fields refused, the input never in an error."""
@@ -76,6 +68,25 @@ class AgentCreate(_Written):
     is_default: StrictBool = False
     is_active: StrictBool = True
     comment: Comment | None = None
+
+
+VALUE_FIELDS: Final = tuple(
+    name for name in AgentCreate.model_fields if name not in ("agent_id", "llm_api_key", "comment")
+)
+"""What a write can set, apart from the key and the comment."""
+
+RESTORED_FIELDS: Final = tuple(name for name in VALUE_FIELDS if name != "is_default")
+"""What a rollback brings back. Not the key, which no history holds; and not is_default, which says
+something of the fleet rather than of this agent."""
+
+_STORED: Final = frozenset(RESTORED_FIELDS) - {"is_active"}
+"""Fields whose stored value may break a rule: the table was adopted, or the rule is a newer one."""
+
+_NOT_NULL: Final = tuple(
+    name
+    for name, field in AgentCreate.model_fields.items()
+    if field.is_required() or field.get_default(call_default_factory=True) is not None
+)
 
 
 class AgentUpdate(_Written):
@@ -151,17 +162,7 @@ class AgentUpdate(_Written):
             raise InvalidRequest(errors=broken)
         return {name: getattr(self, name) for name in self.model_fields_set - same}
 
-    @field_validator(
-        "agent_id",
-        "name",
-        "llm_provider",
-        "llm_model",
-        "llm_timeout",
-        "llm_options",
-        "is_default",
-        "is_active",
-        mode="before",
-    )
+    @field_validator(*_NOT_NULL, mode="before")
     @classmethod
     def _not_null(cls, value: Any) -> Any:
         if value is None:

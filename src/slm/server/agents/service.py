@@ -7,12 +7,9 @@ committed here. Knows no HTTP.
 from __future__ import annotations
 
 import functools
-import json
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, Final, NamedTuple
+from collections.abc import Callable, Collection, Iterable
+from typing import Any, NamedTuple
 
-from pydantic import SecretStr
 from sqlalchemy import Connection
 
 from slm.common import tracing
@@ -22,13 +19,14 @@ from slm.errors import (
     AgentIsDefault,
     AgentNotFound,
     InvalidRequest,
-    KeyUndecryptable,
     PreconditionFailed,
 )
-from slm.schemas import Agent, LLMConfigWithKey, Snapshot
+from slm.schemas import Agent
 from slm.server import failpoints
-from slm.server.agents.catalog import CommittedChange
-from slm.server.agents.credentials import KeyedReads, binding_of
+from slm.server.agents.changes import CHANGED, CREATED, DELETED, CommittedChange, Written
+from slm.server.agents.columns import altered_values, created_values, place_key
+from slm.server.agents.credentials import KeyedReads
+from slm.server.agents.mapping import agent_of
 from slm.server.agents.repository import (
     Author,
     agent_row,
@@ -42,63 +40,13 @@ from slm.server.agents.schemas import AgentCreate, AgentUpdate
 from slm.server.db import state
 from slm.server.db.database import Database
 from slm.server.db.state import Head
-from slm.server.db.tables import agent_of, utc_now
+from slm.server.db.tables import utc_now
 from slm.server.encryption.keyring import Keyring
 from slm.server.encryption.vault import KeyBinding, Vault
-from slm.server.security.agent_scope import EVERYTHING, View
-from slm.server.security.audit import Event, Who, append
-from slm.server.security.token_table import Caller
+from slm.server.security.audit import AuditEvent, Who, append
 
 IfMatch = int | Collection["Version"] | None
 """The revision that an agent must be at, or several of which it must be one; None: any."""
-
-ITSELF: Final = Who("slm")
-"""The actor of what nobody asked for over HTTP."""
-
-CREATED: Final = "agent_created"
-CHANGED: Final = "agent_config_changed"
-DELETED: Final = "agent_deleted"
-
-_PLAIN: Final = (
-    "name",
-    "description",
-    "llm_provider",
-    "llm_endpoint",
-    "llm_model",
-    "llm_timeout",
-    "llm_temperature",
-    "llm_max_tokens",
-    "is_default",
-    "is_active",
-)
-
-
-@dataclass(frozen=True)
-class Written:
-    """What a write did.
-
-    Attributes:
-        agent: the agent as it now is; None after a delete.
-        revision: of the last change that this write made, or the current one if it made none.
-        epoch: the epoch of that revision.
-        changed: False where nothing was altered, so that there is no revision and no change.
-        api_key_cleared: the stored key was dropped, since it was bound to another place.
-        changes: what it wrote into the history, in order.
-        follows: the change id of the revision before the first of them.
-    """
-
-    agent: Agent | None
-    revision: int
-    epoch: str
-    changed: bool = True
-    api_key_cleared: bool = False
-    changes: tuple[CommittedChange, ...] = ()
-    follows: str = ""
-
-    @property
-    def change_id(self) -> str | None:
-        """The id of the last change that this write made; None where it made none."""
-        return self.changes[-1].change_id if self.changes else None
 
 
 class Version(NamedTuple):
@@ -116,18 +64,16 @@ class _Unchanged(Exception):
 
 
 class AgentRegistry:
-    """Creates, changes, deletes and hands out agents, each call in one transaction.
+    """Creates, changes and deletes agents, each call in one transaction.
 
     Every call has its row in the audit, in the same transaction.
 
     Args:
         database: where the agents are.
         vault: what their keys are encrypted with.
-        keyring: which of the vault's keys is active; None: nobody ever rotates.
+        reads: forgets what it knows of an agent's key once that is written.
+        keyring: which of the vault's keys is active.
         endpoints: which endpoints may be saved.
-
-    Attributes:
-        reads: hands out agents with their keys.
         committed: told of each write that changed something, in the database's thread.
     """
 
@@ -135,24 +81,24 @@ class AgentRegistry:
         self,
         database: Database,
         vault: Vault,
-        keyring: Keyring | None = None,
+        reads: KeyedReads,
+        keyring: Keyring,
         endpoints: EndpointPolicy | None = None,
+        committed: Callable[[Written], None] | None = None,
     ) -> None:
         self._database = database
         self._vault = vault
-        self._keyring = keyring or Keyring(vault, tuple)
+        self._reads = reads
+        self._keyring = keyring
         self._endpoints = endpoints or EndpointPolicy()
-        self.reads = KeyedReads(database, self._keyring)
-        self.committed: Callable[[Written], None] | None = None
+        self.committed = committed
 
     async def create(
         self,
         agent: AgentCreate,
         *,
-        actor: str,
+        who: Who,
         comment: str | None = None,
-        address: str | None = None,
-        caller: Caller | None = None,
     ) -> Written:
         """Create an agent; the arguments are those of `update`.
 
@@ -161,9 +107,7 @@ class AgentRegistry:
             AgentIsDefault: it would be the default and inactive.
         """
         return await self._write(
-            functools.partial(
-                self._create, agent=agent, author=Author(Who(actor, address, caller), comment)
-            )
+            functools.partial(self._create, agent=agent, author=Author(who, comment))
         )
 
     async def update(
@@ -171,22 +115,18 @@ class AgentRegistry:
         agent_id: str,
         update: AgentUpdate,
         *,
-        actor: str,
+        who: Who,
         comment: str | None = None,
         if_match: IfMatch = None,
-        address: str | None = None,
-        caller: Caller | None = None,
     ) -> Written:
         """Change the fields that were sent; the others stay.
 
         Args:
             agent_id: taken literally: an adopted id need not be of our pattern.
             update: `model_fields_set` says which fields were sent.
-            actor: who does it, for the change's row.
+            who: who does it, and from where; their token must still count inside the transaction.
             comment: why, for the change's row.
             if_match: the revision that the agent must still have, or several.
-            address: where it came from, for the audit.
-            caller: whose token must still count inside the transaction; None: nobody's.
 
         Raises:
             Unauthorized: the token does not count any more.
@@ -201,23 +141,21 @@ class AgentRegistry:
                 self._update,
                 agent_id=agent_id,
                 update=update,
-                author=Author(Who(actor, address, caller), comment),
+                author=Author(who, comment),
                 if_match=if_match,
             )
         )
         # If its key is still of no use, the next read or check finds it again.
-        self.reads.undecryptable -= {agent_id}
+        self._reads.forget(agent_id)
         return written
 
     async def delete(
         self,
         agent_id: str,
         *,
-        actor: str,
+        who: Who,
         comment: str | None = None,
         if_match: IfMatch = None,
-        address: str | None = None,
-        caller: Caller | None = None,
     ) -> Written:
         """Delete an agent; the arguments are those of `update`.
 
@@ -226,33 +164,12 @@ class AgentRegistry:
             PreconditionFailed: its revision is another one.
             AgentIsDefault: it is the default.
         """
-        author = Author(Who(actor, address, caller), comment)
+        author = Author(who, comment)
         written = await self._write(
             functools.partial(self._delete, agent_id=agent_id, author=author, if_match=if_match)
         )
-        self.reads.undecryptable -= {agent_id}
+        self._reads.forget(agent_id)
         return written
-
-    async def llm(
-        self, agent_id: str, *, who: Who = ITSELF, view: View = EVERYTHING
-    ) -> tuple[LLMConfigWithKey, int, str]:
-        """Return an agent's configuration with its key, and the revision and epoch it was read at.
-
-        Args:
-            agent_id: the agent.
-            who: who asks, for the audit.
-            view: what they may see.
-
-        Raises:
-            AgentNotFound: there is no such agent, or the view does not see it.
-            AgentInactive: it is switched off.
-            KeyUndecryptable: its key does not decrypt, or belongs to another place.
-        """
-        return await self.reads.llm(agent_id, who=who, view=view)
-
-    async def snapshot(self, *, who: Who = ITSELF, view: View = EVERYTHING) -> Snapshot:
-        """Return every agent that the view sees, with its key, all read at one revision."""
-        return await self.reads.snapshot(who=who, view=view)
 
     # --- writing; everything below runs inside one transaction, in the database's thread ---
 
@@ -268,10 +185,9 @@ class AgentRegistry:
 
         try:
             with tracing.span("slm.commit"):
-                written = await self._database.run(transaction, committed=self.committed)
+                return await self._database.run(transaction, committed=self.committed)
         except _Unchanged as nothing:
             return nothing.written
-        return written
 
     def _next(self, connection: Connection, author: Author) -> Head:
         """Begin a write: the state row locked, the next revision taken, the active key at hand.
@@ -293,9 +209,7 @@ class AgentRegistry:
             raise AgentIsDefault("The default agent must be active.")
         demotion = _demote(connection, agent_after=head) if agent.is_default else None
         now = utc_now()
-        values = {name: getattr(agent, name) for name in _PLAIN} | {
-            "agent_id": agent.agent_id,
-            "llm_options": _options_text(agent.llm_options),
+        values = created_values(agent) | {
             "revision": head.revision,
             "created_at": now,
             "updated_at": now,
@@ -334,13 +248,13 @@ class AgentRegistry:
                 "The body names another agent than the path.",
                 [{"loc": ["body", "agent_id"], "msg": "is not the path's", "type": "mismatch"}],
             )
-        values = row | _altered(before, sent)
+        values = row | altered_values(before, sent)
         after = agent_of(values)
         _check_default(before, after)
         place = before.llm_provider, before.llm_endpoint
         if (after.llm_provider, after.llm_endpoint) != place:
             self._check_endpoint(after.llm_provider, after.llm_endpoint)
-        cleared = self._place_key(values, before, after, sent, head.revision)
+        cleared = place_key(values, before, after, sent, head.revision, self._vault)
         if values == row:
             raise _Unchanged(Written(before, head.revision - 1, head.epoch, changed=False))
         values["revision"] = head.revision
@@ -352,40 +266,6 @@ class AgentRegistry:
         change = record_change(connection, CHANGED, after, head, before.is_default, author)
         _audit(connection, "agent.update", agent_id, head, author, update.model_fields_set)
         return _written(connection, change, head, demotion, author, cleared)
-
-    def _place_key(
-        self,
-        values: dict[str, Any],
-        before: Agent,
-        after: Agent,
-        sent: Mapping[str, Any],
-        revision: int,
-    ) -> bool:
-        """Set, keep or clear the key in `values`; return whether it was cleared unasked."""
-        moved = binding_of(after) != binding_of(before)
-        if "llm_api_key" in sent:
-            key: SecretStr | None = sent["llm_api_key"]
-            if key is not None and not moved and self._holds(values, before, key):
-                return False
-            if key is None and not before.has_api_key:
-                return False
-            values["key_state"] = None
-            values["llm_api_key_encrypted"] = key and self._vault.encrypt(key, binding_of(after))
-            values["api_key_revision"] = key and revision
-            return False
-        if not (moved and before.has_api_key):
-            return False
-        values["key_state"] = values["llm_api_key_encrypted"] = values["api_key_revision"] = None
-        return True
-
-    def _holds(self, values: Mapping[str, Any], agent: Agent, key: SecretStr) -> bool:
-        if not agent.has_api_key:
-            return False
-        try:
-            held = self._vault.decrypt(str(values["llm_api_key_encrypted"]), binding_of(agent))
-        except KeyUndecryptable:
-            return False
-        return held.get_secret_value() == key.get_secret_value()
 
     def _delete(
         self, connection: Connection, *, agent_id: str, author: Author, if_match: IfMatch
@@ -425,23 +305,6 @@ def _found(connection: Connection, agent_id: str, if_match: IfMatch, epoch: str)
         # After a failover another change may have the number that the caller has seen.
         raise PreconditionFailed("The database runs elsewhere now; its next epoch is being made.")
     return row
-
-
-def _altered(before: Agent, sent: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the columns whose value, as served, is another one than was sent."""
-    altered = {
-        name: sent[name] for name in _PLAIN if name in sent and sent[name] != getattr(before, name)
-    }
-    if "llm_options" in sent:
-        options = _options_text(sent["llm_options"])
-        if options != _options_text(before.llm_options):
-            altered["llm_options"] = options
-    return altered
-
-
-def _options_text(options: Mapping[str, Any]) -> str:
-    """Return the options as they are stored: in the order given, so 1, 1.0 and true differ."""
-    return json.dumps(options, ensure_ascii=False, separators=(",", ":"))
 
 
 def _check_default(before: Agent, after: Agent) -> None:
@@ -506,4 +369,4 @@ def _audit(
     detail: dict[str, Any] = {"revision": head.revision}
     if fields:
         detail["fields"] = sorted(set(fields) - {"comment"})
-    append(connection, Event(author.who, action, agent_id, detail))
+    append(connection, AuditEvent(author.who, action, agent_id, detail))

@@ -16,7 +16,7 @@ from typing import Any, Final, NamedTuple
 
 from slm.server.encryption.sealed import Sealer
 from slm.server.security.agent_scope import View
-from slm.server.security.audit import Event, Who
+from slm.server.security.audit import AuditEvent, Who
 from slm.server.security.audit_reader import READ_ALL
 
 KEPT_BYTES: Final = 64 * 1024 * 1024
@@ -48,7 +48,7 @@ class Piece(NamedTuple):
     undecryptable: bool = False
 
 
-class Head(NamedTuple):
+class SnapshotHead(NamedTuple):
     """Which state of the database something is of.
 
     The change's id tells a line of changes from another one that has the same numbers.
@@ -59,7 +59,7 @@ class Head(NamedTuple):
     keyring_version: int
     change_id: str | None
 
-    def covers(self, other: Head) -> bool:
+    def covers(self, other: SnapshotHead) -> bool:
         """Whether this is the same state or a later one of the same life and key ring."""
         same_life = self[1:3] == other[1:3]
         return self == other or (same_life and self.revision > other.revision)
@@ -77,7 +77,7 @@ class SealedSnapshot:
         size: of the JSON, in bytes.
     """
 
-    head: Head
+    head: SnapshotHead
     agents: int
     with_key: tuple[str, ...]
     undecryptable: frozenset[str]
@@ -95,7 +95,7 @@ class SealedSnapshot:
         """What it takes in memory, about."""
         return self.size + sum(len(agent_id) + 64 for agent_id in self.with_key)
 
-    def events(self, who: Who) -> list[Event]:
+    def events(self, who: Who) -> list[AuditEvent]:
         """Return what the audit says of an answer with it: every agent whose key it holds."""
         parts = -(-len(self.with_key) // MAX_NAMED)
         found = []
@@ -105,7 +105,7 @@ class SealedSnapshot:
             detail["agents"] = named
             if parts > 1:
                 detail |= {"part": part + 1, "parts": parts}
-            found.append(Event(who, READ_ALL, detail=detail))
+            found.append(AuditEvent(who, READ_ALL, detail=detail))
         return found
 
 
@@ -119,7 +119,7 @@ class SnapshotStore:
 
     def __init__(
         self,
-        read: Callable[[View], Awaitable[tuple[Head, Iterator[Piece]]]],
+        read: Callable[[View], Awaitable[tuple[SnapshotHead, Iterator[Piece]]]],
         kept_bytes: int = KEPT_BYTES,
     ) -> None:
         self._read = read
@@ -133,12 +133,12 @@ class SnapshotStore:
         """What is kept takes so much."""
         return sum(each.held_bytes for each in self._kept.values())
 
-    def kept(self, view: View, head: Head) -> SealedSnapshot | None:
+    def kept(self, view: View, head: SnapshotHead) -> SealedSnapshot | None:
         """Return the view's snapshot if it is of this very state."""
         found = self._kept.get(view)
         return found if found is not None and found.head == head else None
 
-    async def make(self, view: View, head: Head) -> SealedSnapshot:
+    async def make(self, view: View, head: SnapshotHead) -> SealedSnapshot:
         """Return the view's snapshot of this state or a later one; all who wait share it.
 
         Raises:
@@ -163,7 +163,7 @@ class SnapshotStore:
         while len(self._kept) > 1 and self.bytes_held > self._kept_bytes:
             self._kept.popitem(last=False)
 
-    def _seal(self, head: Head, agents: Iterator[Piece]) -> SealedSnapshot:
+    def _seal(self, head: SnapshotHead, agents: Iterator[Piece]) -> SealedSnapshot:
         with_key: list[str] = []
         undecryptable: set[str] = set()
         chunks: list[bytes] = []

@@ -6,14 +6,15 @@ Every refusal is counted, and a failed login against its address. Knows no route
 from __future__ import annotations
 
 import contextlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Annotated, Final
+from typing import Annotated
 
 from fastapi import Depends, Request
-from fastapi.dependencies.models import Dependant
 from starlette.requests import HTTPConnection
 
 from slm.errors import Forbidden, TooManyRequests, Unauthorized
+from slm.server.agents.catalog import Catalog
 from slm.server.api.peer import client_address
 from slm.server.security.audit import Who
 from slm.server.security.rate_limits import network_of
@@ -21,25 +22,37 @@ from slm.server.security.token_table import Caller
 from slm.server.services import Services
 from slm.server.transport.connections import TOKEN_SHOWN
 
-CALLER: Final = "slm.caller"
-"""The key of the scope that holds the request's `Caller`."""
+
+class Given(ABC):
+    """What the server itself gives an endpoint for one of its parameters.
+
+    To FastAPI it is a dependency without parameters of its own, so the API's document has no word
+    of it; `SLMRoute` calls `take`.
+    """
+
+    async def __call__(self) -> None:
+        """Stand for a dependency in the signature; nobody calls it."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def take(self, request: Request, services: Services, caller: Caller | None) -> object:
+        """Return the value for this request."""
 
 
-class Requires:
-    """The dependency that a route names its scope with; the caller is its value.
+class Requires(Given):
+    """The scope that a route asks for; the caller that has it is the parameter's value.
 
-    `SLMRoute` asks it before the body is read, and the API's document takes the scope from it.
+    `SLMRoute` checks it before the body is read, and the API's document takes the scope from it.
     """
 
     def __init__(self, scope: str) -> None:
         self.scope = scope
 
-    async def __call__(self, request: Request) -> Caller:
-        """Return the caller that the route's first door let in."""
-        caller: Caller = request.scope[CALLER]
+    def take(self, request: Request, services: Services, caller: Caller | None) -> object:
+        """Return the caller that `check` let in."""
         return caller
 
-    def check(self, connection: HTTPConnection) -> Caller:
+    def check(self, connection: HTTPConnection, parts: Services) -> Caller:
         """Return the caller, if its token is known and has the scope.
 
         Raises:
@@ -49,7 +62,6 @@ class Requires:
             TooManyRequests: this address failed too often, or this token writes too often. Who has
                 a token that counts is never refused for what others of its address do.
         """
-        parts = services_of(connection)
         try:
             caller = parts.tokens.authenticate(connection.headers)
             # Whoever has one is not closed to make room for others.
@@ -84,39 +96,27 @@ def who_of(connection: HTTPConnection, caller: Caller) -> Who:
     return Who(caller.name, client_address(connection, proxies), caller)
 
 
-def requirement_of(dependant: Dependant) -> Requires | None:
-    """Return the scope that a route asks for, or None where it is open to all."""
-    for dependency in dependant.dependencies:
-        if isinstance(dependency.call, Requires):
-            return dependency.call
-    return None
-
-
 @contextlib.contextmanager
-def place_to_wait(request: Request, caller: Caller) -> Iterator[None]:
-    """Hold one of the token's places among the requests that wait, if this one does.
+def place_to_wait(services: Services, caller: Caller) -> Iterator[None]:
+    """Hold one of the token's places among the requests that wait.
 
     Raises:
         TooManyRequests: there is none left.
     """
-    if not request.scope["query_string"] or "wait" not in request.query_params:
-        yield
-        return
-    waits = services_of(request).waits
-    if not waits.take(caller.token_id):
+    if not services.waits.take(caller.token_id):
         raise TooManyRequests("This token has reached its limit of waiting requests.")
     try:
         yield
     finally:
-        waits.release(caller.token_id)
+        services.waits.release(caller.token_id)
 
 
-def sees_today(services: Services, caller: Caller, agent_id: str) -> bool:
+def sees_today(catalog: Catalog, caller: Caller, agent_id: str) -> bool:
     """Whether the caller may see this agent now, and so its past.
 
     What was the default once is not seen for that.
     """
-    return caller.view.sees(agent_id, agent_id == services.catalog.default_id)
+    return caller.view.sees(agent_id, agent_id == catalog.default_id)
 
 
 def services_of(connection: HTTPConnection) -> Services:
@@ -129,3 +129,13 @@ Reader = Annotated[Caller, Depends(Requires("config:read"))]
 KeyReader = Annotated[Caller, Depends(Requires("key:read"))]
 Writer = Annotated[Caller, Depends(Requires("agents:write"))]
 Admin = Annotated[Caller, Depends(Requires("admin"))]
+
+
+class _Asking(Given):
+    def take(self, request: Request, services: Services, caller: Caller | None) -> object:
+        assert caller is not None, "beside a parameter that names a scope"  # noqa: S101
+        return who_of(request, caller)
+
+
+Asking = Annotated[Who, Depends(_Asking())]
+"""Who asks, and from where, for the audit."""

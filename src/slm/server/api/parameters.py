@@ -6,17 +6,26 @@ Knows no route and no database.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Annotated, Any, Final
 
 from fastapi import Depends, Path, Query, Request
-from pydantic import AfterValidator, BeforeValidator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from slm.errors import AgentNotFound, Behind
 from slm.schemas import WITHOUT_NUL, check_storable
-from slm.server.api.access import services_of
+from slm.server.agents.catalog import Catalog
+from slm.server.api.access import Given
 from slm.server.api.middleware import STAMP
+from slm.server.db.database import Database
+from slm.server.db.leases import Lease
+from slm.server.encryption.rotation import KeyRotation
+from slm.server.security.audit import AuditLog
+from slm.server.security.token_store import TokenStore
+from slm.server.security.token_table import Caller
 from slm.server.services import Services
+from slm.server.settings import Settings
 from slm.server.strict_json import MAX_INTEGER
 
 MAX_ROW_ID: Final = 2**31 - 1
@@ -42,24 +51,24 @@ def _in_utc(at: datetime) -> datetime:
 
 FilterText = Annotated[
     str,
-    Query(max_length=256, json_schema_extra={"pattern": WITHOUT_NUL}),
+    Field(max_length=256, json_schema_extra={"pattern": WITHOUT_NUL}),
     AfterValidator(check_storable),
 ]
 BackendName = Annotated[
     str,
-    Query(max_length=512, json_schema_extra={"pattern": WITHOUT_NUL}),
+    Field(max_length=512, json_schema_extra={"pattern": WITHOUT_NUL}),
     AfterValidator(check_storable),
 ]
 """What a backend is shown as: its name, its instance and perhaps its token's name."""
 
-Revision = Annotated[int, Query(ge=0, le=MAX_INTEGER)]
+Revision = Annotated[int, Field(ge=0, le=MAX_INTEGER)]
 RevisionPath = Annotated[int, Path(ge=1, le=MAX_INTEGER)]
 RowIdPath = Annotated[int, Path(ge=0, le=MAX_INTEGER)]
 Time = Annotated[
     datetime,
     BeforeValidator(_iso_8601),
     AfterValidator(_in_utc),
-    Query(description="ISO 8601; without a zone it is UTC"),
+    Field(description="ISO 8601; without a zone it is UTC"),
 ]
 
 MAX_WAIT_SECONDS: Final = 60.0
@@ -84,7 +93,7 @@ def _seconds(text: Any) -> float:
 Wait = Annotated[
     float | None,
     BeforeValidator(_seconds, json_schema_input_type=str),
-    Query(
+    Field(
         description="Wait until every backend has answered for the change, such as 5s or 500ms,"
         f" at most {MAX_WAIT_SECONDS:g}s; the answer then has a `receipt`.",
         json_schema_extra={"pattern": _DOCUMENTED},
@@ -99,33 +108,68 @@ def _known_agent_id(agent_id: str) -> str:
     return agent_id
 
 
-async def _at_least(
-    request: Request,
-    min_revision: Annotated[
-        int | None,
-        Query(ge=0, le=MAX_INTEGER, description="wait until the answer is at least this new"),
-    ] = None,
-) -> Services:
-    """Return the services once the catalog has `min_revision`.
+AgentIdPath = Annotated[str, Path(), AfterValidator(_known_agent_id)]
+
+
+class QueryModel(BaseModel):
+    """A route's query string: what the parser reads and the API's document shows."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
+
+class NoQuery(QueryModel):
+    """The query string of a route that takes none."""
+
+
+class WaitQuery(QueryModel):
+    """The query string of a write: whether its answer waits for the fleet."""
+
+    wait: Wait = None
+
+
+class UpToDateQuery(QueryModel):
+    """The query string of a read that can wait until this replica knows of a revision."""
+
+    min_revision: int | None = Field(
+        None, ge=0, le=MAX_INTEGER, description="wait until the answer is at least this new"
+    )
+
+
+Waiting = Annotated[WaitQuery, Query()]
+UpToDate = Annotated[UpToDateQuery, Query()]
+
+
+async def at_least(request: Request, services: Services, min_revision: int) -> None:
+    """Wait until the catalog has `min_revision`.
 
     Raises:
         Behind: it has not within min_revision_wait_seconds.
     """
-    services = services_of(request)
-    if min_revision is not None:
-        seconds = services.settings.min_revision_wait_seconds
-        if not await services.feed.passed(min_revision, seconds):
-            raise Behind(f"This replica is at revision {services.feed.position}.")
-        stamp = request.scope[STAMP]
-        stamp.revision, stamp.epoch = services.catalog.revision, services.catalog.epoch
-    return services
+    seconds = services.settings.min_revision_wait_seconds
+    if not await services.feed.passed(min_revision, seconds):
+        raise Behind(f"This replica is at revision {services.feed.position}.")
+    stamp = request.scope[STAMP]
+    stamp.revision, stamp.epoch = services.catalog.revision, services.catalog.epoch
 
 
-async def _services(request: Request) -> Services:
-    # Not a plain function: FastAPI would run that in a thread.
-    return services_of(request)
+class Part(Given):
+    """One part of the server, for an endpoint that works with it."""
+
+    def __init__(self, part: Callable[[Services], object]) -> None:
+        self._part = part
+
+    def take(self, request: Request, services: Services, caller: Caller | None) -> object:
+        """Return the part."""
+        return self._part(services)
 
 
-Parts = Annotated[Services, Depends(_services)]
-UpToDate = Annotated[Services, Depends(_at_least)]
-AgentIdPath = Annotated[str, Path(), AfterValidator(_known_agent_id)]
+Parts = Annotated[Services, Depends(Part(lambda services: services))]
+"""All of them, for an endpoint that passes them on."""
+
+Agents = Annotated[Catalog, Depends(Part(lambda services: services.catalog))]
+Audit = Annotated[AuditLog, Depends(Part(lambda services: services.audit))]
+Data = Annotated[Database, Depends(Part(lambda services: services.database))]
+OwnLease = Annotated[Lease, Depends(Part(lambda services: services.caretaker.lease))]
+Options = Annotated[Settings, Depends(Part(lambda services: services.settings))]
+Rotation = Annotated[KeyRotation, Depends(Part(lambda services: services.rotation))]
+Tokens = Annotated[TokenStore, Depends(Part(lambda services: services.token_store))]

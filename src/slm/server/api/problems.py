@@ -160,7 +160,8 @@ def _known_location(location: Sequence[Any]) -> list[str]:
 
 def _message(error: Mapping[str, Any]) -> str:
     if error["type"] == "extra_forbidden":
-        return "a field that is not known"
+        of_query = error["loc"][:1] == ("query",)
+        return f"a {'parameter' if of_query else 'field'} that is not known"
     return str(error["msg"]).removeprefix("Value error, ")
 
 

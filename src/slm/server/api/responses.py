@@ -18,7 +18,9 @@ from starlette.datastructures import Headers
 
 from slm.errors import BadRequest, PreconditionFailed, Unauthorized
 from slm.server.agents.catalog import Catalog, agent_etag
-from slm.server.agents.service import Version, Written
+from slm.server.agents.changes import Written
+from slm.server.agents.service import Version
+from slm.server.fleet.receipts import subject_of
 from slm.server.security.token_table import Caller
 from slm.server.services import Services
 
@@ -28,6 +30,12 @@ def json_response(
 ) -> Response:
     """Return an answer whose JSON is ready."""
     return Response(body, status, headers, media_type="application/json")
+
+
+NOT_MODIFIED: Final[dict[int | str, dict[str, Any]]] = {
+    304: {"description": "Not modified: If-None-Match has the tag of the present state"}
+}
+"""For the `responses` of a route that answers with an ETag."""
 
 
 def not_modified(etag: str, headers: Mapping[str, str]) -> Response:
@@ -165,7 +173,7 @@ async def receipt_of(
     The write is made, so it is answered even if its token is revoked meanwhile: then with what is
     known by that time.
     """
-    subject = await services.receipts.subject_of(written)
+    subject = subject_of(written)
     if subject is None:
         return None
     with contextlib.suppress(Unauthorized):

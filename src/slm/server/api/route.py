@@ -1,30 +1,29 @@
-"""The route class: what a request passes before its endpoint, and how its body is read.
+"""The route class: what a request passes before its endpoint, and where each parameter comes from.
 
-A request passes three doors before FastAPI looks at it: the token and its scope, the body's type
-and size, and strict JSON. So nobody without a token has a body read, and no error tells of one.
+A request passes three doors: the token and its scope, the parameters, and the body's type, size and
+strict JSON. So nobody without a token has a body read, and no error tells of one. FastAPI finds the
+route and writes the API's document from the same signature (docs/decisions/0063).
 """
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import re
 from collections.abc import Callable, Coroutine
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeVar, get_type_hints
 
 from fastapi import Request, Response
-from fastapi.dependencies.utils import get_flat_params
-from fastapi.params import Query as QueryParameter
+from fastapi import params as marks
 from fastapi.routing import APIRoute
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 from starlette.requests import ClientDisconnect
+from starlette.routing import request_response
 
-from slm.errors import (
-    BadRequest,
-    ContentTooLarge,
-    InvalidRequest,
-    UnsupportedMediaType,
-)
-from slm.server.api.access import CALLER, place_to_wait, requirement_of, services_of
+from slm.errors import BadRequest, ContentTooLarge, InvalidRequest, UnsupportedMediaType
+from slm.server.api.access import Given, Requires, place_to_wait, services_of
 from slm.server.api.middleware import ENCODED_SLASH
+from slm.server.api.parameters import NoQuery, QueryModel, UpToDateQuery, WaitQuery, at_least
 from slm.server.api.problems import broken_rules
 from slm.server.security.token_table import Caller
 from slm.server.services import Services
@@ -32,56 +31,10 @@ from slm.server.strict_json import NotStrictJSON, loads
 
 _JSON_TYPE: Final = re.compile(r"application/(json|[\w.-]+\+json)\s*(;.*)?", re.IGNORECASE)
 
+_NO_PLACE: Final = contextlib.nullcontext()
 
-class _ReadRequest(Request):
-    """A request whose body was read and parsed strictly before FastAPI asks for it."""
-
-    def __init__(self, request: Request, body: bytes, value: Any) -> None:
-        super().__init__(request.scope, request.receive)
-        self._body = body
-        self._json = value
-
-
-Body = TypeVar("Body", bound=BaseModel)
-
-
-async def body_of(request: Request, model: type[Body]) -> Body:
-    """Return the body of a request that is answered at once, by the rules of all other bodies.
-
-    Raises:
-        UnsupportedMediaType: it is not said to be JSON.
-        ContentTooLarge: it has more bytes than are taken.
-        BadRequest: it was cut off.
-        InvalidRequest: it is not strict JSON, or breaks a rule of the model.
-    """
-    value = await (await _read_strictly(request)).json()
-    try:
-        # What FastAPI asks of pydantic, so that the errors are the same.
-        return model.model_validate(value, from_attributes=True)
-    except ValidationError as error:
-        broken = [{**each, "loc": ("body", *each["loc"])} for each in error.errors()]
-        raise InvalidRequest(errors=broken_rules(broken)) from None
-
-
-AtOnce = Callable[[Request, Services, Caller], Coroutine[Any, Any, Response]]
-_Endpoint = TypeVar("_Endpoint", bound=Callable[..., Any])
-
-
-def answered_at_once(answer: AtOnce) -> Callable[[_Endpoint], _Endpoint]:
-    """Have `answer` take the requests without a query string; the endpoint takes the others.
-
-    With nothing to parse, FastAPI's look at the parameters is half the cost of a plain read, and a
-    third of what a write costs before and after its transaction.
-    """
-
-    def mark(endpoint: _Endpoint) -> _Endpoint:
-        _AT_ONCE[endpoint] = answer
-        return endpoint
-
-    return mark
-
-
-_AT_ONCE: Final[dict[Callable[..., Any], AtOnce]] = {}
+Endpoint = Callable[..., Coroutine[Any, Any, Response]]
+Model = TypeVar("Model", bound=BaseModel)
 
 
 class SLMRoute(APIRoute):
@@ -89,69 +42,158 @@ class SLMRoute(APIRoute):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        requirement = requirement_of(self.dependant)
+        requirement = _Signature(self.endpoint).requirement
         if requirement is not None:
             security = {"security": [{"bearer": [requirement.scope]}]}
             self.openapi_extra = (self.openapi_extra or {}) | security
+        # Starlette's, since FastAPI's keeps two stacks for dependencies of a kind that we have not.
+        self.app = request_response(self.get_route_handler())
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """Wrap FastAPI's handler."""
-        handler = super().get_route_handler()
-        requirement = requirement_of(self.dependant)
-        takes_body = self.body_field is not None
-        at_once = _AT_ONCE.get(self.endpoint)
-        parameters: set[str] = {
-            field.alias
-            for field in get_flat_params(self.dependant)
-            if isinstance(field.field_info, QueryParameter)
-        }
+        """Return what answers a request: the doors, then the endpoint."""
+        endpoint: Endpoint = self.endpoint
+        signature = _Signature(endpoint)
+        requirement = signature.requirement
 
         async def through_the_doors(request: Request) -> Response:
-            caller: Caller | None = None
-            if requirement is not None:
-                caller = request.scope[CALLER] = requirement.check(request)
-            if ENCODED_SLASH in request.scope["path"]:
-                request.scope["path_params"] = {
-                    name: value.replace(ENCODED_SLASH, "/")
-                    for name, value in request.path_params.items()
-                }
-            if request.scope["query_string"]:
-                _refuse_unknown(request, parameters)
-            elif at_once is not None and caller is not None:
-                return await at_once(request, services_of(request), caller)
-            if takes_body:
-                request = await _read_strictly(request)
+            services = services_of(request)
+            caller = None if requirement is None else requirement.check(request, services)
+            query = signature.query_of(request)
+            values = signature.values(request, services, caller, query)
+            if signature.body is not None:
+                name, model = signature.body
+                values[name] = await _body(request, services, caller, model)
             if caller is None:
-                return await handler(request)
-            with place_to_wait(request, caller):
+                return await endpoint(**values)
+            with _place_to_wait(services, caller, query):
                 if request.method != "GET":
                     # What it writes stands, so it is answered; it asks about the token by itself.
-                    return await handler(request)
-                async with services_of(request).doorkeeper.while_it_counts(caller):
-                    return await handler(request)
+                    return await endpoint(**values)
+                async with services.doorkeeper.while_it_counts(caller):
+                    if isinstance(query, UpToDateQuery) and query.min_revision is not None:
+                        await at_least(request, services, query.min_revision)
+                    return await endpoint(**values)
 
         return through_the_doors
 
 
-def _refuse_unknown(request: Request, parameters: set[str]) -> None:
-    """Refuse a misspelt filter, which would answer with more than was asked for."""
-    names = [name for name, _ in request.query_params.multi_items()]
-    if not parameters.issuperset(names):
-        what = "a parameter that is not known"
-    elif len(set(names)) < len(names):
-        what = "a parameter that is there twice"
-    else:
-        return
-    raise InvalidRequest(errors=[{"loc": ["query"], "msg": what, "type": "unknown_field"}])
+def _place_to_wait(
+    services: Services, caller: Caller, query: QueryModel
+) -> contextlib.AbstractContextManager[None]:
+    if isinstance(query, WaitQuery) and query.wait is not None:
+        return place_to_wait(services, caller)
+    return _NO_PLACE
 
 
-async def _read_strictly(request: Request) -> Request:
-    content_type = request.headers.get("content-type", "")
-    if not _JSON_TYPE.fullmatch(content_type):
+class _Signature:
+    """Where each parameter of an endpoint comes from, read once from its annotations.
+
+    Raises:
+        TypeError: a parameter comes from nowhere that this knows.
+    """
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self.requirement: Requires | None = None
+        self.query_of: Callable[[Request], QueryModel] = _reader_of(NoQuery)
+        self.body: tuple[str, type[BaseModel]] | None = None
+        self._request_name = ""
+        self._query_name = ""
+        self._given: list[tuple[str, Given]] = []
+        self._paths: list[tuple[str, TypeAdapter[Any]]] = []
+        hints = get_type_hints(endpoint, include_extras=True)
+        for name in inspect.signature(endpoint).parameters:
+            self._note(name, hints[name])
+
+    def values(
+        self, request: Request, services: Services, caller: Caller | None, query: QueryModel
+    ) -> dict[str, Any]:
+        """Return the value of every parameter but the body's."""
+        values: dict[str, Any] = {
+            name: given.take(request, services, caller) for name, given in self._given
+        }
+        for name, kind in self._paths:
+            values[name] = _path_value(request, name, kind)
+        if self._request_name:
+            values[self._request_name] = request
+        if self._query_name:
+            values[self._query_name] = query
+        return values
+
+    def _note(self, name: str, hint: Any) -> None:
+        kind = getattr(hint, "__origin__", hint)
+        for mark in getattr(hint, "__metadata__", ()):
+            if isinstance(mark, marks.Depends) and isinstance(mark.dependency, Given):
+                self._given.append((name, mark.dependency))
+                if isinstance(mark.dependency, Requires):
+                    self.requirement = mark.dependency
+                return
+            if isinstance(mark, marks.Path):
+                self._paths.append((name, TypeAdapter(hint)))
+                return
+            if isinstance(mark, marks.Query) and issubclass(kind, QueryModel):
+                self._query_name, self.query_of = name, _reader_of(kind)
+                return
+        if kind is Request:
+            self._request_name = name
+        elif isinstance(kind, type) and issubclass(kind, BaseModel) and self.body is None:
+            self.body = (name, kind)
+        else:
+            raise TypeError(f"{name} is neither given, nor in the path, the query or the body")
+
+
+def _reader_of(model: type[QueryModel]) -> Callable[[Request], QueryModel]:
+    """Return what reads the query string by this model.
+
+    A misspelt filter is refused: it would answer with more than was asked for.
+    """
+    required = any(field.is_required() for field in model.model_fields.values())
+    nothing = None if required else model()
+
+    def read(request: Request) -> QueryModel:
+        if nothing is not None and not request.scope["query_string"]:
+            return nothing
+        pairs = request.query_params.multi_items()
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            what = "a parameter that is there twice"
+            raise InvalidRequest(errors=[{"loc": ["query"], "msg": what, "type": "unknown_field"}])
+        return _parsed(model, values, "query")
+
+    return read
+
+
+def _path_value(request: Request, name: str, kind: TypeAdapter[Any]) -> Any:
+    text = request.path_params[name].replace(ENCODED_SLASH, "/")
+    try:
+        return kind.validate_python(text)
+    except ValidationError as error:
+        broken = [{**each, "loc": ("path", name)} for each in error.errors()]
+        raise InvalidRequest(errors=broken_rules(broken)) from None
+
+
+def _parsed(model: type[Model], value: object, place: str) -> Model:
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        broken = [{**each, "loc": (place, *each["loc"])} for each in error.errors()]
+        raise InvalidRequest(errors=broken_rules(broken)) from None
+
+
+async def _body(
+    request: Request, services: Services, caller: Caller | None, model: type[Model]
+) -> Model:
+    """Return the body of a request.
+
+    Raises:
+        UnsupportedMediaType: it is not said to be JSON.
+        ContentTooLarge: it has more bytes than are taken.
+        BadRequest: it was cut off.
+        InvalidRequest: it is not strict JSON, or breaks a rule of the model.
+        Unauthorized: the token does not count any more.
+    """
+    if not _JSON_TYPE.fullmatch(request.headers.get("content-type", "")):
         raise UnsupportedMediaType("Send the body as application/json.")
-    services = services_of(request)
     body = await _read_bounded(request, services.settings.max_body_bytes)
-    caller: Caller | None = request.scope.get(CALLER)
     if caller is not None:
         # A body may take its time, and the token may have been revoked meanwhile.
         services.tokens.require(caller)
@@ -160,7 +202,7 @@ async def _read_strictly(request: Request) -> Request:
     except NotStrictJSON as error:
         rule = {"loc": ["body"], "msg": str(error), "type": "json_invalid"}
         raise InvalidRequest("The body is not JSON as it must be.", [rule]) from None
-    return _ReadRequest(request, body, value)
+    return _parsed(model, value, "body")
 
 
 async def _read_bounded(request: Request, limit: int) -> bytes:

@@ -1,15 +1,12 @@
-"""The tables, and how a row of `agents` is read.
+"""The tables.
 
-Declares and translates; opens no connection. Tables and columns: docs/protocol.md sections 1 and 2.
+Declares only; opens no connection. Tables and columns: docs/protocol.md sections 1 and 2.
 """
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
-from typing import Any, Final, TypeVar, cast
+from typing import Final, TypeVar
 
 from sqlalchemy import (
     BigInteger,
@@ -17,7 +14,6 @@ from sqlalchemy import (
     Float,
     Index,
     Integer,
-    Row,
     Table,
     false,
     func,
@@ -29,18 +25,12 @@ from sqlalchemy import (
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import NullType
 
-from slm import schemas
 from slm.server.db.column_types import (
-    EPOCH_START,
-    UNREADABLE,
     StoredDouble,
     StoredString,
     StoredText,
     StoredTime,
-    text_of,
-    time_of,
 )
-from slm.server.strict_json import MAX_INTEGER
 
 T = TypeVar("T")
 
@@ -49,7 +39,7 @@ class Base(DeclarativeBase):
     """All tables of the server."""
 
 
-class Agent(Base):
+class AgentRow(Base):
     """One agent; the columns up to `updated_at` are those of a table that is adopted.
 
     `llm_options` is text and not JSON: PostgreSQL would accept less than a SQLite file may hold,
@@ -98,7 +88,7 @@ class Agent(Base):
     )
 
 
-class Change(Base):
+class ChangeRow(Base):
     """One committed change: the feed and the history (docs/protocol.md section 2).
 
     `agent` is the JSON of `schemas.Agent`, without the key; for a delete, the agent as it was.
@@ -125,7 +115,7 @@ class Change(Base):
     )
 
 
-class State(Base):
+class StateRow(Base):
     """The one row that every writer locks first, so that revision order is commit order.
 
     Attributes:
@@ -154,7 +144,7 @@ class State(Base):
     timeline: Mapped[str | None] = mapped_column(StoredString(64))
 
 
-class Token(Base):
+class TokenRow(Base):
     """One bearer token; of the token itself only the digest is kept.
 
     `agents` is null, or the JSON list of patterns that limits what the token can see.
@@ -175,7 +165,7 @@ class Token(Base):
     __table_args__ = ({"sqlite_autoincrement": True},)
 
 
-class EncryptionKey(Base):
+class EncryptionKeyRow(Base):
     """What the database knows of an encryption key: its name, and a token that only it opens.
 
     `retired_at`: pruned; its name stays, so that a server that is still given the key does not take
@@ -191,7 +181,7 @@ class EncryptionKey(Base):
     retired_at: Mapped[datetime | None] = mapped_column(StoredTime())
 
 
-class Audit(Base):
+class AuditRow(Base):
     """Who did what, to which agent, when and from where; each row's hash holds the one before.
 
     `at` is text, since the hash is over what is stored, and the two engines keep times differently.
@@ -215,7 +205,7 @@ class Audit(Base):
     )
 
 
-class AuditHead(Base):
+class AuditHeadRow(Base):
     """The one row that says where the audit's chain ends; locked by whoever appends to it.
 
     Not in `state`, since a key read would then wait for every write, and hold it up.
@@ -235,7 +225,7 @@ class AuditHead(Base):
     cut_seal: Mapped[str | None] = mapped_column(StoredText)
 
 
-class Replica(Base):
+class ReplicaRow(Base):
     """One server process that serves this database: a lease, and the encryption keys it has.
 
     `seen_at` is seconds since 1970 by the database's clock, the only one that replicas share;
@@ -251,14 +241,14 @@ class Replica(Base):
     tokens_version: Mapped[int] = mapped_column(BigInteger, server_default=text("-1"))
 
 
-class Backend(Base):
-    """What one replica tells the others of some of its backends; see `server/told_rows.py`.
+class BackendRow(Base):
+    """What one replica tells the others of some of its backends (`fleet/replication_rows.py`).
 
     Attributes:
         id: the batch; of an older version a backend, or empty where the row says how far the
             replica's stream has come.
         seq: counts the replica's transactions, so that others read what is new alone.
-        data: JSON of `server/fleet/replication_rows.py`.
+        data: JSON.
         connected: false in a replica's last word.
         written_at: seconds since 1970 by the database's clock.
     """
@@ -284,15 +274,15 @@ def _table(model: type[Base]) -> Table:
     return table
 
 
-AGENTS: Final = _table(Agent)
-CHANGES: Final = _table(Change)
-STATE: Final = _table(State)
-TOKENS: Final = _table(Token)
-ENCRYPTION_KEYS: Final = _table(EncryptionKey)
-AUDIT: Final = _table(Audit)
-AUDIT_HEAD: Final = _table(AuditHead)
-REPLICAS: Final = _table(Replica)
-BACKENDS: Final = _table(Backend)
+AGENTS: Final = _table(AgentRow)
+CHANGES: Final = _table(ChangeRow)
+STATE: Final = _table(StateRow)
+TOKENS: Final = _table(TokenRow)
+ENCRYPTION_KEYS: Final = _table(EncryptionKeyRow)
+AUDIT: Final = _table(AuditRow)
+AUDIT_HEAD: Final = _table(AuditHeadRow)
+REPLICAS: Final = _table(ReplicaRow)
+BACKENDS: Final = _table(BackendRow)
 
 # Without SQLAlchemy's types: they raise on what another program may have put into a SQLite column
 # (a text date, 'true'), and one such row must not take the whole list down.
@@ -303,82 +293,3 @@ SELECT_AGENTS: Final = select(*(type_coerce(c, NullType()).label(c.name) for c i
 def utc_now() -> datetime:
     """Return the time as it is written into every row."""
     return datetime.now(UTC)
-
-
-def agent_of(row: Row[*tuple[Any, ...]] | Mapping[str, Any]) -> schemas.Agent:
-    """Return what is served for a row of `SELECT_AGENTS`.
-
-    Tolerant: our rules apply on write, and a row that breaks them is still served
-    (docs/protocol.md section 1). What cannot be read at all counts as not set.
-    """
-    value = cast("Mapping[str, Any]", row._mapping) if isinstance(row, Row) else row
-    return schemas.Agent(
-        id=_read(_whole, value["id"], 0),
-        agent_id=text_of(value["agent_id"]),
-        name=text_of(value["name"]),
-        description=None if value["description"] is None else text_of(value["description"]),
-        llm_provider=text_of(value["llm_provider"]),
-        llm_endpoint=text_of(value["llm_endpoint"] or "") or None,
-        llm_model=text_of(value["llm_model"]),
-        llm_timeout=_read(_whole, value["llm_timeout"], 30),
-        llm_temperature=_read(_number, value["llm_temperature"], None),
-        llm_max_tokens=_read(_whole, value["llm_max_tokens"], None),
-        llm_options=_read(_options, value["llm_options"], dict[str, Any]()),
-        is_default=_read(_flag, value["is_default"], False),
-        is_active=_read(_flag, value["is_active"], True),
-        created_at=_read(time_of, value["created_at"], EPOCH_START),
-        updated_at=_read(time_of, value["updated_at"], EPOCH_START),
-        revision=_read(_whole, value["revision"], 0),
-        has_api_key=bool(value["llm_api_key_encrypted"]),
-        api_key_revision=_read(_whole, value["api_key_revision"], None),
-    )
-
-
-def _read(reader: Callable[[Any], T], value: Any, otherwise: T) -> T:
-    if value is None:
-        return otherwise
-    try:
-        return reader(value)
-    except UNREADABLE:
-        return otherwise
-
-
-def _whole(value: Any) -> int:
-    number = value if type(value) is int else int(float(value))
-    if abs(number) > MAX_INTEGER:
-        raise OverflowError
-    return number
-
-
-def _number(value: Any) -> float:
-    number = float(value)
-    if not math.isfinite(number):
-        raise ValueError
-    return number
-
-
-def _flag(value: Any) -> bool:
-    if isinstance(value, str):
-        word = value.strip().lower()
-        if word in ("true", "t", "yes", "y", "on"):
-            return True
-        if word in ("false", "f", "no", "n", "off", ""):
-            return False
-        value = float(word)
-    return bool(value)
-
-
-def _options(value: Any) -> dict[str, Any]:
-    options = value if isinstance(value, dict) else _JSON.decode(text_of(value))
-    if not isinstance(options, dict):
-        raise TypeError
-    return options
-
-
-def _no_constant(_: str) -> None:
-    """Refuse NaN and Infinity, which no JSON answer can carry."""
-    raise ValueError
-
-
-# Built once: json.loads would build one for every row.
-_JSON: Final = json.JSONDecoder(parse_constant=_no_constant)

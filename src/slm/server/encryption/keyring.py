@@ -29,7 +29,7 @@ from slm.server.db.database import Database
 from slm.server.db.tables import ENCRYPTION_KEYS, STATE, utc_now
 from slm.server.encryption.secret_files import read_private
 from slm.server.encryption.vault import Vault, parse_keys
-from slm.server.security.audit import Event, Who, append
+from slm.server.security.audit import AuditEvent, Who, append
 from slm.server.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -167,7 +167,7 @@ def register(connection: Connection, vault: Vault, who: Who) -> list[str]:
                     created_at=now,
                 )
             )
-            append(connection, Event(who, "encryption_key.add", detail={"fingerprint": name}))
+            append(connection, AuditEvent(who, "encryption_key.add", detail={"fingerprint": name}))
     if not known.keys() >= set(vault.fingerprints):
         state.bump_keyring(connection)
     pruned = [n for n in vault.fingerprints if n in known and known[n].retired_at is not None]

@@ -31,7 +31,7 @@ from slm.server.encryption.keyring import (
 )
 from slm.server.encryption.secret_files import replace_private
 from slm.server.encryption.vault import Vault, fingerprint
-from slm.server.security.audit import Event, Who, append, reseal
+from slm.server.security.audit import AuditEvent, Who, append, reseal
 from slm.server.security.audit_reader import ends
 from slm.server.settings import Settings
 
@@ -218,7 +218,7 @@ class KeyRotation:
                 )
             state.bump_keyring(connection)
             detail = {"fingerprint": name, "before": active}
-            append(connection, Event(who, "encryption_key.rotate", detail=detail))
+            append(connection, AuditEvent(who, "encryption_key.rotate", detail=detail))
             return name
 
         name = await self._database.run(work)
@@ -250,7 +250,7 @@ class KeyRotation:
                     }
                     connection.execute(_REPLACE, values)
             detail = {"after_id": after_id, "rows": len(rows), "changed": changed}
-            append(connection, Event(who, "encryption_key.reencrypt", detail=detail))
+            append(connection, AuditEvent(who, "encryption_key.reencrypt", detail=detail))
             if len(rows) == limit:
                 return Progress(rows[-1].id, changed)
             return Progress(None, changed + reseal(connection, self._vault.reencrypt))
@@ -291,7 +291,7 @@ class KeyRotation:
                 connection.execute(retire.values(retired_at=utc_now()))
                 state.bump_keyring(connection)
                 detail = {"fingerprints": names}
-                append(connection, Event(who, "encryption_key.prune", detail=detail))
+                append(connection, AuditEvent(who, "encryption_key.prune", detail=detail))
             return names
 
         names = await self._database.run(work)

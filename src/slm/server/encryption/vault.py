@@ -49,7 +49,7 @@ class Vault:
     old ones or all the new ones.
 
     A stored key that was decrypted once is kept in memory, sealed under a key of this process, for
-    this token and binding alone: a thousand backends that fetch it cost one Fernet decryption.
+    this ciphertext and binding alone: a thousand backends that fetch it cost one Fernet decryption.
 
     Args:
         keys: Fernet keys (32 bytes in URL-safe base64), the active one first.
@@ -98,7 +98,7 @@ class Vault:
         return SecretStr(Fernet.generate_key().decode())
 
     def encrypt(self, key: SecretStr, binding: KeyBinding) -> str:
-        """Return a Fernet token that gives the key back for this binding alone."""
+        """Return a ciphertext that gives the key back for this binding alone."""
         plain = {
             "agent_id": binding.agent_id,
             "provider": binding.provider,
@@ -107,27 +107,27 @@ class Vault:
         }
         return self._active.encrypt(_BOUND + json.dumps(plain).encode()).decode()
 
-    def decrypt(self, token: str, binding: KeyBinding) -> SecretStr:
-        """Return the key of a bound token.
+    def decrypt(self, ciphertext: str, binding: KeyBinding) -> SecretStr:
+        """Return the key of a bound ciphertext.
 
         Raises:
             KeyUndecryptable: no key of this vault opens it, it is not bound, or bound elsewhere.
         """
         opened = self._opened
         name = hashlib.sha256(
-            "\0".join((token, binding.agent_id, binding.provider, binding.origin)).encode(
+            "\0".join((ciphertext, binding.agent_id, binding.provider, binding.origin)).encode(
                 "utf-8", "surrogatepass"
             )
         ).digest()
         known = opened.get(name)
         if known is not None:
             return SecretStr(known)
-        key = self._bound_key(token, binding)
+        key = self._bound_key(ciphertext, binding)
         opened.put(name, key)
         return SecretStr(key)
 
-    def _bound_key(self, token: str, binding: KeyBinding) -> str:
-        plain = self._plaintext(token)
+    def _bound_key(self, ciphertext: str, binding: KeyBinding) -> str:
+        plain = self._plaintext(ciphertext)
         if not plain.startswith(_BOUND):
             _refuse("The stored key is not bound to an agent and an endpoint. Set it again.")
         data = json.loads(plain[len(_BOUND) :])
@@ -135,16 +135,16 @@ class Vault:
             _refuse("The stored key belongs to another agent, provider or endpoint. Set it again.")
         return str(data["key"])
 
-    def decrypt_unbound(self, token: str) -> SecretStr:
-        """Return the key of a token that holds the bare key, as a table not made by us has it.
+    def decrypt_unbound(self, ciphertext: str) -> SecretStr:
+        """Return the key of a ciphertext that holds the bare key, as a table not made by us has it.
 
-        For adoption alone (docs/protocol.md section 1): such a token says nothing of where its key
-        may be sent, so serving it would let whoever edits an endpoint collect the key.
+        For adoption alone (docs/protocol.md section 1): such a ciphertext says nothing of where its
+        key may be sent, so serving it would let whoever edits an endpoint collect the key.
 
         Raises:
             KeyUndecryptable: no key of this vault opens it, or it is no bare key.
         """
-        plain = self._plaintext(token)
+        plain = self._plaintext(ciphertext)
         if plain.startswith((_BOUND, _CHECK, _SEAL)):
             _refuse("The stored key is bound already.")
         try:
@@ -156,58 +156,58 @@ class Vault:
         return SecretStr(text)
 
     def seal(self, text: str) -> str:
-        """Return a token that only the active key makes, and that holds this text."""
+        """Return a ciphertext that only the active key makes, and that holds this text."""
         return self._active.encrypt(_SEAL + text.encode()).decode()
 
-    def unseal(self, token: str) -> str | None:
-        """Return the text of such a token; None: no key of this vault made it."""
+    def unseal(self, ciphertext: str) -> str | None:
+        """Return the text of such a ciphertext; None: no key of this vault made it."""
         try:
-            plain = self._plaintext(token)
+            plain = self._plaintext(ciphertext)
         except KeyUndecryptable:
             return None
         return plain[len(_SEAL) :].decode() if plain.startswith(_SEAL) else None
 
     def make_check_of(self, name: str) -> str:
-        """Return a token that tells later whether the key of this fingerprint is here."""
+        """Return a ciphertext that tells later whether the key of this fingerprint is here."""
         return self._ring[name].encrypt(_CHECK).decode()
 
-    def opens_check(self, token: str) -> bool:
-        """Say whether one of the keys made this check token."""
+    def opens_check(self, ciphertext: str) -> bool:
+        """Say whether one of the keys made this check ciphertext."""
         try:
-            return hmac.compare_digest(self._plaintext(token), _CHECK)
+            return hmac.compare_digest(self._plaintext(ciphertext), _CHECK)
         except KeyUndecryptable:
             return False
 
-    def key_of(self, token: str) -> str | None:
-        """Return the fingerprint of the key that a bound token or a seal needs, if it is here.
+    def key_of(self, ciphertext: str) -> str | None:
+        """Return the fingerprint of the key that a bound ciphertext or a seal needs, if it is here.
 
-        Any other token needs none: it is refused whatever opens it.
+        Any other ciphertext needs none: it is refused whatever opens it.
         """
         for name, fernet in self._ring.items():
             try:
-                plain = fernet.decrypt(token.encode())
+                plain = fernet.decrypt(ciphertext.encode())
             except (InvalidToken, ValueError, TypeError):
                 continue
             return name if plain.startswith((_BOUND, _SEAL)) else None
         return None
 
-    def reencrypt(self, token: str) -> str | None:
+    def reencrypt(self, ciphertext: str) -> str | None:
         """Return the same plaintext under the active key, binding and all.
 
         None where there is nothing to do: it is under the active key, not bound, or no key of this
         vault opens it.
         """
-        if self.key_of(token) in (None, self.fingerprints[0]):
+        if self.key_of(ciphertext) in (None, self.fingerprints[0]):
             return None
-        return self._active.encrypt(self._plaintext(token)).decode()
+        return self._active.encrypt(self._plaintext(ciphertext)).decode()
 
     @property
     def _active(self) -> Fernet:
         return next(iter(self._ring.values()))
 
-    def _plaintext(self, token: str) -> bytes:
+    def _plaintext(self, ciphertext: str) -> bytes:
         try:
-            return MultiFernet(self._ring.values()).decrypt(token.encode())
+            return MultiFernet(self._ring.values()).decrypt(ciphertext.encode())
         except (InvalidToken, ValueError, TypeError):
             _refuse("The stored key was encrypted with a key that this server does not have.")
 

@@ -6,18 +6,39 @@ replicas are asked first (docs/protocol.md section 3).
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
-from slm.errors import DatabaseUnavailable, RevisionNotFound
+from slm.errors import RevisionNotFound
+from slm.schemas import Agent
+from slm.server.agents.changes import Written
 from slm.server.agents.history import History
-from slm.server.agents.service import Written
 from slm.server.db.database import Database
 from slm.server.fleet.backend import RECEIPT_REVISIONS, Subject
 from slm.server.fleet.replication import FleetSync
 from slm.server.fleet.tracker import Fleet
+
+
+def subject_of(written: Written) -> Subject | None:
+    """Return what the receipt of a write is about; None where it is about no agent."""
+    if written.changes:
+        # The write's own change; one that follows takes the flag from the former default.
+        change = written.changes[0]
+        return _subject(change.agent, change.was_default, change.revision, change.created_at)
+    agent = written.agent
+    if agent is None:
+        return None
+    return _subject(agent, False, agent.revision, None)._replace(changed=False)
+
+
+def _subject(agent: Agent, was_default: bool, revision: int, made: datetime | None) -> Subject:
+    return Subject(
+        agent_id=agent.agent_id,
+        is_default=was_default or agent.is_default,
+        revision=revision,
+        committed_at=(made or datetime.now(UTC)).timestamp(),
+    )
 
 
 class Receipts:
@@ -50,12 +71,7 @@ class Receipts:
         if not sees(change.agent_id):
             # First of all, so that it cannot be told from one that does not exist.
             raise RevisionNotFound
-        subject = Subject(
-            agent_id=change.agent_id,
-            is_default=change.was_default or change.agent.is_default,
-            revision=revision,
-            committed_at=change.created_at.timestamp(),
-        )
+        subject = _subject(change.agent, change.was_default, revision, change.created_at)
         told = fleet.remembers(subject, alone=self._alone)
         if told and revision <= fleet.started_at_revision:
             told = await self._sync.covers(subject)
@@ -65,22 +81,6 @@ class Receipts:
                 " who runs what now is in the fleet view."
             )
         return subject
-
-    async def subject_of(self, written: Written) -> Subject | None:
-        """Return what the receipt of a write is about; the write stands, whatever fails here."""
-        agent = written.agent
-        with contextlib.suppress(DatabaseUnavailable, RevisionNotFound):
-            if written.changed:
-                return await self.subject(written.revision if agent is None else agent.revision)
-        if agent is None:
-            return None
-        return Subject(
-            agent_id=agent.agent_id,
-            is_default=agent.is_default,
-            revision=agent.revision,
-            committed_at=(agent.updated_at if written.changed else datetime.now(UTC)).timestamp(),
-            changed=written.changed,
-        )
 
     async def receipt(
         self, subject: Subject, seconds: float = 0.0, *, named: str | None = None

@@ -24,7 +24,7 @@ from slm.server.db.database import Database
 from slm.server.db.leases import database_time, is_live
 from slm.server.db.tables import REPLICAS
 from slm.server.fleet.backend import Backend, Subject
-from slm.server.fleet.replication_rows import Page, TellTale
+from slm.server.fleet.replication_rows import ReportPage, TellTale
 from slm.server.fleet.tracker import KEEP_GONE_SECONDS, Fleet, Lapse
 from slm.server.tasks.slices import in_slices
 from slm.server.tasks.supervisor import Supervisor
@@ -337,10 +337,10 @@ class FleetSync:
                 page = await self._read_page(page.after)
             self._looks += 1
 
-    async def _read_page(self, after: tuple[str, int, str] | None) -> Page:
+    async def _read_page(self, after: tuple[str, int, str] | None) -> ReportPage:
         seen = dict(self._seen)
 
-        def work(connection: Connection) -> tuple[Page, float]:
+        def work(connection: Connection) -> tuple[ReportPage, float]:
             before = time.time()
             page = self.rows.read(connection, seen, KEEP_GONE_SECONDS, after)
             return page, page.now - before
@@ -349,7 +349,7 @@ class FleetSync:
         self._offset = offset
         return page
 
-    async def _take(self, page: Page) -> None:
+    async def _take(self, page: ReportPage) -> None:
         fleet, offset = self._fleet, self._offset
         self._take_leases(page, offset)
         async for batch in in_slices(page.batches):
@@ -365,7 +365,7 @@ class FleetSync:
             self._seen[batch.replica] = max(batch.seq, self._seen.get(batch.replica, -1))
         self._keep_replicas()
 
-    def _take_leases(self, page: Page, offset: float) -> None:
+    def _take_leases(self, page: ReportPage, offset: float) -> None:
         for replica, seen_at in page.leases.items():
             account = self.accounts.setdefault(replica, Account())
             account.live = is_live(seen_at, page.now, self._lease_seconds)

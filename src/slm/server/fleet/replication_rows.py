@@ -65,7 +65,7 @@ class Batch:
 
 
 @dataclass
-class Page:
+class ReportPage:
     """What one look found: the replicas, and the next of their rows.
 
     Attributes:
@@ -126,7 +126,7 @@ class TellTale:
         seen: Mapping[str, int],
         recent_seconds: float,
         after: tuple[str, int, str] | None = None,
-    ) -> Page:
+    ) -> ReportPage:
         """Return the replicas and a page of the rows that are new.
 
         Of a replica that has no lease any more only what is recent counts.
@@ -137,7 +137,7 @@ class TellTale:
             recent_seconds: what is written within this time is recent.
             after: where the page begins.
         """
-        page = Page(database_time(connection))
+        page = ReportPage(database_time(connection))
         leases = (
             select(REPLICAS.c.id, REPLICAS.c.seen_at)
             .where(REPLICAS.c.id != self._replica)

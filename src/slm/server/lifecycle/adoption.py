@@ -14,10 +14,11 @@ from pydantic import SecretStr
 from sqlalchemy import Connection, bindparam, insert, update
 
 from slm.errors import KeyUndecryptable
+from slm.server.agents.changes import CHANGED, CREATED
 from slm.server.agents.credentials import binding_of
-from slm.server.agents.service import CHANGED, CREATED
+from slm.server.agents.mapping import agent_of
 from slm.server.db import state
-from slm.server.db.tables import AGENTS, CHANGES, SELECT_AGENTS, agent_of, utc_now
+from slm.server.db.tables import AGENTS, CHANGES, SELECT_AGENTS, utc_now
 from slm.server.encryption.vault import KeyBinding, Vault
 
 ACTOR: Final = "slm"

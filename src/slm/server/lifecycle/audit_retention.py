@@ -21,7 +21,7 @@ from slm.server.db import state
 from slm.server.db.database import Database
 from slm.server.db.tables import AUDIT, AUDIT_HEAD, utc_now
 from slm.server.encryption.keyring import Keyring
-from slm.server.security.audit import Event, Who, append
+from slm.server.security.audit import AuditEvent, Who, append
 from slm.server.security.audit_chain import Link, Walk
 from slm.server.security.audit_reader import EXPORTED, ends, entries_after, exported_upto, link_at
 
@@ -69,7 +69,7 @@ def note_exported(connection: Connection, head: Link, who: Who) -> None:
     who.require_counts(connection)
     if link_at(connection, head.seq) != head:
         raise Conflict("The audit has no entry of this number and hash.")
-    append(connection, Event(who, EXPORTED, detail={"head": str(head)}))
+    append(connection, AuditEvent(who, EXPORTED, detail={"head": str(head)}))
 
 
 def _batch(connection: Connection, *, keyring: Keyring, upto: Link, before: str) -> int:
@@ -100,4 +100,4 @@ def _batch(connection: Connection, *, keyring: Keyring, upto: Link, before: str)
 
 def _note_cut(connection: Connection) -> None:
     cut = ends(connection).cut
-    append(connection, Event(Who("slm"), CUT, detail={"cut": str(cut)}))
+    append(connection, AuditEvent(Who("slm"), CUT, detail={"cut": str(cut)}))

@@ -57,7 +57,7 @@ _NEEDED: Final = frozenset(c.name for c in AGENTS.c) - {
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedDatabase:
     """A database that can be served.
 
     Attributes:
@@ -71,7 +71,7 @@ class Prepared:
     notes: list[str] = field(default_factory=list)
 
 
-async def prepare(settings: Settings) -> Prepared:
+async def prepare(settings: Settings) -> PreparedDatabase:
     """Open the database and make it ready; on an empty data directory make everything it needs.
 
     Raises:
@@ -101,7 +101,7 @@ async def prepare(settings: Settings) -> Prepared:
         await database.close()
         raise
     database.answer_within(settings.database_timeout_seconds)
-    return Prepared(database, vault, notes)
+    return PreparedDatabase(database, vault, notes)
 
 
 def _prepare(

@@ -32,7 +32,7 @@ from slm.server.db.database import Database
 from slm.server.db.statements import Prepared
 from slm.server.db.tables import AUDIT, AUDIT_HEAD, utc_now
 from slm.server.security.audit_chain import GENESIS as GENESIS
-from slm.server.security.audit_chain import START, Entry, Verdict, Walk, parse_link
+from slm.server.security.audit_chain import START, ChainEntry, Verdict, Walk, parse_link
 from slm.server.security.audit_reader import (
     WALK_PAGE,
     AuditFilter,
@@ -100,7 +100,7 @@ class Who:
 
 
 @dataclass(frozen=True)
-class Event:
+class AuditEvent:
     """One thing to record.
 
     Attributes:
@@ -116,7 +116,7 @@ class Event:
     detail: Mapping[str, Any] = field(default_factory=dict)
 
 
-def append(connection: Connection, event: Event) -> None:
+def append(connection: Connection, event: AuditEvent) -> None:
     """Record an event within the caller's transaction; the last thing it does before it commits.
 
     The row that is locked here orders all appends, so the chain has one end on any number of
@@ -125,7 +125,7 @@ def append(connection: Connection, event: Event) -> None:
     append_all(connection, (event,))
 
 
-def append_all(connection: Connection, events: Sequence[Event]) -> None:
+def append_all(connection: Connection, events: Sequence[AuditEvent]) -> None:
     """Record several events, in their order; as `append`, with one look at the chain's end."""
     if not events:
         return
@@ -134,7 +134,7 @@ def append_all(connection: Connection, events: Sequence[Event]) -> None:
     at = utc_now().isoformat(timespec="microseconds").replace("+00:00", "Z")
     rows = []
     for seq, event in enumerate(events, last - len(events) + 1):
-        entry = Entry(
+        entry = ChainEntry(
             seq=seq,
             at=at,
             actor=event.who.actor,
@@ -179,7 +179,7 @@ class AuditLog:
         self._database = database
         self._unseal = unseal
 
-    async def record(self, event: Event) -> None:
+    async def record(self, event: AuditEvent) -> None:
         """Record an event in a transaction of its own, for what writes nothing else.
 
         Raises:
@@ -201,7 +201,7 @@ class AuditLog:
         actor: str | None = None,
         agent_id: str | None = None,
         action: str | None = None,
-    ) -> list[Entry]:
+    ) -> list[ChainEntry]:
         """Return the newest entries first, those of a seq below `before`.
 
         Args:

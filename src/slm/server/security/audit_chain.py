@@ -18,7 +18,7 @@ GENESIS: Final = "0" * 64
 
 
 @dataclass(frozen=True)
-class Entry:
+class ChainEntry:
     """One row of the audit, as it is read."""
 
     seq: int
@@ -105,7 +105,7 @@ class Walk:
         if noted is not None and noted.seq == start.seq and noted != start:
             self.reason = _OTHER_HEAD
 
-    def go(self, entries: Iterable[Entry]) -> bool:
+    def go(self, entries: Iterable[ChainEntry]) -> bool:
         """Check these rows; return whether all are right so far."""
         if self.reason:
             return False

@@ -14,7 +14,7 @@ from sqlalchemy import ColumnElement, Connection, Row, func, select
 from slm.errors import Conflict
 from slm.server.db.pages import MAX_EXAMINED, Window, opaque, read_page
 from slm.server.db.tables import AUDIT, AUDIT_HEAD
-from slm.server.security.audit_chain import Entry, Link, parse_link
+from slm.server.security.audit_chain import ChainEntry, Link, parse_link
 from slm.server.strict_json import MAX_INTEGER
 
 EXPORTED: Final = "audit.export"
@@ -26,7 +26,7 @@ WALK_PAGE: Final = 500
 READ_ALL: Final = "key.read_all"
 """What a snapshot with keys is recorded as; its detail lists the agents whose keys it held."""
 
-_COLUMNS: Final = [AUDIT.c[name] for name in Entry.__dataclass_fields__]
+_COLUMNS: Final = [AUDIT.c[name] for name in ChainEntry.__dataclass_fields__]
 _MAX_ACTIONS: Final = 100
 """How many different actions are tried for a prefix; the server writes about twenty."""
 
@@ -51,7 +51,7 @@ class AuditFilter:
 class EntryPage(NamedTuple):
     """Entries, the newest first, and the `before` of the next page; None where there is none."""
 
-    entries: list[Entry]
+    entries: list[ChainEntry]
     following: int | None
 
 
@@ -87,7 +87,7 @@ class ExportedPage(NamedTuple):
     """Entries in order: what they follow, the audit's head, and the `after` of the next page."""
 
     after: Link
-    entries: list[Entry]
+    entries: list[ChainEntry]
     head: Link
     following: int | None
 
@@ -147,7 +147,7 @@ def link_at(connection: Connection, seq: int) -> Link | None:
     return None if found is None else Link(seq, found)
 
 
-def entries_after(connection: Connection, seq: int, upto: int, limit: int) -> list[Entry]:
+def entries_after(connection: Connection, seq: int, upto: int, limit: int) -> list[ChainEntry]:
     """Return the next rows of the chain, in its order; at least one where there is one."""
     window = Window(AUDIT, AUDIT.c.seq, seq, upto)
     return [_entry(row) for row in read_page(connection, window, limit, _characters).rows]
@@ -217,8 +217,8 @@ def _actions(connection: Connection) -> list[str]:
     return [name for name in found if isinstance(name, str)]
 
 
-def _entry(row: Row[Any]) -> Entry:
-    return Entry(*(row._mapping[column] for column in _COLUMNS))
+def _entry(row: Row[Any]) -> ChainEntry:
+    return ChainEntry(*(row._mapping[column] for column in _COLUMNS))
 
 
 def _characters(row: Row[Any]) -> int:

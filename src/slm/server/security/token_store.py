@@ -20,7 +20,7 @@ from slm.server.db import state
 from slm.server.db.database import Database
 from slm.server.db.tables import TOKENS, utc_now
 from slm.server.security.agent_scope import View
-from slm.server.security.audit import Event, Who, append
+from slm.server.security.audit import AuditEvent, Who, append
 from slm.server.security.token_table import TokenTable, read_tokens
 from slm.server.security.tokens import digest, mint
 
@@ -128,7 +128,7 @@ class TokenStore:
             token_id = connection.execute(statement).scalar_one()
             detail = {"token_id": token_id, "name": name, "scopes": list(scopes)}
             detail |= {"agents": view.patterns, "expires_in_seconds": expires_in_seconds}
-            append(connection, Event(who, "token.create", detail=detail))
+            append(connection, AuditEvent(who, "token.create", detail=detail))
             return _written(connection, token_id, version)
 
         return await self._write(work), token
@@ -158,7 +158,7 @@ class TokenStore:
             statement = update(TOKENS).where(TOKENS.c.id == token_id).values(revoked_at=utc_now())
             connection.execute(statement)
             detail = {"token_id": token_id, "name": token.name}
-            append(connection, Event(who, "token.revoke", detail=detail))
+            append(connection, AuditEvent(who, "token.revoke", detail=detail))
             return _written(connection, token_id, version)
 
         return await self._write(work)

@@ -17,11 +17,12 @@ from sqlalchemy import Connection, bindparam, literal_column, null, select
 
 from slm.errors import DatabaseUnavailable
 from slm.schemas import Agent
-from slm.server.agents.catalog import CommittedChange, Position
+from slm.server.agents.changes import CommittedChange, Position
+from slm.server.agents.mapping import agent_of
 from slm.server.db import state
 from slm.server.db.column_types import require_state
 from slm.server.db.state import TIMELINE
-from slm.server.db.tables import AGENTS, CHANGES, SELECT_AGENTS, STATE, agent_of
+from slm.server.db.tables import AGENTS, CHANGES, SELECT_AGENTS, STATE
 from slm.server.security.token_table import TokenTable, read_tokens
 
 logger = logging.getLogger(__name__)
@@ -127,7 +128,7 @@ class Horizon:
 
 
 @dataclass(frozen=True)
-class Page:
+class ChangePage:
     """Some changes after a revision, and the state row of the same transaction.
 
     `id_here` is the change id of the revision itself, where its row is there.
@@ -196,12 +197,12 @@ def tells_timeline(connection: Connection) -> bool:
     return True
 
 
-def read_page(connection: Connection, since: int, limit: int, upto: int) -> Page:
+def read_page(connection: Connection, since: int, limit: int, upto: int) -> ChangePage:
     """Return at most `limit` changes after `since`, none after `upto`."""
     *horizon, id_here = connection.execute(_SELECT_WHERE, {"position": since}).one()
     bounds = {"since": since, "upto": upto, "at_most": limit}
     rows = connection.execute(_SELECT_CHANGES, bounds).all()
-    return Page(Horizon(*horizon), _without_hole(rows, since), id_here)
+    return ChangePage(Horizon(*horizon), _without_hole(rows, since), id_here)
 
 
 def read_news(

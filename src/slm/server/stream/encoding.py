@@ -12,7 +12,7 @@ from typing import Final
 
 from slm import protocol
 from slm.protocol import AgentChanged, AgentDeleted, Heartbeat
-from slm.server.agents.catalog import CommittedChange
+from slm.server.agents.changes import CommittedChange
 from slm.server.security.agent_scope import EVERYTHING, View
 from slm.server.transport.ws_frames import text_frames
 

@@ -17,17 +17,17 @@ from typing import Final
 
 from slm.errors import ProblemError
 from slm.server import failpoints
-from slm.server.agents.catalog import Catalog, Position
-from slm.server.agents.service import Written
+from slm.server.agents.catalog import Catalog
+from slm.server.agents.changes import Position, Written
 from slm.server.db.database import Database
 from slm.server.metrics import Metrics
 from slm.server.security.agent_scope import View
 from slm.server.security.token_table import TokenTable
 from slm.server.settings import Settings
 from slm.server.stream.change_reader import (
+    ChangePage,
     Horizon,
     News,
-    Page,
     far_behind,
     read_horizon,
     read_news,
@@ -238,7 +238,7 @@ class ChangeFeed:
         """
         return await self._database.read(read_horizon)
 
-    async def read(self, since: int, limit: int, upto: int) -> Page:
+    async def read(self, since: int, limit: int, upto: int) -> ChangePage:
         """Return at most `limit` changes after `since`, none after `upto`, for a replay.
 
         Raises:

@@ -16,7 +16,7 @@ from typing import Final
 from slm import protocol
 from slm.common import tracing
 from slm.protocol import Resync, Subscribed
-from slm.server.agents.catalog import CommittedChange, Position
+from slm.server.agents.changes import CommittedChange, Position
 from slm.server.security.agent_scope import EVERYTHING, View
 from slm.server.settings import Settings
 from slm.server.stream.buffers import Buffers

@@ -55,7 +55,7 @@ class Openings:
     def __len__(self) -> int:
         return self._total
 
-    async def place(self, key: Hashable) -> Place:
+    async def place(self, key: Hashable) -> Opening:
         """Take a place, at once or when this key's turn comes.
 
         Raises:
@@ -65,7 +65,7 @@ class Openings:
             await self._turn(key)
         else:
             self._take(key)
-        return Place(self, key)
+        return Opening(self, key)
 
     def give_back(self, key: Hashable, *, was_silent: bool) -> None:
         """Give a place back.
@@ -136,7 +136,7 @@ class Openings:
                 turn.set_result(None)
 
 
-class Place:
+class Opening:
     """One stream's place; it is given back when the stream is live, or after a time-out."""
 
     __slots__ = ("_key", "_openings", "_timer")

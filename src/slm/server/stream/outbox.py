@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from slm.server.agents.catalog import CommittedChange
+from slm.server.agents.changes import CommittedChange
 from slm.server.stream.encoding import MAX_WRITE_BYTES, Frames, encode_change
 
 ResyncReason = Literal["compacted", "epoch", "ahead", "forked", "far-behind"]

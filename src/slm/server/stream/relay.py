@@ -12,8 +12,8 @@ from dataclasses import replace
 from typing import Final
 
 from slm.common import tracing
-from slm.server.agents.catalog import Catalog, CommittedChange, Position
-from slm.server.agents.service import Written
+from slm.server.agents.catalog import Catalog
+from slm.server.agents.changes import CommittedChange, Position, Written
 from slm.server.db.tables import utc_now
 from slm.server.metrics import Metrics
 from slm.server.stream.change_reader import News

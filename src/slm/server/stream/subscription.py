@@ -10,9 +10,9 @@ import logging
 
 from slm.errors import ProblemError
 from slm.protocol import Subscribe
-from slm.server.agents.catalog import Position
+from slm.server.agents.changes import Position
 from slm.server.settings import Settings
-from slm.server.stream.change_reader import Page
+from slm.server.stream.change_reader import ChangePage
 from slm.server.stream.encoding import in_writes
 from slm.server.stream.feed import ChangeFeed
 from slm.server.stream.hub import Hub
@@ -82,7 +82,7 @@ async def _open(
     hub.join(subscriber)
 
 
-def _not_resumable(at: Position, page: Page, upto: int, limit: int) -> ResyncReason | None:
+def _not_resumable(at: Position, page: ChangePage, upto: int, limit: int) -> ResyncReason | None:
     """Say why the database itself cannot resume there, or None where it can."""
     horizon = page.horizon
     if horizon.epoch != at.epoch:

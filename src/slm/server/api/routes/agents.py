@@ -7,6 +7,7 @@ import re
 from typing import Annotated, Final
 
 from fastapi import APIRouter, Query, Request, Response
+from pydantic import Field
 
 from slm.errors import (
     AgentExists,
@@ -18,10 +19,18 @@ from slm.errors import (
     TlsRequired,
 )
 from slm.schemas import Agent, AgentList, LLMConfigWithKey
-from slm.server.agents.catalog import AgentFilter
+from slm.server.agents.catalog import EVERY_AGENT, AgentFilter
 from slm.server.agents.schemas import AgentCreate, AgentUpdate
-from slm.server.api.access import KeyReader, Reader, Writer, sees_today, who_of
-from slm.server.api.parameters import AgentIdPath, FilterText, Parts, UpToDate, Wait
+from slm.server.api.access import Asking, KeyReader, Reader, Writer, sees_today
+from slm.server.api.parameters import (
+    AgentIdPath,
+    FilterText,
+    Parts,
+    UpToDate,
+    UpToDateQuery,
+    Waiting,
+    WaitQuery,
+)
 from slm.server.api.peer import require_private
 from slm.server.api.problems import (
     BODY_PROBLEMS,
@@ -31,6 +40,7 @@ from slm.server.api.problems import (
     problem_responses,
 )
 from slm.server.api.responses import (
+    NOT_MODIFIED,
     WrittenAgent,
     catalog_headers,
     catch_up,
@@ -41,8 +51,7 @@ from slm.server.api.responses import (
     versions_matched,
     written_answer,
 )
-from slm.server.api.route import SLMRoute, answered_at_once, body_of
-from slm.server.security.agent_scope import EVERYTHING
+from slm.server.api.route import SLMRoute
 from slm.server.security.token_table import Caller
 from slm.server.services import Services
 from slm.server.strict_json import MAX_INTEGER
@@ -53,17 +62,49 @@ router = APIRouter(prefix="/api", route_class=SLMRoute, tags=["agents"])
 _NO_WEIGHT: Final = re.compile(r"\s*q\s*=\s*0(\.0*)?\s*")
 
 
-async def _whole_list(request: Request, services: Services, caller: Caller) -> Response:
+class AgentListQuery(UpToDateQuery):
+    """Which agents a list holds."""
+
+    agent_id: FilterText | None = None
+    search: FilterText | None = None
+    provider: FilterText | None = None
+    is_active: bool | None = None
+    limit: int | None = Field(None, ge=1, le=MAX_INTEGER)
+    offset: int = Field(0, ge=0, le=MAX_INTEGER)
+
+
+class DeleteQuery(WaitQuery):
+    """The query string of a DELETE, which has no body."""
+
+    comment: FilterText | None = None
+
+
+@router.get(
+    "/agents",
+    response_model=AgentList,
+    responses=NOT_MODIFIED | problem_responses(*READ_PROBLEMS),
+)
+async def list_agents(
+    request: Request, services: Parts, caller: Reader, query: Annotated[AgentListQuery, Query()]
+) -> Response:
+    """List the agents, without keys, in the order in which they were made."""
     catalog = services.catalog
-    if caller.view is not EVERYTHING or not _takes_gzip(request):
-        return _list_answer(request, services, AgentFilter(view=caller.view))
-    # What is sent compressed is another representation, with a tag of its own (RFC 9110 8.8.3).
-    etag = f'"{catalog.epoch}-{catalog.revision}-gzip"'
+    wanted = AgentFilter(query.agent_id, query.search, query.provider, query.is_active, caller.view)
     headers = catalog_headers(services) | {"vary": "accept-encoding"}
+    whole = wanted == EVERY_AGENT and query.limit is None and not query.offset
+    compressed = whole and _takes_gzip(request)
+    # What is sent compressed is another representation, with a tag of its own (RFC 9110 8.8.3).
+    coding = "-gzip" if compressed else ""
+    etag = f'"{catalog.epoch}-{catalog.revision}{coding}"'
     if not none_match(request.headers, etag):
         return not_modified(etag, headers)
-    body = await catalog.compressed_list()
-    return json_response(body, headers=headers | {"etag": etag, "content-encoding": "gzip"})
+    headers["etag"] = etag
+    if compressed:
+        headers["content-encoding"] = "gzip"
+        return json_response(await catalog.compressed_list(), headers=headers)
+    return json_response(
+        catalog.list_body(wanted, limit=query.limit, offset=query.offset), headers=headers
+    )
 
 
 def _takes_gzip(request: Request) -> bool:
@@ -75,89 +116,48 @@ def _takes_gzip(request: Request) -> bool:
     return False
 
 
-def _list_answer(
-    request: Request,
-    services: Services,
-    wanted: AgentFilter,
-    limit: int | None = None,
-    offset: int = 0,
-) -> Response:
-    catalog = services.catalog
-    headers = catalog_headers(services) | {"vary": "accept-encoding"}
-    etag = f'"{catalog.epoch}-{catalog.revision}"'
-    if not none_match(request.headers, etag):
-        return not_modified(etag, headers)
-    body = catalog.list_body(wanted, limit=limit, offset=offset)
-    return json_response(body, headers=headers | {"etag": etag})
-
-
-@router.get(
-    "/agents",
-    response_model=AgentList,
-    responses=problem_responses(*READ_PROBLEMS),
-)
-@answered_at_once(_whole_list)
-async def list_agents(
-    request: Request,
-    services: UpToDate,
-    caller: Reader,
-    agent_id: FilterText | None = None,
-    search: FilterText | None = None,
-    provider: FilterText | None = None,
-    is_active: bool | None = None,
-    limit: Annotated[int | None, Query(ge=1, le=MAX_INTEGER)] = None,
-    offset: Annotated[int, Query(ge=0, le=MAX_INTEGER)] = 0,
-) -> Response:
-    """List the agents, without keys, in the order in which they were made."""
-    wanted = AgentFilter(agent_id, search, provider, is_active, caller.view)
-    return _list_answer(request, services, wanted, limit, offset)
-
-
-async def _default_at_once(request: Request, services: Services, caller: Caller) -> Response:
-    default_id = services.catalog.default_id
-    if default_id is None:
-        raise AgentNotFound
-    return _agent_answer(request, services, caller, default_id)
-
-
 @router.get(
     "/agents/default",
     response_model=Agent,
-    responses=problem_responses(*READ_PROBLEMS, AgentNotFound),
+    responses=NOT_MODIFIED | problem_responses(*READ_PROBLEMS, AgentNotFound),
 )
-@answered_at_once(_default_at_once)
-async def get_default_agent(request: Request, services: UpToDate, caller: Reader) -> Response:
+async def get_default_agent(
+    request: Request, services: Parts, caller: Reader, _: UpToDate
+) -> Response:
     """Return the agent that is the default now, whatever its agent_id."""
-    return await _default_at_once(request, services, caller)
-
-
-async def _agent_at_once(request: Request, services: Services, caller: Caller) -> Response:
-    return _agent_answer(request, services, caller, request.path_params["agent_id"])
+    return _agent_answer(request, services, caller, services.catalog.default_id)
 
 
 @router.get(
     "/agents/{agent_id}",
     response_model=Agent,
-    responses=problem_responses(*READ_PROBLEMS, AgentNotFound),
+    responses=NOT_MODIFIED | problem_responses(*READ_PROBLEMS, AgentNotFound),
 )
-@answered_at_once(_agent_at_once)
 async def get_agent(
-    request: Request, agent_id: AgentIdPath, services: UpToDate, caller: Reader
+    request: Request,
+    agent_id: AgentIdPath,
+    services: Parts,
+    caller: Reader,
+    _: UpToDate,
 ) -> Response:
     """Return one agent, without its key."""
     return _agent_answer(request, services, caller, agent_id)
 
 
-def _agent_answer(request: Request, services: Services, caller: Caller, agent_id: str) -> Response:
+def _agent_answer(
+    request: Request, services: Services, caller: Caller, agent_id: str | None
+) -> Response:
+    catalog = services.catalog
     # Whether it may be seen is asked first, so that it takes as long for one that is not there.
-    visible = sees_today(services, caller, agent_id)
-    entry = services.catalog.get(agent_id) if visible else None
+    visible = agent_id is not None and sees_today(catalog, caller, agent_id)
+    entry = catalog.get(agent_id) if agent_id is not None and visible else None
     if entry is None:
         raise AgentNotFound
     headers = catalog_headers(services)
     if not none_match(request.headers, entry.etag):
         return not_modified(entry.etag, headers)
-    return json_response(entry.body, headers=headers | {"etag": entry.etag})
+    headers["etag"] = entry.etag
+    return json_response(entry.body, headers=headers)
 
 
 @router.get(
@@ -168,16 +168,19 @@ def _agent_answer(request: Request, services: Services, caller: Caller, agent_id
     ),
 )
 async def get_llm_config(
-    request: Request, agent_id: AgentIdPath, services: UpToDate, caller: KeyReader
+    request: Request,
+    agent_id: AgentIdPath,
+    services: Parts,
+    caller: KeyReader,
+    who: Asking,
+    _: UpToDate,
 ) -> Response:
     """Return what an agent needs for a call, its API key included."""
     require_private(request, services.settings)
-    if not sees_today(services, caller, agent_id):
+    if not sees_today(services.catalog, caller, agent_id):
         # Without a look into the database, whose time would tell whether it is there.
         raise AgentNotFound
-    config, revision, epoch = await services.registry.llm(
-        agent_id, who=who_of(request, caller), view=caller.view
-    )
+    config, revision, epoch = await services.reads.llm(agent_id, who=who, view=caller.view)
     services.counts.key_reads += 1
     await catch_up(services, revision)
     body = json.dumps(config.to_wire(), ensure_ascii=False).encode()
@@ -196,22 +199,19 @@ async def create_agent(
     agent: AgentCreate,
     services: Parts,
     caller: Writer,
-    wait: Wait = None,
+    who: Asking,
+    query: Waiting,
 ) -> Response:
     """Create an agent; with is_default it takes the flag from the default of now."""
     caller.require_writable(agent.agent_id, makes_default=agent.is_default)
     if agent.llm_api_key is not None:
         require_private(request, services.settings)
-    who = who_of(request, caller)
     written = await services.registry.create(
-        agent, actor=who.actor, comment=agent.comment, address=who.address, caller=caller
+        agent,
+        who=who,
+        comment=agent.comment,
     )
-    return await written_answer(services, caller, written, 201, wait)
-
-
-async def _update_at_once(request: Request, services: Services, caller: Caller) -> Response:
-    update = await body_of(request, AgentUpdate)
-    return await update_agent(request, request.path_params["agent_id"], update, services, caller)
+    return await written_answer(services, caller, written, 201, query.wait)
 
 
 @router.put(
@@ -219,54 +219,52 @@ async def _update_at_once(request: Request, services: Services, caller: Caller) 
     response_model=Agent | WrittenAgent,
     responses=problem_responses(*BODY_PROBLEMS, AgentNotFound, AgentIsDefault, PreconditionFailed),
 )
-@answered_at_once(_update_at_once)
 async def update_agent(
     request: Request,
     agent_id: AgentIdPath,
     update: AgentUpdate,
     services: Parts,
     caller: Writer,
-    wait: Wait = None,
+    who: Asking,
+    query: Waiting,
 ) -> Response:
     """Change the fields that are sent; null clears a field that can be empty."""
     caller.require_writable(agent_id, makes_default=bool(update.is_default))
     if update.llm_api_key is not None:
         require_private(request, services.settings)
-    who = who_of(request, caller)
     written = await services.registry.update(
         agent_id,
         update,
-        actor=who.actor,
+        who=who,
         comment=update.comment,
         if_match=versions_matched(request.headers),
-        address=who.address,
-        caller=caller,
     )
-    return await written_answer(services, caller, written, 200, wait)
+    return await written_answer(services, caller, written, 200, query.wait)
 
 
 @router.delete(
     "/agents/{agent_id}",
     status_code=204,
-    responses=problem_responses(*WRITE_PROBLEMS, AgentNotFound, AgentIsDefault, PreconditionFailed),
+    responses={
+        200: {"description": "Deleted, with the receipt that `wait` asks for"},
+        **problem_responses(*WRITE_PROBLEMS, AgentNotFound, AgentIsDefault, PreconditionFailed),
+    },
 )
 async def delete_agent(
     request: Request,
     agent_id: AgentIdPath,
     services: Parts,
     caller: Writer,
-    comment: FilterText | None = None,
-    wait: Wait = None,
+    who: Asking,
+    query: Annotated[DeleteQuery, Query()],
 ) -> Response:
     """Delete an agent; the default cannot be. With `wait` the answer is 200 with a receipt."""
     caller.require_writable(agent_id)
-    who = who_of(request, caller)
     written = await services.registry.delete(
         agent_id,
-        actor=who.actor,
-        comment=comment,
+        who=who,
+        comment=query.comment,
         if_match=versions_matched(request.headers),
-        address=who.address,
-        caller=caller,
     )
-    return await written_answer(services, caller, written, 204 if wait is None else 200, wait)
+    status = 204 if query.wait is None else 200
+    return await written_answer(services, caller, written, status, query.wait)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Query, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from slm.errors import Conflict, DatabaseUnavailable, InvalidRequest, Overloaded
-from slm.server.api.access import Admin, who_of
-from slm.server.api.parameters import FilterText, Parts
+from slm.server.api.access import Admin, Asking
+from slm.server.api.parameters import Audit, Data, FilterText, QueryModel
 from slm.server.api.problems import BODY_PROBLEMS, problem_responses
 from slm.server.api.responses import json_response
 from slm.server.api.route import SLMRoute
@@ -42,6 +42,30 @@ class AuditPage(BaseModel):
     next: int | None
 
 
+class AuditQuery(QueryModel):
+    """Which entries a page holds."""
+
+    before: int | None = Field(None, ge=0, le=MAX_INTEGER)
+    limit: int = Field(100, ge=1, le=1000)
+    actor: FilterText | None = None
+    agent: FilterText | None = None
+    action: FilterText | None = None
+
+
+class ExportQuery(QueryModel):
+    """Which entries are exported."""
+
+    after: int | None = Field(None, ge=0, le=MAX_INTEGER)
+    upto: int | None = Field(None, ge=0, le=MAX_INTEGER)
+    everything: bool = Field(False, alias="all")
+
+
+class VerifyQuery(QueryModel):
+    """What the chain is held against."""
+
+    expect: FilterText | None = None
+
+
 class AuditVerdict(BaseModel):
     """Whether the chain is what was written."""
 
@@ -58,18 +82,10 @@ class AuditVerdict(BaseModel):
     response_model=AuditPage,
     responses=problem_responses(DatabaseUnavailable, InvalidRequest, Overloaded),
 )
-async def list_audit(
-    services: Parts,
-    _: Admin,
-    before: Annotated[int | None, Query(ge=0, le=MAX_INTEGER)] = None,
-    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
-    actor: FilterText | None = None,
-    agent: FilterText | None = None,
-    action: FilterText | None = None,
-) -> Response:
+async def list_audit(audit: Audit, _: Admin, query: Annotated[AuditQuery, Query()]) -> Response:
     """List entries, the newest first; `before` goes on where a page ended."""
-    wanted = AuditFilter(before, actor, agent, action)
-    page = await services.audit.page(wanted, limit)
+    wanted = AuditFilter(query.before, query.actor, query.agent, query.action)
+    page = await audit.page(wanted, query.limit)
     found = [
         {name: _shown(value) for name, value in vars(entry).items()}
         | {"detail": _detail(entry.detail)}
@@ -117,15 +133,9 @@ class Exported(BaseModel):
     response_model=ExportPage,
     responses=problem_responses(DatabaseUnavailable, InvalidRequest, Conflict, Overloaded),
 )
-async def export_audit(
-    services: Parts,
-    _: Admin,
-    after: Annotated[int | None, Query(ge=0, le=MAX_INTEGER)] = None,
-    upto: Annotated[int | None, Query(ge=0, le=MAX_INTEGER)] = None,
-    all_: Annotated[bool, Query(alias="all")] = False,
-) -> Response:
+async def export_audit(audit: Audit, _: Admin, query: Annotated[ExportQuery, Query()]) -> Response:
     """List entries in order, from where the last export ended; with `all`, from the beginning."""
-    page = await services.audit.export_page(after, upto, everything=all_)
+    page = await audit.export_page(query.after, query.upto, everything=query.everything)
     return _answer(
         {
             "after": str(page.after),
@@ -141,12 +151,11 @@ async def export_audit(
     response_model=Exported,
     responses=problem_responses(*BODY_PROBLEMS, DatabaseUnavailable, Conflict),
 )
-async def note_export(request: Request, body: Exported, services: Parts, caller: Admin) -> Response:
+async def note_export(body: Exported, database: Data, _: Admin, who: Asking) -> Response:
     """Note that everything up to this entry was exported; once it is old, it may be removed."""
     head = parse_link(body.head)
     assert head is not None  # noqa: S101 - the pattern is that of a link # nosec B101
-    who = who_of(request, caller)
-    await services.database.run(lambda connection: note_exported(connection, head, who))
+    await database.run(lambda connection: note_exported(connection, head, who))
     return _answer({"head": body.head})
 
 
@@ -155,9 +164,9 @@ async def note_export(request: Request, body: Exported, services: Parts, caller:
     response_model=AuditVerdict,
     responses=problem_responses(DatabaseUnavailable, InvalidRequest, Overloaded),
 )
-async def verify_audit(services: Parts, _: Admin, expect: FilterText | None = None) -> Response:
+async def verify_audit(audit: Audit, _: Admin, query: Annotated[VerifyQuery, Query()]) -> Response:
     """Walk the whole chain; `expect` is the head that an earlier look gave."""
-    verdict = await services.audit.verify(expect)
+    verdict = await audit.verify(query.expect)
     return _answer({"whole": verdict.whole} | vars(verdict))
 
 

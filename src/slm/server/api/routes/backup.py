@@ -12,13 +12,13 @@ from fastapi import APIRouter, Request
 from starlette.responses import StreamingResponse
 
 from slm.errors import DatabaseUnavailable, InsufficientStorage, InvalidRequest, TlsRequired
-from slm.server.api.access import Admin, who_of
+from slm.server.api.access import Admin, Asking
 from slm.server.api.parameters import Parts
 from slm.server.api.peer import require_private
 from slm.server.api.problems import problem_responses
 from slm.server.api.route import SLMRoute
 from slm.server.lifecycle.backup import backup
-from slm.server.security.audit import Event
+from slm.server.security.audit import AuditEvent
 
 router = APIRouter(prefix="/api/admin", route_class=SLMRoute, tags=["administration"])
 
@@ -33,7 +33,9 @@ _CHUNK_BYTES: Final = 256 * 1024
         **problem_responses(TlsRequired, InvalidRequest, DatabaseUnavailable, InsufficientStorage),
     },
 )
-async def make_backup(request: Request, services: Parts, caller: Admin) -> StreamingResponse:
+async def make_backup(
+    request: Request, services: Parts, caller: Admin, who: Asking
+) -> StreamingResponse:
     """Return a consistent copy of the SQLite database, made while it serves.
 
     The caller keeps it where it likes: the server leaves no copy of its own.
@@ -42,7 +44,7 @@ async def make_backup(request: Request, services: Parts, caller: Admin) -> Strea
     place = services.database.path
     if place is None:
         raise InvalidRequest("This backup is for a SQLite file; use pg_dump for PostgreSQL.")
-    await services.audit.record(Event(who_of(request, caller), "database.backup"))
+    await services.audit.record(AuditEvent(who, "database.backup"))
     # Beside the database: on another disk the copy might not fit.
     path = place.with_name(f".backup-{secrets.token_hex(8)}")
     try:

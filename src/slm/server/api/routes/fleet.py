@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+import json
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Query, Response
 
 from slm.errors import (
     BackendNotFound,
@@ -15,12 +16,26 @@ from slm.errors import (
 )
 from slm.protocol import Explanation
 from slm.server.api.access import Reader, sees_today
-from slm.server.api.parameters import BackendName, FilterText, Parts, RevisionPath, Wait
+from slm.server.api.parameters import (
+    BackendName,
+    FilterText,
+    Parts,
+    QueryModel,
+    RevisionPath,
+    Waiting,
+)
 from slm.server.api.problems import KEYED_PROBLEMS, READ_PROBLEMS, problem_responses
-from slm.server.api.responses import catalog_headers, named_for
+from slm.server.api.responses import catalog_headers, json_response, named_for
 from slm.server.api.route import SLMRoute
 
 router = APIRouter(prefix="/api", route_class=SLMRoute, tags=["fleet"])
+
+
+class ExplainQuery(QueryModel):
+    """Which backend is asked, by its whole name, and about which agent."""
+
+    agent_id: FilterText
+    backend: BackendName
 
 
 @router.get("/fleet", responses=problem_responses(*READ_PROBLEMS))
@@ -35,7 +50,7 @@ async def get_fleet(services: Parts, caller: Reader) -> Response:
     # An epoch is hexadecimal and needs no escapes.
     tail = f',"revision":{head},"epoch":"{epoch}"}}'.encode()
     body = b'{"backends":' + backends + tail
-    return Response(body, headers=headers, media_type="application/json")
+    return json_response(body, headers=headers)
 
 
 @router.get(
@@ -44,24 +59,27 @@ async def get_fleet(services: Parts, caller: Reader) -> Response:
     responses=problem_responses(*KEYED_PROBLEMS, BackendNotFound, BackendSilent, BackendUnclear),
 )
 async def explain(
-    services: Parts, caller: Reader, agent_id: FilterText, backend: BackendName
-) -> Explanation:
+    services: Parts, caller: Reader, query: Annotated[ExplainQuery, Query()]
+) -> Response:
     """Ask a connected backend how it resolves an agent now, every step of its chain."""
     if caller.view.is_limited:
         raise Forbidden("The token is limited to some agents; backends serve others as well.")
     await services.receipts.refresh()
-    return await services.explanations.ask(backend, agent_id)
+    report = await services.explanations.ask(query.backend, query.agent_id)
+    return json_response(report.model_dump_json().encode())
 
 
 @router.get(
     "/changes/{revision}/receipt",
+    response_model=dict[str, Any],
     responses=problem_responses(*KEYED_PROBLEMS, RevisionNotFound),
 )
 async def get_receipt(
-    revision: RevisionPath, services: Parts, caller: Reader, wait: Wait = None
-) -> dict[str, Any]:
+    revision: RevisionPath, services: Parts, caller: Reader, query: Waiting
+) -> Response:
     """Say how every backend took a change; with `wait`, once all have answered."""
     subject = await services.receipts.subject(
-        revision, lambda agent_id: sees_today(services, caller, agent_id)
+        revision, lambda agent_id: sees_today(services.catalog, caller, agent_id)
     )
-    return await services.receipts.receipt(subject, wait or 0.0, named=named_for(caller))
+    receipt = await services.receipts.receipt(subject, query.wait or 0.0, named=named_for(caller))
+    return json_response(json.dumps(receipt, ensure_ascii=False).encode())

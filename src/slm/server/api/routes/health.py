@@ -33,7 +33,7 @@ async def get_health() -> Response:
     return json_response(b'{"status":"ok"}')
 
 
-class Background(BaseModel):
+class BackgroundState(BaseModel):
     """One background task of this server, as its supervisor sees it."""
 
     running: bool
@@ -45,7 +45,7 @@ class Background(BaseModel):
 
 @router.get(
     "/readyz",
-    response_model=dict[str, bool | int | str | dict[str, Background]],
+    response_model=dict[str, bool | int | str | dict[str, BackgroundState]],
     responses={503: {}},
 )
 async def get_readiness(services: Parts) -> Response:
@@ -71,7 +71,7 @@ async def get_readiness(services: Parts) -> Response:
     if not ready and any(reasons):
         body["reason"] = "; ".join(each for each in reasons if each)
     # An agent whose key is of no use is told, and does not take the server out of service.
-    body["keys_undecryptable"] = len(services.registry.reads.undecryptable)
+    body["keys_undecryptable"] = len(services.reads.undecryptable)
     body["background"] = _background(services)
     headers = {"cache-control": "no-store"}
     return json_response(json.dumps(body).encode(), 200 if ready else 503, headers)
@@ -142,7 +142,7 @@ class _Metrics(Collector):
             (
                 "slm_keys_undecryptable",
                 "Agents whose stored key cannot be used",
-                len(self._services.registry.reads.undecryptable),
+                len(self._services.reads.undecryptable),
             ),
         )
         counters = (

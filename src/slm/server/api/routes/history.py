@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
+from pydantic import Field
 
 from slm.errors import (
     AgentIsDefault,
@@ -23,8 +24,18 @@ from slm.server.agents.history import (
     restoring_update,
 )
 from slm.server.agents.schemas import Rollback
-from slm.server.api.access import Reader, Writer, sees_today, who_of
-from slm.server.api.parameters import AgentIdPath, FilterText, Parts, Revision, Time, Wait
+from slm.server.api.access import Asking, Reader, Writer, sees_today
+from slm.server.api.parameters import (
+    AgentIdPath,
+    Agents,
+    Data,
+    FilterText,
+    Parts,
+    QueryModel,
+    Revision,
+    Time,
+    Waiting,
+)
 from slm.server.api.problems import BODY_PROBLEMS, KEYED_PROBLEMS, problem_responses
 from slm.server.api.responses import (
     WrittenAgent,
@@ -34,11 +45,28 @@ from slm.server.api.responses import (
     written_answer,
 )
 from slm.server.api.route import SLMRoute
-from slm.server.services import Services
+from slm.server.db.database import Database
 
 router = APIRouter(prefix="/api", route_class=SLMRoute, tags=["history"])
 
-Limit = Annotated[int, Query(ge=1, le=MAX_PAGE)]
+
+class HistoryQuery(QueryModel):
+    """Which changes of an agent a page holds."""
+
+    upto: Revision | None = None
+    at: Time | None = None
+    limit: int = Field(100, ge=1, le=MAX_PAGE)
+
+
+class ChangesQuery(QueryModel):
+    """Which changes a page holds."""
+
+    since: Revision = 0
+    upto: Revision | None = None
+    agent: FilterText | None = None
+    actor: FilterText | None = None
+    newest_first: bool = False
+    limit: int = Field(100, ge=1, le=MAX_PAGE)
 
 
 @router.get(
@@ -47,28 +75,21 @@ Limit = Annotated[int, Query(ge=1, le=MAX_PAGE)]
     responses=problem_responses(*KEYED_PROBLEMS, Overloaded),
 )
 async def list_changes(
-    services: Parts,
-    caller: Reader,
-    since: Revision = 0,
-    upto: Revision | None = None,
-    agent: FilterText | None = None,
-    actor: FilterText | None = None,
-    newest_first: bool = False,
-    limit: Limit = 100,
+    database: Data, caller: Reader, query: Annotated[ChangesQuery, Query()]
 ) -> Response:
     """List changes after a revision, oldest first unless asked otherwise.
 
     `next` is the `since` of the next page, or its `upto` where the newest come first.
     """
     wanted = ChangeFilter(
-        agent_id=agent,
-        actor=actor,
-        since=since,
-        upto=upto,
-        newest_first=newest_first,
+        agent_id=query.agent,
+        actor=query.actor,
+        since=query.since,
+        upto=query.upto,
+        newest_first=query.newest_first,
         view=caller.view,
     )
-    return await _list(services, wanted, limit)
+    return await _list(database, wanted, query.limit)
 
 
 @router.get(
@@ -77,25 +98,26 @@ async def list_changes(
     responses=problem_responses(*KEYED_PROBLEMS, AgentNotFound, Overloaded),
 )
 async def agent_history(
-    services: Parts,
+    database: Data,
+    catalog: Agents,
     caller: Reader,
     agent_id: AgentIdPath,
-    upto: Revision | None = None,
-    at: Time | None = None,
-    limit: Limit = 100,
+    query: Annotated[HistoryQuery, Query()],
 ) -> Response:
     """List an agent's changes, newest first; with `at`, the first is what it ran then.
 
     `next` is the `upto` of the next page.
     """
-    if not sees_today(services, caller, agent_id):
+    if not sees_today(catalog, caller, agent_id):
         raise AgentNotFound
-    wanted = ChangeFilter(agent_id=agent_id, upto=upto, at=at, newest_first=True, view=caller.view)
-    return await _list(services, wanted, limit)
+    wanted = ChangeFilter(
+        agent_id=agent_id, upto=query.upto, at=query.at, newest_first=True, view=caller.view
+    )
+    return await _list(database, wanted, query.limit)
 
 
-async def _list(services: Services, wanted: ChangeFilter, limit: int) -> Response:
-    found = await History(services.database).changes(wanted, limit)
+async def _list(database: Database, wanted: ChangeFilter, limit: int) -> Response:
+    found = await History(database).changes(wanted, limit)
     return json_response(
         found.model_dump_json().encode(), headers=revision_headers(found.revision, found.epoch)
     )
@@ -114,12 +136,12 @@ async def roll_back(
     rollback: Rollback,
     services: Parts,
     caller: Writer,
-    wait: Wait = None,
+    who: Asking,
+    query: Waiting,
 ) -> Response:
     """Give an agent back what it was at a revision, as a new change; a key is never restored."""
     caller.require_writable(agent_id)
     await services.database.read(caller.require_counts)
-    who = who_of(request, caller)
     old = (await History(services.database).agent_before(agent_id, rollback.to)).agent
     comment = f"restores revision {old.revision}"
     if rollback.comment is not None:
@@ -130,22 +152,18 @@ async def roll_back(
         written = await registry.update(
             agent_id,
             restoring_update(old, comment),
-            actor=who.actor,
+            who=who,
             comment=comment,
             if_match=if_match,
-            address=who.address,
-            caller=caller,
         )
     except AgentNotFound:
         written = await registry.create(
             restoring_create(old, comment),
-            actor=who.actor,
+            who=who,
             comment=comment,
-            address=who.address,
-            caller=caller,
         )
     if old.has_api_key and written.agent is not None and not written.agent.has_api_key:
         written = replace(written, api_key_cleared=True)
     return await written_answer(
-        services, caller, written, 200, wait, restored_revision=old.revision
+        services, caller, written, 200, query.wait, restored_revision=old.revision
     )

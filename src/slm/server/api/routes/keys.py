@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Query, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from slm.errors import (
@@ -22,8 +22,8 @@ from slm.errors import (
     OutcomeUnknown,
     UnsupportedMediaType,
 )
-from slm.server.api.access import Admin, who_of
-from slm.server.api.parameters import MAX_ROW_ID, Parts
+from slm.server.api.access import Admin, Asking
+from slm.server.api.parameters import MAX_ROW_ID, QueryModel, Rotation
 from slm.server.api.problems import problem_responses
 from slm.server.api.responses import json_response
 from slm.server.api.route import SLMRoute
@@ -85,6 +85,13 @@ class RotateTo(BaseModel):
     fingerprint: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")] | None = None
 
 
+class ReencryptQuery(QueryModel):
+    """Where a re-encryption goes on, and with how many rows."""
+
+    after_id: int = Field(0, ge=0, le=MAX_INTEGER)
+    limit: int = Field(200, ge=1, le=1000)
+
+
 class Reencrypted(BaseModel):
     """How far a re-encryption has come; `last_id` is null when it is through."""
 
@@ -99,17 +106,17 @@ class Pruned(BaseModel):
 
 
 @router.get("", response_model=KeyStatusRead, responses=problem_responses(DatabaseUnavailable))
-async def get_keys(services: Parts, _: Admin) -> Response:
+async def get_keys(rotation: Rotation, _: Admin) -> Response:
     """Say which keys there are, how many rows need each, and which replica has which."""
-    return _answer(_wire(await services.rotation.status()))
+    return _answer(_wire(await rotation.status()))
 
 
 @router.post(
     "", status_code=201, response_model=KeyName, responses=problem_responses(*_PROBLEMS, Conflict)
 )
-async def add_key(request: Request, services: Parts, caller: Admin) -> Response:
+async def add_key(rotation: Rotation, _: Admin, who: Asking) -> Response:
     """Make a key in the data directory; it decrypts, and encrypts nothing yet."""
-    name = await services.rotation.add(who=who_of(request, caller))
+    name = await rotation.add(who=who)
     return _answer({"fingerprint": name}, 201)
 
 
@@ -118,32 +125,27 @@ async def add_key(request: Request, services: Parts, caller: Admin) -> Response:
     response_model=KeyName,
     responses=problem_responses(*_PROBLEMS, KeysNotReady, ContentTooLarge, UnsupportedMediaType),
 )
-async def rotate(request: Request, wanted: RotateTo, services: Parts, caller: Admin) -> Response:
+async def rotate(wanted: RotateTo, rotation: Rotation, _: Admin, who: Asking) -> Response:
     """Make a key the active one, on every replica at once; rows are re-encrypted after."""
-    name = await services.rotation.rotate(wanted.fingerprint, who=who_of(request, caller))
+    name = await rotation.rotate(wanted.fingerprint, who=who)
     return _answer({"fingerprint": name})
 
 
 @router.post("/reencrypt", response_model=Reencrypted, responses=problem_responses(*_PROBLEMS))
 async def reencrypt(
-    request: Request,
-    services: Parts,
-    caller: Admin,
-    after_id: Annotated[int, Query(ge=0, le=MAX_INTEGER)] = 0,
-    limit: Annotated[int, Query(ge=1, le=1000)] = 200,
+    rotation: Rotation, _: Admin, who: Asking, query: Annotated[ReencryptQuery, Query()]
 ) -> Response:
     """Re-encrypt some rows under the active key, in one short transaction."""
-    who = who_of(request, caller)
-    progress = await services.rotation.reencrypt(min(after_id, MAX_ROW_ID), limit, who=who)
+    progress = await rotation.reencrypt(min(query.after_id, MAX_ROW_ID), query.limit, who=who)
     return _answer({"last_id": progress.last_id, "changed": progress.changed})
 
 
 @router.post(
     "/prune", response_model=Pruned, responses=problem_responses(*_PROBLEMS, Conflict, KeysNotReady)
 )
-async def prune(request: Request, services: Parts, caller: Admin) -> Response:
+async def prune(rotation: Rotation, _: Admin, who: Asking) -> Response:
     """Retire every key but the active one; refused while a row needs one of them."""
-    names = await services.rotation.prune(who=who_of(request, caller))
+    names = await rotation.prune(who=who)
     return _answer({"fingerprints": names})
 
 

@@ -20,8 +20,8 @@ from slm.errors import (
     UnsupportedMediaType,
 )
 from slm.schemas import Name
-from slm.server.api.access import Admin, who_of
-from slm.server.api.parameters import MAX_ROW_ID, Parts, RowIdPath
+from slm.server.api.access import Admin, Asking
+from slm.server.api.parameters import MAX_ROW_ID, Options, OwnLease, RowIdPath, Tokens
 from slm.server.api.peer import require_private
 from slm.server.api.problems import problem_responses
 from slm.server.api.responses import json_response
@@ -99,9 +99,9 @@ class TokenList(BaseModel):
 
 
 @router.get("/tokens", response_model=TokenList, responses=problem_responses(DatabaseUnavailable))
-async def list_tokens(services: Parts, _: Admin) -> Response:
+async def list_tokens(tokens: Tokens, _: Admin) -> Response:
     """List the tokens, revoked and expired ones too."""
-    found = [_wire(token) for token in await services.token_store.all()]
+    found = [_wire(token) for token in await tokens.all()]
     return _answer({"tokens": found})
 
 
@@ -114,16 +114,21 @@ async def list_tokens(services: Parts, _: Admin) -> Response:
     ),
 )
 async def create_token(
-    request: Request, wanted: TokenCreate, services: Parts, caller: Admin
+    request: Request,
+    wanted: TokenCreate,
+    tokens: Tokens,
+    settings: Options,
+    _: Admin,
+    who: Asking,
 ) -> Response:
     """Make a token; its answer is the one place where it ever stands."""
-    require_private(request, services.settings)
-    written, token = await services.token_store.create(
+    require_private(request, settings)
+    written, token = await tokens.create(
         wanted.name,
         list(dict.fromkeys(wanted.scopes)),
         EVERYTHING if wanted.agents is None else parse_patterns(wanted.agents),
         expires_in_seconds=wanted.expires_in_seconds,
-        who=who_of(request, caller),
+        who=who,
     )
     return _answer(_wire(written.token) | {"token": token.get_secret_value()}, 201)
 
@@ -134,10 +139,12 @@ async def create_token(
     responses=problem_responses(*_WRITE_PROBLEMS, TokenNotFound, Conflict),
 )
 async def revoke_token(
-    request: Request,
     token_id: RowIdPath,
-    services: Parts,
-    caller: Admin,
+    tokens: Tokens,
+    lease: OwnLease,
+    settings: Options,
+    _: Admin,
+    who: Asking,
 ) -> Response:
     """Refuse a token from now on, and close its streams.
 
@@ -145,11 +152,11 @@ async def revoke_token(
     """
     if token_id > MAX_ROW_ID:
         raise TokenNotFound
-    written = await services.token_store.revoke(token_id, who=who_of(request, caller))
-    unconfirmed = await services.caretaker.lease.unconfirmed(
+    written = await tokens.revoke(token_id, who=who)
+    unconfirmed = await lease.unconfirmed(
         written.version,
         wait_seconds=CONFIRM_SECONDS,
-        heard_within_seconds=services.settings.max_outage_seconds,
+        heard_within_seconds=settings.max_outage_seconds,
     )
     return _answer(_wire(written.token) | {"unconfirmed": unconfirmed})
 

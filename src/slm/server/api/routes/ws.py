@@ -28,7 +28,7 @@ from slm.server.security.agent_scope import View
 from slm.server.security.token_table import Caller
 from slm.server.services import Services
 from slm.server.stream.encoding import Frames
-from slm.server.stream.openings import Place
+from slm.server.stream.openings import Opening
 from slm.server.stream.subscriber import Sink, Subscriber
 from slm.server.stream.subscription import open_stream
 from slm.server.transport.ws_connection import WebSocketConnection
@@ -49,7 +49,7 @@ async def stream(websocket: WebSocket) -> None:
     try:
         if has_foreign_origin(websocket):
             raise Forbidden("The Origin is not this server's own.")
-        caller = _REQUIREMENT.check(websocket)
+        caller = _REQUIREMENT.check(websocket, services)
         if services.connections.has_too_many_streams:
             raise Overloaded("The server has reached its limit of open streams.")
         if not services.streams.take(caller.token_id):
@@ -90,11 +90,11 @@ class _Conversation:
     )
 
     def __init__(
-        self, services: Services, caller: Caller, place: Place, *, plain_http: bool
+        self, services: Services, caller: Caller, place: Opening, *, plain_http: bool
     ) -> None:
         self._services = services
         self._token_id = caller.token_id
-        self._place: Place | None = place
+        self._place: Opening | None = place
         self._plain_http = plain_http
         self._subscribed = False
         self._opening: asyncio.Task[None] | None = None
