@@ -129,6 +129,13 @@ class Hub:
     A live subscriber has been sent everything up to `head`. Frames wait in one queue for all, so a
     slow broadcast never holds up the feed, and a burst becomes one write a connection.
 
+    Args:
+        settings: what the operator set.
+        observer: the fleet.
+        supervisor: whose tasks the hub's are.
+        on_pushed: told how long after its commit a change was written to every live stream.
+        on_written: told when a broadcast is written.
+
     Attributes:
         head: the last revision that was taken out of the queue; whoever reached it can join.
         epoch: the epoch that `head` belongs to.
@@ -136,12 +143,16 @@ class Hub:
         is_behind: asked for each heartbeat; set by the feed.
         counts: for `/metrics`.
         committed_at: when the changes that wait here were committed, where this server did it.
-        on_pushed: told how long after its commit a change was written to every live stream.
-        on_written: told when they are written.
     """
 
     def __init__(
-        self, settings: Settings, observer: Observer, supervisor: Supervisor | None = None
+        self,
+        settings: Settings,
+        observer: Observer,
+        supervisor: Supervisor | None = None,
+        *,
+        on_pushed: Callable[[float], None] = lambda seconds: None,
+        on_written: Callable[[], None] = lambda: None,
     ) -> None:
         self._observer = observer
         self.head = 0
@@ -154,8 +165,8 @@ class Hub:
         self.is_behind: Callable[[], bool] = lambda: False
         self.counts = HubCounts()
         self.committed_at: dict[int, float] = {}
-        self.on_pushed: Callable[[float], None] = lambda seconds: None
-        self.on_written: Callable[[], None] = lambda: None
+        self._on_pushed = on_pushed
+        self._on_written = on_written
         self.heartbeat_seconds = settings.heartbeat_seconds
         self._buffer_bytes = settings.buffer_bytes
         self._buffer_total_bytes = settings.buffer_total_bytes
@@ -428,7 +439,7 @@ class Hub:
                     logger.error("a broadcast failed with %s", type(error).__name__)
                     self._send_everyone_back()
                 self._broadcasting = False
-                self.on_written()
+                self._on_written()
                 self._moved.fire()
                 await asyncio.sleep(0)
             self._queued.clear()
@@ -442,7 +453,7 @@ class Hub:
     def _send_everyone_back(self) -> None:
         """Close the live streams, which resume without a gap: it is unknown who has the change."""
         self._broadcasting = False
-        self.on_written()
+        self._on_written()
         for subscriber in list(self._live):
             self._leave(subscriber)
             subscriber.sink.end(1011, "internal error")
@@ -498,7 +509,7 @@ class Hub:
         for change in changes:
             committed_at = self.committed_at.pop(change.revision, None)
             if committed_at is not None:
-                self.on_pushed(now - committed_at)
+                self._on_pushed(now - committed_at)
 
     async def _broadcast_restart(self, restart: _Restart) -> None:
         self._observer.moved(restart.revision, restarted=restart.epoch != self.epoch)
