@@ -178,6 +178,19 @@ def test_the_base_install_is_the_sdk_alone(wheel: Path, tmp_path: Path) -> None:
         assert run(python, "-c", f"import {missing}").returncode != 0
 
 
+def test_the_base_install_takes_every_provider(wheel: Path, tmp_path: Path) -> None:
+    """No SDK is missed: an openai backend does not refuse the default agent on ollama."""
+    python = environment(tmp_path / "env", wheel)
+    script = (
+        "from slm import ResolvedConfig, Step; from slm.endpoints import EndpointPolicy; "
+        "from slm.llm.validator import Check; check = Check(EndpointPolicy()); "
+        "print([check(ResolvedConfig(agent_id='a', step=Step.AGENT, llm_provider=name, "
+        "llm_model='m')) for name in ('ollama', 'openai', 'anthropic')])"
+    )
+    done = run(python, "-c", script)
+    assert done.stdout == "[None, None, None]\n", done.stderr
+
+
 def test_the_base_install_says_how_to_get_the_command_line(wheel: Path, tmp_path: Path) -> None:
     """`slm` without its extra is one sentence that names the extra, not a traceback."""
     python = environment(tmp_path / "env", wheel)

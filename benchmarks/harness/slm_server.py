@@ -64,7 +64,7 @@ class BenchServer:
 
     @property
     def admin_token(self) -> Path:
-        """The file of a token of all scopes."""
+        """The file of a token of every scope but key:read."""
         return self.data_dir / "admin.token"
 
     @property

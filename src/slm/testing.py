@@ -10,7 +10,6 @@ import asyncio
 import inspect
 import logging
 from collections.abc import Callable, Mapping
-from types import TracebackType
 from typing import Any, Final
 
 from pydantic import TypeAdapter, ValidationError
@@ -20,7 +19,7 @@ from slm.client.cache.keys_in_use import InUse, KeysInUse
 from slm.client.client import SLMClient
 from slm.client.config import ResolvedConfig
 from slm.client.resolution.chain import Chain
-from slm.client.resolution.explain import explain_steps
+from slm.client.resolution.explain import explained
 from slm.client.runtime.callbacks import OnChange, Validator
 from slm.client.status import ClientStatus
 from slm.errors import ConfigurationError, SLMError
@@ -63,6 +62,8 @@ class FakeSLMClient(SLMClient):
     ) -> None:
         self._agents: dict[str, dict[str, Any]] = {}
         self._cache = AgentConfigCache()
+        self._ready = self._cache.ready
+        self._liveness = self._cache.liveness
         self._cache.refused = self._refusal
         self._cache.begin(_EPOCH, 0)
         self._cache.position.synced = True
@@ -150,30 +151,6 @@ class FakeSLMClient(SLMClient):
         self._cache.liveness.set(False)
         self._status = ClientStatus.CLOSED
 
-    async def __aenter__(self) -> FakeSLMClient:
-        self.connect_now()
-        return self
-
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close_now()
-
-    def __enter__(self) -> FakeSLMClient:
-        self.connect_now()
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close_now()
-
     @property
     def status(self) -> ClientStatus:
         """How this client stands to its SLM."""
@@ -184,61 +161,18 @@ class FakeSLMClient(SLMClient):
         """What `disconnect` was given; None while all is well."""
         return self._error
 
-    @property
-    def revision(self) -> int:
-        """The revision of the last change."""
-        return self._cache.position.revision
-
-    async def resolve(self, agent_id: str) -> ResolvedConfig:
-        """Answer as `SLMClient.resolve` does."""
-        return self._at_once(agent_id)
-
-    def resolve_now(self, agent_id: str) -> ResolvedConfig:
-        """Answer as `SLMClient.resolve_now` does."""
-        return self._at_once(agent_id)
-
-    async def get_agent_config(self, agent_id: str) -> dict[str, Any]:
-        """Answer as `SLMClient.get_agent_config` does."""
-        return self._at_once(agent_id).as_dict()
-
-    def get_agent_config_now(self, agent_id: str) -> dict[str, Any]:
-        """Answer as `SLMClient.get_agent_config_now` does."""
-        return self._at_once(agent_id).as_dict()
-
-    async def get_default_agent_config(self) -> dict[str, Any]:
-        """Answer as `SLMClient.get_default_agent_config` does."""
-        return self._at_once(None).as_dict()
-
-    def get_default_agent_config_now(self) -> dict[str, Any]:
-        """Answer as `SLMClient.get_default_agent_config_now` does."""
-        return self._at_once(None).as_dict()
-
     async def explain(self, agent_id: str) -> Explanation:
         """Answer as `SLMClient.explain` does."""
         return self.explain_now(agent_id)
 
     def explain_now(self, agent_id: str) -> Explanation:
         """Answer as `SLMClient.explain_now` does."""
-        answer, error = None, None
+        answer: ResolvedConfig | SLMError
         try:
-            answer = self._at_once(agent_id)
+            answer = self._answered_now(agent_id)
         except SLMError as problem:
-            error = str(problem)
-        unreachable = self._error or f"it is {self._status.value}"
-        return Explanation(
-            agent_id=agent_id,
-            answered_by=None if answer is None else answer.step.value,
-            error=error,
-            status=self._status.value,
-            revision=self._cache.position.revision,
-            epoch=self._cache.position.epoch,
-            last_error=self._error,
-            steps=explain_steps(self._cache, agent_id, answer, unreachable),
-        )
-
-    def peek(self, agent_id: str) -> ResolvedConfig | None:
-        """Return the agent's own config if it is at hand and live."""
-        return self._cache.ready.get(agent_id) if self._cache.liveness.live else None
+            answer = problem
+        return explained(self._cache, agent_id, answer, self._status, self._error)
 
     def on_change(self, callback: OnChange) -> Callable[[], None]:
         """Have `callback(agent_id, config)` called after each change; return how to stop that."""
@@ -266,15 +200,11 @@ class FakeSLMClient(SLMClient):
 
     # --- inside ---
 
-    def _at_once(self, agent_id: str | None) -> ResolvedConfig:
-        answering = self._chain.answer(agent_id, None)
-        try:
-            answering.send(None)
-        except StopIteration as answer:
-            config: ResolvedConfig = answer.value
-            return config
-        answering.close()
-        raise AssertionError("an answer from what is known waits for nothing")
+    async def _answered(self, agent_id: str | None) -> ResolvedConfig:
+        return self._answered_now(agent_id)
+
+    def _answered_now(self, agent_id: str | None) -> ResolvedConfig:
+        return self._chain.answer_in_place(agent_id)
 
     def _refusal(self, config: ResolvedConfig) -> str | None:
         for validator in tuple(self._validators):

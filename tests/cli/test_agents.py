@@ -129,7 +129,7 @@ async def test_the_key_at_a_prompt_is_hidden(server: InLoopServer) -> None:
     )
     assert done.code == 0
     assert "has an API key" in done.out
-    stored = await server.running.services.registry.llm("code-assistant")
+    stored = await server.running.services.reads.llm("code-assistant")
     key = stored[0].llm_api_key
     assert key is not None
     assert key.get_secret_value() == CANARY

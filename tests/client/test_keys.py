@@ -17,7 +17,7 @@ from slm.client.sync.key_fetcher import FEW, MAX_SINGLE, KeyFetcher
 from slm.client.timings import Timings
 from slm.errors import SLMError, SLMUnavailable
 from slm.server.agents.schemas import AgentUpdate
-from slm.server.security.audit import AuditLog
+from slm.server.security.audit import AuditLog, Who
 from tests.support.servers import InLoopServer, eventually, running_server
 from tests.support.store import new_agent
 
@@ -30,7 +30,7 @@ async def server(tmp_path: Path) -> AsyncIterator[InLoopServer]:
     async with running_server(tmp_path / "data") as running:
         for number in range(COUNT):
             agent = new_agent(f"agent-{number}", llm_api_key="sk-old")
-            await running.running.services.registry.create(agent, actor="tester")
+            await running.running.services.registry.create(agent, who=Who("tester"))
         yield running
 
 
@@ -38,7 +38,7 @@ async def rotate(server: InLoopServer, *names: str) -> None:
     """Give each of these agents a new key."""
     update = AgentUpdate.model_validate({"llm_api_key": "sk-new"})
     registry = server.running.services.registry
-    await asyncio.gather(*(registry.update(name, update, actor="tester") for name in names))
+    await asyncio.gather(*(registry.update(name, update, who=Who("tester")) for name in names))
 
 
 async def reads(server: InLoopServer) -> list[str]:

@@ -19,9 +19,12 @@ RUN_BY = {
     ("README.md", "python"): (
         "tests/documents/test_readme.py::test_the_readme_works_from_an_empty_directory"
     ),
-    ("README.md", "sh"): "tests/test_documents.py::test_commands_are_understood",
+    ("README.md", "sh"): ("tests/documents/test_commands.py::test_each_command_and_option_exists"),
     ("docs/operating.md", "console"): (
         "tests/documents/test_operating.py::test_the_operators_page_prints_what_it_shows"
+    ),
+    ("docs/llm.md", "python"): (
+        "tests/documents/test_llm_page.py::test_the_examples_of_the_page_run"
     ),
     ("docs/operations.md", "nginx"): "tests/faults/test_operations.py::test_nginx_as_documented",
     ("docs/how-to/adopt-a-table.md", "console"): (
@@ -52,7 +55,7 @@ RUN_BY = {
         "tests/llm/test_recipes.py::test_a_recipe_leads_to_the_right_path"
     ),
     ("docs/sdk.md", "python"): (
-        "tests/test_sdk_document.py::test_an_example_of_the_sdks_page_runs"
+        "tests/documents/test_sdk_page.py::test_an_example_of_the_sdks_page_runs"
     ),
     ("docs/tutorial/fastapi.md", "console"): (
         "tests/documents/test_tutorial.py::test_the_tutorial_works_from_an_empty_directory"

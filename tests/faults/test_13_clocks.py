@@ -36,7 +36,7 @@ class WallClock:
                 return cls.fromtimestamp(plain_time() + clock.shift, tz)
 
         monkeypatch.setattr(time, "time", lambda: plain_time() + clock.shift)
-        for module in ("models", "auth", "token_store"):
+        for module in ("db.tables", "security.token_table", "security.token_store"):
             # Where the server takes the time of day from.
             monkeypatch.setattr(f"slm.server.{module}.datetime", Shifted)
 

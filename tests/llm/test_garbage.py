@@ -10,9 +10,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from slm.common.retries import retry_after_seconds
 from slm.errors import LLMBadResponse, LLMError, LLMTimeout, SLMError
 from slm.llm import ChatResult, LLMInterface, RetrySettings
-from slm.llm.providers.failures import retry_after_seconds
 from tests.llm.conftest import Bench, ask
 from tests.support.llm.providers import CANARY, Answer, Configs, Dialect, Received, RecordingServer
 from tests.support.llm.reach import reaches

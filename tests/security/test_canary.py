@@ -259,7 +259,7 @@ async def test_what_the_server_says_and_keeps(
     evidence.add("headers of keyed answers", str(key.headers), str(snapshot.headers))
 
     services = server.running.services
-    config, _, _ = await services.registry.llm("openai")
+    config, _, _ = await services.reads.llm("openai")
     await services.database.run(
         lambda c: (
             c.exec_driver_sql(
@@ -269,7 +269,7 @@ async def test_what_the_server_says_and_keeps(
         )
     )
     with pytest.raises(SLMError) as damaged:
-        await services.registry.llm("openai")
+        await services.reads.llm("openai")
     evidence.add_error("a key that does not decrypt", damaged.value)
     evidence.add(
         "reprs of the server",
@@ -277,7 +277,7 @@ async def test_what_the_server_says_and_keeps(
         repr(server.running.settings),
         str(AgentCreate.model_validate(agent("z", llm_api_key=CANARY))),
         repr(AgentUpdate.model_validate({"llm_api_key": CANARY})),
-        repr(await services.registry.snapshot()),
+        repr(await services.reads.snapshot()),
         config.model_dump_json(),
         str(config.model_dump()),
     )

@@ -21,6 +21,7 @@ from pydantic import SecretStr
 from slm.endpoints import origin
 from slm.errors import AgentInactive, AgentNotFound, KeyUndecryptable
 from slm.server.agents.schemas import AgentUpdate
+from slm.server.security.audit import Who
 from slm.server.settings import Settings
 from tests.support.http import Caller, agent
 from tests.support.servers import InLoopServer
@@ -76,7 +77,7 @@ class World:
         for name, endpoint in zip(NAMES, ENDPOINTS[1:], strict=False):
             key = self._new_key(name, "openai", endpoint)
             fields = {"llm_provider": "openai", "llm_endpoint": endpoint, "llm_api_key": key}
-            await self.store.registry.create(new_agent(name, **fields), actor="tester")
+            await self.store.registry.create(new_agent(name, **fields), who=Who("tester"))
 
     def _new_key(self, name: str, provider: str, endpoint: str | None) -> str:
         self._count += 1
@@ -133,7 +134,7 @@ class World:
             fields["llm_api_key"] = self._new_key(name, provider, endpoint)
         with contextlib.suppress(AgentNotFound):
             await self.store.registry.update(
-                name, AgentUpdate.model_validate(fields), actor="tester"
+                name, AgentUpdate.model_validate(fields), who=Who("tester")
             )
 
     async def _token(self, name: str) -> str:
@@ -145,11 +146,11 @@ class World:
     async def check(self) -> None:
         for name in await self.store.agents():
             try:
-                config, _, _ = await self.store.registry.llm(name)
+                config, _, _ = await self.store.reads.llm(name)
             except (KeyUndecryptable, AgentInactive):
                 continue
             self._check(config)
-        for config in (await self.store.registry.snapshot()).agents:
+        for config in (await self.store.reads.snapshot()).agents:
             self._check(config)
 
     def _check(self, config: Any) -> None:

@@ -15,6 +15,7 @@ from pydantic import SecretStr
 
 from slm.errors import KeyUndecryptable, StartupError
 from slm.server.agents.schemas import AgentUpdate
+from slm.server.security.audit import Who
 from slm.server.settings import Settings
 from tests.support.store import KEY, OTHER_KEY, Store, new_agent
 
@@ -86,7 +87,7 @@ async def keys_of(store: Store) -> dict[str, str | None]:
     return {
         config.agent_id: config.key_error
         or (config.llm_api_key and config.llm_api_key.get_secret_value())  # type: ignore[misc]
-        for config in (await store.registry.snapshot()).agents
+        for config in (await store.reads.snapshot()).agents
     }
 
 
@@ -117,7 +118,7 @@ async def test_the_table_is_not_rebuilt(tmp_path: Path) -> None:
     with contextlib.closing(sqlite3.connect(path)) as connection, connection:
         connection.execute("DELETE FROM agents WHERE id = 99")
     async with adopted(tmp_path) as store:
-        created = await store.registry.create(new_agent("b"), actor="tester")
+        created = await store.registry.create(new_agent("b"), who=Who("tester"))
         assert created.agent is not None
         # 100 is the seeded default; 99 was used once and never is again.
         assert created.agent.id == 101
@@ -200,13 +201,13 @@ async def test_an_id_with_capitals_is_served_and_changed(tmp_path: Path) -> None
     make(tmp_path, [{"agent_id": "Code Assistant/Ü", "llm_model": "x" * 300, "llm_timeout": 9999}])
     async with adopted(tmp_path) as store:
         written = await store.registry.update(
-            "Code Assistant/Ü", AgentUpdate(llm_temperature=1.0), actor="tester"
+            "Code Assistant/Ü", AgentUpdate(llm_temperature=1.0), who=Who("tester")
         )
         assert written.agent is not None
         assert (written.agent.llm_temperature, written.agent.llm_timeout) == (1.0, 9999)
-        assert (await store.registry.llm("Code Assistant/Ü"))[0].llm_model == "x" * 300
+        assert (await store.reads.llm("Code Assistant/Ü"))[0].llm_model == "x" * 300
         await store.check_laws()
-        await store.registry.delete("Code Assistant/Ü", actor="tester")
+        await store.registry.delete("Code Assistant/Ü", who=Who("tester"))
         await store.check_laws()
 
 
@@ -253,9 +254,9 @@ async def test_odd_values_are_served(tmp_path: Path, column: str, stored: Any, s
         assert getattr(await store.agent("odd"), column) == served
         assert (await store.agent("even")).llm_timeout == 30
         await store.check_laws()
-        await store.registry.snapshot()
+        await store.reads.snapshot()
         # A change of another field works, and leaves the odd one as it is.
-        await store.registry.update("odd", AgentUpdate(llm_options={"a": 1}), actor="tester")
+        await store.registry.update("odd", AgentUpdate(llm_options={"a": 1}), who=Who("tester"))
         assert getattr(await store.agent("odd"), column) == served
         await store.check_laws()
 
@@ -267,9 +268,9 @@ async def test_odd_options_count_as_none(tmp_path: Path, stored: Any) -> None:
     async with adopted(tmp_path) as store:
         await store.sql("UPDATE agents SET llm_options = :stored", stored=stored)
         assert (await store.agent("a")).llm_options == {}
-        await store.registry.snapshot()
+        await store.reads.snapshot()
         update = AgentUpdate(llm_options={"seed": 1})
-        assert (await store.registry.update("a", update, actor="tester")).changed
+        assert (await store.registry.update("a", update, who=Who("tester"))).changed
         assert (await store.agent("a")).llm_options == {"seed": 1}
 
 
@@ -314,7 +315,7 @@ async def test_bare_keys_are_bound_and_usable(tmp_path: Path) -> None:
         # Bound: an endpoint edited behind our back gets no key.
         await store.sql("UPDATE agents SET llm_endpoint = 'https://evil.example' WHERE id = 1")
         with pytest.raises(KeyUndecryptable):
-            await store.registry.llm("a")
+            await store.reads.llm("a")
     assert b"sk-" not in path.read_bytes()
 
 
@@ -390,7 +391,7 @@ async def test_a_kept_key_is_cleared_with_its_place(tmp_path: Path) -> None:
     make(tmp_path, [{"agent_id": "b", "llm_api_key_encrypted": OLD.encrypt(b"sk-b").decode()}])
     async with adopted(tmp_path, KEY) as store:
         update = AgentUpdate(llm_endpoint="https://elsewhere.example")
-        written = await store.registry.update("b", update, actor="tester")
+        written = await store.registry.update("b", update, who=Who("tester"))
         assert written.api_key_cleared
     async with adopted(tmp_path, KEY, OTHER_KEY) as store:
         assert (await keys_of(store))["b"] is None
@@ -402,7 +403,7 @@ async def test_a_kept_key_can_be_replaced(tmp_path: Path) -> None:
     make(tmp_path, [{"agent_id": "b", "llm_api_key_encrypted": OLD.encrypt(b"sk-b").decode()}])
     async with adopted(tmp_path, KEY) as store:
         await store.registry.update(
-            "b", AgentUpdate(llm_api_key=SecretStr("sk-new")), actor="tester"
+            "b", AgentUpdate(llm_api_key=SecretStr("sk-new")), who=Who("tester")
         )
     async with adopted(tmp_path, KEY, OTHER_KEY) as store:
         assert (await keys_of(store))["b"] == "sk-new"

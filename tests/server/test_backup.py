@@ -15,6 +15,7 @@ from pydantic import SecretStr
 from slm.errors import DatabaseUnavailable, InsufficientStorage, InvalidRequest, StartupError
 from slm.server.agents.schemas import AgentUpdate
 from slm.server.lifecycle.backup import backup, restore
+from slm.server.security.audit import Who
 from slm.server.settings import Settings
 from tests.server.test_adoption import MISSION
 from tests.support.store import KEY, OTHER_KEY, Store, new_agent
@@ -59,11 +60,13 @@ async def test_a_backup_is_the_database_at_one_moment(here: Settings, tmp_path: 
     """Taken while writes go on, it is whole: revisions, changes and table agree."""
     copy = tmp_path / "copy.db"
     async with serving(here) as store:
-        await store.registry.create(new_agent(llm_api_key="sk-canary"), actor="tester")
+        await store.registry.create(new_agent(llm_api_key="sk-canary"), who=Who("tester"))
 
         async def write() -> None:
             for n in range(1, 60):
-                await store.registry.update("billing", AgentUpdate(llm_timeout=n), actor="tester")
+                await store.registry.update(
+                    "billing", AgentUpdate(llm_timeout=n), who=Who("tester")
+                )
 
         writing = asyncio.create_task(write())
         await asyncio.sleep(0)
@@ -80,13 +83,13 @@ async def test_a_backup_is_the_database_at_one_moment(here: Settings, tmp_path: 
     async with serving(settings) as restored:
         await restored.check_laws()
         assert 2 <= await restored.head() <= head
-        assert (await restored.registry.llm("billing"))[0].llm_api_key == SecretStr("sk-canary")
+        assert (await restored.reads.llm("billing"))[0].llm_api_key == SecretStr("sk-canary")
 
 
 async def test_no_write_waits_for_a_backup(here: Settings, tmp_path: Path) -> None:
     """Each is over long before the copy is, and the copy is of the moment when it began."""
     async with serving(here) as store:
-        await store.registry.create(new_agent(), actor="tester")
+        await store.registry.create(new_agent(), who=Who("tester"))
         fill = (
             "WITH RECURSIVE n(i) AS (SELECT 3 UNION ALL SELECT i + 1 FROM n WHERE i < 15000)"
             " INSERT INTO changes (revision, type, agent_id, agent, was_default, actor, comment,"
@@ -100,7 +103,7 @@ async def test_no_write_waits_for_a_backup(here: Settings, tmp_path: Path) -> No
         while not copying.done():
             began = asyncio.get_running_loop().time()
             change = AgentUpdate(llm_timeout=during % 100 + 1)
-            await store.registry.update("billing", change, actor="tester")
+            await store.registry.update("billing", change, who=Who("tester"))
             assert asyncio.get_running_loop().time() - began < 1, "far more than a write takes"
             during += not copying.done()
         await copying
@@ -149,7 +152,7 @@ async def test_a_backup_that_does_not_fit_leaves_nothing(
     import resource
 
     async with serving(here) as store:
-        await store.registry.create(new_agent(description="x" * 16000), actor="tester")
+        await store.registry.create(new_agent(description="x" * 16000), who=Who("tester"))
         size = (here.data_dir / "slm.db").stat().st_size
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2 + 4096, hard))
@@ -168,12 +171,12 @@ async def test_a_backup_that_does_not_fit_leaves_nothing(
 async def backed_up(here: Settings, path: Path) -> dict[str, Any]:
     """Make a database with one agent, back it up, and go on: one agent more, one changed."""
     async with serving(here) as store:
-        await store.registry.create(new_agent(llm_api_key="sk-old"), actor="tester")
+        await store.registry.create(new_agent(llm_api_key="sk-old"), who=Who("tester"))
         await backup(store.database, path)
         then = {"agents": await store.agents(), "epoch": await epoch_of(store)}
-        await store.registry.create(new_agent("later"), actor="tester")
+        await store.registry.create(new_agent("later"), who=Who("tester"))
         await store.registry.update(
-            "billing", AgentUpdate(llm_api_key=SecretStr("sk-new")), actor="tester"
+            "billing", AgentUpdate(llm_api_key=SecretStr("sk-new")), who=Who("tester")
         )
         return then
 
@@ -191,7 +194,7 @@ async def test_a_restored_database_is_the_old_one_in_a_new_epoch(
     async with serving(here) as store:
         assert await store.agents() == then["agents"]
         assert await epoch_of(store) != then["epoch"]
-        assert (await store.registry.llm("billing"))[0].llm_api_key == SecretStr("sk-old")
+        assert (await store.reads.llm("billing"))[0].llm_api_key == SecretStr("sk-old")
         await store.check_laws()
     assert mode(here.data_dir / "slm.db") == 0o600
 
@@ -275,7 +278,7 @@ async def test_a_crashed_servers_wal_is_part_of_its_database(
 ) -> None:
     """Files copied from under a server are restored with what its WAL holds."""
     async with serving(here) as store:
-        await store.registry.create(new_agent(), actor="tester")
+        await store.registry.create(new_agent(), who=Who("tester"))
         for name in ("slm.db", "slm.db-wal"):
             (tmp_path / name).write_bytes((here.data_dir / name).read_bytes())
     new = Settings(data_dir=tmp_path / "new", encryption_keys=SecretStr(KEY))

@@ -24,6 +24,7 @@ from slm.errors import (
 )
 from slm.server.agents.schemas import AgentUpdate
 from slm.server.db.database import Database
+from slm.server.security.audit import Who
 from tests.support.postgres import connect
 from tests.support.store import Store, new_agent
 
@@ -110,7 +111,7 @@ async def test_a_caller_that_leaves_does_not_undo_a_write(store: Store) -> None:
         await task
     may_go_on.set()
     # The next write waits for the first one's lock, on either engine.
-    await store.registry.create(new_agent(), actor="tester")
+    await store.registry.create(new_agent(), who=Who("tester"))
     assert await store.sql("SELECT floor FROM state") == [(7,)]
 
 
@@ -126,7 +127,7 @@ async def test_a_read_sees_one_moment(store: Store) -> None:
     between, done = threading.Event(), threading.Event()
     reading = asyncio.create_task(store.database.read(look))
     await asyncio.to_thread(between.wait, 10)
-    writing = asyncio.create_task(store.registry.create(new_agent(), actor="tester"))
+    writing = asyncio.create_task(store.registry.create(new_agent(), who=Who("tester")))
     if store.database.dialect == "postgresql":
         await writing
         done.set()
@@ -246,7 +247,7 @@ async def test_a_folder_is_no_database(tmp_path: Path) -> None:
 @on("sqlite")
 async def test_a_full_disk_is_507_and_nothing_partial(store: Store) -> None:
     """A write that does not fit is refused as a whole, and the next one that fits succeeds."""
-    await store.registry.create(new_agent(), actor="tester")
+    await store.registry.create(new_agent(), who=Who("tester"))
     pages = (await store.sql("PRAGMA page_count"))[0][0]
     await store.sql(f"PRAGMA max_page_count = {pages}")
     before = await store.agents()
@@ -254,7 +255,7 @@ async def test_a_full_disk_is_507_and_nothing_partial(store: Store) -> None:
     for n in range(50):
         try:
             await store.registry.update(
-                "billing", AgentUpdate(description=f"{n}" + "x" * 9000), actor="tester"
+                "billing", AgentUpdate(description=f"{n}" + "x" * 9000), who=Who("tester")
             )
         except InsufficientStorage:
             head = await store.head()
@@ -264,7 +265,7 @@ async def test_a_full_disk_is_507_and_nothing_partial(store: Store) -> None:
     assert await store.agents() == before
     await store.check_laws()
     await store.sql("PRAGMA max_page_count = 100000")
-    written = await store.registry.update("billing", AgentUpdate(llm_timeout=7), actor="tester")
+    written = await store.registry.update("billing", AgentUpdate(llm_timeout=7), who=Who("tester"))
     assert written.revision == head + 1
     await store.check_laws()
 
@@ -291,16 +292,16 @@ async def test_postgresql_sessions_are_bounded(postgres_url: str) -> None:
 @on("postgresql")
 async def test_a_lock_that_is_not_had_in_time_is_503(store: Store, database_url: str) -> None:
     """Somebody else holds the state row: the write is refused and nothing was changed."""
-    await store.registry.create(new_agent(), actor="tester")
+    await store.registry.create(new_agent(), who=Who("tester"))
     with connect(database_url) as other:
         other.execute("BEGIN")
         other.execute("UPDATE state SET revision = revision")
         with pytest.raises(DatabaseUnavailable):
-            await store.registry.update("billing", AgentUpdate(llm_timeout=7), actor="tester")
+            await store.registry.update("billing", AgentUpdate(llm_timeout=7), who=Who("tester"))
         # A reader waits for nobody.
-        assert (await store.registry.snapshot()).revision == 2
+        assert (await store.reads.snapshot()).revision == 2
         other.execute("ROLLBACK")
-    written = await store.registry.update("billing", AgentUpdate(llm_timeout=7), actor="tester")
+    written = await store.registry.update("billing", AgentUpdate(llm_timeout=7), who=Who("tester"))
     assert written.revision == 3
     await store.check_laws()
 
@@ -348,7 +349,7 @@ async def test_lost_connections_are_replaced(store: Store, database_url: str) ->
     """Sessions killed while idle are noticed before they are used."""
     for n in range(3):
         await kill_sessions(database_url)
-        written = await store.registry.create(new_agent(f"a{n}"), actor="tester")
+        written = await store.registry.create(new_agent(f"a{n}"), who=Who("tester"))
         assert written.revision == n + 2
 
 

@@ -32,7 +32,7 @@ from slm.server.agents.history import ChangeFilter, History
 from slm.server.db.pages import MAX_EXAMINED, MAX_PAGE_BYTES
 from slm.server.security import agent_scope_sql as view_sql
 from slm.server.security.agent_scope import View
-from slm.server.security.audit import AuditLog
+from slm.server.security.audit import AuditLog, Who
 from slm.server.security.audit_reader import AuditFilter
 from slm.server.settings import Settings
 from tests.support.store import Store, new_agent
@@ -68,7 +68,7 @@ SELECT i, '2026-01-01T00:00:00.000000Z',
 async def long(settings: Settings) -> AsyncIterator[Store]:
     """A database with a long history and a long audit, in which filters are unevenly spread."""
     store = await Store.open(settings)
-    await store.registry.create(new_agent("agent-000"), actor="admin")
+    await store.registry.create(new_agent("agent-000"), who=Who("admin"))
     await _repeat_last_change(store, ROWS)
     [(head,)] = await store.sql("SELECT seq FROM audit_head")
     await store.sql(_AUDIT.replace("'{}'", "'{\"n\": 1}'"), base=head, rows=ROWS)
@@ -239,7 +239,7 @@ async def test_pages_make_up_the_whole_audit(long: Store) -> None:
 
 async def test_a_page_ends_where_it_gets_large(store: Store) -> None:
     """Long descriptions are not answered by the thousand: the page is cut, and has a next one."""
-    await store.registry.create(new_agent(description="x" * 16_384), actor="admin")
+    await store.registry.create(new_agent(description="x" * 16_384), who=Who("admin"))
     await _repeat_last_change(store, 600)
     history = History(store.database)
     page = await history.changes(ChangeFilter(), 1000)

@@ -50,9 +50,9 @@ async def reads(store: Store) -> KeyedReads:
     """A store with two agents that have a key, and what reads them."""
     for agent_id in ("a", "b"):
         await store.registry.create(
-            new_agent(agent_id, llm_api_key=f"{CANARY}-{agent_id}"), actor="tester"
+            new_agent(agent_id, llm_api_key=f"{CANARY}-{agent_id}"), who=Who("tester")
         )
-    return store.registry.reads
+    return store.reads
 
 
 async def _audit(store: Store, action: str) -> list[dict[str, Any]]:
@@ -112,7 +112,7 @@ async def test_one_snapshot_serves_all_who_ask_until_something_changes(
 
     before = counted.reads
     await store.registry.update(
-        "a", AgentUpdate.model_validate({"llm_api_key": f"{CANARY}-new"}), actor="tester"
+        "a", AgentUpdate.model_validate({"llm_api_key": f"{CANARY}-new"}), who=Who("tester")
     )
     snapshot = await reads.snapshot(who=ADA, view=EVERYTHING)
     keys = {a.agent_id: a.llm_api_key for a in snapshot.agents}
@@ -147,7 +147,7 @@ async def test_after_a_change_only_what_changed_is_opened_anew(
         }
 
     async def change(**fields: Any) -> None:
-        await store.registry.update("a", AgentUpdate.model_validate(fields), actor="tester")
+        await store.registry.update("a", AgentUpdate.model_validate(fields), who=Who("tester"))
 
     first = await keys()
     assert set(opened) == set(first)
@@ -177,7 +177,7 @@ async def test_who_read_an_agents_key_is_found_in_snapshots_too(
 ) -> None:
     """The audit asked for one agent has the snapshots that held its key, and no others."""
     for agent_id in ("agents", "keys"):  # words of the row itself
-        await store.registry.create(new_agent(agent_id), actor="tester")
+        await store.registry.create(new_agent(agent_id), who=Who("tester"))
     await reads.llm("a", who=ADA, view=EVERYTHING)
     await reads.sealed_snapshot(who=ADA, view=EVERYTHING)
     await reads.sealed_snapshot(who=ADA, view=View(("b",)))
@@ -201,9 +201,9 @@ async def test_a_snapshot_of_a_thousand_agents_has_several_rows(store: Store) ->
     count = MAX_NAMED + 1
     for number in range(count):
         await store.registry.create(
-            new_agent(f"agent-{number:04}", llm_api_key="sk-x"), actor="tester"
+            new_agent(f"agent-{number:04}", llm_api_key="sk-x"), who=Who("tester")
         )
-    await store.registry.reads.sealed_snapshot(who=ADA, view=EVERYTHING)
+    await store.reads.sealed_snapshot(who=ADA, view=EVERYTHING)
     rows = await _audit(store, "key.read_all")
     assert [(len(row["agents"]), row["part"], row["parts"]) for row in rows] == [
         (1, 2, 2),
@@ -263,8 +263,8 @@ def test_what_is_sealed_opens_under_its_own_name_alone() -> None:
 
 async def test_after_a_rotation_a_pruned_key_opens_nothing_that_was_kept(store: Store) -> None:
     """The vault forgets what it opened when its keys change."""
-    await store.registry.create(new_agent("a", llm_api_key=CANARY), actor="tester")
-    await store.registry.llm("a")
+    await store.registry.create(new_agent("a", llm_api_key=CANARY), who=Who("tester"))
+    await store.reads.llm("a")
     store.vault.replace([store.vault.generate_key()])
     with pytest.raises(ProblemError):
-        await store.registry.llm("a")
+        await store.reads.llm("a")

@@ -21,7 +21,7 @@ from slm.server.agents.schemas import AgentUpdate
 from slm.server.db.database import Database
 from slm.server.db.tables import Base
 from slm.server.lifecycle.startup import MIGRATIONS, migrate
-from slm.server.security.audit import AuditLog
+from slm.server.security.audit import AuditLog, Who
 from slm.server.settings import Settings
 from tests.server.test_adoption import MISSION
 from tests.support.postgres import connect
@@ -75,7 +75,7 @@ async def test_a_row_of_the_missions_sql_works_here_too(store: Store) -> None:
 
 async def test_the_database_itself_refuses_a_second_default(store: Store) -> None:
     """Whoever writes, by whatever way: two defaults cannot be."""
-    await store.registry.create(new_agent(), actor="tester")
+    await store.registry.create(new_agent(), who=Who("tester"))
     with pytest.raises(Exception, match=r"(?i)unique"):
         await store.sql("UPDATE agents SET is_default = TRUE WHERE agent_id = 'billing'")
 
@@ -83,7 +83,7 @@ async def test_the_database_itself_refuses_a_second_default(store: Store) -> Non
 async def test_migrating_again_changes_nothing(settings: Settings) -> None:
     """A second start finds the newest tables, the same epoch, and no work."""
     store = await Store.open(settings)
-    await store.registry.create(new_agent(), actor="tester")
+    await store.registry.create(new_agent(), who=Who("tester"))
     before = await store.sql("SELECT * FROM state"), await store.changes()
     await store.close()
     store = await Store.open(settings)
@@ -194,10 +194,10 @@ async def test_every_migration_keeps_what_an_old_database_holds(
         assert (local.llm_model, local.llm_timeout, local.llm_max_tokens) == ("llama3.1", 7, 99)
         assert not agents["asleep"].is_active
         for agent_id, key in (("billing", "billing"), ("support", "support-2")):
-            found = (await store.registry.llm(agent_id))[0].llm_api_key
+            found = (await store.reads.llm(agent_id))[0].llm_api_key
             assert found == SecretStr(f"sk-fixture-{key}")
-        await store.registry.reads.check()
-        assert not store.registry.reads.undecryptable
+        await store.reads.check()
+        assert not store.reads.undecryptable
         told = await rows(store, "changes", "revision, type, agent_id", "revision")
         assert [revision for revision, *_ in told] == list(range(1, await store.head() + 1))
         assert [(kind, agent) for _, kind, agent in told if agent == "gone"] == [
@@ -215,7 +215,7 @@ async def test_every_migration_keeps_what_an_old_database_holds(
         assert (verdict.whole, verdict.reason) == (True, "")
         [(hashed,)] = await rows(store, "audit WHERE seq = 19", "hash", "seq")
         assert hashed in (OLD / f"{store.database.dialect}.sql").read_text()
-        written = await store.registry.create(new_agent("later"), actor="tester")
+        written = await store.registry.create(new_agent("later"), who=Who("tester"))
         assert written.revision == len(told) + 1
         await store.check_laws()
     finally:
@@ -242,8 +242,8 @@ async def test_an_upgrade_changes_no_temperature(database_url: str, tmp_path: Pa
     store = await Store.open(settings)
     try:
         assert (await store.agent("billing")).llm_temperature == 0.7
-        await store.registry.update("billing", AgentUpdate(llm_temperature=None), actor="tester")
-        await store.registry.create(new_agent("later"), actor="tester")
+        await store.registry.update("billing", AgentUpdate(llm_temperature=None), who=Who("tester"))
+        await store.registry.create(new_agent("later"), who=Who("tester"))
         for agent_id in ("billing", "later"):
             assert (await store.agent(agent_id)).llm_temperature is None
         await store.check_laws()

@@ -15,13 +15,14 @@ from alembic import command
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, Table, delete, select, text, update
 
+from slm.server.agents.credentials import ITSELF
 from slm.server.agents.schemas import AgentCreate, AgentUpdate
-from slm.server.agents.service import ITSELF
 from slm.server.db.database import Database
 from slm.server.db.tables import AGENTS, STATE, TOKENS
 from slm.server.lifecycle.compaction import compact
 from slm.server.lifecycle.startup import _config
 from slm.server.security.agent_scope import EVERYTHING
+from slm.server.security.audit import Who
 from slm.server.security.token_store import TokenStore
 from slm.server.security.token_table import TokenTable
 from slm.server.services import Services
@@ -149,7 +150,7 @@ async def _write(api: Api, description: str, by: str) -> None:
         return
     registry = _parts(api).registry
     told, registry.committed = registry.committed, None
-    await registry.update("default", AgentUpdate(description=description), actor="another")
+    await registry.update("default", AgentUpdate(description=description), who=Who("another"))
     registry.committed = told
 
 
@@ -226,10 +227,10 @@ async def test_a_loss_below_the_floor_is_noticed(quiet: Api) -> None:
     await standby.promote()
     registry = services.registry
     told, registry.committed = registry.committed, None
-    await registry.update("default", AgentUpdate(description="new"), actor="another")
+    await registry.update("default", AgentUpdate(description="new"), who=Who("another"))
     for n in range(3):
         made = AgentCreate(agent_id=f"a{n}", name="n", llm_provider="ollama", llm_model="m")
-        await registry.create(made, actor="another")
+        await registry.create(made, who=Who("another"))
     registry.committed = told
     await compact(services.database, keep=0)
     services.feed.wake()

@@ -19,6 +19,7 @@ from pydantic import SecretStr
 from slm.errors import StartupError
 from slm.server.encryption.vault import fingerprint
 from slm.server.security import tokens
+from slm.server.security.audit import Who
 from slm.server.settings import Settings
 from tests.support.postgres import connect
 from tests.support.store import KEY, OTHER_KEY, Store, new_agent
@@ -122,12 +123,12 @@ async def test_the_tokens_have_their_scopes(folder: Path) -> None:
 async def test_what_was_made_is_used_again(folder: Path) -> None:
     """The next start has the same epoch, tokens and encryption key."""
     store = await Store.open(plain(folder))
-    created = await store.registry.create(new_agent(llm_api_key="sk-kept"), actor="tester")
+    created = await store.registry.create(new_agent(llm_api_key="sk-kept"), who=Who("tester"))
     await store.close()
     before = secrets_in(folder)
     assert len(before) == 3
     store = await Store.open(plain(folder))
-    config, revision, epoch = await store.registry.llm("billing")
+    config, revision, epoch = await store.reads.llm("billing")
     await store.close()
     assert config.llm_api_key == SecretStr("sk-kept")
     assert (revision, epoch) == (created.revision, created.epoch)
@@ -211,7 +212,7 @@ async def test_a_lost_key_file_is_no_problem_while_nothing_needs_it(folder: Path
 async def test_a_lost_key_file_is_told_when_something_needs_it(folder: Path) -> None:
     """An API key is stored: a new encryption key would not open it, so none is made."""
     store = await Store.open(plain(folder))
-    await store.registry.create(new_agent(llm_api_key="sk-canary"), actor="tester")
+    await store.registry.create(new_agent(llm_api_key="sk-canary"), who=Who("tester"))
     await store.close()
     key = (folder / "encryption.key").read_text()
     (folder / "encryption.key").unlink()
@@ -382,7 +383,7 @@ async def test_three_starts_at_once_on_an_empty_postgresql(
         )
     )
     for n, store in enumerate(stores):
-        written = await store.registry.create(new_agent(f"a{n}"), actor="tester")
+        written = await store.registry.create(new_agent(f"a{n}"), who=Who("tester"))
         assert written.revision == n + 2
         await store.check_laws()
     for store in stores:
@@ -422,8 +423,8 @@ async def test_a_table_of_the_missions_in_postgresql_is_taken_over(
         agent = await store.agent("a")
         assert (agent.is_default, agent.llm_timeout) == (True, 30)
         assert not (await store.agent("b")).is_default
-        assert (await store.registry.llm("b"))[0].llm_api_key == SecretStr("sk-b")
-        await store.registry.create(new_agent(llm_model="m" * 256), actor="tester")
+        assert (await store.reads.llm("b"))[0].llm_api_key == SecretStr("sk-b")
+        await store.registry.create(new_agent(llm_model="m" * 256), who=Who("tester"))
         await store.check_laws()
     finally:
         await store.close()

@@ -15,6 +15,7 @@ from pydantic import SecretStr
 from slm.errors import ProblemError
 from slm.server.agents.changes import Written
 from slm.server.agents.schemas import AgentUpdate
+from slm.server.security.audit import Who
 from slm.server.settings import Settings
 from tests.support.store import KEY, Store, new_agent
 
@@ -44,12 +45,12 @@ WRITES = st.lists(
 async def write(store: Store, verb: str, name: str, fields: dict[str, Any]) -> Written:
     match verb:
         case "create":
-            return await store.registry.create(new_agent(name, **fields), actor="tester")
+            return await store.registry.create(new_agent(name, **fields), who=Who("tester"))
         case "update":
             update = AgentUpdate.model_validate(fields)
-            return await store.registry.update(name, update, actor="tester")
+            return await store.registry.update(name, update, who=Who("tester"))
         case _:
-            return await store.registry.delete(name, actor="tester")
+            return await store.registry.delete(name, who=Who("tester"))
 
 
 async def run(folder: Path, writes: list[tuple[str, str, dict[str, Any]]]) -> None:
@@ -69,7 +70,7 @@ async def run(folder: Path, writes: list[tuple[str, str, dict[str, Any]]]) -> No
                 elif written.agent is None or not written.agent.has_api_key:
                     keys[name] = None
         await store.check_laws()
-        snapshot = await store.registry.snapshot()
+        snapshot = await store.reads.snapshot()
         for config in snapshot.agents:
             held = config.llm_api_key and config.llm_api_key.get_secret_value()
             assert (held, config.key_error) == (keys.get(config.agent_id), None)

@@ -10,6 +10,7 @@ from sqlalchemy import select
 from slm.server.agents.schemas import AgentUpdate
 from slm.server.db.tables import CHANGES, STATE
 from slm.server.lifecycle.startup import prepare
+from slm.server.security.audit import Who
 from slm.server.settings import Settings
 from tests.support.store import Store
 
@@ -24,7 +25,7 @@ async def test_starting_replicas_never_put_a_revision_back(
     async def write(number: int) -> int:
         for turn in range(60):
             update = AgentUpdate(llm_model=f"m{number}-{turn}")
-            await store.registry.update("default", update, actor="test")
+            await store.registry.update("default", update, who=Who("test"))
         return 60
 
     async def restart() -> int:

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from slm.endpoints import canonical_url, refused_endpoint
 from slm.errors import InvalidRequest
 from slm.server.agents.schemas import AgentCreate, AgentUpdate
+from slm.server.security.audit import Who
 from tests.support.raw import Api
 from tests.support.servers import running_server
 from tests.support.store import Store, new_agent
@@ -166,7 +167,7 @@ ODD: dict[str, Any] = {
 
 async def test_what_equals_the_stored_is_not_judged_again(store: Store) -> None:
     """A whole agent can be sent back with one field changed, whatever else its row holds."""
-    await store.registry.create(new_agent(), actor="tester")
+    await store.registry.create(new_agent(), who=Who("tester"))
     columns = ", ".join(f"{name} = :{name}" for name in ODD)
     await store.sql(f"UPDATE agents SET {columns} WHERE agent_id = 'billing'", **ODD)
     served = (await store.agent("billing")).model_dump(mode="json")
@@ -174,7 +175,7 @@ async def test_what_equals_the_stored_is_not_judged_again(store: Store) -> None:
 
     async def put(**fields: Any) -> Any:
         update = AgentUpdate.model_validate(sent | fields)
-        return await store.registry.update("billing", update, actor="tester")
+        return await store.registry.update("billing", update, who=Who("tester"))
 
     assert not (await put()).changed
     written = await put(llm_max_tokens=77)

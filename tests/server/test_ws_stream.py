@@ -17,6 +17,7 @@ from slm.schemas import Agent
 from slm.server.agents.changes import CommittedChange
 from slm.server.agents.schemas import AgentUpdate
 from slm.server.db.tables import CHANGES, STATE
+from slm.server.security.audit import Who
 from slm.server.stream.encoding import Frames, encode_change
 from slm.server.transport.ws_connection import WebSocketConnection
 from tests.support.raw import Api
@@ -109,7 +110,7 @@ async def test_a_burst_is_one_write_to_each_stream_and_one_message_a_change(
         await eventually(lambda: services.hub.live_count() == 3)
         for number in range(5):
             change = AgentUpdate(llm_model=f"m{number}")
-            await services.registry.update("default", change, actor="test")
+            await services.registry.update("default", change, who=Who("test"))
         services.feed.follow()
         for socket in (one, two, three):
             assert [f["revision"] for f in await socket.until(6)] == [2, 3, 4, 5, 6]

@@ -8,11 +8,13 @@ from typing import Any
 from sqlalchemy import text
 
 from slm.schemas import Agent
+from slm.server.agents.credentials import KeyedReads
 from slm.server.agents.mapping import agent_of
 from slm.server.agents.schemas import AgentCreate
 from slm.server.agents.service import AgentRegistry
 from slm.server.db.database import Database
 from slm.server.db.tables import CHANGES, SELECT_AGENTS
+from slm.server.encryption.keyring import Keyring
 from slm.server.encryption.vault import Vault
 from slm.server.lifecycle.startup import prepare
 from slm.server.settings import Settings
@@ -29,14 +31,18 @@ class Store:
     database: Database
     vault: Vault
     registry: AgentRegistry
+    reads: KeyedReads
     notes: list[str]
 
     @classmethod
     async def open(cls, settings: Settings) -> Store:
         """Prepare the database of these settings."""
         prepared = await prepare(settings)
-        registry = AgentRegistry(prepared.database, prepared.vault)
-        return cls(settings, prepared.database, prepared.vault, registry, prepared.notes)
+        database, vault = prepared.database, prepared.vault
+        keyring = Keyring(vault, tuple)
+        reads = KeyedReads(database, keyring)
+        registry = AgentRegistry(database, vault, reads, keyring)
+        return cls(settings, database, vault, registry, reads, prepared.notes)
 
     async def close(self) -> None:
         """Close the database."""

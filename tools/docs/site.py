@@ -50,19 +50,19 @@ def build(mkdocs: str) -> None:
         CalledProcessError: mkdocs warned of something.
     """
     gather(PAGES)
-    render(mkdocs)
+    render(mkdocs, SITE)
     for page in PAGES.rglob("*.md"):
         shutil.copy(page, SITE / page.relative_to(PAGES))
 
 
-def render(mkdocs: str) -> None:
+def render(mkdocs: str, target: Path) -> None:
     """Make the HTML of the pages that were gathered; whatever mkdocs warns of ends it.
 
     Raises:
         CalledProcessError: a link or an anchor leads nowhere, or a page is in no menu.
     """
     # Not --quiet, with which mkdocs counts no warnings.
-    command = [mkdocs, "build", "--clean", "--strict"]
+    command = [mkdocs, "build", "--clean", "--strict", "--site-dir", str(target)]
     environ = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
     subprocess.run(command, cwd=ROOT, env=environ, check=True)
 

@@ -54,23 +54,28 @@ class Clearable(enum.StrEnum):
 AgentId = Annotated[
     str, typer.Argument(metavar="AGENT", help="The agent's id.", show_default=False)
 ]
-Name = Annotated[str | None, typer.Option("--name", help="A name for people.", show_default=False)]
+Name = Annotated[str | None, typer.Option("--name", help="A display name.", show_default=False)]
 Description = Annotated[
-    str | None, typer.Option("--description", help="What it is for.", show_default=False)
+    str | None, typer.Option("--description", help="A description.", show_default=False)
 ]
 Model = Annotated[
     str | None,
-    typer.Option("--model", help="The model, as the provider calls it.", show_default=False),
+    typer.Option("--model", help="The model's name at the provider.", show_default=False),
 ]
 ProviderOption = Annotated[
-    Provider | None, typer.Option("--provider", help="Whose protocol to speak.", show_default=False)
+    Provider | None,
+    typer.Option(
+        "--provider",
+        help="The provider, or whose protocol the endpoint speaks.",
+        show_default=False,
+    ),
 ]
 Endpoint = Annotated[
     str | None,
     typer.Option(
         "--endpoint",
         metavar="URL",
-        help="The base URL; without one the provider's own.",
+        help="The base URL; by default the provider's own.",
         show_default=False,
     ),
 ]
@@ -79,20 +84,22 @@ Temperature = Annotated[
     typer.Option(
         "--temperature",
         metavar="NUMBER",
-        help="0 to 2, or the word none to send no temperature.",
+        help="0 to 2, or none to send no temperature.",
         show_default=False,
     ),
 ]
 MaxTokens = Annotated[
     int | None,
-    typer.Option("--max-tokens", metavar="N", help="The most to generate.", show_default=False),
+    typer.Option(
+        "--max-tokens", metavar="N", help="The most tokens to generate.", show_default=False
+    ),
 ]
 Timeout = Annotated[
     int | None,
     typer.Option(
         "--timeout",
         metavar="SECONDS",
-        help="For a whole call; of a stream, to its first token and between tokens.",
+        help="Time limit of a call; of a stream, until its first token and between tokens.",
         show_default=False,
     ),
 ]
@@ -108,15 +115,17 @@ Options = Annotated[
 Active = Annotated[
     bool | None,
     typer.Option(
-        "--active/--inactive", help="Inactive: its callers get the default.", show_default=False
+        "--active/--inactive",
+        help="Callers of an inactive agent get the default agent.",
+        show_default=False,
     ),
 ]
-Default = Annotated[
-    bool, typer.Option("--default", help="Make it the default agent, instead of the present one.")
-]
+Default = Annotated[bool, typer.Option("--default", help="Make it the default agent.")]
 Comment = Annotated[
     str | None,
-    typer.Option("--comment", metavar="TEXT", help="Why, for the history.", show_default=False),
+    typer.Option(
+        "--comment", metavar="TEXT", help="The reason, for the history.", show_default=False
+    ),
 ]
 IfMatch = Annotated[
     int | None,
@@ -129,7 +138,9 @@ IfMatch = Annotated[
 ]
 KeyPrompt = Annotated[
     bool,
-    typer.Option("--api-key", help="Ask for the API key, hidden.", rich_help_panel="API key"),
+    typer.Option(
+        "--api-key", help="Prompt for the API key, without echo.", rich_help_panel="API key"
+    ),
 ]
 KeyFile = Annotated[
     Path | None,

@@ -46,9 +46,9 @@ _EPILOG: Final = """
   slm watch                                  changes as they happen
 
 [bold]Which server:[/] --url, SLM_URL, or the one whose data directory (./slm-data) is here.
-[bold]As whom:[/] --token-file, SLM_TOKEN, SLM_TOKEN_FILE, or that directory's admin.token.
+[bold]Which token:[/] --token-file, SLM_TOKEN, SLM_TOKEN_FILE, or that directory's admin.token.
 
-[bold]Exit codes:[/] 0 done; 1 failed, one line on stderr says why; 2 not understood; 130 Ctrl-C.
+[bold]Exit codes:[/] 0 success; 1 failure, explained on stderr; 2 invalid usage; 130 Ctrl-C.
 """
 
 app = typer.Typer(

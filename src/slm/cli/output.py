@@ -31,7 +31,7 @@ from typer.exceptions import TyperException
 _PIPE_WIDTH = 10_000
 _MAX_LINES = 20
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for a script.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 # What a terminal obeys rather than shows: control characters, and those that turn the direction.
 _OBEYED: Final = re.compile(

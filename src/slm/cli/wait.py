@@ -34,7 +34,7 @@ Wait = Annotated[
     bool,
     typer.Option(
         "--wait",
-        help="Wait until every backend has taken the change; exit 0 only if all did.",
+        help="Wait until every backend has applied the change; exit with 0 only if all did.",
         rich_help_panel="Receipt",
     ),
 ]
@@ -44,7 +44,7 @@ WaitLimit = Annotated[
         "--wait-limit",
         parser=_seconds,
         metavar="TIME",
-        help="How long --wait waits at most, such as 20s or 500ms; 5s when not given.",
+        help="How long --wait waits at most, such as 20s or 500ms; 5s by default.",
         rich_help_panel="Receipt",
         show_default=False,
     ),

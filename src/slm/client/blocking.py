@@ -7,7 +7,6 @@ threads, and right after a fork.
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any
 
 from slm.client.cache.keys_in_use import InUse
@@ -44,12 +43,7 @@ class BlockingSLMClient:
         self.client.__enter__()
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         self.close()
 
     @property

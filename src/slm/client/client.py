@@ -9,8 +9,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Callable, Coroutine, Sequence
-from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from pydantic import SecretStr
 
@@ -154,7 +153,7 @@ class SLMClient:
         if self._closes():
             self._wait(self._follower.close)
 
-    async def __aenter__(self) -> SLMClient:
+    async def __aenter__(self) -> Self:
         try:
             await self.connect()
         except BaseException:
@@ -163,15 +162,10 @@ class SLMClient:
             raise
         return self
 
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *exc: object) -> None:
         await self.close()
 
-    def __enter__(self) -> SLMClient:
+    def __enter__(self) -> Self:
         try:
             self.connect_now()
         except BaseException:
@@ -179,12 +173,7 @@ class SLMClient:
             raise
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         self.close_now()
 
     @property

@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
+from slm.common.retries import longest_pause
 from slm.errors import LLMError, LLMStreamBroken
 
 
@@ -40,6 +41,6 @@ class RetrySettings:
             return None
         if not (error.retryable or isinstance(error, LLMStreamBroken)):
             return None
-        longest = min(self.backoff_max_seconds, self.backoff_seconds * 2 ** (tries - 1))
+        longest = longest_pause(tries - 1, self.backoff_seconds, self.backoff_max_seconds)
         wait = (error.retry_after_seconds or 0.0) + random.uniform(0, longest)  # noqa: S311 # nosec B311
         return wait if wait < seconds_left else None

@@ -10,7 +10,6 @@ import contextlib
 import contextvars
 import weakref
 from collections.abc import Awaitable, Callable, Coroutine
-from types import TracebackType
 from typing import Any, Final, Protocol, TypeVar
 
 from slm.client.runtime.background import Background, new_holder
@@ -132,12 +131,7 @@ class LLMStreamNow:
     def __enter__(self) -> LLMStreamNow:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         self.close()
 
     async def _next(self) -> StreamChunk | None:

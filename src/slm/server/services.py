@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from slm.server.agents.catalog import Catalog
+from slm.server.agents.credentials import KeyedReads
 from slm.server.agents.service import AgentRegistry
 from slm.server.db.database import Database
 from slm.server.encryption.keyring import Keyring, read_keys
@@ -49,6 +50,7 @@ class Services:
     settings: Settings
     database: Database
     registry: AgentRegistry
+    reads: KeyedReads
     catalog: Catalog
     hub: Hub
     fleet: Fleet
@@ -83,11 +85,9 @@ def make_services(settings: Settings, prepared: PreparedDatabase) -> Services:
     tokens = TokenTable(max_age_seconds=settings.max_outage_seconds)
     database = prepared.database
     keyring = Keyring(prepared.vault, lambda: read_keys(settings).keys)
-    registry = AgentRegistry(database, prepared.vault, keyring, settings.endpoint_policy)
+    reads = KeyedReads(database, keyring)
     token_store = TokenStore(database, tokens)
-    caretaker = Caretaker(
-        settings, database, keyring, registry.reads, tokens, token_store, supervisor
-    )
+    caretaker = Caretaker(settings, database, keyring, reads, tokens, token_store, supervisor)
     lease = caretaker.lease
     fleet = Fleet(
         lease.id,
@@ -103,11 +103,13 @@ def make_services(settings: Settings, prepared: PreparedDatabase) -> Services:
     acks = AckQueue(lambda: hub.is_writing)
     hub = Hub(settings, fleet, supervisor, on_pushed=metrics.pushed, on_written=acks.written)
     feed = ChangeFeed(database, catalog, hub, tokens, settings, metrics, supervisor)
-    registry.committed = feed.committed
     return Services(
         settings=settings,
         database=database,
-        registry=registry,
+        registry=AgentRegistry(
+            database, prepared.vault, reads, keyring, settings.endpoint_policy, feed.committed
+        ),
+        reads=reads,
         catalog=catalog,
         hub=hub,
         fleet=fleet,

@@ -55,11 +55,16 @@ def create(
     target: Target,
     agent: AgentId,
     provider: Annotated[
-        Provider, typer.Option("--provider", help="Whose protocol to speak.", show_default=False)
+        Provider,
+        typer.Option(
+            "--provider",
+            help="The provider, or whose protocol the endpoint speaks.",
+            show_default=False,
+        ),
     ],
     model: Annotated[
         str,
-        typer.Option("--model", help="The model, as the provider calls it.", show_default=False),
+        typer.Option("--model", help="The model's name at the provider.", show_default=False),
     ],
     name: Name = None,
     description: Description = None,
@@ -78,7 +83,7 @@ def create(
     wait_limit: WaitLimit = None,
     as_json: Json = False,
 ) -> None:
-    """Create an agent. What is not given takes its default: 30 s, the provider's endpoint.
+    """Create an agent. Options that are left out take their defaults.
 
     [bold]Example[/]
       slm agents create classifier --provider openai --model gpt-6-luna --api-key
@@ -145,7 +150,7 @@ def set_agent(
     wait_limit: WaitLimit = None,
     as_json: Json = False,
 ) -> None:
-    """Change an agent; what is not named stays. Every backend's next request uses it.
+    """Change an agent. Fields that are not named keep their values.
 
     A stored API key is bound to the provider and its address: changing either without giving a
     key clears it, and the command says so.
@@ -245,7 +250,7 @@ def rollback(
     wait_limit: WaitLimit = None,
     as_json: Json = False,
 ) -> None:
-    """Give an agent back what it was, as a new change. An API key is never restored.
+    """Restore an earlier revision of an agent as a new change, without its API key.
 
     [bold]Example[/]
       slm agents rollback code-assistant --to 41 --wait

@@ -21,7 +21,7 @@ from slm.endpoints import effective_endpoint
 from slm.schemas import Agent, AgentList
 
 app = typer.Typer(
-    help="The agents: list, show, create, set, delete.",
+    help="List, show, create, change and delete agents.",
     no_args_is_help=True,
     rich_markup_mode="rich",
 )

@@ -25,11 +25,11 @@ from slm.client.config import ResolvedConfig, Step
 def ask(
     target: Target,
     agent: Annotated[
-        str, typer.Argument(metavar="AGENT", help="Whose config.", show_default=False)
+        str, typer.Argument(metavar="AGENT", help="The agent's id.", show_default=False)
     ],
     prompt: Annotated[
         str | None,
-        typer.Argument(metavar="PROMPT", help="What to ask; - or nothing reads standard input."),
+        typer.Argument(metavar="PROMPT", help="The question; - or nothing reads standard input."),
     ] = None,
     system: Annotated[
         str | None, typer.Option("--system", help="A system message.", show_default=False)
@@ -39,7 +39,7 @@ def ask(
         typer.Option(
             "--temperature",
             metavar="NUMBER",
-            help="For this request alone: 0 to 2, or the word none to send no temperature.",
+            help="For this request alone: 0 to 2, or none to send no temperature.",
             show_default=False,
         ),
     ] = None,
@@ -51,7 +51,7 @@ def ask(
         bool, typer.Option("--json", help="Print one JSON object at the end.")
     ] = False,
 ) -> None:
-    """Ask an agent's model something, with the agent's config of this moment.
+    """Ask an agent's model a question, with the agent's current configuration.
 
     It does what a backend does: the config comes from the SLM (or the next step of the chain), the
     request goes straight to the provider. It also says which config answered, and why that one.

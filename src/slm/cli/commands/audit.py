@@ -20,7 +20,7 @@ from slm.cli.pages import collect
 from slm.cli.target import Target, at_a_server
 
 app = typer.Typer(
-    help="The audit: list, verify, export.", no_args_is_help=True, rich_markup_mode="rich"
+    help="List, verify and export the audit.", no_args_is_help=True, rich_markup_mode="rich"
 )
 
 _TIMEOUT_SECONDS: Final = 600.0
@@ -31,12 +31,17 @@ _TIMEOUT_SECONDS: Final = 600.0
 @at_a_server
 def list_entries(
     target: Target,
-    agent: Annotated[str | None, typer.Option("--agent", help="About this agent alone.")] = None,
-    actor: Annotated[str | None, typer.Option("--actor", help="By this token alone.")] = None,
+    agent: Annotated[
+        str | None, typer.Option("--agent", help="Only entries about this agent.")
+    ] = None,
+    actor: Annotated[
+        str | None, typer.Option("--actor", help="Only entries by this token.")
+    ] = None,
     action: Annotated[
         str | None,
         typer.Option(
-            "--action", help="This alone: token.revoke, key.read; agent. for all of them."
+            "--action",
+            help="Only this action, such as token.revoke; agent. stands for all that begin so.",
         ),
     ] = None,
     limit: Annotated[int, typer.Option("--limit", "-n", help="How many.", min=1, max=1000)] = 50,

@@ -20,24 +20,24 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from slm.cli import output
 from slm.errors import ConfigurationError
 
-app = typer.Typer(
-    help="Certificates to try TLS with.", no_args_is_help=True, rich_markup_mode="rich"
-)
+app = typer.Typer(help="Test certificates for TLS.", no_args_is_help=True, rich_markup_mode="rich")
 
 _FILES: Final = ("ca.pem", "server.pem", "server-key.pem", "client.pem", "client-key.pem")
 
 
 @app.callback()
 def _root() -> None:
-    """Certificates to try TLS with."""
+    """Test certificates for TLS."""
 
 
 @app.command()
 def dev(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where to; made if need be.")],
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="The folder; created if it does not exist.")
+    ],
     host: Annotated[
         list[str] | None,
-        typer.Option("--host", help="A name or address of the server; may be given again."),
+        typer.Option("--host", help="A name or address of the server. Repeatable."),
     ] = None,
     client: Annotated[
         str, typer.Option("--client", help="The name in the client's certificate.")
@@ -46,8 +46,8 @@ def dev(
 ) -> None:
     """Make a private CA, a certificate for a server and one for a client.
 
-    For trying TLS, and mutual TLS, on your own machines; in production use your own CA. The CA's
-    key is thrown away: these are all the certificates that it will ever have signed.
+    To try TLS and mutual TLS on your own machines; in production use your own CA. The CA's key is
+    not kept, so it cannot sign any further certificate.
 
     [bold]Example[/]
       slm certs dev certs --host localhost --host 127.0.0.1

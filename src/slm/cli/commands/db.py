@@ -21,7 +21,7 @@ from slm.cli.target import DEFAULT_DATA_DIR, DataDir, Target, at_a_server
 from slm.errors import ConfigurationError
 
 app = typer.Typer(
-    help="The database: upgrade, backup, restore.", no_args_is_help=True, rich_markup_mode="rich"
+    help="Upgrade, back up and restore the database.", no_args_is_help=True, rich_markup_mode="rich"
 )
 
 DatabaseUrl = Annotated[
@@ -64,7 +64,7 @@ def backup(
         Path,
         typer.Argument(metavar="FILE", help="Where to write; an existing file is never replaced."),
     ],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for a script.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Write a consistent copy of a SQLite database while its server runs.
 

@@ -34,7 +34,7 @@ def explain(
     ],
     as_json: Json = False,
 ) -> None:
-    """Ask a backend how it resolves an agent now: each step, what it said, why it was passed over.
+    """Ask a backend which configuration it uses for an agent, and why.
 
     [bold]Example[/]
       slm explain code-assistant --on billing

@@ -32,14 +32,19 @@ def fleet(
     target: Target,
     only: Annotated[
         str | None,
-        typer.Argument(metavar="NAME", help="Only these; * for any text.", show_default=False),
+        typer.Argument(
+            metavar="NAME",
+            help="Only backends of this name; * stands for any text.",
+            show_default=False,
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Show every connected backend, and those that went away within the last hour.
+    """Show all connected backends, and those that disconnected within the last hour.
 
-    [bold]live[/]: has what there is. [bold]stale[/]: is behind for longer than a few seconds.
-    [bold]unknown[/]: listens, but never says what it took. [bold]gone[/]: not connected any more.
+    [bold]live[/]: up to date. [bold]stale[/]: behind for more than a few seconds.
+    [bold]unknown[/]: connected, but has never reported what it applied. [bold]gone[/]: no longer
+    connected.
 
     [bold]Example[/]
       slm fleet --json | jq -r '.backends[] | select(.lag > 0) | .backend'
@@ -81,10 +86,10 @@ def key_status(
     agent: AgentId,
     as_json: Json = False,
 ) -> None:
-    """Say whether an agent's former API key may be revoked at the provider.
+    """Say whether an agent's previous API key can be revoked at the provider.
 
-    A backend holds a key until its last call with it has ended. Exit 0 and "safe to revoke" only
-    when no connected backend holds an older one.
+    A backend holds a key until its last call with it has ended. It exits with 0 and prints
+    "safe to revoke" only when no connected backend holds an older one.
 
     [bold]Example[/]
       until slm agents key-status code-assistant; do sleep 1; done

@@ -56,7 +56,7 @@ def history(
     limit: Limit = 20,
     as_json: Json = False,
 ) -> None:
-    """Show what became of an agent, the newest first; with --at, what it was at a time.
+    """Show an agent's changes, newest first; with --at, what it was at that time.
 
     [bold]Example[/]
       slm agents history code-assistant --at "2026-11-17 14:03"
@@ -94,7 +94,7 @@ def diff(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Show what differs between two revisions of an agent; without any, its last change."""
+    """Show how two revisions of an agent differ; without revisions, its last change."""
     before, after = asyncio.run(_two(target, agent, old, new))
     differing = differences(before.agent, after.agent)
     if as_json:
@@ -125,7 +125,7 @@ def changes(
     limit: Limit = 20,
     as_json: Json = False,
 ) -> None:
-    """Show who changed what in the whole fleet, the newest first.
+    """Show who changed what, newest first.
 
     [bold]Example[/]
       slm changes --actor deploy --limit 5

@@ -21,7 +21,7 @@ from slm.cli.target import Target, at_a_server
 from slm.errors import KeysNotReady
 
 app = typer.Typer(
-    help="The encryption keys: list, add, rotate, prune.",
+    help="List, add, rotate and prune encryption keys.",
     no_args_is_help=True,
     rich_markup_mode="rich",
 )
@@ -84,17 +84,17 @@ def rotate(
     target: Target,
     fingerprint: Annotated[
         str | None,
-        typer.Argument(help="The key to go on to; without it the newest.", show_default=False),
+        typer.Argument(help="The key to switch to; the newest by default.", show_default=False),
     ] = None,
     wait: Annotated[
-        float, typer.Option(help="How many seconds the servers have to get the key.", min=0)
+        float, typer.Option(help="How many seconds to wait until every server has the key.", min=0)
     ] = 20,
     as_json: Json = False,
 ) -> None:
-    """Go on to another key: it encrypts from now on, and every stored API key is re-encrypted.
+    """Switch to another encryption key and re-encrypt every stored API key with it.
 
-    Refused while a live server does not have the key. The servers go on serving; no revision
-    changes. Interrupted anywhere, it can be run again.
+    It is refused while a live server does not have the key. The servers keep serving, and no
+    revision changes. If it is interrupted, run it again.
     """
     with output.steps("re-encrypting") as on_step:
         done = asyncio.run(_rotate(target, fingerprint, wait, on_step))

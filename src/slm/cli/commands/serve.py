@@ -33,7 +33,7 @@ def serve(
     port: Annotated[
         int | None,
         typer.Option(
-            help="The port; 0 takes a free one. \\[env var: SLM_PORT; default: 8760]",
+            help="The port; 0 picks a free one. \\[env var: SLM_PORT; default: 8760]",
             min=0,
             max=65535,
             show_default=False,
@@ -94,10 +94,10 @@ def serve(
 ) -> None:
     """Run the server until Ctrl-C or SIGTERM.
 
-    On an empty data directory it makes its database, seeds the default agent and writes an
-    encryption key and two tokens: admin.token for you, backend.token for the backends. It says
-    where they are, never what they hold. When it answers it prints: SLM ready at URL. On SIGHUP it
-    reads the TLS certificate again.
+    In an empty data directory it creates its database, the default agent, an encryption key and two
+    tokens: admin.token for you, backend.token for the backends. It prints where they are, never
+    what they hold. When it is ready it prints: SLM ready at URL. On SIGHUP it reloads the TLS
+    certificate.
 
     [bold]Examples[/]
       slm serve

@@ -21,7 +21,7 @@ from slm.cli.target import Target, at_a_server
 from slm.errors import ConfigurationError, TokenNotFound
 
 app = typer.Typer(
-    help="The tokens: create, list, revoke.", no_args_is_help=True, rich_markup_mode="rich"
+    help="Create, list and revoke tokens.", no_args_is_help=True, rich_markup_mode="rich"
 )
 
 _SECONDS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800, "y": 31_536_000}
@@ -32,7 +32,7 @@ _SECONDS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800, "y": 3
 def create(
     target: Target,
     name: Annotated[
-        str, typer.Option("--name", help="What it is called; the actor of whatever it does.")
+        str, typer.Option("--name", help="Its name, shown in the history and the audit.")
     ],
     scope: Annotated[
         str,
@@ -53,7 +53,11 @@ def create(
     ] = None,
     expires: Annotated[
         str | None,
-        typer.Option("--expires", metavar="TIME", help="As 12h, 90d or 1y; never without it."),
+        typer.Option(
+            "--expires",
+            metavar="TIME",
+            help="When it expires, such as 12h, 90d or 1y; never by default.",
+        ),
     ] = None,
     token_to: Annotated[
         Path | None,
@@ -63,7 +67,7 @@ def create(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Make a token; it is shown this once, and only its digest is kept.
+    """Create a token. It is shown only once, and the server keeps only its digest.
 
     [bold]Examples[/]
       slm tokens create --name backend-1 --expires 90d

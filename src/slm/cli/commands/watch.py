@@ -64,9 +64,9 @@ def watch(
         bool, typer.Option("--json", help="One JSON object a line, for a script.")
     ] = False,
 ) -> None:
-    """Show changes as they happen, what was and what is, until Ctrl-C.
+    """Show changes as they happen, with old and new values, until Ctrl-C.
 
-    A broken connection is resumed where it ended: no change is missed.
+    A broken connection resumes where it ended, so no change is missed.
 
     [bold]Example[/]
       slm watch --json | jq -r 'select(.type == "agent_deleted") | .agent_id'

@@ -49,10 +49,11 @@ def demo(
 ) -> None:
     """Change an agent's LLM live, and watch its very next request use it.
 
-    Starts an SLM on SQLite, a backend and a real language model on this machine (an Ollama that
-    answers, else a small local model), changes the agent's parameters, then its provider, then
-    stops the SLM and starts it again. For each: the answer, the config that made it, and how long
-    the change took to reach the backend. Under a minute; nothing of it is left.
+    It starts a server on SQLite, a backend and a real language model on this machine (Ollama if it
+    runs here, else a small local model). It changes the agent's parameters and its provider, and
+    stops the server and starts it again. Each step shows the answer, the configuration that made
+    it, and how long the change took to reach the backend. It takes under a minute and leaves
+    nothing behind.
     """
     if find_model:
         raise typer.Exit(0 if asyncio.run(is_at_hand()) else 1)

@@ -107,6 +107,21 @@ class Chain:
             raise AgentUnknown(agent_id, self._why_not(agent_id, sync), near)
         return config or self._without_slm(agent_id or "default", self._why_not(agent_id, sync))
 
+    def answer_in_place(self, agent_id: str | None) -> ResolvedConfig:
+        """Answer from what is known, and ask nobody.
+
+        Raises:
+            SLMError: as `answer` does.
+        """
+        answering = self.answer(agent_id, None)
+        try:
+            answering.send(None)
+        except StopIteration as answer:
+            config: ResolvedConfig = answer.value
+            return config
+        answering.close()
+        raise AssertionError("an answer from what is known waits for nothing")
+
     def _is_missing(self, agent_id: str, sync: Source | None) -> bool:
         """Say whether the SLM is known not to have this agent."""
         cache = self._cache

@@ -14,13 +14,49 @@ from slm.client.cache.entry import KnownAgent
 from slm.client.config import ResolvedConfig, Step
 from slm.client.resolution.environment import PREFIX, from_environment, hardcoded
 from slm.client.resolution.unknown import nearest
-from slm.protocol import ExplainedStep, storable
+from slm.client.status import ClientStatus
+from slm.errors import SLMError
+from slm.protocol import ExplainedStep, Explanation, storable
 
 _CAME: Final = {
     "snapshot": "with the snapshot of all agents",
     "fetch": "by a request of its own",
     "file": "from the snapshot file",
 }
+
+
+def explained(
+    cache: AgentConfigCache,
+    agent_id: str,
+    outcome: ResolvedConfig | Exception,
+    status: ClientStatus,
+    last_error: str | None,
+) -> Explanation:
+    """Return how an agent is resolved.
+
+    Args:
+        cache: what is known.
+        agent_id: who is asked for.
+        outcome: what the chain answered or raised.
+        status: how the client stands to its SLM.
+        last_error: what failed last.
+    """
+    answer, error = None, None
+    if isinstance(outcome, ResolvedConfig):
+        answer = outcome
+    else:
+        error = str(outcome) if isinstance(outcome, SLMError) else type(outcome).__name__
+    epoch = cache.position.epoch
+    return Explanation(
+        agent_id=storable(agent_id),
+        answered_by=None if answer is None else answer.step.value,
+        error=error and storable(error),
+        status=status.value,
+        revision=cache.position.revision,
+        epoch=epoch and storable(epoch),
+        last_error=last_error and storable(last_error),
+        steps=explain_steps(cache, agent_id, answer, last_error or f"it is {status.value}"),
+    )
 
 
 def explain_steps(

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from slm.client.status import ClientStatus
 from slm.client.timings import Timings
 from slm.client.transport.answers import NobodyListens
+from slm.common.retries import longest_pause
 from slm.errors import ProblemError, TLSError
 
 
@@ -33,9 +34,7 @@ def status_after(error: BaseException) -> ClientStatus:
 class Backoff:
     """How long to wait before the next try: full jitter, doubling, and what the server asked for.
 
-    Full jitter as in "Exponential Backoff And Jitter" (AWS Architecture Blog, 2015): a thousand
-    backends that lost their SLM at one moment must not come back at one moment. While nobody
-    listens at all the waits stay short, so that a server is found soon once it is up.
+    While nobody listens at all the waits stay short, so that a server is found soon once it is up.
     """
 
     def __init__(
@@ -65,7 +64,7 @@ class Backoff:
         limit = timings.backoff_max_seconds
         if isinstance(error, NobodyListens):
             limit = min(limit, timings.nobody_max_seconds)
-        longest = min(limit, timings.backoff_initial_seconds * 2.0 ** min(self._failures, 30))
+        longest = longest_pause(self._failures, timings.backoff_initial_seconds, limit)
         if longest < limit:
             # A long absence does not count against the server that comes back.
             self._failures += 1

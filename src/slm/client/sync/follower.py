@@ -21,7 +21,7 @@ from slm.client.cache.snapshot_file import Saver
 from slm.client.config import ResolvedConfig
 from slm.client.options import ClientOptions
 from slm.client.resolution.chain import Chain
-from slm.client.resolution.explain import explain_steps
+from slm.client.resolution.explain import explained
 from slm.client.runtime import background
 from slm.client.runtime.callbacks import Hooks
 from slm.client.runtime.dispatch import callbacks
@@ -33,7 +33,6 @@ from slm.client.sync.stream import Stream
 from slm.client.sync.synchroniser import Synchroniser
 from slm.client.timings import Timings
 from slm.client.transport.http import Connection
-from slm.errors import SLMError
 from slm.protocol import ClientInfo, Explanation, storable
 
 _log = quiet_logger("slm.client")
@@ -98,14 +97,7 @@ class Follower:
 
     def answer_in_place(self, agent_id: str | None) -> ResolvedConfig:
         """Answer from what is known, and ask nobody; for a client that is closed."""
-        answering = self._chain.answer(agent_id, None)
-        try:
-            answering.send(None)
-        except StopIteration as answer:
-            config: ResolvedConfig = answer.value
-            return config
-        answering.close()
-        raise AssertionError("an answer from what is known waits for nothing")
+        return self._chain.answer_in_place(agent_id)
 
     def hear_no_more(self) -> None:
         """Note that the client is to be closed: what is still to be read changes nothing."""
@@ -241,24 +233,13 @@ class Follower:
 
     async def explained(self, agent_id: str, *, judged: bool = True) -> Explanation:
         """Say how an agent is resolved now."""
-        answer, error = None, None
+        answer: ResolvedConfig | Exception
         try:
             answer = await self.answer(agent_id, judged=judged)
         except Exception as problem:
             # Whatever it is, it is what a caller who resolves this agent gets.
-            error = str(problem) if isinstance(problem, SLMError) else type(problem).__name__
-        cache, last_error = self._cache, self.last_error
-        unreachable = last_error or f"it is {self.status.value}"
-        return Explanation(
-            agent_id=storable(agent_id),
-            answered_by=None if answer is None else answer.step.value,
-            error=error and storable(error),
-            status=self.status.value,
-            revision=cache.position.revision,
-            epoch=cache.position.epoch and storable(cache.position.epoch),
-            last_error=last_error and storable(last_error),
-            steps=explain_steps(cache, agent_id, answer, unreachable),
-        )
+            answer = problem
+        return explained(self._cache, agent_id, answer, self.status, self.last_error)
 
     def _judged(self, take: Callable[[], list[str]]) -> None:
         """Have verdicts come into force, unless the client was closed meanwhile."""

@@ -9,13 +9,13 @@ import contextlib
 import errno
 import os
 from collections.abc import Callable, Mapping
-from email.utils import parsedate_to_datetime
 from typing import Final
 from urllib.parse import urlsplit
 
 import aiohttp
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from slm.common.retries import retry_after_seconds
 from slm.common.scrub import one_line
 from slm.errors import (
     BadRequest,
@@ -150,7 +150,7 @@ def problem(
         cls = InternalError if status >= 500 else BadRequest
     if issubclass(cls, InvalidRequest):
         return cls(detail)
-    return cls(detail, retry_after_seconds=_retry_after(headers))
+    return cls(detail, retry_after_seconds=retry_after_seconds(headers))
 
 
 def _without_words(
@@ -283,15 +283,3 @@ class _Problem(BaseModel):
 
     code: str = ""
     detail: str = ""
-
-
-def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """Return Retry-After in seconds; a date counts from the answer's own Date, not our clock."""
-    text = headers.get("Retry-After", "").strip()
-    if text.isdecimal() and text.isascii():
-        return float(text[:9])
-    try:
-        until = parsedate_to_datetime(text)
-        return max(0.0, (until - parsedate_to_datetime(headers.get("Date", ""))).total_seconds())
-    except Exception:  # ValueError is the usual one; years and zones overflow in several ways
-        return None

@@ -5,15 +5,14 @@ Knows HTTP's statuses and the shapes in which providers word an error; nothing o
 
 from __future__ import annotations
 
-import email.utils
 import re
-import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 import aiohttp
 
+from slm.common.retries import retry_after_seconds
 from slm.errors import (
     LLMAuthError,
     LLMBadRequest,
@@ -26,11 +25,8 @@ from slm.errors import (
 )
 from slm.llm.answer import AnswerUnreadable
 from slm.llm.providers.wire import NotOfTheProtocol
-from slm.llm.providers.words import Words, calls_itself_error, number, words_of
+from slm.llm.providers.words import Words, calls_itself_error, words_of
 from slm.llm.transport import AddressRefused
-
-_MAX_WAIT_SECONDS: Final = 365 * 86400.0
-
 
 # An error inside a 200 or a stream has no status of its own; its code says what it would have been.
 _STATUS_OF_CODE: Final = {
@@ -254,25 +250,3 @@ def causes(error: BaseException) -> Iterable[BaseException]:
         yield current
         below = None if current.__suppress_context__ else current.__context__
         current = current.__cause__ or below
-
-
-def retry_after_seconds(headers: Mapping[str, str]) -> float | None:
-    """Return how long the answer asks to be left alone (RFC 9110 section 10.2.3).
-
-    None where it does not say so, or in no way that makes sense; a year at most.
-    """
-    milliseconds = number(headers.get("retry-after-ms"))
-    if milliseconds is not None:
-        return _wait(milliseconds / 1000)
-    text = headers.get("retry-after")
-    seconds = number(text)
-    if seconds is None and text is not None:
-        try:
-            seconds = email.utils.parsedate_to_datetime(text).timestamp() - time.time()
-        except Exception:  # ValueError is the usual one; years and zones overflow in several ways
-            seconds = None
-    return None if seconds is None else _wait(seconds)
-
-
-def _wait(seconds: float) -> float:
-    return min(max(0.0, seconds), _MAX_WAIT_SECONDS)

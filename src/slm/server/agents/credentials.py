@@ -28,7 +28,7 @@ from slm.server.db.tables import AGENTS, CHANGES, SELECT_AGENTS, STATE
 from slm.server.encryption.keyring import Keyring
 from slm.server.encryption.sealed import SealedTexts
 from slm.server.encryption.vault import KeyBinding
-from slm.server.security.agent_scope import View
+from slm.server.security.agent_scope import EVERYTHING, View
 from slm.server.security.audit import AuditEvent, Who, append_all
 
 _KEYED: Final = "+"
@@ -70,6 +70,10 @@ _SOME: Final = (
 )
 
 
+ITSELF: Final = Who("slm")
+"""The actor of what nobody asked for over HTTP."""
+
+
 class _Found(NamedTuple):
     config: LLMConfigWithKey
     revision: int
@@ -100,8 +104,12 @@ class KeyedReads:
         self._pieces_under: tuple[str, ...] = ()
         self._batches = Batches(database, self._read_batch)
 
+    def forget(self, agent_id: str) -> None:
+        """Note that the agent's key was written: the next read finds whether it can be used."""
+        self.undecryptable -= {agent_id}
+
     async def llm(
-        self, agent_id: str, *, who: Who, view: View
+        self, agent_id: str, *, who: Who = ITSELF, view: View = EVERYTHING
     ) -> tuple[LLMConfigWithKey, int, str]:
         """Return an agent with its key, and the revision and epoch it was read at.
 
@@ -121,7 +129,7 @@ class KeyedReads:
             self.undecryptable |= {agent_id}
             raise
         if agent_id in self.undecryptable:
-            self.undecryptable -= {agent_id}
+            self.forget(agent_id)
         return found
 
     async def sealed_snapshot(self, *, who: Who, view: View) -> SealedSnapshot:
@@ -141,7 +149,7 @@ class KeyedReads:
         answered: SealedSnapshot = await self._batches.ask(Asked(who, view, made=made))
         return answered
 
-    async def snapshot(self, *, who: Who, view: View) -> Snapshot:
+    async def snapshot(self, *, who: Who = ITSELF, view: View = EVERYTHING) -> Snapshot:
         """Return the same as a value; see `sealed_snapshot`."""
         sealed = await self.sealed_snapshot(who=who, view=view)
         return Snapshot.model_validate_json(b"".join(sealed.chunks()))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection, Iterable
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
 from sqlalchemy import Connection
 
@@ -21,7 +21,7 @@ from slm.errors import (
     InvalidRequest,
     PreconditionFailed,
 )
-from slm.schemas import Agent, LLMConfigWithKey, Snapshot
+from slm.schemas import Agent
 from slm.server import failpoints
 from slm.server.agents.changes import CHANGED, CREATED, DELETED, CommittedChange, Written
 from slm.server.agents.columns import altered_values, created_values, place_key
@@ -43,15 +43,10 @@ from slm.server.db.state import Head
 from slm.server.db.tables import utc_now
 from slm.server.encryption.keyring import Keyring
 from slm.server.encryption.vault import KeyBinding, Vault
-from slm.server.security.agent_scope import EVERYTHING, View
 from slm.server.security.audit import AuditEvent, Who, append
-from slm.server.security.token_table import Caller
 
 IfMatch = int | Collection["Version"] | None
 """The revision that an agent must be at, or several of which it must be one; None: any."""
-
-ITSELF: Final = Who("slm")
-"""The actor of what nobody asked for over HTTP."""
 
 
 class Version(NamedTuple):
@@ -69,18 +64,16 @@ class _Unchanged(Exception):
 
 
 class AgentRegistry:
-    """Creates, changes, deletes and hands out agents, each call in one transaction.
+    """Creates, changes and deletes agents, each call in one transaction.
 
     Every call has its row in the audit, in the same transaction.
 
     Args:
         database: where the agents are.
         vault: what their keys are encrypted with.
-        keyring: which of the vault's keys is active; None: nobody ever rotates.
+        reads: forgets what it knows of an agent's key once that is written.
+        keyring: which of the vault's keys is active.
         endpoints: which endpoints may be saved.
-
-    Attributes:
-        reads: hands out agents with their keys.
         committed: told of each write that changed something, in the database's thread.
     """
 
@@ -88,24 +81,24 @@ class AgentRegistry:
         self,
         database: Database,
         vault: Vault,
-        keyring: Keyring | None = None,
+        reads: KeyedReads,
+        keyring: Keyring,
         endpoints: EndpointPolicy | None = None,
+        committed: Callable[[Written], None] | None = None,
     ) -> None:
         self._database = database
         self._vault = vault
-        self._keyring = keyring or Keyring(vault, tuple)
+        self._reads = reads
+        self._keyring = keyring
         self._endpoints = endpoints or EndpointPolicy()
-        self.reads = KeyedReads(database, self._keyring)
-        self.committed: Callable[[Written], None] | None = None
+        self.committed = committed
 
     async def create(
         self,
         agent: AgentCreate,
         *,
-        actor: str,
+        who: Who,
         comment: str | None = None,
-        address: str | None = None,
-        caller: Caller | None = None,
     ) -> Written:
         """Create an agent; the arguments are those of `update`.
 
@@ -114,9 +107,7 @@ class AgentRegistry:
             AgentIsDefault: it would be the default and inactive.
         """
         return await self._write(
-            functools.partial(
-                self._create, agent=agent, author=Author(Who(actor, address, caller), comment)
-            )
+            functools.partial(self._create, agent=agent, author=Author(who, comment))
         )
 
     async def update(
@@ -124,22 +115,18 @@ class AgentRegistry:
         agent_id: str,
         update: AgentUpdate,
         *,
-        actor: str,
+        who: Who,
         comment: str | None = None,
         if_match: IfMatch = None,
-        address: str | None = None,
-        caller: Caller | None = None,
     ) -> Written:
         """Change the fields that were sent; the others stay.
 
         Args:
             agent_id: taken literally: an adopted id need not be of our pattern.
             update: `model_fields_set` says which fields were sent.
-            actor: who does it, for the change's row.
+            who: who does it, and from where; their token must still count inside the transaction.
             comment: why, for the change's row.
             if_match: the revision that the agent must still have, or several.
-            address: where it came from, for the audit.
-            caller: whose token must still count inside the transaction; None: nobody's.
 
         Raises:
             Unauthorized: the token does not count any more.
@@ -154,23 +141,21 @@ class AgentRegistry:
                 self._update,
                 agent_id=agent_id,
                 update=update,
-                author=Author(Who(actor, address, caller), comment),
+                author=Author(who, comment),
                 if_match=if_match,
             )
         )
         # If its key is still of no use, the next read or check finds it again.
-        self.reads.undecryptable -= {agent_id}
+        self._reads.forget(agent_id)
         return written
 
     async def delete(
         self,
         agent_id: str,
         *,
-        actor: str,
+        who: Who,
         comment: str | None = None,
         if_match: IfMatch = None,
-        address: str | None = None,
-        caller: Caller | None = None,
     ) -> Written:
         """Delete an agent; the arguments are those of `update`.
 
@@ -179,33 +164,12 @@ class AgentRegistry:
             PreconditionFailed: its revision is another one.
             AgentIsDefault: it is the default.
         """
-        author = Author(Who(actor, address, caller), comment)
+        author = Author(who, comment)
         written = await self._write(
             functools.partial(self._delete, agent_id=agent_id, author=author, if_match=if_match)
         )
-        self.reads.undecryptable -= {agent_id}
+        self._reads.forget(agent_id)
         return written
-
-    async def llm(
-        self, agent_id: str, *, who: Who = ITSELF, view: View = EVERYTHING
-    ) -> tuple[LLMConfigWithKey, int, str]:
-        """Return an agent's configuration with its key, and the revision and epoch it was read at.
-
-        Args:
-            agent_id: the agent.
-            who: who asks, for the audit.
-            view: what they may see.
-
-        Raises:
-            AgentNotFound: there is no such agent, or the view does not see it.
-            AgentInactive: it is switched off.
-            KeyUndecryptable: its key does not decrypt, or belongs to another place.
-        """
-        return await self.reads.llm(agent_id, who=who, view=view)
-
-    async def snapshot(self, *, who: Who = ITSELF, view: View = EVERYTHING) -> Snapshot:
-        """Return every agent that the view sees, with its key, all read at one revision."""
-        return await self.reads.snapshot(who=who, view=view)
 
     # --- writing; everything below runs inside one transaction, in the database's thread ---
 
@@ -221,11 +185,9 @@ class AgentRegistry:
 
         try:
             with tracing.span("slm.commit"):
-                written = await self._database.run(transaction, committed=self.committed)
+                return await self._database.run(transaction, committed=self.committed)
         except _Unchanged as nothing:
             return nothing.written
-        await failpoints.reach_async("after_commit")
-        return written
 
     def _next(self, connection: Connection, author: Author) -> Head:
         """Begin a write: the state row locked, the next revision taken, the active key at hand.

@@ -180,7 +180,7 @@ async def get_llm_config(
     if not sees_today(services.catalog, caller, agent_id):
         # Without a look into the database, whose time would tell whether it is there.
         raise AgentNotFound
-    config, revision, epoch = await services.registry.llm(agent_id, who=who, view=caller.view)
+    config, revision, epoch = await services.reads.llm(agent_id, who=who, view=caller.view)
     services.counts.key_reads += 1
     await catch_up(services, revision)
     body = json.dumps(config.to_wire(), ensure_ascii=False).encode()
@@ -207,7 +207,9 @@ async def create_agent(
     if agent.llm_api_key is not None:
         require_private(request, services.settings)
     written = await services.registry.create(
-        agent, actor=who.actor, comment=agent.comment, address=who.address, caller=caller
+        agent,
+        who=who,
+        comment=agent.comment,
     )
     return await written_answer(services, caller, written, 201, query.wait)
 
@@ -233,11 +235,9 @@ async def update_agent(
     written = await services.registry.update(
         agent_id,
         update,
-        actor=who.actor,
+        who=who,
         comment=update.comment,
         if_match=versions_matched(request.headers),
-        address=who.address,
-        caller=caller,
     )
     return await written_answer(services, caller, written, 200, query.wait)
 
@@ -262,11 +262,9 @@ async def delete_agent(
     caller.require_writable(agent_id)
     written = await services.registry.delete(
         agent_id,
-        actor=who.actor,
+        who=who,
         comment=query.comment,
         if_match=versions_matched(request.headers),
-        address=who.address,
-        caller=caller,
     )
     status = 204 if query.wait is None else 200
     return await written_answer(services, caller, written, status, query.wait)

@@ -71,7 +71,7 @@ async def get_readiness(services: Parts) -> Response:
     if not ready and any(reasons):
         body["reason"] = "; ".join(each for each in reasons if each)
     # An agent whose key is of no use is told, and does not take the server out of service.
-    body["keys_undecryptable"] = len(services.registry.reads.undecryptable)
+    body["keys_undecryptable"] = len(services.reads.undecryptable)
     body["background"] = _background(services)
     headers = {"cache-control": "no-store"}
     return json_response(json.dumps(body).encode(), 200 if ready else 503, headers)
@@ -119,7 +119,7 @@ class _Metrics(Collector):
     def collect(self) -> Iterator[Metric]:
         """Yield every metric."""
         feed, hub, counts = self._services.feed, self._services.hub, self._services.counts
-        connections, buffers = self._services.connections, hub.buffers()
+        connections, buffers = self._services.connections, hub.buffers.sizes()
         gauges = (
             ("slm_revision", "The revision that this replica is at", feed.position),
             ("slm_agents", "Agents in the catalog", len(self._services.catalog)),
@@ -142,11 +142,11 @@ class _Metrics(Collector):
             (
                 "slm_keys_undecryptable",
                 "Agents whose stored key cannot be used",
-                len(self._services.registry.reads.undecryptable),
+                len(self._services.reads.undecryptable),
             ),
         )
         counters = (
-            ("slm_changes", "Changes passed on", hub.counts.changes),
+            ("slm_changes", "Changes passed on", hub.outbox.changes),
             ("slm_frames", "Frames written to connections", hub.counts.frames),
             ("slm_evictions", "Readers dropped for being too slow", hub.counts.evicted),
             ("slm_resyncs", "Streams sent to a snapshot", hub.counts.resyncs),

@@ -152,19 +152,15 @@ async def roll_back(
         written = await registry.update(
             agent_id,
             restoring_update(old, comment),
-            actor=who.actor,
+            who=who,
             comment=comment,
             if_match=if_match,
-            address=who.address,
-            caller=caller,
         )
     except AgentNotFound:
         written = await registry.create(
             restoring_create(old, comment),
-            actor=who.actor,
+            who=who,
             comment=comment,
-            address=who.address,
-            caller=caller,
         )
     if old.has_api_key and written.agent is not None and not written.agent.has_api_key:
         written = replace(written, api_key_cleared=True)

@@ -46,7 +46,7 @@ async def get_snapshot(
 
 
 async def _snapshot(services: Services, caller: Caller, who: Who) -> Response:
-    sealed = await services.registry.reads.sealed_snapshot(who=who, view=caller.view)
+    sealed = await services.reads.sealed_snapshot(who=who, view=caller.view)
     services.counts.key_reads += sealed.agents
     await catch_up(services, sealed.head.revision, sealed.head.change_id)
     headers = revision_headers(sealed.head.revision, sealed.head.epoch)

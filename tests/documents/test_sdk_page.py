@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import os
-import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
+from tests.documents.blocks import blocks
 from tests.support.raw import Api
 from tests.support.servers import InLoopServer
 
-PAGE = (Path(__file__).parents[1] / "docs" / "sdk.md").read_text()
-EXAMPLES = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+EXAMPLES = [block.text for block in blocks("docs/sdk.md", "python")]
 PRINTED = [
     "openai m-billing agent 2\n",
     "m-billing False\n",
@@ -24,6 +22,9 @@ PRINTED = [
     "the SLM has no agent 'biling' that this token may see (did you mean 'billing'?) billing\n",
     "",
 ]
+
+
+pytestmark = pytest.mark.documents
 
 
 def test_the_page_has_the_examples_that_are_run() -> None:
