@@ -55,9 +55,6 @@ class Hub:
     connection.
 
     Args:
-        settings: what the operator set.
-        observer: the fleet.
-        supervisor: whose tasks the hub's are.
         on_pushed: told how long after its commit a change was written to every live stream.
         on_written: told when a broadcast is written.
 
@@ -82,13 +79,10 @@ class Hub:
     ) -> None:
         self._observer = observer
         self.outbox = Outbox()
-        self.head = 0
-        self.epoch = ""
-        self.head_id = ""
+        self.head, self.epoch, self.head_id = 0, "", ""
         self.is_behind: Callable[[], bool] = lambda: False
         self.counts = HubCounts()
-        self._on_pushed = on_pushed
-        self._on_written = on_written
+        self._on_pushed, self._on_written = on_pushed, on_written
         self.heartbeat_seconds = settings.heartbeat_seconds
         self.buffers = Buffers(settings.buffer_bytes, settings.buffer_total_bytes, self._evict)
         # Asked after each write to each stream.
