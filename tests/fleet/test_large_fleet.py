@@ -20,7 +20,7 @@ from slm.server.fleet import names as backend_names
 from slm.server.fleet.backend import Backend, Subject
 from slm.server.fleet.explain import Explanations
 from slm.server.fleet.tracker import KEEP_GONE_SECONDS, Fleet, Lapse
-from slm.server.stream.hub import Subscriber
+from slm.server.stream.subscriber import Subscriber
 from slm.server.tasks import slices
 
 MANY = 1500

@@ -18,7 +18,7 @@ from slm.server.fleet import replication_rows as told_rows
 from slm.server.fleet.replication_rows import TellTale
 from slm.server.fleet.tracker import KEEP_GONE_SECONDS, Fleet
 from slm.server.serve import SLMServer
-from slm.server.stream.hub import Subscriber
+from slm.server.stream.subscriber import Subscriber
 from tests.support.raw import Api
 from tests.support.sdk import fleet_of
 from tests.support.servers import InLoopServer, eventually

@@ -24,7 +24,7 @@ from slm.server.fleet.ack_queue import MAX_WAITING, AckQueue, Waiting
 from slm.server.fleet.backend import Subject, outcome_of
 from slm.server.fleet.tracker import Fleet
 from slm.server.security.agent_scope import View
-from slm.server.stream.hub import Subscriber
+from slm.server.stream.subscriber import Subscriber
 from tests.support.raw import Api
 from tests.support.servers import InLoopServer, eventually
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import operator
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from slm.server.lifecycle.compaction import compact
 from slm.server.security.agent_scope import EVERYTHING, View
 from slm.server.services import Services
 from slm.server.stream import change_reader as news_module
-from slm.server.stream import hub as hub_module
+from slm.server.stream import outbox
 from slm.server.stream.change_reader import far_behind
 from slm.server.stream.encoding import encode_change
 from tests.support.faults.history import Connection, violations
@@ -60,7 +61,7 @@ async def test_a_change_that_cannot_be_encoded_is_never_skipped(
             raise RuntimeError("sk-canary-in-an-error")
         return encode_change(change, view)
 
-    monkeypatch.setattr(hub_module, "encode_change", failing)
+    monkeypatch.setattr(outbox, "encode_change", failing)
     async with admin.stream() as socket:
         await socket.frame()
         for n in range(2, 6):
@@ -82,26 +83,27 @@ async def test_a_change_that_cannot_be_encoded_is_never_skipped(
     assert "canary" not in caplog.text
 
 
-@pytest.mark.parametrize("part", ["catalog.apply", "hub.publish"])
+@pytest.mark.parametrize("part", ["catalog.apply", "hub.outbox.publish"])
 async def test_what_fails_half_way_is_done_once(
     admin: Api, monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
     """Whichever half of passing a change on fails: red until both are done, and no frame twice."""
     services = _parts(admin)
-    name, _, method = part.partition(".")
-    works: Callable[..., None] = getattr(getattr(services, name), method)
+    name, _, method = part.rpartition(".")
+    owner = operator.attrgetter(name)(services)
+    works: Callable[..., None] = getattr(owner, method)
 
     def failing(*given: Any) -> None:
         raise ValueError
 
     async with admin.stream() as socket:
         await socket.frame()
-        monkeypatch.setattr(getattr(services, name), method, failing)
+        monkeypatch.setattr(owner, method, failing)
         for n in range(3):
             assert (await admin.put("default", description=str(n))).headers["SLM-Stale"] == "true"
         await _beat(socket, behind=True)
         assert await _is_red(admin, "ValueError")
-        monkeypatch.setattr(getattr(services, name), method, works)
+        monkeypatch.setattr(owner, method, works)
         await eventually(lambda: services.feed.current)
         await admin.put("default", description="after")
         await eventually(lambda: services.hub.head == 5)

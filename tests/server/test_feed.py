@@ -20,7 +20,7 @@ from slm.server.security.audit import Who
 from slm.server.services import Services, make_services
 from slm.server.settings import Settings
 from slm.server.stream import change_reader as news
-from slm.server.stream import hub as hub_module
+from slm.server.stream import hub, outbox
 from slm.server.stream.encoding import Frames, encode_change
 from tests.support.faults.network import TEXT, FrameReader
 from tests.support.servers import TENTH, eventually
@@ -213,7 +213,8 @@ def encodes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, View]]:
         done.append((change.revision, view))
         return encode_change(change, view)
 
-    monkeypatch.setattr(hub_module, "encode_change", counting)
+    for module in (outbox, hub):
+        monkeypatch.setattr(module, "encode_change", counting)
     return done
 
 
@@ -239,7 +240,7 @@ async def test_a_burst_is_one_encode_a_change_and_one_write_a_connection(
         listener.writes.clear()
     burst = changes_ahead(services, 5)
     for change in burst:
-        services.hub.publish([change])
+        services.hub.outbox.publish([change])
     assert await services.hub.reached(burst[-1].revision, services.hub.epoch, 10)
 
     revisions = [change.revision for change in burst]
@@ -265,13 +266,13 @@ async def test_changes_that_come_during_a_broadcast_wait_for_one_write(
         def push(self, frames: Frames) -> int:
             if frames.head == first.revision:
                 for change in rest:
-                    services.hub.publish([change])
+                    services.hub.outbox.publish([change])
             return super().push(frames)
 
     listeners = [join(services, Writes()), join(services, Busy()), join(services, Writes())]
     for listener in listeners:
         listener.writes.clear()
-    services.hub.publish([first])
+    services.hub.outbox.publish([first])
     assert await services.hub.reached(rest[-1].revision, services.hub.epoch, 10)
     assert [revision for revision, _ in encodes] == [c.revision for c in [first, *rest]]
     for listener in listeners:
@@ -286,19 +287,19 @@ async def test_other_changes_of_numbers_that_were_sent_are_no_repetition(
     listener = listen(services)
     first, second = changes_ahead(services, 2)
     for _ in range(2):
-        services.hub.publish([first, second])
+        services.hub.outbox.publish([first, second])
         assert await services.hub.reached(second.revision, services.hub.epoch, 10)
 
     def told() -> list[dict[str, Any]]:
         return [json.loads(text) for text in listener.texts[1:]]
 
     assert [frame["revision"] for frame in told()] == [first.revision, second.revision]
-    services.hub.publish([replace(first, change_id="another")])
+    services.hub.outbox.publish([replace(first, change_id="another")])
     await eventually(lambda: len(told()) == 3)
     resync = told()[2]
     assert (resync["type"], resync["reason"]) == ("resync", "forked")
     assert (resync["revision"], resync["change_id"]) == (first.revision, "another")
-    services.hub.publish([replace(second, change_id="newer")])
+    services.hub.outbox.publish([replace(second, change_id="newer")])
     await eventually(lambda: len(told()) == 4)
     assert (told()[3]["revision"], told()[3]["change_id"]) == (second.revision, "newer")
 

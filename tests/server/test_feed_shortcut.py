@@ -8,6 +8,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 
+from slm.server import failpoints
 from slm.server.agents.changes import CommittedChange, Written
 from tests.support.raw import Api
 from tests.support.servers import InLoopServer, eventually, running_server
@@ -100,14 +101,14 @@ async def test_steady_writes_do_not_keep_the_feed_looking(
     names = [f"agent-{number}" for number in range(4)]
     for name in names:
         await admin.create(name)
-    look, looks = feed._look, 0
+    look, looks = feed._poll, 0
 
     async def counted() -> None:
         nonlocal looks
         looks += 1
         await look()
 
-    monkeypatch.setattr(feed, "_look", counted)
+    monkeypatch.setattr(feed, "_poll", counted)
     begun, before = asyncio.get_running_loop().time(), feed.position
 
     async def write(name: str) -> None:
@@ -119,3 +120,49 @@ async def test_steady_writes_do_not_keep_the_feed_looking(
     polls = (asyncio.get_running_loop().time() - begun) / services.settings.poll_interval_seconds
     assert feed.position == before + 100
     assert 1 <= looks <= 2 + polls
+
+
+async def test_an_armed_failpoint_leaves_the_way_as_it_is(
+    tmp_path: Path, session: aiohttp.ClientSession
+) -> None:
+    """With a failpoint armed, a commit still reaches the streams without a look at the database."""
+    async with running_server(tmp_path, poll_interval_seconds=60) as server:
+        admin = Api(server, session, server.admin_token)
+        feed = server.running.services.feed
+        looks = feed._polls
+        failpoints.arm("in_compaction:raise", testing=True)
+        try:
+            async with admin.stream() as socket:
+                written = await admin.put("default", llm_model="told")
+                assert (await socket.until(written.revision))[-1]["config"]["llm_model"] == "told"
+        finally:
+            failpoints.arm(None, testing=True)
+        assert feed._polls == looks
+
+
+async def test_a_hold_before_the_push_holds_the_short_way_too(
+    tmp_path: Path, session: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a feed is told is held as long as what it reads, and holds no other transaction."""
+    async with running_server(tmp_path, poll_interval_seconds=60) as server:
+        admin = Api(server, session, server.admin_token)
+        services = server.running.services
+
+        async def no_look() -> None:
+            await asyncio.Event().wait()
+
+        monkeypatch.setattr(services.feed, "_poll", no_look)
+        loop, before = asyncio.get_running_loop(), services.feed.position
+        failpoints.arm("before_push:hold:0.4", testing=True)
+        try:
+            began = loop.time()
+            writing = asyncio.create_task(admin.put("default", llm_model="held"))
+            while (await services.feed.horizon()).revision == before:
+                pass
+            assert loop.time() - began < 0.4
+            assert services.feed.position == before
+            await eventually(lambda: services.feed.position == before + 1)
+            assert loop.time() - began >= 0.4
+            assert (await writing).status == 200
+        finally:
+            failpoints.arm(None, testing=True)

@@ -11,6 +11,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -19,8 +20,8 @@ from slm.errors import ConfigurationError, DatabaseUnavailable
 NAMES: Final = ("database", "before_commit", "after_commit", "before_push", "in_compaction")
 """database: any transaction is about to begin;
 before_commit: a write has done its statements; after_commit: the write is durable and nobody was
-told; before_push: the feed has read a change and pushed nothing of it; in_compaction: changes were
-deleted and the transaction is open."""
+told; before_push: the feed has a change, read or told of by its own server, and has pushed nothing
+of it; in_compaction: changes were deleted and the transaction is open."""
 
 Kind = Literal["kill", "hold", "raise"]
 
@@ -62,11 +63,6 @@ def arm(text: str | None, *, testing: bool) -> None:
         _armed.update(wanted)
 
 
-def any_armed() -> bool:
-    """Say whether a test waits at any place; what is only a shorter way is then not taken."""
-    return bool(_armed)
-
-
 def reach(name: str) -> None:
     """Do what is armed at this place; for code that runs in a thread."""
     if _armed and (armed := _due(name)) is not None:
@@ -79,6 +75,20 @@ async def reach_async(name: str) -> None:
     if _armed and (armed := _due(name)) is not None:
         _act(armed)
         await asyncio.sleep(armed.seconds)
+
+
+def reach_then(
+    name: str, loop: asyncio.AbstractEventLoop, call: Callable[..., object], *arguments: object
+) -> None:
+    """Do what is armed at this place, then have the loop call; for code that runs in a thread.
+
+    A hold delays the call, and holds neither the thread nor the loop.
+    """
+    if _armed and (armed := _due(name)) is not None:
+        _act(armed)
+        loop.call_soon_threadsafe(lambda: loop.call_later(armed.seconds, call, *arguments))
+    else:
+        loop.call_soon_threadsafe(call, *arguments)
 
 
 def _due(name: str) -> _Armed | None:

@@ -185,11 +185,9 @@ class AgentRegistry:
 
         try:
             with tracing.span("slm.commit"):
-                written = await self._database.run(transaction, committed=self.committed)
+                return await self._database.run(transaction, committed=self.committed)
         except _Unchanged as nothing:
             return nothing.written
-        await failpoints.reach_async("after_commit")
-        return written
 
     def _next(self, connection: Connection, author: Author) -> Head:
         """Begin a write: the state row locked, the next revision taken, the active key at hand.

@@ -22,7 +22,8 @@ from slm.server.db.database import Database
 from slm.server.fleet.backend import Backend
 from slm.server.fleet.tracker import Fleet
 from slm.server.stream.encoding import Frames
-from slm.server.stream.hub import Hub, Subscriber
+from slm.server.stream.hub import Hub
+from slm.server.stream.subscriber import Subscriber
 
 logger = logging.getLogger(__name__)
 

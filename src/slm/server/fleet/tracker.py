@@ -33,7 +33,7 @@ from slm.server.fleet.backend import (
 )
 from slm.server.fleet.names import BackendNames
 from slm.server.security.agent_scope import View
-from slm.server.stream.hub import Subscriber
+from slm.server.stream.subscriber import Subscriber
 from slm.server.tasks.slices import Steps, at_once, in_slices, sliced, sorted_in_steps
 
 logger = logging.getLogger(__name__)

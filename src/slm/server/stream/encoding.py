@@ -107,3 +107,24 @@ def in_writes(
         last = change
     if last is not None:
         yield Frames(tuple(texts), last.revision, last.change_id)
+
+
+class Heartbeats:
+    """One round of heartbeats: nearly all streams are at one position, which is encoded once.
+
+    Args:
+        behind: whether this server may be behind the database.
+    """
+
+    def __init__(self, *, behind: bool) -> None:
+        self._behind = behind
+        self._encoded: dict[tuple[int, str], Frames] = {}
+
+    def at(self, revision: int, change_id: str) -> Frames:
+        """Return the heartbeat of a stream that was sent everything up to this position."""
+        frames = self._encoded.get((revision, change_id))
+        if frames is None:
+            beat = Heartbeat(revision=revision, behind=self._behind, change_id=change_id or None)
+            frames = Frames((protocol.encode(beat),), revision)
+            self._encoded[revision, change_id] = frames
+        return frames

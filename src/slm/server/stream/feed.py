@@ -1,8 +1,8 @@
-"""ChangeFeed: takes what was committed, in order, and moves the catalog and the hub.
+"""ChangeFeed: follows the database, and has the relay pass on what was committed, in order.
 
-The only reader of `changes` for the live stream, and the only one to move the catalog. What this
-server itself committed it is told, and passes on where it is the very next change; all else it
-reads. Knows no HTTP and no connection (docs/protocol.md sections 2 and 4).
+The only reader of `changes` for the live stream. What this server itself committed it is told, and
+has passed on where it is the very next change; all else it reads. Knows no request and no
+connection (docs/protocol.md sections 2 and 4).
 """
 
 from __future__ import annotations
@@ -12,17 +12,14 @@ import contextlib
 import functools
 import logging
 import secrets
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
 
-from slm.common import tracing
 from slm.errors import ProblemError
 from slm.server import failpoints
 from slm.server.agents.catalog import Catalog
-from slm.server.agents.changes import CommittedChange, Position, Written
+from slm.server.agents.changes import Position, Written
 from slm.server.db.database import Database
-from slm.server.db.tables import utc_now
 from slm.server.metrics import Metrics
 from slm.server.security.agent_scope import View
 from slm.server.security.token_table import TokenTable
@@ -38,30 +35,14 @@ from slm.server.stream.change_reader import (
     renew_epoch,
     tells_timeline,
 )
-from slm.server.stream.hub import Hub, ResyncReason
-from slm.server.tasks.condition import Pulse
+from slm.server.stream.hub import Hub
+from slm.server.stream.relay import FeedTrouble, Relay
 from slm.server.tasks.supervisor import Supervisor
 
 logger = logging.getLogger(__name__)
 
 SETTLE_SECONDS: Final = 5.0
 """How long a write's answer waits for the feed; many writers at once make it queue."""
-
-
-REMEMBERED: Final = 1000
-"""For how many revisions the feed remembers which change it passed on."""
-
-
-class FeedTrouble(Exception):
-    """Why the feed does not go on; the text is for the log and for /readyz."""
-
-
-class CannotPassOn(FeedTrouble):
-    """A change was read but cannot be passed on, so nothing after it is either."""
-
-    def __init__(self, revision: int, error: Exception) -> None:
-        # The class alone: the text may hold what is in the change.
-        super().__init__(f"change {revision} cannot be passed on: {type(error).__name__}")
 
 
 class CannotRenewEpoch(FeedTrouble):
@@ -86,8 +67,8 @@ class ChangeFeed:
 
     Args:
         database: read only, but for a new epoch when the revision fell.
-        catalog: moved by this feed alone.
-        hub: given every change after the catalog has it.
+        catalog: moved by this feed's relay alone.
+        hub: begun at the catalog's revision; its outbox is given every change.
         tokens: replaced when the database's tokens have changed.
         settings: poll_interval_seconds and behind_after_seconds count here.
         metrics: told how old each change was.
@@ -103,7 +84,8 @@ class ChangeFeed:
         metrics: Metrics | None = None,
         supervisor: Supervisor | None = None,
     ) -> None:
-        self._metrics = metrics or Metrics()
+        self._relay = Relay(catalog, hub.outbox, database.traces, metrics or Metrics())
+        self._moved = self._relay.moved
         self._database = database
         self._catalog = catalog
         self._hub = hub
@@ -115,13 +97,8 @@ class ChangeFeed:
         self._told_behind = False
         self._trouble: str | None = None
         # Looks are counted as they begin; `_good_look` is the last one that ended well.
-        self._looks = self._good_look = self._failed_looks = 0
-        # Which change each of the last revisions was.
-        self._ids: dict[int, str] = {}
-        # Set while the catalog was loaded anew and the streams are not told yet.
-        self._resync_due: ResyncReason | None = None
+        self._polls = self._good_look = self._failed_looks = 0
         self._wake = asyncio.Event()
-        self._moved = Pulse()
         self._following = (supervisor or Supervisor()).task("feed", self._follow)
         self._loop: asyncio.AbstractEventLoop | None = None
         hub.is_behind = lambda: not self.current
@@ -143,7 +120,7 @@ class ChangeFeed:
     @property
     def held(self) -> Position:
         """The position up to which everything was passed on, and which change is there."""
-        return Position(self._catalog.revision, self._catalog.epoch, self._catalog.change_id)
+        return self._relay.held
 
     @property
     def replay_limit(self) -> int:
@@ -193,7 +170,7 @@ class ChangeFeed:
         self._loop = asyncio.get_running_loop()
         self._with_timeline = await self._tells_timeline()
         while not self.epoch:  # a look that finds the database elsewhere makes a new epoch first
-            await self._look()
+            await self._poll()
         self._hub.start(self.position, self.epoch, self._catalog.change_id)
         self.follow()
 
@@ -235,12 +212,12 @@ class ChangeFeed:
         def passed() -> bool:
             if change_id is None:
                 return self.position >= revision
-            return self._ids.get(revision) == change_id
+            return self._relay.has_passed(revision, change_id)
 
         if passed():
             return True
         self.wake()
-        looks, failed = self._looks, self._failed_looks
+        looks, failed = self._polls, self._failed_looks
         await self._moved.until(
             lambda: passed() or self._good_look > looks or self._failed_looks > failed,
             SETTLE_SECONDS,
@@ -250,7 +227,7 @@ class ChangeFeed:
     async def look_again(self, timeout: float) -> None:
         """Wait at most `timeout` seconds for a good look that begins from now on."""
         self.wake()
-        looks = self._looks
+        looks = self._polls
         await self._moved.until(lambda: self._good_look > looks, timeout)
 
     async def horizon(self) -> Horizon:
@@ -286,7 +263,7 @@ class ChangeFeed:
         while True:
             self._wake.clear()
             try:
-                await self._look()
+                await self._poll()
             except Exception as error:
                 self._note_failure(error)
             self._tell_behind()
@@ -294,12 +271,12 @@ class ChangeFeed:
                 async with asyncio.timeout(self._poll_interval_seconds):
                     await self._wake.wait()
 
-    async def _look(self) -> None:
+    async def _poll(self) -> None:
         """Read what is new in one transaction and pass it on; it counts once all of it is done."""
         # Before the read: what is read is at least as new as this.
         looked_at = asyncio.get_running_loop().time()
-        self._looks += 1
-        look, held, tokens_version = self._looks, self.held, self._tokens_version
+        self._polls += 1
+        look, held, tokens_version = self._polls, self._relay.held, self._tokens_version
         read = functools.partial(
             read_news,
             held=held,
@@ -311,23 +288,23 @@ class ChangeFeed:
         self._last_answer = looked_at
         # First, so that tokens are current even if the rest fails.
         self._take_tokens(news, looked_at, tokens_version)
-        if news.agents is not None and held == self.held:
-            news = replace(news, lost=news.lost or self._differs(news, held))
+        if news.agents is not None and held == self._relay.held:
+            news = replace(news, lost=news.lost or self._relay.differs(news))
         if news.moved or (news.lost and news.horizon.epoch == held.epoch):
             await self._make_epoch_anew(news, held)
             self.wake()
             return
         if news.changes:
             await failpoints.reach_async("before_push")
-        if held != self.held:
+        if held != self._relay.held:
             # What was committed here was faster. Where that is all there was, the look is over:
             # under steady writes each would otherwise ask for the next.
-            rest = self._rest(news)
+            rest = self._relay.rest(news)
             if rest is None:
                 self.wake()
                 return
             news = replace(news, changes=rest)
-        self._pass_on(news)
+        self._relay.pass_on(news)
         if self._with_timeline and news.timeline is None:
             raise OnStandby
         self._last_good_look, self._good_look = looked_at, look
@@ -335,16 +312,6 @@ class ChangeFeed:
         if self._trouble is not None:
             self._trouble = None
             logger.info("the database answers again, at revision %d", self.position)
-
-    def _differs(self, news: News, held: Position) -> bool:
-        """Whether an agent is another one than was passed on, though no later change made it.
-
-        So a loss shows where the row of the position itself was compacted away.
-        """
-        return news.horizon.epoch == held.epoch and any(
-            agent.revision <= held.revision and agent != self._catalog.agent(agent.agent_id)
-            for agent in news.agents or ()
-        )
 
     def _take_tokens(self, news: News, asked_at: float, asked_version: int) -> None:
         if news.tokens is not None:
@@ -354,105 +321,21 @@ class ChangeFeed:
     def committed(self, written: Written) -> None:
         """Take what this server has just committed; called in the thread that did."""
         loop = self._loop
-        if loop is not None and not failpoints.any_armed():
-            loop.call_soon_threadsafe(self._take, written, loop.time())
+        failpoints.reach("after_commit")
+        if loop is not None:
+            failpoints.reach_then("before_push", loop, self._take, written, loop.time())
 
     def _take(self, written: Written, committed_at: float) -> None:
-        """Pass on what was committed here if it is what comes next; else the next look does.
-
-        It comes next where its revision does and it was committed on top of what is held: a
-        database that lost that, or that was given another, has another change there.
-        """
-        if written.epoch == self.epoch and written.revision > self.position:
-            self._hub.committed_at[written.revision] = committed_at
-        held = self.held
-        comes_next = written.changes[0].revision == held.revision + 1
-        follows = written.epoch == held.epoch and written.follows == held.change_id
-        if not comes_next or not follows or self._resync_due is not None or not self.running:
+        """Pass on what was committed here if it is what comes next; else the next look does."""
+        self._relay.note_commit(written, committed_at)
+        if not self.running or not self._relay.comes_next(written):
             self.wake()
             return
         try:
-            self._advance(written.changes)
+            self._relay.advance(written.changes)
         except Exception as error:
             self._note_failure(error)
             self.wake()
-
-    def _rest(self, news: News) -> Sequence[CommittedChange] | None:
-        """Return what a look that was overtaken still has to pass on; None: it is of no use."""
-        held = self.held
-        if news.agents is not None or news.horizon.epoch != held.epoch:
-            return None
-        rest: Sequence[CommittedChange] = ()
-        for number, change in enumerate(news.changes, 1):
-            if self._ids.get(change.revision, change.change_id) != change.change_id:
-                return None
-            if change.revision == held.revision:
-                rest = news.changes[number:]
-        return rest
-
-    def _pass_on(self, news: News) -> None:
-        """Move the catalog at once, then hand the frames to the hub; one step of the loop."""
-        if news.agents is not None:
-            if self.epoch:
-                self._resync_due = news.resync_reason(self.held)
-                logger.warning("everything was loaded again, at revision %d", news.head.revision)
-            head = news.head
-            self._catalog.load(news.agents, head.revision, head.epoch, head.change_id or "")
-            self._ids = {head.revision: head.change_id or ""}
-        if self._resync_due is not None:
-            self._hub.restart(self.epoch, self.position, self._resync_due, self._catalog.change_id)
-            self._resync_due = None
-        if news.agents is None and news.changes:
-            self._advance(news.changes)
-
-    def _advance(self, changes: Sequence[CommittedChange]) -> None:
-        """Move over the changes that come next, as far as they can be passed on.
-
-        Raises:
-            CannotPassOn: one of them cannot be; those before it are.
-        """
-        try:
-            self._step(changes)
-        except Exception as error:
-            if len(changes) == 1:
-                raise CannotPassOn(changes[0].revision, error) from error
-            for change in changes:
-                self._advance((change,))
-
-    def _step(self, changes: Sequence[CommittedChange]) -> None:
-        changes = self._with_traces(changes)
-        # Queued first: should the encoding fail, neither has moved and the next look tries again.
-        # Nothing is sent before this step of the loop is over.
-        with tracing.joined("slm.feed", changes[-1].traceparent):
-            self._hub.publish(changes)
-        self._catalog.apply(changes, changes[-1].revision)
-        self._remember(changes)
-        self._tell_ages(changes)
-        self._moved.fire()
-
-    def _remember(self, changes: Sequence[CommittedChange]) -> None:
-        for change in changes:
-            self._ids[change.revision] = change.change_id
-        while len(self._ids) > REMEMBERED:
-            del self._ids[next(iter(self._ids))]
-
-    def _with_traces(self, changes: Sequence[CommittedChange]) -> Sequence[CommittedChange]:
-        """Return the changes with the traces that they were made in, where this server did it."""
-        traces = self._database.traces
-        if not traces:
-            return changes
-        traced = [replace(change, traceparent=traces.get(change.revision)) for change in changes]
-        # What is older was passed on, or never committed.
-        head = changes[-1].revision
-        for revision in [each for each in list(traces) if each <= head]:
-            traces.pop(revision, None)
-        return traced
-
-    def _tell_ages(self, changes: Sequence[CommittedChange]) -> None:
-        now = utc_now()
-        for change in changes:
-            if change.created_at is not None:
-                self._metrics.passed_on((now - change.created_at).total_seconds())
 
     async def _make_epoch_anew(self, news: News, held: Position) -> None:
         """Give the database a new epoch: it may not have what positions of the old one name."""

@@ -1,31 +1,32 @@
-"""Everyone who listens: bounded buffers, and one encoded frame written to each connection.
+"""The hub: everyone who listens, and the task that writes what is committed to each connection.
 
-Fed by the feed alone, with what is committed. Knows no database and no HTTP; how bytes reach a peer
-is the business of a `Sink` (docs/protocol.md section 4).
+What is to be written is in its outbox, what waits for slow readers in its buffers. Knows no
+database and no request; how bytes reach a peer is the business of a `Sink` (docs/protocol.md
+section 4).
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal, Protocol
+from typing import Final
 
 from slm import protocol
 from slm.common import tracing
-from slm.protocol import ClientInfo, Heartbeat, Resync, Subscribed
+from slm.protocol import Resync, Subscribed
 from slm.server.agents.changes import CommittedChange, Position
 from slm.server.security.agent_scope import EVERYTHING, View
 from slm.server.settings import Settings
-from slm.server.stream.encoding import MAX_WRITE_BYTES, Frames, encode_change
+from slm.server.stream.buffers import Buffers
+from slm.server.stream.encoding import Frames, Heartbeats, encode_change
+from slm.server.stream.outbox import Outbox, Restart, ResyncReason
+from slm.server.stream.subscriber import Observer, Sink, Subscriber
 from slm.server.tasks.condition import Pulse
 from slm.server.tasks.supervisor import Supervisor
 
 logger = logging.getLogger(__name__)
-
-ResyncReason = Literal["compacted", "epoch", "ahead", "forked", "far-behind"]
 
 ONE_TURN: Final = 1000
 """A broadcast to no more than these is one turn of the loop, some ten milliseconds."""
@@ -37,86 +38,10 @@ An answer to a GET needs two or three of them, and a write takes some 15 microse
 """
 
 
-class Sink(Protocol):
-    """Where a subscriber's frames go; the order of `push` is the order on the wire."""
-
-    def push(self, frames: Frames) -> int:
-        """Write without waiting; return how many bytes wait for the peer, -1 once it is closed."""
-
-    def waiting_bytes(self) -> int:
-        """Return how many bytes wait for the peer to read, or of what it sends for the rest."""
-
-    async def drained(self) -> None:
-        """Wait until the peer has read most of it, or is gone."""
-
-    def end(self, code: int, reason: str) -> None:
-        """Close with a WebSocket close code; a peer that does not answer is cut."""
-
-    def abort(self) -> None:
-        """Cut the connection now and throw away what waits."""
-
-
-class Observer(Protocol):
-    """Who is told of streams and of the head: the fleet."""
-
-    def moved(self, head: int, *, restarted: bool = False) -> None:
-        """Hear the head that the stream has reached; `restarted`: in another epoch."""
-
-    def joined(self, subscriber: Subscriber) -> None:
-        """Hear that `subscribed` goes out to this connection."""
-
-    def left(self, subscriber: Subscriber) -> None:
-        """Hear that a connection is gone, subscribed or not."""
-
-
-class Subscriber:
-    """One connection's stream.
-
-    Attributes:
-        sink: where its frames go.
-        position: the last revision it was sent, or started at.
-        epoch: the epoch of that position; empty before it subscribed.
-        change_id: which change that position is.
-        live: whether the hub's broadcast includes it.
-        view: what its token may see.
-        token_id: whose token it is; None where no token opened it.
-        client: who it says it is.
-        plain_http: whether it came over the network without TLS.
-    """
-
-    # A broadcast visits thousands; each line of memory less is seen in its time.
-    __slots__ = (
-        *("change_id", "client", "epoch", "live", "plain_http", "position", "sink", "token_id"),
-        "view",
-    )
-
-    def __init__(self, sink: Sink, view: View = EVERYTHING, token_id: int | None = None) -> None:
-        self.sink = sink
-        self.view = view
-        self.token_id = token_id
-        self.position = 0
-        self.epoch = ""
-        self.change_id = ""
-        self.live = False
-        self.client: ClientInfo | None = None
-        self.plain_http = False
-
-
-@dataclass(frozen=True)
-class _Restart:
-    """In the queue of frames: from here on another epoch counts, or a hole was found."""
-
-    epoch: str
-    revision: int
-    reason: ResyncReason
-    change_id: str
-
-
 @dataclass
 class HubCounts:
     """What `/metrics` tells of the hub."""
 
-    changes: int = 0
     frames: int = 0
     evicted: int = 0
     resyncs: int = 0
@@ -126,47 +51,45 @@ class HubCounts:
 class Hub:
     """All connections, and the one task that writes the committed changes to the live ones.
 
-    A live subscriber has been sent everything up to `head`. Frames wait in one queue for all, so a
-    slow broadcast never holds up the feed, and a burst becomes one write a connection.
+    A live subscriber has been sent everything up to `head`; a burst of changes becomes one write a
+    connection.
+
+    Args:
+        on_pushed: told how long after its commit a change was written to every live stream.
+        on_written: told when a broadcast is written.
 
     Attributes:
-        head: the last revision that was taken out of the queue; whoever reached it can join.
+        outbox: what is to be broadcast.
+        buffers: what waits for slow readers, and its limits.
+        head: the last revision that was taken out of the outbox; whoever reached it can join.
         epoch: the epoch that `head` belongs to.
         head_id: which change `head` is.
         is_behind: asked for each heartbeat; set by the feed.
         counts: for `/metrics`.
-        committed_at: when the changes that wait here were committed, where this server did it.
-        on_pushed: told how long after its commit a change was written to every live stream.
-        on_written: told when they are written.
     """
 
     def __init__(
-        self, settings: Settings, observer: Observer, supervisor: Supervisor | None = None
+        self,
+        settings: Settings,
+        observer: Observer,
+        supervisor: Supervisor | None = None,
+        *,
+        on_pushed: Callable[[float], None] = lambda seconds: None,
+        on_written: Callable[[], None] = lambda: None,
     ) -> None:
         self._observer = observer
-        self.head = 0
-        self.epoch = ""
-        self.head_id = ""
-        # The last revision that was put into the queue, and which changes the last ones were.
-        self._queued_head = 0
-        self._queued_ids: dict[int, str] = {}
-        self._queued_epoch = ""
+        self.outbox = Outbox()
+        self.head, self.epoch, self.head_id = 0, "", ""
         self.is_behind: Callable[[], bool] = lambda: False
         self.counts = HubCounts()
-        self.committed_at: dict[int, float] = {}
-        self.on_pushed: Callable[[float], None] = lambda seconds: None
-        self.on_written: Callable[[], None] = lambda: None
+        self._on_pushed, self._on_written = on_pushed, on_written
         self.heartbeat_seconds = settings.heartbeat_seconds
-        self._buffer_bytes = settings.buffer_bytes
-        self._buffer_total_bytes = settings.buffer_total_bytes
+        self.buffers = Buffers(settings.buffer_bytes, settings.buffer_total_bytes, self._evict)
+        # Asked after each write to each stream.
+        self._held = self.buffers.held
         self._connections: set[Subscriber] = set()
         # In the order of joining, which is nearly that of memory.
         self._live: dict[Subscriber, None] = {}
-        # Who holds memory here, those that are closing too, as it was when last looked at.
-        self._waiting: dict[Subscriber, int] = {}
-        self._waiting_bytes = 0
-        self._queue: deque[tuple[CommittedChange, str] | _Restart] = deque()
-        self._queued = asyncio.Event()
         self._beat = asyncio.Event()
         self._moved = Pulse()
         self._closing = False
@@ -182,7 +105,7 @@ class Hub:
     def start(self, revision: int, epoch: str, change_id: str = "") -> None:
         """Begin at the catalog's revision."""
         self.head, self.epoch, self.head_id = revision, epoch, change_id
-        self._queued_head, self._queued_epoch = revision, epoch
+        self.outbox.start(revision, epoch)
         self._observer.moved(revision, restarted=True)
         for task in self._tasks:
             task.start()
@@ -234,7 +157,7 @@ class Hub:
         """Forget a connection that is gone."""
         self._connections.discard(subscriber)
         self._leave(subscriber)
-        self._measure(subscriber)
+        self.buffers.measure(subscriber)
         self._observer.left(subscriber)
 
     def subscribers(self) -> list[Subscriber]:
@@ -244,16 +167,6 @@ class Hub:
     def live_count(self) -> int:
         """Return how many streams are live."""
         return len(self._live)
-
-    def buffered_bytes(self) -> int:
-        """Return how many bytes wait for slow readers and slow writers."""
-        return sum(self.buffers())
-
-    def buffers(self) -> list[int]:
-        """Return how many bytes wait for each of them."""
-        for subscriber in list(self._waiting):
-            self._measure(subscriber)
-        return list(self._waiting.values())
 
     # --- the way into the live stream ---
 
@@ -345,69 +258,9 @@ class Hub:
         if subscriber.position != frames.head:
             subscriber.position, subscriber.change_id = frames.head, frames.head_id
         self.counts.frames += len(frames.texts)
-        if not waiting and (not self._waiting or subscriber not in self._waiting):
+        if not waiting and (not self._held or subscriber not in self._held):
             return True
-        return self._account(subscriber, waiting)
-
-    def note_waiting(self, subscriber: Subscriber, unsent_bytes: int) -> None:
-        """Account for bytes that wait for a peer, or from it, and that the hub did not send."""
-        self._account(subscriber, unsent_bytes)
-        self._keep_to_total()
-
-    def _account(self, subscriber: Subscriber, unsent_bytes: int) -> bool:
-        """Note what waits; return whether the subscriber is still there."""
-        self._measure(subscriber)
-        if unsent_bytes <= self._buffer_bytes:
-            return True
-        if subscriber in self._connections:
-            self.counts.evicted += 1
-            self._leave(subscriber)
-            subscriber.sink.end(1013, "too slow")
-        return False
-
-    def _measure(self, subscriber: Subscriber) -> None:
-        waiting = subscriber.sink.waiting_bytes()
-        self._waiting_bytes += waiting - self._waiting.pop(subscriber, 0)
-        if waiting:
-            self._waiting[subscriber] = waiting
-
-    # --- from the feed ---
-
-    def publish(self, changes: Iterable[CommittedChange]) -> None:
-        """Queue committed changes, in order, all or none; each is encoded once, here.
-
-        What is in the queue already is left out: a feed that failed after this comes again. Where
-        it has other changes of these numbers then, as after a failover, everyone takes a snapshot.
-        """
-        changes = list(changes)
-        if not changes:
-            return
-        # A feed begins where it has passed all before on.
-        known = {r: i for r, i in self._queued_ids.items() if r >= changes[0].revision}
-        self._queued_ids = known | {change.revision: change.change_id for change in changes}
-        if any(self._queued_ids[revision] != known[revision] for revision in known):
-            head = changes[-1]
-            self.restart(self._queued_epoch, head.revision, "forked", head.change_id)
-            return
-        encoded = [
-            (change, encode_change(change))
-            for change in changes
-            if change.revision > self._queued_head
-        ]
-        if not encoded:
-            return
-        self._queue.extend(encoded)
-        self._queued_head = encoded[-1][0].revision
-        self.counts.changes += len(encoded)
-        self._queued.set()
-
-    def restart(self, epoch: str, revision: int, reason: ResyncReason, change_id: str = "") -> None:
-        """Send everyone to a snapshot: another epoch counts, or changes are missing."""
-        self.committed_at.clear()
-        self._queue.append(_Restart(epoch, revision, reason, change_id))
-        self._queued_head, self._queued_epoch = revision, epoch
-        self._queued_ids.clear()
-        self._queued.set()
+        return self.buffers.account(subscriber, waiting)
 
     def beat_now(self) -> None:
         """Send a heartbeat at once: `behind` has changed."""
@@ -420,7 +273,7 @@ class Hub:
             # The task was ended in the middle of one and started again.
             self._send_everyone_back()
         while True:
-            while self._queue:
+            while self.outbox:
                 self._broadcasting = True
                 try:
                     await self._broadcast_next()
@@ -428,11 +281,11 @@ class Hub:
                     logger.error("a broadcast failed with %s", type(error).__name__)
                     self._send_everyone_back()
                 self._broadcasting = False
-                self.on_written()
+                self._on_written()
                 self._moved.fire()
                 await asyncio.sleep(0)
-            self._queued.clear()
-            await self._queued.wait()
+            self.outbox.filled.clear()
+            await self.outbox.filled.wait()
 
     @property
     def is_writing(self) -> bool:
@@ -442,35 +295,17 @@ class Hub:
     def _send_everyone_back(self) -> None:
         """Close the live streams, which resume without a gap: it is unknown who has the change."""
         self._broadcasting = False
-        self.on_written()
+        self._on_written()
         for subscriber in list(self._live):
             self._leave(subscriber)
             subscriber.sink.end(1011, "internal error")
 
     async def _broadcast_next(self) -> None:
-        if isinstance(self._queue[0], _Restart):
-            await self._broadcast_restart(self._take_restart())
+        item = self.outbox.take()
+        if isinstance(item, Restart):
+            await self._broadcast_restart(item)
         else:
-            await self._broadcast_frames(*self._take_frames())
-
-    def _take_restart(self) -> _Restart:
-        item = self._queue.popleft()
-        assert isinstance(item, _Restart)  # noqa: S101 - for the type checker
-        return item
-
-    def _take_frames(self) -> tuple[Frames, list[CommittedChange]]:
-        texts: list[str] = []
-        changes: list[CommittedChange] = []
-        size = 0
-        while self._queue:
-            item = self._queue[0]
-            if isinstance(item, _Restart) or (texts and size + len(item[1]) > MAX_WRITE_BYTES):
-                break
-            self._queue.popleft()
-            changes.append(item[0])
-            texts.append(item[1])
-            size += len(item[1])
-        return Frames(tuple(texts), changes[-1].revision, changes[-1].change_id), changes
+            await self._broadcast_frames(*item)
 
     async def _broadcast_frames(self, frames: Frames, changes: Sequence[CommittedChange]) -> None:
         # Before the first write: whoever joins from here on must already have these.
@@ -489,28 +324,22 @@ class Hub:
                             limited[view] = Frames(texts, frames.head, frames.head_id)
                         seen = limited[view]
                     self.send(subscriber, seen)
-            self._keep_to_total()
+            self.buffers.keep_to_total()
         tracing.end(pushing, {"slm.revision": frames.head, "slm.subscribers": len(self._live)})
-        self._tell_pushed(changes)
-
-    def _tell_pushed(self, changes: Sequence[CommittedChange]) -> None:
         now = asyncio.get_running_loop().time()
-        for change in changes:
-            committed_at = self.committed_at.pop(change.revision, None)
-            if committed_at is not None:
-                self.on_pushed(now - committed_at)
+        for seconds in self.outbox.seconds_since_commit(changes, now):
+            self._on_pushed(seconds)
 
-    async def _broadcast_restart(self, restart: _Restart) -> None:
+    async def _broadcast_restart(self, restart: Restart) -> None:
         self._observer.moved(restart.revision, restarted=restart.epoch != self.epoch)
         self.head, self.epoch = restart.revision, restart.epoch
         self.head_id = restart.change_id
-        behind = self.is_behind()
-        encoded: dict[tuple[int, str], Frames] = {}
+        beats = Heartbeats(behind=self.is_behind())
         async for some in _in_turns(self._live):
             for subscriber in some:
                 if subscriber.live:
                     # Right after `subscribed` a resync would be taken for the answer to `since`.
-                    self.send(subscriber, self._heartbeat(subscriber, behind, encoded))
+                    self.send(subscriber, beats.at(subscriber.position, subscriber.change_id))
                     self._move_to_head(subscriber)
                     self._send_resync(subscriber, restart.reason)
 
@@ -532,27 +361,13 @@ class Hub:
             except TimeoutError:
                 pass
             self._beat.clear()
-            behind = self.is_behind()
-            # Nearly all are at one position; each position is encoded once.
-            encoded: dict[tuple[int, str], Frames] = {}
+            beats = Heartbeats(behind=self.is_behind())
             async for some in _in_turns(self._connections):
                 for subscriber in some:
                     # During a replay too: the position is what this connection was sent.
                     if subscriber.epoch:
-                        self.send(subscriber, self._heartbeat(subscriber, behind, encoded))
-                self._keep_to_total()
-
-    @staticmethod
-    def _heartbeat(
-        subscriber: Subscriber, behind: bool, encoded: dict[tuple[int, str], Frames]
-    ) -> Frames:
-        position = subscriber.position, subscriber.change_id
-        frames = encoded.get(position)
-        if frames is None:
-            revision, change_id = position
-            beat = Heartbeat(revision=revision, behind=behind, change_id=change_id or None)
-            frames = encoded[position] = Frames((protocol.encode(beat),), revision)
-        return frames
+                        self.send(subscriber, beats.at(subscriber.position, subscriber.change_id))
+                self.buffers.keep_to_total()
 
     # --- limits ---
 
@@ -565,19 +380,13 @@ class Hub:
         subscriber.live = False
         self._live.pop(subscriber, None)
 
-    def _keep_to_total(self) -> None:
-        """Cut the largest buffers while all together hold more than the total."""
-        if self._waiting_bytes <= self._buffer_total_bytes:
-            return
-        self.buffers()
-        for subscriber in sorted(self._waiting, key=self._waiting.__getitem__, reverse=True):
-            if self._waiting_bytes <= self._buffer_total_bytes:
-                return
-            self._waiting_bytes -= self._waiting.pop(subscriber)
-            if subscriber in self._connections:
-                self.counts.evicted += 1
-                self._leave(subscriber)
-            subscriber.sink.abort()
+    def _evict(self, subscriber: Subscriber) -> bool:
+        """Send a slow reader nothing more; return whether it was here at all."""
+        if subscriber not in self._connections:
+            return False
+        self.counts.evicted += 1
+        self._leave(subscriber)
+        return True
 
 
 async def _in_turns(subscribers: Collection[Subscriber]) -> AsyncIterator[list[Subscriber]]:

@@ -15,7 +15,9 @@ from slm.server.settings import Settings
 from slm.server.stream.change_reader import ChangePage
 from slm.server.stream.encoding import in_writes
 from slm.server.stream.feed import ChangeFeed
-from slm.server.stream.hub import Hub, ResyncReason, Subscriber
+from slm.server.stream.hub import Hub
+from slm.server.stream.outbox import ResyncReason
+from slm.server.stream.subscriber import Subscriber
 
 logger = logging.getLogger(__name__)
 

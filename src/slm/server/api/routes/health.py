@@ -119,7 +119,7 @@ class _Metrics(Collector):
     def collect(self) -> Iterator[Metric]:
         """Yield every metric."""
         feed, hub, counts = self._services.feed, self._services.hub, self._services.counts
-        connections, buffers = self._services.connections, hub.buffers()
+        connections, buffers = self._services.connections, hub.buffers.sizes()
         gauges = (
             ("slm_revision", "The revision that this replica is at", feed.position),
             ("slm_agents", "Agents in the catalog", len(self._services.catalog)),
@@ -146,7 +146,7 @@ class _Metrics(Collector):
             ),
         )
         counters = (
-            ("slm_changes", "Changes passed on", hub.counts.changes),
+            ("slm_changes", "Changes passed on", hub.outbox.changes),
             ("slm_frames", "Frames written to connections", hub.counts.frames),
             ("slm_evictions", "Readers dropped for being too slow", hub.counts.evicted),
             ("slm_resyncs", "Streams sent to a snapshot", hub.counts.resyncs),

@@ -28,8 +28,8 @@ from slm.server.security.agent_scope import View
 from slm.server.security.token_table import Caller
 from slm.server.services import Services
 from slm.server.stream.encoding import Frames
-from slm.server.stream.hub import Sink, Subscriber
 from slm.server.stream.openings import Opening
+from slm.server.stream.subscriber import Sink, Subscriber
 from slm.server.stream.subscription import open_stream
 from slm.server.transport.ws_connection import WebSocketConnection
 from slm.server.transport.ws_handshake import TAKE_OVER
@@ -116,7 +116,7 @@ class _Conversation:
 
     def note_waiting(self, unsent_bytes: int) -> None:
         """Account for what waits for this peer, or of what it sends."""
-        self._services.hub.note_waiting(self.subscriber, unsent_bytes)
+        self._services.hub.buffers.note(self.subscriber, unsent_bytes)
 
     def gone(self) -> None:
         """Stop what is under way for this peer and forget it."""
