@@ -101,14 +101,14 @@ async def test_steady_writes_do_not_keep_the_feed_looking(
     names = [f"agent-{number}" for number in range(4)]
     for name in names:
         await admin.create(name)
-    look, looks = feed._look, 0
+    look, looks = feed._poll, 0
 
     async def counted() -> None:
         nonlocal looks
         looks += 1
         await look()
 
-    monkeypatch.setattr(feed, "_look", counted)
+    monkeypatch.setattr(feed, "_poll", counted)
     begun, before = asyncio.get_running_loop().time(), feed.position
 
     async def write(name: str) -> None:
@@ -129,7 +129,7 @@ async def test_an_armed_failpoint_leaves_the_way_as_it_is(
     async with running_server(tmp_path, poll_interval_seconds=60) as server:
         admin = Api(server, session, server.admin_token)
         feed = server.running.services.feed
-        looks = feed._looks
+        looks = feed._polls
         failpoints.arm("in_compaction:raise", testing=True)
         try:
             async with admin.stream() as socket:
@@ -137,7 +137,7 @@ async def test_an_armed_failpoint_leaves_the_way_as_it_is(
                 assert (await socket.until(written.revision))[-1]["config"]["llm_model"] == "told"
         finally:
             failpoints.arm(None, testing=True)
-        assert feed._looks == looks
+        assert feed._polls == looks
 
 
 async def test_a_hold_before_the_push_holds_the_short_way_too(
@@ -151,7 +151,7 @@ async def test_a_hold_before_the_push_holds_the_short_way_too(
         async def no_look() -> None:
             await asyncio.Event().wait()
 
-        monkeypatch.setattr(services.feed, "_look", no_look)
+        monkeypatch.setattr(services.feed, "_poll", no_look)
         loop, before = asyncio.get_running_loop(), services.feed.position
         failpoints.arm("before_push:hold:0.4", testing=True)
         try:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from types import SimpleNamespace
 from typing import Any, cast
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from slm.server.agents.catalog import Catalog
 from slm.server.api.middleware import Edge
-from slm.server.services import Services
+from slm.server.metrics import Metrics
+from slm.server.services import RequestCounts
 from slm.server.tasks.turnstile import AT_A_TURN, MOST_A_TURN, Turnstile
 
 
@@ -92,12 +93,7 @@ async def test_a_write_passes_a_crowd_that_reads_keys() -> None:
         order.append(scope["method"])
         await asyncio.sleep(0)
 
-    services = SimpleNamespace(
-        catalog=SimpleNamespace(revision=1, epoch="e"),
-        metrics=SimpleNamespace(answered=lambda *told: None),
-        counts=SimpleNamespace(failures=0),
-    )
-    edge = Edge(app, cast("Services", services), {})
+    edge = Edge(app, Catalog(), Metrics(), RequestCounts(), {})
 
     def ask(method: str, path: str) -> asyncio.Task[None]:
         scope = {"type": "http", "method": method, "path": path, "raw_path": path.encode()}

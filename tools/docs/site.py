@@ -26,6 +26,9 @@ OUTSIDE: Final = {
 }
 """What stands outside of docs/, or is a folder there, and the page of the site that it is."""
 
+LESS_SOUGHT: Final = ("changelog.md", "decisions/0*.md")
+"""What search shows after the pages that tell how something is done."""
+
 _LINK: Final = re.compile(r"(?<!!)\[(?P<text>[^][]*)\]\((?P<to>[^)#:\s]+)(?P<anchor>#[^)\s]*)?\)")
 
 
@@ -41,6 +44,9 @@ def gather(target: Path) -> None:
         if (source := ROOT / name).is_file():
             text = _linked(source.read_text(), source, Path(page_name))
             (target / page_name).write_text(text)
+    for pattern in LESS_SOUGHT:
+        for page in target.glob(pattern):
+            page.write_text(f"---\nsearch:\n  boost: 0.1\n---\n\n{page.read_text()}")
 
 
 def build(mkdocs: str) -> None:

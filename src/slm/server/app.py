@@ -41,8 +41,23 @@ LAST_WORDS_SECONDS = 0.5
 """How long each of the last writes may take: what was used, and that this server is gone."""
 
 
+Lifespan = Callable[[FastAPI], contextlib.AbstractAsyncContextManager[None]]
+
+
 class _Application(FastAPI):
     """FastAPI, whose document also has what stands outside its routes' own models."""
+
+    def __init__(self, services: Services, lifespan: Lifespan) -> None:
+        super().__init__(
+            title="SLM",
+            description="Live LLM configuration for every agent; see docs/protocol.md.",
+            version=version("autobot-slm"),
+            lifespan=lifespan,
+            docs_url=None,
+            redoc_url=None,
+            redirect_slashes=False,
+        )
+        self.state.services = services
 
     def setup(self) -> None:
         """Answer the document from memory: it is open to all, and slow to encode."""
@@ -148,17 +163,14 @@ def create_app(settings: Settings, prepared: PreparedDatabase) -> FastAPI:
             await services.feed.stop()
             await services.hub.stop()
 
-    app = _Application(
-        title="SLM",
-        description="Live LLM configuration for every agent; see docs/protocol.md.",
-        version=version("autobot-slm"),
-        lifespan=lifespan,
-        docs_url=None,
-        redoc_url=None,
-        redirect_slashes=False,
+    app = _Application(services, lifespan)
+    app.add_middleware(
+        Edge,
+        catalog=services.catalog,
+        metrics=services.metrics,
+        counts=services.counts,
+        streams={"/ws": ws.stream},
     )
-    app.state.services = services
-    app.add_middleware(Edge, services=services, streams={"/ws": ws.stream})
     app.add_exception_handler(ProblemError, on_problem)
     app.add_exception_handler(HTTPException, on_http_exception)
     app.add_exception_handler(RequestValidationError, on_validation_error)
@@ -174,6 +186,5 @@ def create_app(settings: Settings, prepared: PreparedDatabase) -> FastAPI:
         health.router,
     ):
         # Not `include_router`: to search level by level costs a tenth of a plain read.
-        app.router.routes += router.routes
-    app.add_api_websocket_route("/ws", ws.stream)
+        app.router.routes.extend(router.routes)
     return app

@@ -81,11 +81,11 @@ class Services:
 
 def make_services(settings: Settings, prepared: PreparedDatabase) -> Services:
     """Put the parts together; nothing runs yet."""
-    catalog, tokens, supervisor = Catalog(), TokenTable(), Supervisor()
+    catalog, metrics, supervisor = Catalog(), Metrics(), Supervisor()
+    tokens = TokenTable(max_age_seconds=settings.max_outage_seconds)
     database = prepared.database
     keyring = Keyring(prepared.vault, lambda: read_keys(settings).keys)
     reads = KeyedReads(database, keyring)
-    tokens.max_age_seconds = settings.max_outage_seconds
     token_store = TokenStore(database, tokens)
     caretaker = Caretaker(settings, database, keyring, reads, tokens, token_store, supervisor)
     lease = caretaker.lease
@@ -99,10 +99,9 @@ def make_services(settings: Settings, prepared: PreparedDatabase) -> Services:
     fleet_sync = FleetSync(
         database, fleet, settings.fleet_interval_seconds, settings.lease_seconds, supervisor
     )
-    hub, metrics = Hub(settings, fleet, supervisor), Metrics()
-    hub.on_pushed = metrics.pushed
+    # Each has to do with the other: acks wait for a broadcast, whose end they are told of.
     acks = AckQueue(lambda: hub.is_writing)
-    hub.on_written = acks.written
+    hub = Hub(settings, fleet, supervisor, on_pushed=metrics.pushed, on_written=acks.written)
     feed = ChangeFeed(database, catalog, hub, tokens, settings, metrics, supervisor)
     return Services(
         settings=settings,

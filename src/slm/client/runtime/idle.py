@@ -46,13 +46,13 @@ class Quiet:
             loop = asyncio.get_running_loop()
             now = loop.time()
             self._late_at = now + late_seconds
-            loop.call_soon(self._look, now)
+            loop.call_soon(self._tick, now)
 
-    def _look(self, began: float) -> None:
+    def _tick(self, began: float) -> None:
         loop = asyncio.get_running_loop()
         now = loop.time()
         if now - began >= TURN_SECONDS and now < self._late_at:
-            loop.call_soon(self._look, now)
+            loop.call_soon(self._tick, now)
             return
         waiting, self._waiting = self._waiting, []
         for callback in waiting:

@@ -226,7 +226,7 @@ class Follower:
             judged: whether to wait for a validator that is to say what it thinks.
         """
         if self.sync is not None:
-            self.sync.look()
+            self.sync.notice_pause()
         if not self.closed and (self.sync is None or not self.sync.settled.is_set()):
             await self.connect()
         return await self._chain.answer(agent_id, self.sync, judged=judged)

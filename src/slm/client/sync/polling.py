@@ -71,9 +71,9 @@ class Poller:
             if self._cache.position.synced:
                 await asyncio.sleep(self._interval * random.uniform(*_SPREAD))  # noqa: S311 # nosec
             if self._wanted.is_set():
-                await self._look()
+                await self._poll()
 
-    async def _look(self) -> None:
+    async def _poll(self) -> None:
         position = self._cache.position
         try:
             since = position.revision if position.synced else 0

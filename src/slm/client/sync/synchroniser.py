@@ -159,7 +159,7 @@ class Synchroniser:
         self._connected = False
         self.wake()
 
-    def look(self) -> None:
+    def notice_pause(self) -> None:
         """Notice, before a question is answered, that this process or its machine stood still."""
         if self._cache.liveness.live_until != NEVER and not self._cache.liveness.live:
             self._cache.liveness.set(False)

@@ -53,7 +53,7 @@ class Silence:
             TimeoutError: no answer to a ping, or no message (docs/protocol.md section 4).
         """
         async with self._deadline:
-            self._look()
+            self._tick()
             try:
                 yield
             finally:
@@ -67,14 +67,14 @@ class Silence:
         self._message_seconds = message_seconds
         if self._timer is not None:
             self._timer.cancel()
-        self._look()
+        self._tick()
 
     def give_up(self) -> None:
         """End the wait now."""
         with contextlib.suppress(RuntimeError):  # it has ended already
             self._deadline.reschedule(self._loop.time())
 
-    def _look(self, *, again: bool = False) -> None:
+    def _tick(self, *, again: bool = False) -> None:
         now = self._loop.time()
         asked = self._pinged_at > self.heard_at
         answer_by = (self._pinged_at if asked else self.heard_at) + self._ping_seconds
@@ -86,13 +86,13 @@ class Silence:
         elif gone:
             # It may be this loop that stood still: what came meanwhile is heard first.
             self._timer = self._loop.call_later(
-                _HEAR_FIRST_SECONDS, partial(self._look, again=True)
+                _HEAR_FIRST_SECONDS, partial(self._tick, again=True)
             )
         else:
             if now >= answer_by:
                 self._pinged_at, answer_by = now, now + self._ping_seconds
                 self._ping = self._loop.create_task(self._send_ping())
-            self._timer = self._loop.call_at(min(answer_by, message_by), self._look)
+            self._timer = self._loop.call_at(min(answer_by, message_by), self._tick)
 
     async def _send_ping(self) -> None:
         with contextlib.suppress(aiohttp.ClientError, OSError):

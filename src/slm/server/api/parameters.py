@@ -17,7 +17,7 @@ from slm.errors import AgentNotFound, Behind
 from slm.schemas import WITHOUT_NUL, check_storable
 from slm.server.agents.catalog import Catalog
 from slm.server.api.access import Given
-from slm.server.api.middleware import STAMP
+from slm.server.api.scope import STAMP
 from slm.server.db.database import Database
 from slm.server.db.leases import Lease
 from slm.server.encryption.rotation import KeyRotation

@@ -22,9 +22,9 @@ from starlette.routing import request_response
 
 from slm.errors import BadRequest, ContentTooLarge, InvalidRequest, UnsupportedMediaType
 from slm.server.api.access import Given, Requires, place_to_wait, services_of
-from slm.server.api.middleware import ENCODED_SLASH
 from slm.server.api.parameters import NoQuery, QueryModel, UpToDateQuery, WaitQuery, at_least
 from slm.server.api.problems import broken_rules
+from slm.server.api.scope import ENCODED_SLASH
 from slm.server.security.token_table import Caller
 from slm.server.services import Services
 from slm.server.strict_json import NotStrictJSON, loads

@@ -117,20 +117,26 @@ class TokenTable:
     Args:
         callers: the tokens.
         version: the tokens_version that they were read at.
+        max_age_seconds: for how long the table is relied on without a look at the database.
 
     Attributes:
         version: that of the tokens in force here.
         used: when each token was last used, since somebody last took note of it.
-        max_age_seconds: for how long the table is relied on without a look at the database.
         on_replaced: called each time after other tokens came into force.
     """
 
-    def __init__(self, callers: Iterable[Caller] = (), version: int = -1) -> None:
+    def __init__(
+        self,
+        callers: Iterable[Caller] = (),
+        version: int = -1,
+        *,
+        max_age_seconds: float = float("inf"),
+    ) -> None:
         self._callers = {caller.digest: caller for caller in callers}
         self._by_id = {caller.token_id: caller for caller in self._callers.values()}
         self.version = version
         self.used: dict[int, datetime] = {}
-        self.max_age_seconds = float("inf")
+        self._max_age_seconds = max_age_seconds
         self.on_replaced: list[Callable[[], None]] = []
         self._seen_at = float("-inf")
 
@@ -145,7 +151,7 @@ class TokenTable:
     @property
     def is_outdated(self) -> bool:
         """Whether a token may have been revoked too long ago for this table to be relied on."""
-        return self.age_seconds > self.max_age_seconds
+        return self.age_seconds > self._max_age_seconds
 
     def take(self, found: TokenTable, asked_at: float, asked_version: int | None = None) -> None:
         """Put what was read from the database in force, unless something newer is.
@@ -217,7 +223,7 @@ class TokenTable:
             raise Unauthorized(GONE)
         if self.is_outdated:
             raise DatabaseUnavailable(
-                f"The database has not answered for {self.max_age_seconds:g} s, so this server"
+                f"The database has not answered for {self._max_age_seconds:g} s, so this server"
                 " cannot know which tokens were revoked."
             )
         return caller

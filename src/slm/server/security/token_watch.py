@@ -52,7 +52,7 @@ class TokenWatch:
         """Stop watching."""
         await self._task.stop()
 
-    async def look(self) -> None:
+    async def poll(self) -> None:
         """Read the tokens if they have changed, and put them in force.
 
         Raises:
@@ -78,7 +78,7 @@ class TokenWatch:
             if self._tokens.age_seconds < interval * 1.25:
                 continue
             try:
-                await self.look()
+                await self.poll()
             except ProblemError as error:
                 logger.debug("the tokens cannot be read now: %s", error.code)
             except Exception as error:

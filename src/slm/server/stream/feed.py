@@ -97,7 +97,7 @@ class ChangeFeed:
         self._told_behind = False
         self._trouble: str | None = None
         # Looks are counted as they begin; `_good_look` is the last one that ended well.
-        self._looks = self._good_look = self._failed_looks = 0
+        self._polls = self._good_look = self._failed_looks = 0
         self._wake = asyncio.Event()
         self._following = (supervisor or Supervisor()).task("feed", self._follow)
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -170,7 +170,7 @@ class ChangeFeed:
         self._loop = asyncio.get_running_loop()
         self._with_timeline = await self._tells_timeline()
         while not self.epoch:  # a look that finds the database elsewhere makes a new epoch first
-            await self._look()
+            await self._poll()
         self._hub.start(self.position, self.epoch, self._catalog.change_id)
         self.follow()
 
@@ -217,7 +217,7 @@ class ChangeFeed:
         if passed():
             return True
         self.wake()
-        looks, failed = self._looks, self._failed_looks
+        looks, failed = self._polls, self._failed_looks
         await self._moved.until(
             lambda: passed() or self._good_look > looks or self._failed_looks > failed,
             SETTLE_SECONDS,
@@ -227,7 +227,7 @@ class ChangeFeed:
     async def look_again(self, timeout: float) -> None:
         """Wait at most `timeout` seconds for a good look that begins from now on."""
         self.wake()
-        looks = self._looks
+        looks = self._polls
         await self._moved.until(lambda: self._good_look > looks, timeout)
 
     async def horizon(self) -> Horizon:
@@ -263,7 +263,7 @@ class ChangeFeed:
         while True:
             self._wake.clear()
             try:
-                await self._look()
+                await self._poll()
             except Exception as error:
                 self._note_failure(error)
             self._tell_behind()
@@ -271,12 +271,12 @@ class ChangeFeed:
                 async with asyncio.timeout(self._poll_interval_seconds):
                     await self._wake.wait()
 
-    async def _look(self) -> None:
+    async def _poll(self) -> None:
         """Read what is new in one transaction and pass it on; it counts once all of it is done."""
         # Before the read: what is read is at least as new as this.
         looked_at = asyncio.get_running_loop().time()
-        self._looks += 1
-        look, held, tokens_version = self._looks, self._relay.held, self._tokens_version
+        self._polls += 1
+        look, held, tokens_version = self._polls, self._relay.held, self._tokens_version
         read = functools.partial(
             read_news,
             held=held,

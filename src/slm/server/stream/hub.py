@@ -54,6 +54,10 @@ class Hub:
     A live subscriber has been sent everything up to `head`; a burst of changes becomes one write a
     connection.
 
+    Args:
+        on_pushed: told how long after its commit a change was written to every live stream.
+        on_written: told when a broadcast is written.
+
     Attributes:
         outbox: what is to be broadcast.
         buffers: what waits for slow readers, and its limits.
@@ -62,22 +66,23 @@ class Hub:
         head_id: which change `head` is.
         is_behind: asked for each heartbeat; set by the feed.
         counts: for `/metrics`.
-        on_pushed: told how long after its commit a change was written to every live stream.
-        on_written: told when they are written.
     """
 
     def __init__(
-        self, settings: Settings, observer: Observer, supervisor: Supervisor | None = None
+        self,
+        settings: Settings,
+        observer: Observer,
+        supervisor: Supervisor | None = None,
+        *,
+        on_pushed: Callable[[float], None] = lambda seconds: None,
+        on_written: Callable[[], None] = lambda: None,
     ) -> None:
         self._observer = observer
         self.outbox = Outbox()
-        self.head = 0
-        self.epoch = ""
-        self.head_id = ""
+        self.head, self.epoch, self.head_id = 0, "", ""
         self.is_behind: Callable[[], bool] = lambda: False
         self.counts = HubCounts()
-        self.on_pushed: Callable[[float], None] = lambda seconds: None
-        self.on_written: Callable[[], None] = lambda: None
+        self._on_pushed, self._on_written = on_pushed, on_written
         self.heartbeat_seconds = settings.heartbeat_seconds
         self.buffers = Buffers(settings.buffer_bytes, settings.buffer_total_bytes, self._evict)
         # Asked after each write to each stream.
@@ -276,7 +281,7 @@ class Hub:
                     logger.error("a broadcast failed with %s", type(error).__name__)
                     self._send_everyone_back()
                 self._broadcasting = False
-                self.on_written()
+                self._on_written()
                 self._moved.fire()
                 await asyncio.sleep(0)
             self.outbox.filled.clear()
@@ -290,7 +295,7 @@ class Hub:
     def _send_everyone_back(self) -> None:
         """Close the live streams, which resume without a gap: it is unknown who has the change."""
         self._broadcasting = False
-        self.on_written()
+        self._on_written()
         for subscriber in list(self._live):
             self._leave(subscriber)
             subscriber.sink.end(1011, "internal error")
@@ -323,7 +328,7 @@ class Hub:
         tracing.end(pushing, {"slm.revision": frames.head, "slm.subscribers": len(self._live)})
         now = asyncio.get_running_loop().time()
         for seconds in self.outbox.seconds_since_commit(changes, now):
-            self.on_pushed(seconds)
+            self._on_pushed(seconds)
 
     async def _broadcast_restart(self, restart: Restart) -> None:
         self._observer.moved(restart.revision, restarted=restart.epoch != self.epoch)

@@ -32,7 +32,7 @@ class Doorkeeper:
         self._hub = hub
         self._inside: dict[int, set[asyncio.Timeout]] = {}
         self._task = (supervisor or Supervisor()).task("doorkeeper", self._keep_looking)
-        tokens.on_replaced.append(self.look)
+        tokens.on_replaced.append(self.evaluate)
 
     async def start(self) -> None:
         """Begin to look."""
@@ -65,7 +65,7 @@ class Doorkeeper:
                 self._inside.pop(caller.token_id, None)
         self._tokens.require(caller)
 
-    def look(self) -> None:
+    def evaluate(self) -> None:
         """Close each stream, and end each wait, whose token does not count any more.
 
         Once nobody can know which tokens count, all streams are closed (1013).
@@ -93,5 +93,5 @@ class Doorkeeper:
 
     async def _keep_looking(self) -> None:
         while True:
-            self.look()
+            self.evaluate()
             await asyncio.sleep(LOOK_EVERY_SECONDS)

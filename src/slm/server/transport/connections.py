@@ -140,20 +140,20 @@ class Connections:
     def watch(self, every_seconds: float) -> None:
         """Cut the peers that do not read what they are answered, from now on."""
         loop = asyncio.get_running_loop()
-        self._timer = loop.call_later(every_seconds, self._look, list(self._http), every_seconds)
+        self._timer = loop.call_later(every_seconds, self._tick, list(self._http), every_seconds)
 
     def stop_watching(self) -> None:
         """Stop watching them."""
         if self._timer is not None:
             self._timer.cancel()
 
-    def _look(self, connections: list[HttpConnection], every_seconds: float) -> None:
+    def _tick(self, connections: list[HttpConnection], every_seconds: float) -> None:
         loop = asyncio.get_running_loop()
         now = loop.time()
         for each in itertools.islice(connections, LOOK_AT_ONCE):
             if each in self._http and each.is_stuck(now):
                 each.cut()
         if len(connections) > LOOK_AT_ONCE:
-            self._timer = loop.call_soon(self._look, connections[LOOK_AT_ONCE:], every_seconds)
+            self._timer = loop.call_soon(self._tick, connections[LOOK_AT_ONCE:], every_seconds)
         else:
             self.watch(every_seconds)

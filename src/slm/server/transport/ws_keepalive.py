@@ -60,7 +60,7 @@ class Keepalive:
             del self._asked[connection]
             self.watch(connection)
 
-    def _look(self) -> None:
+    def _tick(self) -> None:
         self._timer = None
         now = asyncio.get_running_loop().time()
         for connection in _until(now, ((c, at) for c, (at, _) in self._asked.items())):
@@ -85,7 +85,7 @@ class Keepalive:
         if self._timer is None or at < self._timer.when():
             if self._timer is not None:
                 self._timer.cancel()
-            self._timer = asyncio.get_running_loop().call_at(at, self._look)
+            self._timer = asyncio.get_running_loop().call_at(at, self._tick)
 
 
 def _until(end: float, times: Iterable[tuple[Pinged, float]]) -> list[Pinged]:
