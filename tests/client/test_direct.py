@@ -88,6 +88,21 @@ async def line(authority: trustme.CA | None = None) -> AsyncIterator[Line]:
     await runner.cleanup()
 
 
+async def test_without_a_transport_messages_come_by_receive(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Should aiohttp no longer give its transport away, nothing is lost but a little time."""
+    async with line() as end:
+        with monkeypatch.context() as patched:
+            patched.setattr("aiohttp.connector.Connection.transport", None)
+            end.ws.hear(end.take)
+        hearing = asyncio.create_task(end.receive())
+        end.transport.write(frame(Opcode.TEXT, b"told"))
+        await eventually(lambda: end.heard == ["told"])
+        assert end.direct == 0
+        hearing.cancel()
+
+
 def frame(opcode: Opcode, payload: bytes, fin: bool = True) -> bytes:
     """A server's frame: without a mask."""
     return Frame(opcode, payload, fin).serialize(mask=False, extensions=[])

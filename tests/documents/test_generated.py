@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import re
 
 import pytest
@@ -24,3 +25,12 @@ def test_the_page_of_the_sdk_has_every_public_name() -> None:
     shown = re.findall(r"^### (\w+)$", page, re.MULTILINE)
     shown += re.findall(r"^\| `(\w+)` \| `", page, re.MULTILINE)
     assert sorted(shown) == sorted({*slm.__all__, *slm.llm.__all__, *slm.testing.__all__})
+
+
+@pytest.mark.parametrize("example", [slm.lifespan, slm.testing.FakeSLMClient])
+def test_an_example_of_the_sdks_names_runs(example: object) -> None:
+    """The examples in docstrings that need no server do what they show."""
+    (found,) = [
+        each for each in doctest.DocTestFinder(recurse=False).find(example) if each.examples
+    ]
+    assert doctest.DocTestRunner().run(found).failed == 0

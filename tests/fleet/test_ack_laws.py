@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slm.protocol import ClientInfo, NotInForce
-from slm.server.fleet.backend import Acked, Backend, Outcome, Subject, outcome_of
+from slm.server.fleet.ack_log import Acked, Outcome
+from slm.server.fleet.backend import Backend
+from slm.server.fleet.outcome import Subject, outcome_of
 
 AGENTS = ("a", "b", "c")
 REFUSALS = st.dictionaries(

@@ -30,9 +30,10 @@ def acks_of(stretches: list[tuple[int, dict[str, NotInForce], bool]]) -> list[Ac
     return acks
 
 
-@given(STRETCHES, st.integers(0, 4_000))
+@settings(deadline=None)
+@given(STRETCHES)
 def test_the_last_thousand_acks_are_kept_as_they_came(
-    stretches: list[tuple[int, dict[str, NotInForce], bool]], since: int
+    stretches: list[tuple[int, dict[str, NotInForce], bool]],
 ) -> None:
     """Of each of the last 1,000 acks it is known when it came and what it refused."""
     acks, log = acks_of(stretches), AckLog()
@@ -45,13 +46,10 @@ def test_the_last_thousand_acks_are_kept_as_they_came(
         # What came before it is not known any more.
         expected[0] = expected[0]._replace(after_gap=True)
     assert kept == expected
-    assert list(log.since(since)) == [ack for ack in expected if ack.revision >= since]
     assert log.last == (expected[-1] if expected else None)
     assert log.count == len(acks)
-    newest = log.newest(32)
-    assert list(newest) == expected[-32:]
     log.clear()
-    assert (list(log), log.last, list(newest)) == ([], None, expected[-32:])
+    assert (list(log), log.last) == ([], None)
 
 
 @settings(deadline=None)

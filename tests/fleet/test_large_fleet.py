@@ -17,9 +17,11 @@ from hypothesis import strategies as st
 from slm.protocol import Ack, ClientInfo
 from slm.server.db.database import Database
 from slm.server.fleet import names as backend_names
-from slm.server.fleet.backend import Backend, Subject
+from slm.server.fleet.backend import Backend
+from slm.server.fleet.elsewhere import Lapse
 from slm.server.fleet.explain import Explanations
-from slm.server.fleet.tracker import KEEP_GONE_SECONDS, Fleet, Lapse
+from slm.server.fleet.outcome import Subject, receipt_of
+from slm.server.fleet.tracker import KEEP_GONE_SECONDS, Fleet
 from slm.server.stream.subscriber import Subscriber
 from slm.server.tasks import slices
 
@@ -97,7 +99,7 @@ def _forget(fleet: Fleet) -> Awaitable[Any]:
 
 WALKS: dict[str, Callable[[Fleet], Awaitable[Any]]] = {
     "the fleet view": lambda fleet: fleet.described(),
-    "a receipt": lambda fleet: fleet.receipt(SUBJECT),
+    "a receipt": lambda fleet: receipt_of(SUBJECT, fleet.shown()),
     "a receipt that waits": lambda fleet: fleet.wait(SUBJECT, 60.0),
     "a question to one of them": _find,
     "forgetting who is gone": _forget,
@@ -126,7 +128,7 @@ async def test_what_comes_of_slices_is_the_whole(monkeypatch: pytest.MonkeyPatch
     assert names == sorted(set(names))
     assert names == [fleet.name_of(backend) for backend in fleet.backends()]
     assert Counter(each["state"] for each in told) == {"live": OWN, "gone": MANY}
-    receipt = await fleet.receipt(SUBJECT)
+    receipt = await receipt_of(SUBJECT, fleet.shown())
     assert receipt["pending"] == names
     fleet._clock = lambda: 100.0 + 2 * KEEP_GONE_SECONDS
     fleet.forget_replica("there")
@@ -177,7 +179,7 @@ async def test_who_answers_while_all_are_looked_at_is_not_waited_for(
         await asyncio.sleep(0)
         fleet.acked(each, Ack(ack=2))
     await asyncio.wait_for(waiting, 10)
-    assert len((await fleet.receipt(SUBJECT))["applied"]) == 50
+    assert len((await receipt_of(SUBJECT, fleet.shown()))["applied"]) == 50
 
 
 NAMES = st.lists(

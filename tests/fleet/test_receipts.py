@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from slm.protocol import ClientInfo
-from slm.server.fleet.backend import RECEIPT_REVISIONS, Acked, Backend
+from slm.server.fleet.ack_log import RECEIPT_REVISIONS, Acked
+from slm.server.fleet.backend import Backend
 from slm.server.fleet.tracker import KEEP_GONE_SECONDS
 from tests.support.raw import Api, Socket
 from tests.support.servers import InLoopServer, eventually

@@ -163,10 +163,10 @@ async def test_old_rows_are_neither_read_nor_kept(
     )
     values = {"data": data, "at": time.time() - 2 * KEEP_GONE_SECONDS}
     await server.services.database.run(lambda c: c.execute(many, values) and None)
-    before = len(server.services.fleet._others)
+    before = len(server.services.fleet._elsewhere._backends)
     answer = await asyncio.wait_for(apis[0].get("/api/fleet"), 5)
     assert answer.json["backends"] == []
-    assert len(server.services.fleet._others) == before
+    assert len(server.services.fleet._elsewhere._backends) == before
     monkeypatch.setattr(fleet_sync, "_CLEAN_SECONDS", 0.1)
     await eventually(lambda: _few(server), 30, every=0.2)
 

@@ -21,7 +21,7 @@ from slm.protocol import MAX_NAMED, Ack, ClientInfo, NotInForce, parse_client_me
 from slm.schemas import Agent
 from slm.server.fleet.ack_log import MAX_LOG_BYTES
 from slm.server.fleet.ack_queue import MAX_WAITING, AckQueue, Waiting
-from slm.server.fleet.backend import Subject, outcome_of
+from slm.server.fleet.outcome import Subject, outcome_of
 from slm.server.fleet.tracker import Fleet
 from slm.server.security.agent_scope import View
 from slm.server.stream.subscriber import Subscriber

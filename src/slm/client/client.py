@@ -33,47 +33,47 @@ _T = TypeVar("_T")
 
 
 class SLMClient:
-    """A backend's view of its SLM: every agent's LLM configuration, live (docs/protocol.md 5).
+    """Receives every agent's LLM configuration from the SLM as it changes (docs/protocol.md 5).
 
-    Make one for each process and share it among all its threads and event loops. Each question has
-    two forms: `await client.resolve(…)` and, for synchronous code, `client.resolve_now(…)`. The
-    client is started by `connect`, `connect_now`, `with` or `async with`, or by its first question.
+    Make one client per process and share it among all threads and event loops. Methods that are
+    coroutines have a form for synchronous code: `await client.resolve(…)`, `client.resolve_now(…)`.
+    `connect`, `connect_now`, `with`, `async with` or the first question start the client.
 
-    It follows the SLM in a thread that all clients of the process share, so that neither a loop
-    that ends nor one that is blocked keeps a change from arriving. A forked child makes its own.
+    It follows the SLM in a background thread that all clients of the process share, so changes
+    arrive even if an event loop is blocked or has ended. A forked child starts its own thread.
 
     Args:
-        slm_url: the SLM's address, an http(s) or ws(s) URL; plain http for this machine alone.
-            Several, as a list or separated by commas, are tried in turn. Else SLM_URL.
-        token: the bearer token; else `token_file`, SLM_TOKEN or SLM_TOKEN_FILE.
-        token_file: a file that holds it; read anew for each connection, so it may be replaced.
+        slm_url: the SLM's address, an http(s) or ws(s) URL; plain http only on this machine.
+            Several addresses, as a list or separated by commas, are tried in turn. Default:
+            SLM_URL.
+        token: the bearer token. Default: `token_file`, SLM_TOKEN or SLM_TOKEN_FILE.
+        token_file: a file that holds the token; read for each connection, so it can be replaced.
         cache_file: where to keep the last known good configuration for a start without the SLM;
-            True for a file in the account's state directory, False for none. Else SLM_CACHE_FILE,
-            which may be `on` or `off`; else none.
-        cache_key: a Fernet key that encrypts that file; without one no API key is in it. Else
-            SLM_CACHE_KEY.
-        ca_file: the PEM file of a private CA; certificates are verified against it alone. Else
-            SLM_CA_FILE.
-        client_cert: this backend's own certificate, for an SLM that asks for one: a PEM file with
-            certificate and key, or a pair of files. Else SLM_CLIENT_CERT and SLM_CLIENT_KEY.
-            These files may be replaced while the backend runs, like the token's.
-        name: what this backend is called in the SLM's fleet view; else SLM_NAME, else the host's
-            name.
-        proxy: the URL of an HTTP proxy on the way to the SLM, with a user name and password where
-            it wants them; else SLM_PROXY.
-        trust_env: whether HTTP_PROXY, HTTPS_PROXY and NO_PROXY count, where no proxy is named.
-        allow_insecure: allows plain http to another machine, where something else encrypts what is
-            sent. It is logged at each start. Else SLM_ALLOW_INSECURE=1.
-        strict: raise instead of answering with the default agent or the built-in values.
-        ttl_seconds: without a live stream, after how long a value is refreshed and counts as stale.
-        start_timeout: how long `connect` waits for the SLM at most, in seconds.
-        key_wait: how long an answer waits for a key that changed a moment ago, in seconds.
-        max_stale_seconds: how long past the TTL a value may still be served; None: for ever.
-        timings: every other duration.
+            True for a file in the account's state directory, False for none. Default:
+            SLM_CACHE_FILE, which may be `on` or `off`; otherwise none.
+        cache_key: a Fernet key that encrypts the cache file; without it, the file holds no API
+            keys. Default: SLM_CACHE_KEY.
+        ca_file: the PEM file of a private CA; certificates are verified against it alone.
+            Default: SLM_CA_FILE.
+        client_cert: this backend's certificate, for an SLM that asks for one: a PEM file with
+            certificate and key, or a pair of files. These can be replaced while the backend runs.
+            Default: SLM_CLIENT_CERT and SLM_CLIENT_KEY.
+        name: the backend's name in the fleet. Default: SLM_NAME, or the host's name.
+        proxy: the URL of an HTTP proxy on the way to the SLM, with user name and password if it
+            needs them. Default: SLM_PROXY.
+        trust_env: whether to use HTTP_PROXY, HTTPS_PROXY and NO_PROXY if no proxy is named.
+        allow_insecure: allow plain http to another machine, if something else encrypts the
+            connection; logged at each start. Default: SLM_ALLOW_INSECURE.
+        strict: raise an error instead of using the default agent or the built-in values.
+        ttl_seconds: after how long without a live connection a value is refreshed and marked stale.
+        start_timeout: how long `connect` waits for the SLM, in seconds.
+        key_wait: how long a question waits for an API key that has just changed, in seconds.
+        max_stale_seconds: how long after the TTL a value may still be used; None: without limit.
+        timings: all other durations.
 
     Raises:
-        ConfigurationError: an argument or a variable makes no sense, or there is no address or no
-            token.
+        ConfigurationError: an argument or a variable is invalid, or the address or the token is
+            missing.
     """
 
     def __init__(
@@ -128,10 +128,10 @@ class SLMClient:
     # --- life ---
 
     async def connect(self) -> None:
-        """Start following the SLM, and wait up to `start_timeout` until its state is here.
+        """Start following the SLM, and wait until its state has arrived, up to `start_timeout`.
 
-        Returns in any case, at once where the SLM refuses the token: `status` and `last_error` say
-        how things stand, and trying goes on in the background.
+        Returns in any case, and at once if the SLM refuses the token. `status` and `last_error` say
+        how the client is connected; it keeps trying in the background.
         """
         await self._waited(self._follower.connect)
 
@@ -140,10 +140,10 @@ class SLMClient:
         self._wait(self._follower.connect)
 
     async def close(self) -> None:
-        """Stop following the SLM; what is known can still be asked for.
+        """Stop following the SLM; the last known configurations can still be read.
 
-        Questions that are waited for in other threads and loops are answered from what is known.
-        `connect` starts the client again.
+        Questions under way in other threads and loops are answered from them. `connect` starts the
+        client again.
         """
         if self._closes():
             await self._waited(self._follower.close)
@@ -178,12 +178,12 @@ class SLMClient:
 
     @property
     def status(self) -> ClientStatus:
-        """How this client stands to its SLM."""
+        """How the client is connected."""
         return self._follower.status
 
     @property
     def last_error(self) -> str | None:
-        """What failed last, as a sentence without secrets; None while all is well."""
+        """What failed last, in one sentence without secrets; None if nothing is wrong."""
         return self._follower.last_error
 
     @property
@@ -194,12 +194,14 @@ class SLMClient:
     # --- answers ---
 
     async def resolve(self, agent_id: str) -> ResolvedConfig:
-        """Return the agent's configuration by the chain: agent, default, environment, hardcoded.
+        """Return the agent's configuration, from the first step of the chain that has one.
+
+        The steps are agent, default, environment and hardcoded.
 
         Raises:
-            AgentKeyUnavailable: the agent needs an API key that cannot be had now.
-            AgentUnknown: the client is strict; there is no such agent, or it is switched off.
-            SLMUnavailable: the client is strict, and neither the SLM nor the environment answers.
+            AgentKeyUnavailable: the agent's API key is unavailable.
+            AgentUnknown: the client is strict, and the agent does not exist or is inactive.
+            SLMUnavailable: the client is strict, and has no configuration to return.
         """
         config = self._ready.get(agent_id)
         if config is not None and now() < self._liveness.live_until:
@@ -207,10 +209,10 @@ class SLMClient:
         return await self._answered(agent_id)
 
     def resolve_now(self, agent_id: str) -> ResolvedConfig:
-        """Do what `resolve` does, in synchronous code: at once while live.
+        """Do what `resolve` does, in synchronous code; returns at once while live.
 
         Raises:
-            AgentKeyUnavailable: the agent needs an API key that cannot be had now.
+            AgentKeyUnavailable: the agent's API key is unavailable.
         """
         config = self._ready.get(agent_id)
         if config is not None and now() < self._liveness.live_until:
@@ -218,12 +220,12 @@ class SLMClient:
         return self._answered_now(agent_id)
 
     async def get_agent_config(self, agent_id: str) -> dict[str, Any]:
-        """Return the agent's llm_* fields with `llm_api_key` as a dict of your own.
+        """Return the agent's llm_* fields, with `llm_api_key`, as a new dict.
 
-        The key is a string that prints as `***` wherever the dict is printed.
+        The key is a string that prints as `***` when the dict is printed.
 
         Raises:
-            AgentKeyUnavailable: the agent needs an API key that cannot be had now.
+            AgentKeyUnavailable: the agent's API key is unavailable.
         """
         config = self._ready.get(agent_id)
         if config is None or now() >= self._liveness.live_until:
@@ -235,10 +237,10 @@ class SLMClient:
         return self.resolve_now(agent_id).as_dict()
 
     async def get_default_agent_config(self) -> dict[str, Any]:
-        """Return the default agent's llm_* fields, or what the chain's later steps say.
+        """Return the default agent's llm_* fields, or those of the chain's later steps.
 
         Raises:
-            AgentKeyUnavailable: the default agent needs an API key that cannot be had now.
+            AgentKeyUnavailable: the default agent's API key is unavailable.
         """
         return (await self._answered(None)).as_dict()
 
@@ -247,9 +249,10 @@ class SLMClient:
         return self._answered_now(None).as_dict()
 
     async def explain(self, agent_id: str) -> Explanation:
-        """Say how this agent is resolved now: what each step of the chain says, and which answers.
+        """Explain how the agent is resolved now: what each step has, and which one is used.
 
-        Holds revisions, ages, why a step is passed over and where a key came from, never a key.
+        The answer has revisions, ages, the reason why a step was skipped and the source of the API
+        key, but never the key.
         """
         judged = not callbacks.is_here
         return await self._waited(lambda: self._follower.explained(agent_id, judged=judged))
@@ -260,35 +263,34 @@ class SLMClient:
         return self._wait(lambda: self._follower.explained(agent_id, judged=judged))
 
     def peek(self, agent_id: str) -> ResolvedConfig | None:
-        """Return the agent's own config if it is at hand and live; asks nobody."""
+        """Return the agent's own configuration if it is cached and live; makes no request."""
         return self._ready.get(agent_id) if now() < self._liveness.live_until else None
 
     def on_change(self, callback: OnChange) -> Callable[[], None]:
-        """Have `callback(agent_id, config)` called after each swap; return how to stop that.
+        """Call `callback(agent_id, config)` after each change; returns a function that removes it.
 
-        A request that begins after the call uses the new config or a newer one. A plain function is
-        called in one thread of its own, which all clients of the process share; a coroutine
-        function in the event loop that registers it, for as long as that one lasts. Both may ask
-        the client anything, and close it. What they raise is logged and harms nobody. One that is a
-        thousand changes behind hears only the newest of each agent.
+        `config` is None if the agent was deleted or switched off. A request that starts after the
+        callback uses the new configuration. Plain functions are called one at a time in a thread
+        that all clients of the process share; coroutine functions run in the event loop that
+        registered them, as long as it runs. Both may call any method of the client. Exceptions are
+        logged. A callback that is a thousand changes behind gets only the newest of each agent.
         """
         return self._hooks.on_change(callback)
 
     def register_validator(self, validator: Validator) -> Callable[[], None]:
-        """Have `validator(config)` asked before a config comes into force; return how to stop that.
+        """Call `validator(config)` before a configuration is used; the result removes it again.
 
-        It is called in the thread of the plain callbacks. Where it gives a reason, the agent's last
-        good config stays in use and the SLM is told (docs/protocol.md section 4, `not_in_force`).
-        While it thinks, questions wait for it for up to `key_wait`. `LLMInterface` registers one by
-        itself.
+        If it returns a reason, the agent's last good configuration stays in use and the SLM shows
+        the reason (docs/protocol.md section 4, `not_in_force`). It is called in the thread of the
+        plain callbacks; questions wait for it up to `key_wait`. `LLMInterface` registers one.
         """
         return self._hooks.register_validator(validator)
 
     def in_use(self, config: ResolvedConfig) -> InUse:
-        """Return a context manager that holds the config's key for the length of a call.
+        """Return a context manager that marks the configuration's API key as in use.
 
-        While it is held, the SLM's fleet view says that this backend still uses that key.
-        `LLMInterface` does so by itself.
+        Until it is left, the fleet shows that this backend still uses that key. `LLMInterface` does
+        this by itself.
         """
         follower = self._follower
         return InUse(follower.in_use, config, self._cache.key_revision, follower.key_use_changed)

@@ -25,10 +25,10 @@ class Step(enum.StrEnum):
 
 
 class SecretText(str):
-    """A string that is the secret wherever it is used, and `***` wherever it is shown by repr.
+    """A string that holds a secret, and whose repr is `***`.
 
-    `get_agent_config` answers a plain dict whose `llm_api_key` must be usable as it is; printing
-    or logging that dict must not print the key.
+    The dict that `get_agent_config` returns has the key as a usable string; printing or logging the
+    dict does not show it.
     """
 
     __slots__ = ()
@@ -59,23 +59,24 @@ class Options(dict[str, Any]):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ResolvedConfig:
-    """One agent's configuration as `SLMClient.resolve` answers it.
+    """One agent's configuration, as `SLMClient.resolve` returns it.
 
     Attributes:
-        agent_id: the agent that was asked for; with step `default` the config is another agent's.
+        agent_id: the agent that was asked for.
         step: which step of the chain answered.
         llm_provider: `ollama`, `openai` or `anthropic`.
-        llm_endpoint: the base URL; None stands for the provider's own.
+        llm_endpoint: the base URL; None means the provider's own.
         llm_model: the model's name.
         llm_api_key: the key, or None.
-        llm_timeout: seconds for the whole call; of a stream, to its first token and between tokens.
-        llm_temperature: 0 to 2, or None: none is sent.
-        llm_max_tokens: the most tokens to generate, or None for the provider's default.
-        llm_options: whatever else the provider takes, passed on as it is; not to be changed.
-        revision: the revision of this config; None outside the SLM's steps.
-        api_key_revision: the revision at which the key was last set; None with no key.
-        source_agent_id: the agent whose row this is: agent_id, or the default agent's id.
-        passed_over: why the earlier steps did not answer, as a sentence; None with step `agent`.
+        llm_timeout: seconds for a whole call; for a stream, until the first token and between
+            tokens.
+        llm_temperature: 0 to 2; None: no temperature is sent.
+        llm_max_tokens: the most tokens to generate; None: the provider's default.
+        llm_options: further parameters of the provider, passed on unchanged; read-only.
+        revision: the revision of this configuration; None if it is not from the SLM.
+        api_key_revision: the revision at which the key was set; None without a key.
+        source_agent_id: the agent whose configuration this is: `agent_id`, or the default agent.
+        passed_over: why earlier steps did not answer, in one sentence; None with step `agent`.
     """
 
     agent_id: str
@@ -98,19 +99,16 @@ class ResolvedConfig:
 
     @property
     def age(self) -> float:
-        """Seconds since this value was last known to be the current one; 0 while live."""
+        """Seconds since this was last known to be the current value; 0 while live."""
         return 0.0 if self._freshness is None else self._freshness()[0]
 
     @property
     def stale(self) -> bool:
-        """Whether the SLM may have a newer value: out of date, or a newer key is awaited."""
+        """Whether the SLM may have a newer value, or a newer API key is still to come."""
         return False if self._freshness is None else self._freshness()[1]
 
     def as_dict(self) -> dict[str, Any]:
-        """Return a fresh dict of the llm_* fields with `llm_api_key`.
-
-        Nothing in it is shared: whatever is done to it changes no other answer.
-        """
+        """Return the llm_* fields, with `llm_api_key`, as a new dict that you may change."""
         made = self._fields
         if made is None:
             key = self.llm_api_key

@@ -18,7 +18,7 @@ Lifespan = Callable[[Any], AbstractAsyncContextManager[Mapping[str, Any] | None]
 def lifespan(
     slm: str | SLMClient | None = None, inner: Callable[[Any], Any] | None = None, **options: Any
 ) -> Callable[[Any], AbstractAsyncContextManager[Mapping[str, Any]]]:
-    """Return a lifespan that connects a client when the application starts, and closes it after.
+    """Return a lifespan that connects a client at startup and closes it at shutdown.
 
     The client is `app.state.slm`, and `request.state.slm` in each request. It keeps the last known
     good configuration in a file of the account's state directory, so that an application restarted
@@ -30,7 +30,7 @@ def lifespan(
         >>> app = FastAPI(lifespan=slm.lifespan("https://slm.internal"))
 
     Args:
-        slm: the SLM's address, or a client of your own making; None: the address is SLM_URL.
+        slm: the SLM's address, or a client that you made; None: the address is SLM_URL.
         inner: your own lifespan, if you have one; it runs inside, and finds `app.state.slm`.
         options: for `SLMClient`, where an address was given.
     """

@@ -39,16 +39,16 @@ class Resolver(Protocol):
 
 
 class LLMInterface:
-    """Calls language models with the config that the SLM has for an agent now.
+    """Calls language models with the configuration that an agent has at that moment.
 
-    Each call resolves its agent anew: a call in flight finishes on the config it began with, the
-    next one uses the new. May be used from any number of threads, event loops and tasks;
-    synchronous code has `chat_now` and `stream_now`.
+    Each call resolves its agent: a call in flight finishes with the configuration that it started
+    with, the next one uses the new one. Can be used from any number of threads, event loops and
+    tasks; synchronous code has `chat_now` and `stream_now`.
 
     Args:
-        client: where configs come from, an `SLMClient` or a `BlockingSLMClient`.
+        client: the source of configurations, an `SLMClient` or a `BlockingSLMClient`.
         retry: how failed calls are tried again.
-        transport: how connections are made and kept.
+        transport: proxy, certificates, headers and limits of the connections to providers.
     """
 
     def __init__(

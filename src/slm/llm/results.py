@@ -24,13 +24,13 @@ class Overrides(TypedDict, total=False):
         model: another model of the same provider.
         temperature: 0 to 2; None sends none, for models that refuse one.
         max_tokens: the most tokens to generate; None leaves it to the provider.
-        timeout: seconds for the whole call; of a stream, to its first token and between tokens.
+        timeout: seconds for a whole call; for a stream, until the first token and between tokens.
         tools: tools in OpenAI's form, `{"type": "function", "function": {…}}`, for every provider.
         tool_choice: `auto`, `none`, `required`, or
             `{"type": "function", "function": {"name": …}}`.
         response_format: `{"type": "json_object"}` or `{"type": "json_schema", "json_schema": …}`.
-        options: further members of the request's body in the provider's own words, beside and
-            before the agent's `llm_options`.
+        options: further parameters of the provider, added to the agent's `llm_options`; they take
+            precedence.
     """
 
     model: str
@@ -45,25 +45,25 @@ class Overrides(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatResult:
-    """A whole answer, and which configuration made it.
+    """A complete answer, and the configuration that produced it.
 
     Attributes:
-        text: what the model said.
-        tool_calls: the tools that it wants called.
-        usage: the tokens it took; None where the provider did not say.
+        text: the model's answer.
+        tool_calls: the calls of tools that the model asks for.
+        usage: the tokens used; None if the provider did not say.
         finish_reason: `stop`, `length`, `tool_calls`, `content_filter`, or the provider's own word.
         provider: `ollama`, `openai` or `anthropic`.
         model: the model that was asked for.
         agent_id: the agent the call was made for.
-        source_agent_id: the agent whose config it was: agent_id, or the default agent's; None
-            where the environment or the hardcoded values answered.
+        source_agent_id: the agent whose configuration it was: `agent_id`, or the default agent;
+            None if the environment or the hardcoded values were used.
         step: which step of the chain answered (docs/protocol.md section 5).
-        revision: the revision of the config the call began with; None outside the SLM's steps.
-        stale: whether the SLM may have had a newer config when the call began.
-        reasoning: what the model thought, where the provider shows it.
-        adjusted: what of the request the model refused, and was left out or sent differently, such
-            as `temperature dropped`.
-        parts: what the provider wants back with the next request; part of `message`.
+        revision: the revision of the configuration; None if it was not from the SLM.
+        stale: whether the SLM may have had a newer configuration when the call started.
+        reasoning: what the model thought, if the provider shows it.
+        adjusted: the parameters that the model refused, and that were left out or renamed, such as
+            `temperature dropped`.
+        parts: what the provider needs back with the next request; part of `message`.
     """
 
     text: str

@@ -17,9 +17,9 @@ class RetrySettings:
     """How failed calls are tried again, always within the call's own deadline.
 
     Attributes:
-        max_retries: how often at most, after the first try.
-        backoff_seconds: the longest first pause; it doubles from one to the next.
-        backoff_max_seconds: the longest of all.
+        max_retries: how often a call is tried again.
+        backoff_seconds: the longest first pause; it doubles with each retry.
+        backoff_max_seconds: the longest pause.
     """
 
     max_retries: int = 2

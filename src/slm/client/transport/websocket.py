@@ -34,18 +34,14 @@ other exception ends the connection."""
 class DirectWebSocket(aiohttp.ClientWebSocketResponse):
     """aiohttp's WebSocket, which can be heard directly: `ClientSession(ws_response_class=…)`."""
 
-    def __init__(
-        self,
-        reader: Any,
-        writer: Any,
-        protocol: str | None,
-        response: aiohttp.ClientResponse,
-        *rest: Any,
-        **options: Any,
-    ) -> None:
-        super().__init__(reader, writer, protocol, response, *rest, **options)
-        self._connection = response.connection
-        self._ear: _Ear | None = None
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        # By its type, since what else aiohttp gives, and in which order, is its own affair; and by
+        # names that none of its own can be.
+        given = (*args, *options.values())
+        answer = next((each for each in given if isinstance(each, aiohttp.ClientResponse)), None)
+        self.__connection = None if answer is None else answer.connection
+        self.__ear: _Ear | None = None
 
     def hear(self, take: Take) -> None:
         """Have each whole text message given to `take` as it is read, until `deafen`.
@@ -53,15 +49,17 @@ class DirectWebSocket(aiohttp.ClientWebSocketResponse):
         Pings, pongs and the end come by `receive`, as they would without this; so does everything
         from the first message on that comes in fragments, is not text, or breaks the protocol.
         """
-        connection = self._connection
-        if connection is None or connection.transport is None or connection.protocol is None:
+        connection = self.__connection
+        transport = None if connection is None else connection.transport
+        library = None if transport is None else transport.get_protocol()
+        if transport is None or not isinstance(library, asyncio.Protocol):
             return  # It ended already, as `receive` will say.
-        self._ear = _Ear(connection.transport, connection.protocol, take)
+        self.__ear = _Ear(transport, library, take)
 
     def deafen(self) -> None:
         """Give nothing to `take` any more."""
-        if self._ear is not None:
-            self._ear.leave()
+        if self.__ear is not None:
+            self.__ear.leave()
 
 
 class _Ear(asyncio.Protocol):

@@ -226,18 +226,6 @@ class AckLog:
             number = until
         return refused or Outcome(False)
 
-    def since(self, revision: int) -> Iterator[Acked]:
-        """Yield the acks of `revision` and later ones, the oldest first."""
-        first = self._first + bisect_left(self._revisions, revision)
-        return map(self._at, range(first, self.number))
-
-    def newest(self, count: int) -> AckLog:
-        """Return a log of the newest ones alone, which nobody changes."""
-        log = AckLog()
-        log.number = max(self._first, self.number - count)
-        self._copy_into(log, log.number, self.number)
-        return log
-
     def told(self, number: int, *, after: bool) -> Iterator[tuple[Acked, Changes]]:
         """Yield each ack from this number on, without its refusals, and how those differ.
 

@@ -1,4 +1,4 @@
-"""One backend as the fleet knows it: when it listened, what it acked, how it took a change.
+"""One backend as the fleet knows it: when it listened, what it acked, which keys it holds.
 
 Values and rules only; knows no connection, no database and no clock (docs/protocol.md section 4).
 """
@@ -8,28 +8,15 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, Final, NamedTuple
+from typing import Annotated, Any, Final
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, StrictBool, TypeAdapter
 
 from slm.protocol import ClientInfo, Integer, NotInForce, Reason, Revision, ShortText, Text
-from slm.server.fleet.ack_log import NOTHING, RECEIPT_REVISIONS, Acked, AckLog, Outcome
+from slm.server.fleet.ack_log import NOTHING, Acked, AckLog
 from slm.server.security.agent_scope import EVERYTHING, View
-
-__all__ = [
-    "RECEIPT_REVISIONS",
-    "AckLog",
-    "Acked",
-    "Backend",
-    "Outcome",
-    "Stretch",
-    "Subject",
-    "Told",
-    "identity",
-    "outcome_of",
-]
 
 SHARED_ACKS: Final = 32
 """So many of a backend's last acks other replicas are told."""
@@ -324,24 +311,24 @@ class Told(BaseModel):
 _TOLD: Final = TypeAdapter(Told)
 
 
-class Subject(NamedTuple):
-    """What a receipt is about.
+def cut_down(backends: Iterable[Backend], most_bytes: int) -> int:
+    """Forget what backends said until all of it takes no more than this; return what it takes.
 
-    Attributes:
-        agent_id: the agent that was changed.
-        is_default: whether it is, or was, the default: then everyone may see it.
-        revision: that of the change.
-        committed_at: seconds since 1970.
-        changed: False where the write altered nothing: then whoever is connected now is expected.
+    Who said most is cut down first, history before the state, and held keys last.
     """
-
-    agent_id: str
-    is_default: bool
-    revision: int
-    committed_at: float
-    changed: bool = True
-
-
-def outcome_of(backend: Backend, subject: Subject) -> Outcome:
-    """Return how `backend` took the change: the first ack that has it in force, else the last."""
-    return backend.acks.outcome(subject.agent_id, subject.revision)
+    largest = sorted(backends, key=lambda each: each.bytes, reverse=True)
+    size = sum(each.bytes for each in largest)
+    for forget in (AckLog.forget_older, AckLog.forget_refusals):
+        for backend in largest:
+            if size <= most_bytes:
+                return size
+            before = backend.bytes
+            forget(backend.acks)
+            size += backend.bytes - before
+    for backend in largest:
+        if size <= most_bytes:
+            break
+        size -= backend.bytes
+        backend.keys, backend.keys_partial = {}, True
+        size += backend.bytes
+    return size

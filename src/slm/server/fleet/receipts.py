@@ -15,7 +15,8 @@ from slm.schemas import Agent
 from slm.server.agents.changes import Written
 from slm.server.agents.history import History
 from slm.server.db.database import Database
-from slm.server.fleet.backend import RECEIPT_REVISIONS, Subject
+from slm.server.fleet.ack_log import RECEIPT_REVISIONS
+from slm.server.fleet.outcome import Subject, receipt_of
 from slm.server.fleet.replication import FleetSync
 from slm.server.fleet.tracker import Fleet
 
@@ -96,7 +97,7 @@ class Receipts:
             await self._fleet.wait(subject, seconds, alone=self._alone)
         else:
             await self.refresh()
-        return await self._fleet.receipt(subject, named)
+        return await receipt_of(subject, self._fleet.shown(), named)
 
     async def refresh(self) -> None:
         """Take in what other replicas have told of their backends, where there are any."""

@@ -14,7 +14,6 @@ import json
 import logging
 import time
 from collections.abc import Coroutine
-from dataclasses import dataclass
 from typing import Any, Final
 
 from sqlalchemy import Connection, func, select
@@ -23,9 +22,11 @@ from slm.errors import ProblemError
 from slm.server.db.database import Database
 from slm.server.db.leases import database_time, is_live
 from slm.server.db.tables import REPLICAS
-from slm.server.fleet.backend import Backend, Subject
-from slm.server.fleet.replication_rows import ReportPage, TellTale
-from slm.server.fleet.tracker import KEEP_GONE_SECONDS, Fleet, Lapse
+from slm.server.fleet.backend import Backend
+from slm.server.fleet.elsewhere import Account, Lapse
+from slm.server.fleet.outcome import Subject
+from slm.server.fleet.replication_rows import ReportPage, TellTale, page_text
+from slm.server.fleet.tracker import KEEP_GONE_SECONDS, Fleet
 from slm.server.tasks.slices import in_slices
 from slm.server.tasks.supervisor import Supervisor
 
@@ -55,25 +56,6 @@ MAX_PAGES: Final = 500
 
 _CLEAN_SECONDS: Final = 60.0
 _CHECK_AGAIN_SECONDS: Final = 0.2
-
-
-@dataclass
-class Account:
-    """What another replica has told in all.
-
-    Attributes:
-        head: how far its stream had come when it last told; -1: it has not told.
-        last: whether that was its last word.
-        written_at: when, by our clock.
-        ends_at: when its lease runs out, or ran out, by our clock.
-        live: whether it has not.
-    """
-
-    head: int = -1
-    last: bool = False
-    written_at: float = 0.0
-    ends_at: float = 0.0
-    live: bool = False
 
 
 class FleetSync:
@@ -288,10 +270,10 @@ class FleetSync:
             texts.append(f"{json.dumps(backend.id)}:{text}")
             size += len(text)
             if size > PAGE_BYTES:
-                pages.append(_page(head, texts))
+                pages.append(page_text(head, texts))
                 texts, size = [], 0
         if texts or not pages:
-            pages.append(_page(head, texts))
+            pages.append(page_text(head, texts))
         self._told = told
         return pages
 
@@ -390,20 +372,13 @@ class FleetSync:
         )
 
     async def _for_ever(self, work: Any) -> None:
+        """Do it again whenever the database was away; anything else is the supervisor's."""
         while True:
             try:
                 await work()
             except ProblemError as error:
                 logger.debug("not now: %s", error.code)
                 await asyncio.sleep(self._interval_seconds)
-            except Exception as error:
-                # The class alone: a driver's text may hold what was read.
-                logger.error("sharing the fleet failed with %s", type(error).__name__)
-                await asyncio.sleep(self._interval_seconds)
-
-
-def _page(head: int, texts: list[str]) -> str:
-    return f'{{"head":{head},"backends":{{{",".join(texts)}}}}}'
 
 
 def _clock(connection: Connection) -> tuple[float, float]:

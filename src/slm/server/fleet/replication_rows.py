@@ -81,6 +81,11 @@ class ReportPage:
     after: tuple[str, int, str] | None = None
 
 
+def page_text(head: int, backends: Iterable[str]) -> str:
+    """Return the JSON of a row: how far the stream has come, and the members of its backends."""
+    return f'{{"head":{head},"backends":{{{",".join(backends)}}}}}'
+
+
 class TellTale:
     """Writes and reads the rows of `backends`.
 

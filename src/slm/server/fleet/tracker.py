@@ -1,7 +1,8 @@
 """Fleet: every backend that listens, what it holds, and who took a change (docs/protocol.md 4).
 
 Fed by what connections say (subscribe, ack, gone) and asked by the routes. Holds no key and sends
-nothing. What other replicas know comes in through `merge`, by way of the database.
+nothing. What other replicas know comes in through `merge`, by way of the database. Knows neither
+what a receipt says nor what the fleet view shows of a backend.
 """
 
 from __future__ import annotations
@@ -12,26 +13,18 @@ import functools
 import itertools
 import json
 import logging
-import math
 import time
-from bisect import bisect_right
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
-from datetime import UTC, datetime
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any, Final, TypeVar
 
 from slm.protocol import Ack, ClientInfo
 from slm.schemas import Agent
-from slm.server.fleet.backend import (
-    RECEIPT_REVISIONS,
-    Acked,
-    AckLog,
-    Backend,
-    Subject,
-    Told,
-    identity,
-    outcome_of,
-)
+from slm.server.fleet.ack_log import Acked
+from slm.server.fleet.backend import Backend, Told, cut_down, identity
+from slm.server.fleet.elsewhere import Elsewhere, Lapse
 from slm.server.fleet.names import BackendNames
+from slm.server.fleet.outcome import Subject, Waiter
+from slm.server.fleet.view import Heads, description
 from slm.server.security.agent_scope import View
 from slm.server.stream.subscriber import Subscriber
 from slm.server.tasks.slices import Steps, at_once, in_slices, sliced, sorted_in_steps
@@ -44,62 +37,10 @@ KEEP_GONE_SECONDS: Final = 3600.0
 MAX_ACK_BYTES_OF_ALL: Final = 256 * 1024 * 1024
 """How much memory the acks of all backends may take; beyond it the largest logs are cut down."""
 
-MAX_TOLD: Final = 50_000
-"""How many backends of another replica are kept."""
-
 FORGET_EVERY_SECONDS: Final = 10.0
 
 _MAX_GONE: Final = 10_000
 _T = TypeVar("_T")
-
-
-class Lapse(NamedTuple):
-    """A replica's lease that has run out.
-
-    Attributes:
-        head: how far its stream had come.
-        at: when the lease ran out, seconds since 1970.
-    """
-
-    head: int
-    at: float
-
-
-class Waiter:
-    """Someone who waits until every expected backend has answered for one change.
-
-    Attributes:
-        subject: the change.
-        done: set once nobody is waited for.
-        has_looked: whether it knows whom it waits for.
-    """
-
-    def __init__(self, subject: Subject) -> None:
-        self.subject = subject
-        self.done = asyncio.Event()
-        self.has_looked = False
-        self._left: set[str] = set()
-
-    async def look(self, expected: Iterable[Backend]) -> None:
-        """Look at everyone who is expected, one by one; who answers meanwhile is struck off."""
-        async for backend in in_slices(expected):
-            if backend.acks and not self._answered(backend):
-                self._left.add(backend.id)
-        self.has_looked = True
-        self._check()
-
-    def heard(self, backend: Backend) -> None:
-        """Strike the backend off once it has answered."""
-        if backend.id in self._left and self._answered(backend):
-            self._left.discard(backend.id)
-            self._check()
-
-    def _answered(self, backend: Backend) -> bool:
-        return outcome_of(backend, self.subject).answered
-
-    def _check(self) -> None:
-        if self.has_looked and not self._left:
-            self.done.set()
 
 
 class Fleet:
@@ -152,14 +93,11 @@ class Fleet:
         self._agent = agent
         self._max_ack_bytes = max_ack_bytes
         self._own: dict[str, Backend] = {}
-        self._others: dict[str, dict[str, Backend]] = {}
-        self._told_of: dict[str, int] = {}
-        self._lapsed: dict[str, Lapse] = {}
+        self._elsewhere = Elsewhere()
         self._by_subscriber: dict[Subscriber, Backend] = {}
         self._current: dict[str, Subscriber] = {}
         self._names = BackendNames(self._wholes)
-        self._heads: list[int] = []
-        self._head_times: list[float] = []
+        self._heads = Heads()
         self._numbers = itertools.count(1)
         self._forgot_at = 0.0
         self._is_anew = False
@@ -171,7 +109,7 @@ class Fleet:
         """Note that the stream has reached `head`; `restarted`: positions began anew there."""
         if restarted or not self._heads:
             self._is_anew = bool(self._heads)
-            del self._heads[:], self._head_times[:]
+            self._heads.clear()
             self.started_at_revision = head
             for backend in self._own.values():
                 self.ack_bytes -= backend.acks.bytes
@@ -179,10 +117,7 @@ class Fleet:
                 if backend.connected:
                     backend.stretches[-1].first = head
         self.head = head
-        self._heads.append(head)
-        self._head_times.append(self._clock())
-        if len(self._heads) >= 2 * RECEIPT_REVISIONS:
-            del self._heads[:RECEIPT_REVISIONS], self._head_times[:RECEIPT_REVISIONS]
+        self._heads.add(head, self._clock())
         self.news.set()
 
     def joined(self, subscriber: Subscriber) -> None:
@@ -260,26 +195,12 @@ class Fleet:
         return known
 
     def _grown(self, size: int) -> None:
-        """Keep to the bound of all; who said most is cut down first, history before the state."""
+        """Keep to the bound of all."""
         self.ack_bytes += size
         if self.ack_bytes <= self._max_ack_bytes:
             return
-        told = [backend for each in self._others.values() for backend in each.values()]
-        largest = sorted([*self._own.values(), *told], key=lambda b: b.bytes, reverse=True)
-        self.ack_bytes = sum(each.bytes for each in largest)
-        for forget in (AckLog.forget_older, AckLog.forget_refusals):
-            for backend in largest:
-                if self.ack_bytes <= self._max_ack_bytes * 3 // 4:
-                    return
-                before = backend.bytes
-                forget(backend.acks)
-                self.ack_bytes += backend.bytes - before
-        for backend in largest:
-            if self.ack_bytes <= self._max_ack_bytes * 3 // 4:
-                return
-            self.ack_bytes -= backend.bytes
-            backend.keys, backend.keys_partial = {}, True
-            self.ack_bytes += backend.bytes
+        backends = [*self._own.values(), *self._elsewhere.all()]
+        self.ack_bytes = cut_down(backends, self._max_ack_bytes * 3 // 4)
 
     def _changed(self, backend: Backend) -> None:
         self.dirty.add(backend.id)
@@ -312,22 +233,14 @@ class Fleet:
             ValidationError: it is not of the shape that replicas tell.
         """
         told = data if isinstance(data, Told) else Told.of(data)
-        at_replicas = self._others.get(key, {})
-        backend = at_replicas.get(replica)
-        if backend is None:
-            if self._told_of.get(replica, 0) >= MAX_TOLD:
-                return
-            self._told_of[replica] = self._told_of.get(replica, 0) + 1
-            backend = Backend(key, told.client, told.token, replica, told.server)
-            self._others.setdefault(key, {})[replica] = backend
-            self._names.anew()
-        before, known_since = backend.bytes, backend.known_since
-        backend.take_over(told, offset_seconds)
-        if backend.known_since != known_since:
+        merged = self._elsewhere.merge(replica, key, told, offset_seconds)
+        if merged is None:
+            return
+        if merged.renamed:
             self._names.anew()
         else:
-            self._names.changed(backend)
-        self._grown(backend.bytes - before)
+            self._names.changed(merged.backend)
+        self._grown(merged.grown_bytes)
         self._tell(key)
 
     def keep_replicas(self, live: Iterable[str], lapsed: Mapping[str, Lapse] | None = None) -> None:
@@ -337,32 +250,17 @@ class Fleet:
             live: their leases.
             lapsed: what is known of those that do not live; else they lapsed when first missed.
         """
-        alive, said = set(live), lapsed or {}
-        now = Lapse(self.head, self._clock())
-        before = self._lapsed.keys()
-        self._lapsed = {
-            replica: said.get(replica) or self._lapsed.get(replica) or now
-            for replica in self._told_of
-            if replica not in alive
-        }
-        if before != self._lapsed.keys():
+        if self._elsewhere.keep(live, lapsed or {}, Lapse(self.head, self._clock())):
             self._names.anew()
 
     def forget_replica(self, replica: str) -> None:
         """Forget what a replica told that has been away for too long."""
-        for key, at_replicas in list(self._others.items()):
-            backend = at_replicas.pop(replica, None)
-            if backend is not None:
-                self.ack_bytes -= backend.bytes
-                if not at_replicas:
-                    del self._others[key]
-                self._names.anew()
-        self._told_of.pop(replica, None)
+        self._forgot(self._elsewhere.forget_replica(replica))
 
     async def look(self, waiter: Waiter) -> None:
         """Have someone who waits look at all who are expected, once everyone is known."""
         if not waiter.has_looked:
-            await waiter.look(self._expected(waiter.subject))
+            await waiter.look(self._wholes())
 
     # --- who asks ---
 
@@ -371,7 +269,7 @@ class Fleet:
 
         Backends that went away are known for an hour.
         """
-        self._forget_long_gone()
+        at_once(self._forgetting())
         return sorted(self._wholes(), key=self.name_of)
 
     async def shown(self) -> AsyncIterator[tuple[str, Backend]]:
@@ -404,18 +302,6 @@ class Fleet:
         told_until = subject.committed_at + KEEP_GONE_SECONDS
         return not alone and not self._is_anew and self._clock() < told_until
 
-    def _expected(self, subject: Subject) -> Iterator[Backend]:
-        return (backend for backend in self._wholes() if _is_expected(backend, subject))
-
-    @contextlib.contextmanager
-    def _waiting(self, subject: Subject) -> Any:
-        waiter = Waiter(subject)
-        self.waiters.add(waiter)
-        try:
-            yield waiter
-        finally:
-            self.waiters.discard(waiter)
-
     async def wait(self, subject: Subject, seconds: float, *, alone: bool = True) -> None:
         """Wait until every expected backend that acks at all has answered, `seconds` at most.
 
@@ -424,60 +310,19 @@ class Fleet:
             seconds: the limit.
             alone: there is no other replica; else `look` is called once they have told.
         """
-        with self._waiting(subject) as waiter:
-            self.asked.set()
-            if not self._closed:
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(seconds):
-                        if alone:
-                            await self.look(waiter)
-                        await waiter.done.wait()
-
-    async def receipt(self, subject: Subject, named: str | None = None) -> dict[str, Any]:
-        """Return who applied the change, who refused it and why, and who has not answered.
-
-        Backends that never ack are `unknown` and are not waited for. Times are counted from the
-        commit, in milliseconds.
-
-        Args:
-            subject: the change.
-            named: the token whose backends are named; those of other tokens are counted in
-                `others`. None: all are named.
-        """
-        told: dict[str, list[Any]] = {"applied": [], "refused": [], "pending": [], "unknown": []}
-        others = dict.fromkeys(told, 0)
-        applied = 0
-        times: list[float] = []
-        async for name, backend in self.shown():
-            if not _is_expected(backend, subject):
-                continue
-            outcome = outcome_of(backend, subject)
-            entry: Any = name
-            if outcome.reason is not None:
-                kind, entry = "refused", {"backend": name, "reason": outcome.reason}
-            elif outcome.answered:
-                kind = "applied"
-                applied += 1
-                if outcome.at is not None:
-                    times.append(_milliseconds(outcome.at, subject))
-            else:
-                kind = "pending" if backend.acks else "unknown"
-            if named is None or backend.token == named:
-                told[kind].append(entry)
-            else:
-                others[kind] += 1
-        if len(times) < applied:
-            # One that is not known any more may be that of the slowest.
-            times = []
-        times.sort()
-        return {
-            "revision": subject.revision,
-            **told,
-            **({} if named is None else {"others": others}),
-            "elapsed_ms": _percentile(times, 1.0),
-            "p50_ms": _percentile(times, 0.50),
-            "p99_ms": _percentile(times, 0.99),
-        }
+        if self._closed:
+            return
+        waiter = Waiter(subject)
+        self.waiters.add(waiter)
+        self.asked.set()
+        try:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    if alone:
+                        await self.look(waiter)
+                    await waiter.done.wait()
+        finally:
+            self.waiters.discard(waiter)
 
     def describe(self, backend: Backend, name: str | None = None) -> dict[str, Any]:
         """Return what `GET /api/fleet` tells of a backend.
@@ -486,34 +331,8 @@ class Fleet:
             backend: the backend.
             name: what it is shown as, where that is known.
         """
-        last = backend.acks.last
-        lag = None if last is None else max(0, self.head - last.revision)
-        lag_seconds = self._lag_seconds(last.revision) if last is not None and lag else 0.0
-        if not backend.connected:
-            state = "gone"
-        elif last is None:
-            state = "unknown"
-        else:
-            state = "stale" if lag_seconds > self._stale_after_seconds else "live"
-        return {
-            "backend": self.name_of(backend) if name is None else name,
-            **backend.client.model_dump(),
-            "token": backend.token,
-            "agents": backend.view.patterns,
-            "server": backend.server,
-            "plain_http": backend.plain_http,
-            "state": state,
-            "since": _time(backend.since),
-            "applied": backend.applied,
-            "applied_at": None if last is None else _time(last.at),
-            "lag": lag,
-            "lag_ms": None if last is None else round(lag_seconds * 1000, 3),
-            "not_in_force": {
-                agent_id: held_up.model_dump() for agent_id, held_up in backend.not_in_force.items()
-            },
-            "keys": dict(backend.keys),
-            "truncated": backend.acks.partial or backend.keys_partial,
-        }
+        shown_as = self.name_of(backend) if name is None else name
+        return description(backend, shown_as, self._heads, self._clock(), self._stale_after_seconds)
 
     async def described(self) -> bytes:
         """Return the list of `GET /api/fleet` as JSON; who cannot be described is left out."""
@@ -529,40 +348,22 @@ class Fleet:
                 self.unreadable += 1
         return b"[" + b",".join(texts) + b"]"
 
-    def _lag_seconds(self, revision: int) -> float:
-        """Return since when there is something newer than `revision`."""
-        place = bisect_right(self._heads, revision)
-        if place == len(self._heads):
-            return 0.0
-        return max(0.0, self._clock() - self._head_times[place])
-
     def _wholes(self) -> Iterator[Backend]:
         """Yield each backend as all replicas together know it; they may come and go meanwhile."""
-        for key in [*self._own, *(key for key in self._others if key not in self._own)]:
+        for key in [*self._own, *(key for key in self._elsewhere.ids() if key not in self._own)]:
             backend = self._whole(key)
             if backend is not None:
                 yield backend
 
     def _whole(self, key: str) -> Backend | None:
-        own = self._own.get(key)
-        at_replicas = self._others.get(key)
-        if own is not None and not at_replicas:
-            return own
-        known = [self._as_it_is(each) for each in (at_replicas or {}).values()]
+        own, known = self._own.get(key), self._elsewhere.at(key)
         if own is not None:
             known.append(own)
         return functools.reduce(Backend.together_with, known) if known else None
 
-    def _as_it_is(self, backend: Backend) -> Backend:
-        lapse = self._lapsed.get(backend.replica)
-        return backend if lapse is None else backend.gone_with(*lapse)
-
     async def forget_long_gone(self) -> None:
         """Forget who went away more than an hour ago, and the first of too many that went."""
         await sliced(self._forgetting())
-
-    def _forget_long_gone(self) -> None:
-        at_once(self._forgetting())
 
     def _forgetting(self) -> Steps[None]:
         now = self._clock()
@@ -571,7 +372,7 @@ class Fleet:
         self._forgot_at = now
         gone: list[tuple[float, str]] = []
         for backend in self._wholes():
-            if not backend.connected and not self._may_return(backend):
+            if not backend.connected and not self._elsewhere.may_return(backend.id):
                 if backend.since < now - KEEP_GONE_SECONDS:
                     self._forget(backend.id)
                 else:
@@ -587,42 +388,12 @@ class Fleet:
                 self._forget(key)
             yield
 
-    def _may_return(self, backend: Backend) -> bool:
-        """Whether it is gone only as long as its server's lease is."""
-        at_replicas = self._others.get(backend.id, {})
-        return any(r in self._lapsed and each.connected for r, each in at_replicas.items())
-
     def _forget(self, key: str) -> None:
         own = self._own.pop(key, None)
-        at_replicas = self._others.pop(key, {})
-        for replica in at_replicas:
-            self._told_of[replica] -= 1
-            if not self._told_of[replica]:
-                del self._told_of[replica]
-        for backend in (*at_replicas.values(), *([own] if own is not None else [])):
-            self.ack_bytes -= backend.bytes
         self.dirty.discard(key)
+        self._forgot([*self._elsewhere.forget(key), *([own] if own is not None else [])])
+
+    def _forgot(self, backends: Iterable[Backend]) -> None:
+        for backend in backends:
+            self.ack_bytes -= backend.bytes
         self._names.anew()
-
-
-def _is_expected(backend: Backend, subject: Subject) -> bool:
-    """Whether it listened when the change was committed and was entitled to see it."""
-    there = (
-        backend.was_there(subject.revision, subject.committed_at)
-        if subject.changed
-        else backend.connected
-    )
-    return there and backend.view.sees(subject.agent_id, subject.is_default)
-
-
-def _milliseconds(at: float, subject: Subject) -> float:
-    return round(max(0.0, at - subject.committed_at) * 1000, 3)
-
-
-def _percentile(times: list[float], share: float) -> float | None:
-    """Return the nearest-rank percentile of sorted times."""
-    return times[math.ceil(share * len(times)) - 1] if times else None
-
-
-def _time(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")[:-6] + "Z"
