@@ -168,7 +168,7 @@ def breaks(room: str, floors: dict[str, int], module: str, path: Path) -> list[s
     return found
 
 
-@pytest.mark.parametrize("room", ["server", "cli"])
+@pytest.mark.parametrize("room", ["server", "client", "cli"])
 def test_imports_go_down_the_floors_of_a_room(room: str) -> None:
     """No import goes up or across in the pictures of CONTRIBUTING.md, which name every part."""
     floors = floors_of(room, (PROJECT / "CONTRIBUTING.md").read_text())
@@ -203,9 +203,21 @@ def test_a_class_has_a_name_of_its_own(room: str) -> None:
 
 # --- sizes ---
 
+MOST_LINES = {"src": 400, "tests": 600}
 MOST_IN_A_FOLDER = 12
 ROOMIER = {"slm/server": 24}
 EXEMPT = {"routes", "commands", "versions"}
+
+
+def test_no_file_is_too_long_to_read() -> None:
+    """A file of the package has at most 400 lines, one of the tests 600."""
+    long = {
+        str(path.relative_to(PROJECT)): lines
+        for top, most in MOST_LINES.items()
+        for path in (PROJECT / top).rglob("*.py")
+        if (lines := len(path.read_text().splitlines())) > most
+    }
+    assert not long
 
 
 def test_no_folder_holds_too_much_to_see_at_once() -> None:

@@ -302,6 +302,7 @@ def test_workers_forked_from_one_that_is_connected(process: ServerProcess) -> No
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(1800)
 def test_ten_thousand_changes_and_reads(process: ServerProcess) -> None:
     """Four threads with loops of their own and a job per `asyncio.run`: nothing old, no growth."""
     create(process, "billing", llm_max_tokens=1)
