@@ -1,1 +1,1 @@
-"""From figures to docs/performance.md."""
+"""From the kept results to docs/performance.md."""

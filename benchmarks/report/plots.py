@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 
 from benchmarks.harness.stats import figure
+from benchmarks.report.figures import Data, values
 
 mpl.use("svg")
 mpl.rcParams["svg.hashsalt"] = "slm"  # the same figures give the same file
@@ -17,121 +19,94 @@ mpl.rcParams["font.size"] = 9
 from matplotlib import pyplot as plt  # noqa: E402 - after the backend is chosen
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter  # noqa: E402
 
-COLOURS = {
-    "slm": "#0b6e4f",
-    "etcd": "#3366cc",
-    "nats": "#7f5fc7",
-    "postgres": "#336791",
-    "redis": "#c6302b",
+LINES: dict[str, tuple[str, Any]] = {
+    "slm": ("#0b6e4f", "-"),
+    "etcd": ("#3366cc", "--"),
+    "nats": ("#7f5fc7", "-."),
+    "postgres": ("#336791", ":"),
+    "redis": ("#c6302b", (0, (5, 1, 1, 1, 1, 1))),
 }
-DASHES = {"slm": "-", "etcd": "--", "nats": "-.", "postgres": ":", "redis": (0, (5, 1, 1, 1, 1, 1))}
+SLM = LINES["slm"][0]
 
 
-def draw(results: dict[str, dict[str, Any]], folder: Path) -> list[str]:
-    """Draw what there are results for; return the names of the files."""
+def draw(results: dict[str, Data], folder: Path) -> None:
+    """Draw what there are results for."""
     folder.mkdir(parents=True, exist_ok=True)
-    drawn = []
-    for bench, name, plot in (
-        ("fanout", "fanout.svg", _fanout),
-        ("propagation", "propagation.svg", _propagation),
-        ("growth", "growth.svg", _growth),
-    ):
+    for bench, plot in PLOTS.items():
         if bench in results:
             plotted = plot(results[bench])
-            plotted.savefig(folder / name, metadata={"Date": None}, bbox_inches="tight")
+            plotted.savefig(folder / f"{bench}.svg", metadata={"Date": None}, bbox_inches="tight")
             plt.close(plotted)
-            drawn.append(name)
-    return drawn
 
 
-def _plain_log(axis: Any, *steps: float) -> None:
+def _logarithmic(axis: Any, *steps: float) -> None:
     """Label a logarithmic axis at these steps of each decade, as people write numbers."""
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
     axis.set_major_locator(LogLocator(subs=steps))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
     axis.set_minor_formatter(NullFormatter())
 
 
-def _fanout(data: dict[str, Any]) -> Any:
+def _by_size(axes: Any, data: Data, field: str, colour: str, mark: str, label: str = "") -> None:
+    """Draw the medians by size, and the spread of the repeats as a band."""
     sizes = [int(size) for size in data["per_size"]]
+    figures = [figure(values(taken, field)) for taken in data["per_size"].values()]
+    axes.plot(sizes, [f.median for f in figures], mark + "-", color=colour, label=label)
+    low, high = [f.low for f in figures], [f.high for f in figures]
+    axes.fill_between(sizes, low, high, color=colour, alpha=0.15)
+
+
+def _fanout(data: Data) -> Any:
     plotted, axes = plt.subplots(figsize=(6.4, 3.6))
-    for name, label, colour, mark in (
-        ("naive_ms", "await send_text in turn", "#999999", "^"),
-        ("change_ms", "SLM: commit to the last frame", COLOURS["slm"], "o"),
-        ("floor_ms", "C send() loop, same sockets", "#222222", "s"),
-    ):
-        figures = [figure([r[name] for r in data["per_size"][str(size)]]) for size in sizes]
-        axes.plot(sizes, [f.median for f in figures], mark + "-", color=colour, label=label)
-        axes.fill_between(
-            sizes, [f.low for f in figures], [f.high for f in figures], color=colour, alpha=0.15
-        )
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    _plain_log(axes.xaxis, 1)
-    _plain_log(axes.yaxis, 1, 3)
-    axes.set_xlabel("subscribers")
-    axes.set_ylabel("ms until the last one has the change")
+    _by_size(axes, data, "naive_ms", "#999999", "^", "await send_text in turn")
+    _by_size(axes, data, "change_ms", SLM, "o", "SLM: commit to the last frame")
+    _by_size(axes, data, "floor_ms", "#222222", "s", "C send() loop, same sockets")
+    _logarithmic(axes.xaxis, 1)
+    _logarithmic(axes.yaxis, 1, 3)
+    axes.set(xlabel="subscribers", ylabel="ms until the last one has the change")
     axes.grid(visible=True, which="major", alpha=0.3)
     axes.legend(frameon=False)
     return plotted
 
 
-def _propagation(data: dict[str, Any]) -> Any:
-    shapes = [str(shape["watchers"]) for shape in data["shapes"]]
+def _propagation(data: Data) -> Any:
+    shapes = [shape["watchers"] for shape in data["shapes"]]
     plotted, all_axes = plt.subplots(1, len(shapes), figsize=(9, 3.4), sharey=True)
     for axes, shape in zip(all_axes, shapes, strict=True):
         for peer, per_shape in data["peers"].items():
-            curves = [repeat["curve"] for repeat in per_shape.get(shape, [])]
-            if not curves:
-                continue
+            curves = [repeat["curve"] for repeat in per_shape[str(shape)]]
             # The median repeat at each quantile.
-            values = [figure(column).median for column in zip(*curves, strict=True)]
-            percents = [100 * k / (len(values) - 1) for k in range(len(values))]
-            axes.plot(
-                values,
-                percents,
-                color=COLOURS.get(peer),
-                linestyle=DASHES.get(peer, "-"),
-                linewidth=2.2 if peer == "slm" else 1.4,
-                label=data["labels"][peer],
-            )
-        axes.set_xscale("log")
-        _plain_log(axes.xaxis, 1, 2, 5)
+            times = [figure(column).median for column in zip(*curves, strict=True)]
+            percents = [100 * k / (len(times) - 1) for k in range(len(times))]
+            colour, dashes = LINES[peer]
+            width, label = 2.2 if peer == "slm" else 1.4, data["labels"][peer]
+            axes.plot(times, percents, c=colour, ls=dashes, lw=width, label=label)
+        _logarithmic(axes.xaxis, 1, 2, 5)
         axes.set_xlabel("ms from the write's start to the callback")
-        axes.set_title(f"{shape} watcher{'s' if shape != '1' else ''}")
+        axes.set_title(f"{shape} watcher{'s' if shape != 1 else ''}")
         axes.grid(visible=True, which="both", alpha=0.25)
     all_axes[0].set_ylabel("% of callbacks")
     handles, labels = all_axes[0].get_legend_handles_labels()
-    plotted.legend(
-        handles,
-        labels,
-        frameon=False,
-        ncols=len(labels),
-        loc="upper center",
-        bbox_to_anchor=(0.5, 0),
-    )
+    below = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "ncols": len(labels)}
+    plotted.legend(handles, labels, frameon=False, **below)
     return plotted
 
 
-def _growth(data: dict[str, Any]) -> Any:
-    sizes = [int(size) for size in data["per_size"]]
+def _growth(data: Data) -> Any:
     plotted, all_axes = plt.subplots(1, 2, figsize=(8, 3))
-    for axes, (name, label) in zip(
-        all_axes, (("put_p50_ms", "PUT, ms"), ("resolve_ns", "resolve, ns")), strict=True
-    ):
-        figures = [figure(data["per_size"][str(size)][name]) for size in sizes]
-        axes.plot(sizes, [f.median for f in figures], "o-", color=COLOURS["slm"])
-        axes.fill_between(
-            sizes,
-            [f.low for f in figures],
-            [f.high for f in figures],
-            color=COLOURS["slm"],
-            alpha=0.15,
-        )
-        axes.set_xscale("log")
-        _plain_log(axes.xaxis, 1)
+    fields = (("put_p50_ms", "PUT, ms"), ("resolve_ns", "resolve, ns"))
+    for axes, (field, label) in zip(all_axes, fields, strict=True):
+        _by_size(axes, data, field, SLM, "o")
+        _logarithmic(axes.xaxis, 1)
         axes.set_ylim(bottom=0)
-        axes.set_xlabel("agents")
-        axes.set_ylabel(label)
+        axes.set(xlabel="agents", ylabel=label)
         axes.grid(visible=True, alpha=0.3)
     plotted.tight_layout()
     return plotted
+
+
+PLOTS: dict[str, Callable[[Data], Any]] = {
+    "fanout": _fanout,
+    "propagation": _propagation,
+    "growth": _growth,
+}

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import textwrap
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.errors import reading
 from benchmarks.report import notes, sections, targets
-from benchmarks.report.sections import PLOTS, SECTIONS, table
+from benchmarks.report.figures import table
+from benchmarks.report.sections import SECTIONS
 
 _ENVELOPE = {"title", "taken", "seconds", "repeats", "commit", "machine", "versions"}
 DOCUMENT = Path(__file__).parents[2] / "docs" / "performance.md"
@@ -18,17 +20,19 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "performance.md"
 
 @dataclass(frozen=True)
 class Kept:
-    """The kept results of a folder, by the bench's name.
-
-    Attributes:
-        files: all that is kept of each, with where and when.
-        results: what was measured.
-        missing: what a bench needs and did not find, where nothing was measured for that.
-    """
+    """The kept results of a folder by the bench's name: whole files, with where and when."""
 
     files: dict[str, dict[str, Any]]
-    results: dict[str, dict[str, Any]]
-    missing: dict[str, str]
+
+    @property
+    def results(self) -> dict[str, dict[str, Any]]:
+        """What was measured."""
+        return {name: one["data"] for name, one in self.files.items() if "data" in one}
+
+    @property
+    def missing(self) -> dict[str, str]:
+        """What a bench needs and did not find, where nothing was measured for that."""
+        return {name: one["missing"] for name, one in self.files.items() if "missing" in one}
 
 
 def read(folder: Path) -> Kept:
@@ -46,11 +50,7 @@ def read(folder: Path) -> Kept:
                 raise KeyError(*sorted(absent))
             if ("data" in one) == ("missing" in one):
                 raise KeyError("data")
-    return Kept(
-        files,
-        {name: one["data"] for name, one in files.items() if "data" in one},
-        {name: one["missing"] for name, one in files.items() if "missing" in one},
-    )
+    return Kept(files)
 
 
 def write(folder: Path, document: Path | None) -> str:
@@ -60,9 +60,9 @@ def write(folder: Path, document: Path | None) -> str:
         text = render(kept)
         from benchmarks.report import plots
 
-        plots.draw(kept.results, document.parent / PLOTS)
+        plots.draw(kept.results, document.with_suffix(""))
         document.write_text(text)
-    return "\n\n".join([*caveats(kept), _targets(kept)])
+    return "\n\n".join([*_caveats(kept), _targets(kept, targets.rows(kept.results, kept.missing))])
 
 
 def render(kept: Kept) -> str:
@@ -71,47 +71,35 @@ def render(kept: Kept) -> str:
     Raises:
         Malformed: a result lacks what its bench always writes.
     """
-    when = notes.SEVERAL_RUNS if _several_runs(kept) else notes.ONE_RUN
-    introduction = notes.INTRODUCTION.format(when=when).split("\n\n")
-    parts = [*map(_fill, introduction), *caveats(kept), "## Targets", _targets(kept)]
-    missed = [row for row in targets.rows(kept.results, kept.missing) if row.met is False]
-    if missed:
-        parts.append("### What is missed, and why")
-    for row in missed:
-        explained = notes.MISSED.get(row.key, notes.NOT_EXPLAINED)
-        parts.append(
-            _fill(f"**{row.what}.** {explained.why} What would change it: {explained.remedy}")
-        )
-    parts += [
-        sections.render(name, kept.results.get(name), kept.missing.get(name))
-        for name in SECTIONS
-        if name in kept.files
-    ]
+    rows = targets.rows(kept.results, kept.missing)
+    parts = [notes.INTRODUCTION, *_caveats(kept), "## Targets", _targets(kept, rows)]
+    if missed := [row.target.label for row in rows if row.met is False]:
+        parts.append("### What is missed")
+    parts += [f"**{label}.** {notes.MISSED.get(label, notes.NOT_EXPLAINED)}" for label in missed]
+    parts += [sections.render(name, kept.files[name]) for name in SECTIONS if name in kept.files]
     if kept.files:
-        parts += ["## Where and when", _where(kept)]
-    return "\n\n".join(parts) + "\n"
+        parts += ["## Where and when", *_where(kept)]
+    return "\n\n".join(map(_fill, "\n\n".join(parts).split("\n\n"))) + "\n"
 
 
 def _fill(paragraph: str) -> str:
+    if paragraph.startswith(("|", "#", "-", "!")):
+        return paragraph
     return textwrap.fill(paragraph, 100, break_long_words=False, break_on_hyphens=False)
 
 
-def _targets(kept: Kept) -> str:
-    lines = [
-        [row.what, row.target, row.measured, row.verdict]
-        for row in targets.rows(kept.results, kept.missing)
-    ]
-    return table(["what", "target", "measured", ""], lines)
+def _targets(kept: Kept, rows: list[targets.Row]) -> str:
+    lines = []
+    for row in rows:
+        bench = row.target.bench
+        of = f"{kept.files[bench]['taken'][:10]}, {bench}.json" if bench in kept.files else ""
+        lines.append([row.target.label, row.target.limit, row.measured, row.verdict, of])
+    return table(["what", "target", "measured", "", "figures"], lines)
 
 
-def caveats(kept: Kept) -> list[str]:
-    """Say what the figures cannot be trusted for, the gravest first."""
+def _caveats(kept: Kept) -> list[str]:
+    """Say what the figures cannot be trusted for."""
     found = []
-    if _several_runs(kept):
-        runs = "; ".join(
-            f"{name} {one['taken']} of {one['commit']}" for name, one in kept.files.items()
-        )
-        found.append(notes.NOT_ONE_RUN.format(runs=runs))
     loads = [one["machine"]["load_before"] for one in kept.files.values()]
     cores = min((one["machine"]["cores"] for one in kept.files.values()), default=1)
     # One bench's own work is a load of about the number of cores.
@@ -119,44 +107,18 @@ def caveats(kept: Kept) -> list[str]:
         found.append(notes.LOADED.format(lowest=min(loads), highest=max(loads), cores=cores))
     if unfinished := [name for name in SECTIONS if name not in kept.files]:
         found.append(notes.UNFINISHED.format(names=", ".join(unfinished)))
-    if "fanout" in kept.results and (sizes := sections.limited_by_the_farm(kept.results["fanout"])):
-        found.append(notes.FARM_LIMITS.format(sizes=" and ".join(sizes)))
     return found
 
 
-def _several_runs(kept: Kept) -> bool:
-    """Whether the results are of several commits, or were taken by several calls of the bench."""
-    return len({(one["commit"], one.get("run")) for one in kept.files.values()}) > 1
-
-
-def _where(kept: Kept) -> str:
-    each = max(kept.files.values(), key=lambda one: str(one["taken"]))
-    about, parts = each["machine"], []
-    parts.append(
-        f"{about['cores']} cores of {about['cpu']}, {about['memory_gib']} GiB, {about['system']},"
-        f" Linux {about['kernel']}, Python {about['python']}, SQLite {about['sqlite']},"
-        f" {about['openssl']}; databases on {about['file_system']}. The server runs on the first"
-        " core and whatever loads it on the last,"
-        " except where both sides' processes are said to be unpinned. All traffic is loopback."
+def _where(kept: Kept) -> list[str]:
+    machines: dict[str, list[str]] = defaultdict(list)
+    versions: dict[str, set[str]] = defaultdict(set)
+    for name, one in kept.files.items():
+        machines[notes.MACHINE.format(**one["machine"]).replace("\n", " ")].append(name)
+        for package, version in one["versions"].items():
+            versions[package].add(version)
+    places = "\n".join(f"- {', '.join(names)}: {place}" for place, names in machines.items())
+    listed = ", ".join(
+        f"{name} {' and '.join(sorted(versions[name]))}" for name in sorted(versions)
     )
-    lines = [
-        [
-            one["title"],
-            one["taken"],
-            str(one["repeats"]),
-            f"{one['seconds']:.0f} s",
-            one["commit"],
-            f"{one['machine']['load_before']:.1f}",
-            f"`benchmarks/results/{name}.json`",
-        ]
-        for name, one in kept.files.items()
-    ]
-    header = ["bench", "taken", "repeats", "took", "commit", "load before", "figures"]
-    parts.append(table(header, lines))
-    listed = ", ".join(f"{name} {number}" for name, number in sorted(each["versions"].items()))
-    parts.append(f"Versions: {listed}.")
-    parts.append(
-        "The file of the last column has the raw figures of every repeat. A package or program of"
-        " the bench that is not named here was not installed."
-    )
-    return "\n\n".join(parts)
+    return [places, notes.PLACE, f"Versions: {listed}."]

@@ -10,6 +10,7 @@ import aiohttp
 import pytest
 from fastapi import APIRouter, Response
 from fastapi.routing import APIRoute
+from pydantic import BaseModel
 from starlette.routing import BaseRoute
 
 from slm.server.api import parameters
@@ -101,3 +102,28 @@ async def test_a_part_is_what_its_name_says(server: InLoopServer) -> None:
                 value = given.take(typing.cast("Any", None), services, None)
                 assert isinstance(value, hint.__origin__)
     assert parts >= 5
+
+
+async def test_answers_are_the_models_of_the_document(ask: Caller, server: InLoopServer) -> None:
+    """Every GET of a model is answered with that model's fields and no others."""
+    everything = await make_token(ask, "everything", *SCOPES)
+    assert (await ask("POST", "/api/agents", agent("one", llm_api_key="sk-x"))).status == 201
+    seen = 0
+    for route in routes_of(server):
+        model = route.response_model
+        if "GET" not in (route.methods or ()) or not issubclass_of_model(model):
+            continue
+        if route.path == "/api/explain":
+            continue
+        answer = await everything("GET", route.path.format(agent_id="one", revision=2))
+        assert answer.status == 200, route.path
+        model.model_validate(answer.body)
+        fields = {field.alias or name for name, field in model.model_fields.items()}
+        assert set(answer.body) <= fields, route.path
+        seen += 1
+    assert seen >= 9
+
+
+def issubclass_of_model(kind: Any) -> bool:
+    """Whether an answer is documented by a model."""
+    return inspect.isclass(kind) and issubclass(kind, BaseModel)

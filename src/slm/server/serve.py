@@ -250,7 +250,7 @@ class _Uvicorn(uvicorn.Server):
         await self.on_tick(0)
         services, settings = self._slm.services, self._slm.settings
         connections, openings = services.connections, services.openings
-        connections.open = self.server_state.connections
+        connections.watch(self.server_state.connections, settings.header_timeout_seconds / 4)
         self._acceptor = Acceptor(
             listener,
             self._protocol,
@@ -259,8 +259,7 @@ class _Uvicorn(uvicorn.Server):
             tls=tls,
             handshake_seconds=settings.tls_handshake_seconds,
         )
-        openings.on_free = self._acceptor.get_on
-        connections.watch(settings.header_timeout_seconds / 4)
+        openings.when_free(self._acceptor.get_on)
 
     def _protocol(self) -> asyncio.Protocol:
         made: asyncio.Protocol = self.config.http_protocol_class(  # type: ignore[call-arg]

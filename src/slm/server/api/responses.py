@@ -32,6 +32,12 @@ def json_response(
     return Response(body, status, headers, media_type="application/json")
 
 
+def model_response(answer: BaseModel, status: int = 200) -> Response:
+    """Return an answer that nothing on the way keeps."""
+    headers = {"cache-control": "no-store"}
+    return json_response(answer.model_dump_json().encode(), status, headers)
+
+
 NOT_MODIFIED: Final[dict[int | str, dict[str, Any]]] = {
     304: {"description": "Not modified: If-None-Match has the tag of the present state"}
 }

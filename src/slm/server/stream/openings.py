@@ -30,15 +30,12 @@ class Openings:
     Args:
         limit: how many streams may be on their way at once.
         seconds: how long the rest of the way may take, once a peer has subscribed.
-
-    Attributes:
-        on_free: called when a place was given back and nobody waits for it.
     """
 
     def __init__(self, limit: int, seconds: float) -> None:
         self.seconds = seconds
         self.silent_seconds = min(SILENT_SECONDS, seconds)
-        self.on_free: Callable[[], None] = lambda: None
+        self._on_free: Callable[[], None] = lambda: None
         self._limit = limit
         self._share = (limit + 1) // 2
         self._held: dict[Hashable, int] = {}
@@ -54,6 +51,10 @@ class Openings:
 
     def __len__(self) -> int:
         return self._total
+
+    def when_free(self, call: Callable[[], None]) -> None:
+        """Call this from now on when a place was given back and nobody waits for it."""
+        self._on_free = call
 
     async def place(self, key: Hashable) -> Opening:
         """Take a place, at once or when this key's turn comes.
@@ -83,7 +84,7 @@ class Openings:
             self._held[key] = held
         self._pass_on()
         if not self.is_busy:
-            self.on_free()
+            self._on_free()
 
     def _may_take(self, key: Hashable) -> bool:
         return self._total < self._limit and self._held.get(key, 0) < self._share

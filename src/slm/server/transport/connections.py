@@ -63,7 +63,6 @@ class Connections:
         limit: how many may be open at once.
 
     Attributes:
-        open: every connection whose transport is there, streams included; uvicorn's own set.
         arriving: the connections on their way there, such as in a TLS handshake, the oldest first.
         max_streams: how many of them may be streams.
     """
@@ -71,14 +70,14 @@ class Connections:
     def __init__(self, limit: int = UNLIMITED) -> None:
         self.limit = limit
         self.max_streams = limit - min(KEPT_FOR_HTTP, limit // 2)
-        self.open: Collection[object] = ()
+        self._open: Collection[object] = ()
         self.arriving: dict[asyncio.Task[None], float] = {}
         self._http: dict[HttpConnection, float] = {}
         self._cut: set[HttpConnection] = set()
         self._timer: asyncio.TimerHandle | asyncio.Handle | None = None
 
     def __len__(self) -> int:
-        return len(self.open) + len(self.arriving) - len(self._cut)
+        return len(self._open) + len(self.arriving) - len(self._cut)
 
     # --- what connections tell ---
 
@@ -101,7 +100,7 @@ class Connections:
     @property
     def has_too_many_streams(self) -> bool:
         """Whether the streams, and the connections that are becoming one, are over their limit."""
-        return len(self.open) - len(self._http) > self.max_streams
+        return len(self._open) - len(self._http) > self.max_streams
 
     @property
     def can_take_one_more(self) -> bool:
@@ -137,8 +136,17 @@ class Connections:
 
     # --- peers that do not read ---
 
-    def watch(self, every_seconds: float) -> None:
-        """Cut the peers that do not read what they are answered, from now on."""
+    def watch(self, connections: Collection[object], every_seconds: float) -> None:
+        """Count these, and cut the peers that do not read what they are answered, from now on.
+
+        Args:
+            connections: every one whose transport is there, streams included; uvicorn's own set.
+            every_seconds: how often it is looked for such peers.
+        """
+        self._open = connections
+        self._look_later(every_seconds)
+
+    def _look_later(self, every_seconds: float) -> None:
         loop = asyncio.get_running_loop()
         self._timer = loop.call_later(every_seconds, self._tick, list(self._http), every_seconds)
 
@@ -156,4 +164,4 @@ class Connections:
         if len(connections) > LOOK_AT_ONCE:
             self._timer = loop.call_soon(self._tick, connections[LOOK_AT_ONCE:], every_seconds)
         else:
-            self.watch(every_seconds)
+            self._look_later(every_seconds)

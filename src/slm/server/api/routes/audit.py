@@ -12,7 +12,7 @@ from slm.errors import Conflict, DatabaseUnavailable, InvalidRequest, Overloaded
 from slm.server.api.access import Admin, Asking
 from slm.server.api.parameters import Audit, Data, FilterText, QueryModel
 from slm.server.api.problems import BODY_PROBLEMS, problem_responses
-from slm.server.api.responses import json_response
+from slm.server.api.responses import json_response, model_response
 from slm.server.api.route import SLMRoute
 from slm.server.lifecycle.audit_retention import note_exported
 from slm.server.security.audit_chain import parse_link
@@ -156,7 +156,7 @@ async def note_export(body: Exported, database: Data, _: Admin, who: Asking) -> 
     head = parse_link(body.head)
     assert head is not None  # noqa: S101 - the pattern is that of a link # nosec B101
     await database.run(lambda connection: note_exported(connection, head, who))
-    return _answer({"head": body.head})
+    return model_response(body)
 
 
 @router.get(
@@ -167,7 +167,7 @@ async def note_export(body: Exported, database: Data, _: Admin, who: Asking) -> 
 async def verify_audit(audit: Audit, _: Admin, query: Annotated[VerifyQuery, Query()]) -> Response:
     """Walk the whole chain; `expect` is the head that an earlier look gave."""
     verdict = await audit.verify(query.expect)
-    return _answer({"whole": verdict.whole} | vars(verdict))
+    return model_response(AuditVerdict(whole=verdict.whole, **vars(verdict)))
 
 
 def _shown(value: object) -> str | int | None:
@@ -188,4 +188,5 @@ def _detail(text: object) -> dict[str, Any]:
 
 
 def _answer(body: dict[str, Any]) -> Response:
+    # Not by the model, which would refuse to show what somebody has altered to another type.
     return json_response(json.dumps(body).encode(), 200, {"cache-control": "no-store"})

@@ -5,8 +5,7 @@ No encryption key is ever in a request or an answer.
 
 from __future__ import annotations
 
-import json
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Query, Response
 from pydantic import BaseModel, ConfigDict, Field
@@ -25,7 +24,7 @@ from slm.errors import (
 from slm.server.api.access import Admin, Asking
 from slm.server.api.parameters import MAX_ROW_ID, QueryModel, Rotation
 from slm.server.api.problems import problem_responses
-from slm.server.api.responses import json_response
+from slm.server.api.responses import model_response
 from slm.server.api.route import SLMRoute
 from slm.server.encryption.rotation import KeyStatus
 from slm.server.strict_json import MAX_INTEGER
@@ -108,7 +107,7 @@ class Pruned(BaseModel):
 @router.get("", response_model=KeyStatusRead, responses=problem_responses(DatabaseUnavailable))
 async def get_keys(rotation: Rotation, _: Admin) -> Response:
     """Say which keys there are, how many rows need each, and which replica has which."""
-    return _answer(_wire(await rotation.status()))
+    return model_response(_read(await rotation.status()))
 
 
 @router.post(
@@ -117,7 +116,7 @@ async def get_keys(rotation: Rotation, _: Admin) -> Response:
 async def add_key(rotation: Rotation, _: Admin, who: Asking) -> Response:
     """Make a key in the data directory; it decrypts, and encrypts nothing yet."""
     name = await rotation.add(who=who)
-    return _answer({"fingerprint": name}, 201)
+    return model_response(KeyName(fingerprint=name), 201)
 
 
 @router.post(
@@ -128,7 +127,7 @@ async def add_key(rotation: Rotation, _: Admin, who: Asking) -> Response:
 async def rotate(wanted: RotateTo, rotation: Rotation, _: Admin, who: Asking) -> Response:
     """Make a key the active one, on every replica at once; rows are re-encrypted after."""
     name = await rotation.rotate(wanted.fingerprint, who=who)
-    return _answer({"fingerprint": name})
+    return model_response(KeyName(fingerprint=name))
 
 
 @router.post("/reencrypt", response_model=Reencrypted, responses=problem_responses(*_PROBLEMS))
@@ -137,7 +136,7 @@ async def reencrypt(
 ) -> Response:
     """Re-encrypt some rows under the active key, in one short transaction."""
     progress = await rotation.reencrypt(min(query.after_id, MAX_ROW_ID), query.limit, who=who)
-    return _answer({"last_id": progress.last_id, "changed": progress.changed})
+    return model_response(Reencrypted(last_id=progress.last_id, changed=progress.changed))
 
 
 @router.post(
@@ -146,24 +145,21 @@ async def reencrypt(
 async def prune(rotation: Rotation, _: Admin, who: Asking) -> Response:
     """Retire every key but the active one; refused while a row needs one of them."""
     names = await rotation.prune(who=who)
-    return _answer({"fingerprints": names})
+    return model_response(Pruned(fingerprints=names))
 
 
-def _wire(status: KeyStatus) -> dict[str, Any]:
-    return {
-        "source": status.source,
-        "keys": [
-            vars(key)
+def _read(status: KeyStatus) -> KeyStatusRead:
+    keys = [
+        KeyRead(
+            **vars(key)
             | {
                 "created_at": key.created_at.isoformat(),
                 "retired_at": key.retired_at and key.retired_at.isoformat(),
             }
-            for key in status.keys
-        ],
-        "unreadable": status.unreadable,
-        "replicas": [vars(replica) for replica in status.replicas],
-    }
-
-
-def _answer(body: dict[str, Any], status: int = 200) -> Response:
-    return json_response(json.dumps(body).encode(), status, {"cache-control": "no-store"})
+        )
+        for key in status.keys
+    ]
+    replicas = [ReplicaRead(**vars(replica)) for replica in status.replicas]
+    return KeyStatusRead(
+        source=status.source, keys=keys, unreadable=status.unreadable, replicas=replicas
+    )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from typing import Annotated, Any, Literal
+from datetime import datetime
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Request, Response
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictInt, model_validator
@@ -24,7 +24,7 @@ from slm.server.api.access import Admin, Asking
 from slm.server.api.parameters import MAX_ROW_ID, Options, OwnLease, RowIdPath, Tokens
 from slm.server.api.peer import require_private
 from slm.server.api.problems import problem_responses
-from slm.server.api.responses import json_response
+from slm.server.api.responses import model_response
 from slm.server.api.route import SLMRoute
 from slm.server.security.agent_scope import EVERYTHING, parse_patterns
 from slm.server.security.token_store import TokenInfo
@@ -101,8 +101,7 @@ class TokenList(BaseModel):
 @router.get("/tokens", response_model=TokenList, responses=problem_responses(DatabaseUnavailable))
 async def list_tokens(tokens: Tokens, _: Admin) -> Response:
     """List the tokens, revoked and expired ones too."""
-    found = [_wire(token) for token in await tokens.all()]
-    return _answer({"tokens": found})
+    return model_response(TokenList(tokens=[_read(token) for token in await tokens.all()]))
 
 
 @router.post(
@@ -130,7 +129,8 @@ async def create_token(
         expires_in_seconds=wanted.expires_in_seconds,
         who=who,
     )
-    return _answer(_wire(written.token) | {"token": token.get_secret_value()}, 201)
+    made = TokenMade(**_read(written.token).model_dump(), token=token.get_secret_value())
+    return model_response(made, 201)
 
 
 @router.delete(
@@ -158,23 +158,24 @@ async def revoke_token(
         wait_seconds=CONFIRM_SECONDS,
         heard_within_seconds=settings.max_outage_seconds,
     )
-    return _answer(_wire(written.token) | {"unconfirmed": unconfirmed})
+    return model_response(
+        TokenRevoked(**_read(written.token).model_dump(), unconfirmed=unconfirmed)
+    )
 
 
-def _wire(token: TokenInfo) -> dict[str, Any]:
-    times = {
-        name: None if at is None else at.isoformat().replace("+00:00", "Z")
-        for name, at in (
-            ("created_at", token.created_at),
-            ("expires_at", token.expires_at),
-            ("revoked_at", token.revoked_at),
-            ("last_used_at", token.last_used_at),
-        )
-    }
-    agents = None if token.view.patterns is None else list(token.view.patterns)
-    told = {"id": token.id, "name": token.name, "scopes": list(token.scopes), "agents": agents}
-    return told | times
+def _read(token: TokenInfo) -> TokenRead:
+    patterns = token.view.patterns
+    return TokenRead(
+        id=token.id,
+        name=token.name,
+        scopes=list(token.scopes),
+        agents=None if patterns is None else list(patterns),
+        created_at=_text(token.created_at),
+        expires_at=token.expires_at and _text(token.expires_at),
+        revoked_at=token.revoked_at and _text(token.revoked_at),
+        last_used_at=token.last_used_at and _text(token.last_used_at),
+    )
 
 
-def _answer(body: dict[str, Any], status: int = 200) -> Response:
-    return json_response(json.dumps(body).encode(), status, {"cache-control": "no-store"})
+def _text(at: datetime) -> str:
+    return at.isoformat().replace("+00:00", "Z")
