@@ -206,6 +206,7 @@ def test_a_class_has_a_name_of_its_own(room: str) -> None:
 MOST_IN_A_FOLDER = 12
 ROOMIER = {"slm/server": 24}
 EXEMPT = {"routes", "commands", "versions"}
+MOST_LINES = 400
 
 
 def test_no_folder_holds_too_much_to_see_at_once() -> None:
@@ -223,6 +224,12 @@ def test_no_folder_holds_too_much_to_see_at_once() -> None:
         if folder.name not in EXEMPT and len(things) > ROOMIER.get(name, MOST_IN_A_FOLDER):
             full[name] = sorted(things)
     assert not full
+
+
+def test_no_file_is_too_long_to_read() -> None:
+    """A file of the package has at most 400 lines."""
+    lines = {path: len(path.read_text().splitlines()) for path in ROOT.rglob("*.py")}
+    assert not {path.name: count for path, count in lines.items() if count > MOST_LINES}
 
 
 # --- what an import loads ---

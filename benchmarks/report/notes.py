@@ -12,8 +12,9 @@ raw values of every repeat.
 
 A figure is the **median** of the repeats, followed by the lowest and highest of them unless all
 are the same. Within a bench, each repeat takes all contestants in turn. Ratios are computed repeat
-by repeat, which cancels much of the machine's noise; times on your machine will differ. Do not
-compare benches of different dates or commits with each other.
+by repeat, which cancels much of the machine's noise; times on your machine will differ. A figure
+is of the commit that its section names, which may be older than this page; do not compare benches
+of different dates or commits with each other.
 
 Run it yourself: `make bench` takes about fifteen minutes. `make bench-quick` takes two: it measures
 smaller sizes once, prints the table of targets and leaves this page alone. The bench starts and
@@ -72,7 +73,7 @@ record no metrics or events."""
 HTTP = """\
 The server on one core with 1,000 agents, each with a key; a load generator in C on the other core
 with {connections} kept connections (4 for the keyed snapshot). The server answers reads without
-keys from memory, and decrypts keys from the database for each keyed read."""
+keys from memory, and asks the database for each keyed one."""
 
 DURING = """\
 While changes go out to {subscribers:,} subscribers: p50 {p50}, p99 {p99}, of {requests:,} requests
