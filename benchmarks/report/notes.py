@@ -13,8 +13,8 @@ raw values of every repeat.
 A figure is the **median** of the repeats, followed by the lowest and highest of them unless all
 are the same. Within a bench, each repeat takes all contestants in turn. Ratios are computed repeat
 by repeat, which cancels much of the machine's noise; times on your machine will differ. A figure
-is of the commit that its section names, which may be older than this page; do not compare benches of different
-dates or commits with each other.
+is of the commit that its section names, which may be older than this page; do not compare benches
+of different dates or commits with each other.
 
 Run it yourself: `make bench` takes about fifteen minutes. `make bench-quick` takes two: it measures
 smaller sizes once, prints the table of targets and leaves this page alone. The bench starts and

@@ -1,4 +1,4 @@
-"""The statistics that the bench's figures are made with (`benchmarks/stats.py`)."""
+"""The statistics that the bench's figures are made with (`benchmarks/harness/stats.py`)."""
 
 from __future__ import annotations
 

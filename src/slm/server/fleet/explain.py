@@ -1,7 +1,8 @@
 """Explanations: asks a backend over its stream how it would resolve an agent, and waits.
 
 A backend of another replica is asked by way of that replica; question and answer are NOTIFYs of
-PostgreSQL. No key is in either (docs/protocol.md section 4).
+PostgreSQL, since replicas communicate only through the database and know no address of each other.
+No key is in either (docs/protocol.md section 4).
 """
 
 from __future__ import annotations
