@@ -35,7 +35,7 @@ from slm.server.lifecycle.compaction import compact
 from slm.server.lifecycle.startup import PreparedDatabase
 from slm.server.services import Services, make_services
 from slm.server.settings import Settings
-from slm.server.tasks.periodic import Upkeep
+from slm.server.tasks.periodic import PeriodicTask
 
 LAST_WORDS_SECONDS = 0.5
 """How long each of the last writes may take: what was used, and that this server is gone."""
@@ -127,15 +127,19 @@ def _workers(services: Services) -> list[_Worker]:
         workers.append(ChangeListener(database.url, services.feed.hear, others, supervisor))
         workers.append(sync)
     clean = services.fleet.forget_long_gone
-    workers.append(Upkeep("fleet-forget", clean, FORGET_EVERY_SECONDS, supervisor))
+    workers.append(PeriodicTask("fleet-forget", clean, FORGET_EVERY_SECONDS, supervisor))
     if settings.changes_keep is not None:
         work = functools.partial(compact, database, keep=settings.changes_keep)
-        workers.append(Upkeep("compaction", work, settings.compact_interval_seconds, supervisor))
+        workers.append(
+            PeriodicTask("compaction", work, settings.compact_interval_seconds, supervisor)
+        )
     if settings.audit_keep_days is not None:
         work = functools.partial(
             trim, database, services.keyring, keep_days=settings.audit_keep_days
         )
-        workers.append(Upkeep("audit-retention", work, settings.audit_trim_seconds, supervisor))
+        workers.append(
+            PeriodicTask("audit-retention", work, settings.audit_trim_seconds, supervisor)
+        )
     return workers
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from slm.server.agents.catalog import Catalog
 from slm.server.agents.credentials import KeyedReads
-from slm.server.agents.service import AgentRegistry
+from slm.server.agents.registry import AgentRegistry
 from slm.server.db.database import Database
 from slm.server.encryption.keyring import Keyring, read_keys
 from slm.server.encryption.rotation import KeyRotation

@@ -19,7 +19,7 @@ from starlette.datastructures import Headers
 from slm.errors import BadRequest, PreconditionFailed, Unauthorized
 from slm.server.agents.catalog import Catalog, agent_etag
 from slm.server.agents.changes import Written
-from slm.server.agents.service import Version
+from slm.server.agents.registry import Version
 from slm.server.fleet.receipts import subject_of
 from slm.server.security.token_table import Caller
 from slm.server.services import Services
