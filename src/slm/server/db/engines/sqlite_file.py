@@ -188,7 +188,7 @@ class SqliteFile:
 
 
 def _identity_of(path: str | Path) -> tuple[int, int] | None:
-    """Return the identity of what is at a path; None if nothing is there or accessible."""
+    """Return the identity of what is at a path; None if it is missing or inaccessible."""
     try:
         # Runs twice per transaction, and a Path costs more than the call.
         return _identity(os.stat(path))  # noqa: PTH116
