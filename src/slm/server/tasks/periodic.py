@@ -1,4 +1,4 @@
-"""Upkeep: work done at startup and then once per interval, such as a compaction.
+"""PeriodicTask: work done at startup and then once per interval, such as a compaction.
 
 Does not know the work: it is a function, which does its own logging.
 """
@@ -15,7 +15,7 @@ from slm.server.tasks.supervisor import Supervisor
 logger = logging.getLogger(__name__)
 
 
-class Upkeep:
+class PeriodicTask:
     """Repeats one kind of work in the background; a failed run is retried at the next interval.
 
     Args:
