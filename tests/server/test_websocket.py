@@ -16,7 +16,7 @@ from websockets.frames import Frame, Opcode
 
 from slm.server.stream.encoding import Frames
 from slm.server.transport.ws_connection import SHORT_BYTES, WebSocketConnection
-from slm.server.transport.ws_keepalive import Keepalive
+from slm.server.transport.ws_pings import Keepalive
 from tests.support.servers import eventually
 
 TIMEOUT_SECONDS = 0.3

@@ -10,8 +10,8 @@ from sqlalchemy import text
 from slm.schemas import Agent
 from slm.server.agents.credentials import KeyedReads
 from slm.server.agents.mapping import agent_of
+from slm.server.agents.registry import AgentRegistry
 from slm.server.agents.schemas import AgentCreate
-from slm.server.agents.service import AgentRegistry
 from slm.server.db.database import Database
 from slm.server.db.tables import CHANGES, SELECT_AGENTS
 from slm.server.encryption.keyring import Keyring

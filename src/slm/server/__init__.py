@@ -1,1 +1,1 @@
-"""The server room."""
+"""The SLM server."""

@@ -35,17 +35,17 @@ from slm.server.lifecycle.compaction import compact
 from slm.server.lifecycle.startup import PreparedDatabase
 from slm.server.services import Services, make_services
 from slm.server.settings import Settings
-from slm.server.tasks.periodic import Upkeep
+from slm.server.tasks.periodic import PeriodicTask
 
 LAST_WORDS_SECONDS = 0.5
-"""How long each of the last writes may take: what was used, and that this server is gone."""
+"""How long each of the last writes may take: tokens' last use, and that this server is gone."""
 
 
 Lifespan = Callable[[FastAPI], contextlib.AbstractAsyncContextManager[None]]
 
 
 class _Application(FastAPI):
-    """FastAPI, whose document also has what stands outside its routes' own models."""
+    """FastAPI, with an OpenAPI document that covers more than the routes' own models."""
 
     def __init__(self, services: Services, lifespan: Lifespan) -> None:
         super().__init__(
@@ -60,7 +60,7 @@ class _Application(FastAPI):
         self.state.services = services
 
     def setup(self) -> None:
-        """Answer the document from memory: it is open to all, and slow to encode."""
+        """Serve the OpenAPI document from memory: it is public, and slow to encode."""
         encoded = b""
 
         async def answer_document(_: Request) -> Response:
@@ -71,7 +71,7 @@ class _Application(FastAPI):
         self.add_route("/openapi.json", answer_document, include_in_schema=False)
 
     def allowed_methods(self, path: str) -> set[str]:
-        """Return the methods that this path takes, for `Allow` (RFC 9110 section 15.5.6)."""
+        """Return the methods that this path allows, for `Allow` (RFC 9110 section 15.5.6)."""
         return {
             method
             for route in self.routes
@@ -80,7 +80,7 @@ class _Application(FastAPI):
         }
 
     def openapi(self) -> dict[str, Any]:
-        """Return the API's document: problems, the bearer token, no word of a key's value."""
+        """Return the OpenAPI document, with problems and the bearer token but no key's value."""
         if self.openapi_schema is None:
             document = super().openapi()
             components = document.setdefault("components", {})
@@ -93,7 +93,7 @@ class _Application(FastAPI):
                 schemas[model.__name__] = schema
             for unused in ("HTTPValidationError", "ValidationError"):
                 schemas.pop(unused, None)
-            # pydantic marks a SecretStr so; in this one answer it is there to be read.
+            # pydantic marks a SecretStr as writeOnly; in this one response it is meant to be read.
             _unmark(schemas["LLMConfigWithKey"])
             self.openapi_schema = document
         return self.openapi_schema
@@ -115,7 +115,7 @@ class _Worker(Protocol):
 
 
 def _workers(services: Services) -> list[_Worker]:
-    """Return what works beside the feed, the wake-ups of other replicas and the compaction too."""
+    """Return what runs beside the feed, such as the listener for other replicas and compaction."""
     settings, database, supervisor = services.settings, services.database, services.supervisor
     workers: list[_Worker] = [services.caretaker, services.doorkeeper, services.token_watch]
     if database.dialect == "postgresql":
@@ -127,15 +127,19 @@ def _workers(services: Services) -> list[_Worker]:
         workers.append(ChangeListener(database.url, services.feed.hear, others, supervisor))
         workers.append(sync)
     clean = services.fleet.forget_long_gone
-    workers.append(Upkeep("fleet-forget", clean, FORGET_EVERY_SECONDS, supervisor))
+    workers.append(PeriodicTask("fleet-forget", clean, FORGET_EVERY_SECONDS, supervisor))
     if settings.changes_keep is not None:
         work = functools.partial(compact, database, keep=settings.changes_keep)
-        workers.append(Upkeep("compaction", work, settings.compact_interval_seconds, supervisor))
+        workers.append(
+            PeriodicTask("compaction", work, settings.compact_interval_seconds, supervisor)
+        )
     if settings.audit_keep_days is not None:
         work = functools.partial(
             trim, database, services.keyring, keep_days=settings.audit_keep_days
         )
-        workers.append(Upkeep("audit-retention", work, settings.audit_trim_seconds, supervisor))
+        workers.append(
+            PeriodicTask("audit-retention", work, settings.audit_trim_seconds, supervisor)
+        )
     return workers
 
 
@@ -143,7 +147,7 @@ def create_app(settings: Settings, prepared: PreparedDatabase) -> FastAPI:
     """Return the application; `app.state.services` has its parts.
 
     Args:
-        settings: what the operator set.
+        settings: the operator's settings.
         prepared: the open, migrated database and the vault.
     """
     services = make_services(settings, prepared)
@@ -157,7 +161,7 @@ def create_app(settings: Settings, prepared: PreparedDatabase) -> FastAPI:
                     await worker.start()
                     stack.push_async_callback(worker.stop)
                 yield
-                # Leases end by themselves: a database that is away does not hold the end up.
+                # Leases expire by themselves: an unreachable database does not delay the stop.
                 services.database.answer_within(LAST_WORDS_SECONDS if services.feed.current else 0)
         finally:
             await services.feed.stop()
@@ -185,6 +189,6 @@ def create_app(settings: Settings, prepared: PreparedDatabase) -> FastAPI:
         audit.router,
         health.router,
     ):
-        # Not `include_router`: to search level by level costs a tenth of a plain read.
+        # Not `include_router`: searching level by level costs a tenth of a plain read.
         app.router.routes.extend(router.routes)
     return app

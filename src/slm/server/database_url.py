@@ -14,13 +14,13 @@ _LIBPQ_HOST: Final = re.compile(r"^(?:\[(?P<v6>[^\]]+)\]|(?P<name>[^:\[\]]*))(?:
 
 
 def sqlalchemy_spelling(url: str) -> str:
-    """Return a URL with several hosts, as libpq writes it, as SQLAlchemy reads it.
+    """Convert a URL with several hosts from libpq's spelling to SQLAlchemy's.
 
     `postgresql://u@a:5432,b:5433/db` becomes `postgresql://u@/db?host=a,b&port=5432,5433`; any
     other URL stays as it is.
 
     Raises:
-        ValueError: a host or a port of several is none.
+        ValueError: one of several hosts or ports is invalid.
     """
     found = _LIBPQ_HOSTS.match(url)
     if found is None:

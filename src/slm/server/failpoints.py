@@ -1,7 +1,7 @@
-"""Places where a test may make the server fail on purpose; out of a test they cost one `if`.
+"""Places where a test can make the server fail on purpose; outside a test each costs one `if`.
 
-Knows names and actions only. `SLM_FAILPOINT=after_commit:kill` arms one (several: separated by
-commas), and is refused without SLM_TESTING=1, so that no environment can arm one by accident.
+Knows only names and actions. `SLM_FAILPOINT=after_commit:kill` arms one (several: separated by
+commas). It is refused without SLM_TESTING=1, so that no environment can arm one by accident.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from slm.errors import ConfigurationError, DatabaseUnavailable
 
 NAMES: Final = ("database", "before_commit", "after_commit", "before_push", "in_compaction")
 """database: any transaction is about to begin;
-before_commit: a write has done its statements; after_commit: the write is durable and nobody was
-told; before_push: the feed has a change, read or told of by its own server, and has pushed nothing
-of it; in_compaction: changes were deleted and the transaction is open."""
+before_commit: a write has run its statements; after_commit: the write is durable and nobody knows
+yet; before_push: the feed has a change, read or received from its own server, and has pushed
+nothing of it; in_compaction: changes were deleted and the transaction is open."""
 
 Kind = Literal["kill", "hold", "raise"]
 
 
 @dataclass
 class _Armed:
-    """What happens at one place: `kind`, for how long, and from which passing on."""
+    """What happens at one place: `kind`, for how long, and after how many passes."""
 
     kind: Kind
     seconds: float = 0.0
@@ -40,16 +40,16 @@ _lock = threading.Lock()
 
 
 def arm(text: str | None, *, testing: bool) -> None:
-    """Arm what `text` says, and disarm all else.
+    """Arm what `text` says, and disarm everything else.
 
     Args:
         text: `NAME:ACTION`, several separated by commas. ACTION is `kill` (SIGKILL to this
-            process), `hold:SECONDS` or `raise` (as if the database were away); `@N` after it lets
-            the first N passings through. None or empty: disarm.
-        testing: whether this is a test.
+            process), `hold:SECONDS` or `raise` (as if the database were unreachable); `@N` after
+            it lets the first N passes through. None or empty: disarm.
+        testing: whether the server runs in a test.
 
     Raises:
-        ConfigurationError: this is no test, or the text names no failpoint or action.
+        ConfigurationError: `testing` is false, or the text names no failpoint or action.
     """
     wanted = {}
     for part in (text or "").split(","):
@@ -64,14 +64,14 @@ def arm(text: str | None, *, testing: bool) -> None:
 
 
 def reach(name: str) -> None:
-    """Do what is armed at this place; for code that runs in a thread."""
+    """Run what is armed at this place; for code in a thread."""
     if _armed and (armed := _due(name)) is not None:
         _act(armed)
         time.sleep(armed.seconds)
 
 
 async def reach_async(name: str) -> None:
-    """Do what is armed at this place; for code that runs in the loop, which a hold leaves free."""
+    """Run what is armed at this place; for code in the event loop, which a hold does not block."""
     if _armed and (armed := _due(name)) is not None:
         _act(armed)
         await asyncio.sleep(armed.seconds)
@@ -80,9 +80,9 @@ async def reach_async(name: str) -> None:
 def reach_then(
     name: str, loop: asyncio.AbstractEventLoop, call: Callable[..., object], *arguments: object
 ) -> None:
-    """Do what is armed at this place, then have the loop call; for code that runs in a thread.
+    """Run what is armed at this place, then schedule `call` in the loop; for code in a thread.
 
-    A hold delays the call, and holds neither the thread nor the loop.
+    A hold delays the call, but blocks neither the thread nor the loop.
     """
     if _armed and (armed := _due(name)) is not None:
         _act(armed)

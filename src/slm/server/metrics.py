@@ -1,6 +1,7 @@
-"""The histograms of `/metrics`: what has a distribution, and so cannot be read off when asked.
+"""The histograms of `/metrics`: values with a distribution, which cannot be read on request.
 
-Knows no part of the server; who measures calls it. Counts and gauges are in `api.health`.
+Knows no part of the server; the code that measures calls it. `api.routes.health` has counts and
+gauges.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ _SECONDS: Final = (
 )
 
 UNKNOWN_ROUTE: Final = "none"
-"""What stands for a path that no route takes: a stranger must not make new series."""
+"""Stands for a path that no route takes: a stranger must not create new series."""
 
 
 class Metrics:
     """One server's histograms.
 
     Attributes:
-        registry: where they are; of this server alone, so that several live in one process.
+        registry: where they are registered; one per server, so that several fit in one process.
     """
 
     def __init__(self) -> None:
@@ -46,25 +47,25 @@ class Metrics:
             registry=self.registry,
             buckets=_SECONDS,
         )
-        # `labels` looks up and checks each time; a dict is a tenth of that.
+        # `labels` looks up and checks each time; a dict takes a tenth of the time.
         self._routes: dict[tuple[str, str, int], Histogram] = {}
 
     def pushed(self, seconds: float) -> None:
-        """Note how long after its commit a change was written to every live stream."""
+        """Record how many seconds after its commit a change was written to every live stream."""
         self._push.observe(seconds)
 
     def passed_on(self, seconds: float) -> None:
-        """Note how old a change was when the feed passed it on; clocks may differ."""
+        """Record how old a change was when the feed passed it on; clocks may differ."""
         self._lag.observe(max(0.0, seconds))
 
     def answered(self, method: str, route: str, status: int, seconds: float) -> None:
-        """Note how long a request took.
+        """Record how long a request took.
 
         Args:
-            method: of HTTP; one of the usual ones.
-            route: the route's own path, with its placeholders; never what was asked for.
-            status: of the answer; its class alone is kept.
-            seconds: from the request's head until the answer's end.
+            method: the HTTP method, one of the usual ones.
+            route: the route's own path, with its placeholders; never the requested path.
+            status: the response's status; only its class is kept.
+            seconds: from the head of the request to the end of the response.
         """
         key = (method, route, status // 100)
         child = self._routes.get(key)

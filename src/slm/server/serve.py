@@ -1,4 +1,4 @@
-"""serve: the whole server on a socket, from its start until SIGTERM or SIGINT.
+"""serve: the whole server on a socket, from its start to SIGTERM or SIGINT.
 
 Puts uvicorn around the application with our limits; knows no route.
 """
@@ -37,29 +37,29 @@ from slm.server.transport.ws_handshake import handshake_protocol
 logger = logging.getLogger(__name__)
 
 FINISH_SECONDS = 5
-"""How long requests under way may take after a stop; with the closes it stays under ten."""
+"""How long running requests may take after a stop; with the closes it stays under ten."""
 
 GIVE_UP_SECONDS = 4
-"""How long after a stop a transaction may last; where the database is known to be away, not at all.
+"""How long a transaction may last after a stop; not at all if the database is known to be away.
 
-Less than what requests have, so that whoever waits for one is told how it ended.
+Less than requests get, so that a request waiting for a transaction learns how it ended.
 """
 
 START_ENDS_SECONDS = 1.5
-"""How long an interrupted start may take to end in an orderly way."""
+"""How long an interrupted start may take to end cleanly."""
 
 CLOSED_A_SECOND = 500
-"""How many streams a stopping server closes in a second: whoever takes them has time for each."""
+"""How many streams a stopping server closes per second; other servers have time for each."""
 
 UNSENT_BYTES = 128 * 1024
-"""How much the kernel holds for a peer that does not read; the rest waits where it is counted.
+"""How much the kernel buffers for a peer that does not read; the rest waits where we count it.
 
-Its own limit is megabytes a connection: a slow reader would be noticed late, and a thousand of them
-would take gigabytes that no setting of ours bounds.
+Its own limit is megabytes per connection: a slow reader would be noticed late, and a thousand of
+them would take gigabytes that none of our settings limits.
 """
 
 KEEP_ALIVE_SECONDS = 75
-"""How long an idle HTTP connection is kept; longer than what load balancers keep theirs."""
+"""How long an idle HTTP connection is kept; longer than load balancers keep theirs."""
 
 
 async def serve(
@@ -70,12 +70,12 @@ async def serve(
 ) -> None:
     """Run the server until SIGTERM or SIGINT; SIGHUP reloads its TLS certificate.
 
-    For a process that is a server and nothing else, whose signals and interpreter it takes over.
+    For a process that only runs the server: it takes over the process's signals and interpreter.
 
     Args:
-        settings: what the operator set.
-        on_ready: called with the URL, its real port included, when the server answers.
-        on_note: called with each sentence about what was made at the start, and where.
+        settings: the operator's settings.
+        on_ready: called with the URL, including the actual port, when the server answers.
+        on_note: called with each sentence about what was created at the start, and where.
 
     Raises:
         StartupError: it cannot start; one sentence says why.
@@ -117,7 +117,7 @@ async def serve(
 
 
 def _exit_within(seconds: float) -> None:
-    """End this process by then, even if a thread hangs on a silent network or in a command.
+    """End this process after this time, even if a thread hangs on a dead network or in a command.
 
     Nothing is lost: a start is one transaction, which is rolled back with its connection.
     """
@@ -127,11 +127,11 @@ def _exit_within(seconds: float) -> None:
 
 
 class SLMServer:
-    """One server in the running loop, without signals: `start` and `stop`.
+    """One server in the running loop, without signal handlers: `start` and `stop`.
 
     Attributes:
         url: where it answers, once started.
-        notes: what was made at the start, and where.
+        notes: what was created at the start, and where.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -174,7 +174,7 @@ class SLMServer:
         return self.url
 
     def reload_tls(self) -> None:
-        """Read the TLS certificate again; connections from now on get it."""
+        """Read the TLS certificate again, for new connections."""
         if self._tls is not None:
             self._tls.reload()
 
@@ -188,7 +188,7 @@ class SLMServer:
             try:
                 await server.stop_in_order()
             except Exception as error:
-                # The database is closed whatever became of the connections.
+                # The database is closed whatever happened to the connections.
                 logger.error("stopping the connections failed with %s", type(error).__name__)
         prepared, self._prepared = self._prepared, None
         if prepared is not None:
@@ -204,14 +204,14 @@ class SLMServer:
                 app.state.services.connections,
             ),
             ws=handshake_protocol(settings.ping_interval_seconds, settings.ping_timeout_seconds),
-            # The largest message is an ack; the application holds others to 64 KiB.
+            # The largest message is an ack; the application limits others to 64 KiB.
             ws_max_size=MAX_ACK_BYTES,
             ws_ping_interval=None,
             ws_per_message_deflate=False,
             lifespan="on",
             interface="asgi3",
             log_config=None,
-            # Its INFO lines hold whole URLs, and a token may have been put into one by mistake.
+            # Its INFO lines contain whole URLs, and a token may have been put into one by mistake.
             log_level="warning",
             access_log=False,
             proxy_headers=False,
@@ -228,7 +228,7 @@ class SLMServer:
 
 
 class _Uvicorn(uvicorn.Server):
-    """uvicorn's server without its signals, whose streams are closed one after the other."""
+    """uvicorn's server without its signal handlers; it closes the streams one by one."""
 
     def __init__(self, config: uvicorn.Config, server: SLMServer) -> None:
         super().__init__(config)
@@ -268,7 +268,7 @@ class _Uvicorn(uvicorn.Server):
         return made
 
     async def stop_in_order(self) -> None:
-        """Accept nobody more, close the streams one by one, finish the requests, cut the rest."""
+        """Stop accepting, close the streams one by one, finish the requests, and cut the rest."""
         self._acceptor.close()
         answers = self._slm.services.feed.current
         self._slm.services.database.give_up_in(GIVE_UP_SECONDS if answers else 0)
@@ -284,16 +284,16 @@ class _Uvicorn(uvicorn.Server):
 
 @contextlib.contextmanager
 def _listening(settings: Settings) -> Iterator[socket.socket]:
-    """Bind the port; the socket is closed again when the block fails.
+    """Bind the port; the socket is closed again if the block fails.
 
     Raises:
-        StartupError: the address is not ours or the port is in use.
+        StartupError: the address is not this machine's, or the port is in use.
     """
     try:
         found = socket.getaddrinfo(
             settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )
-        # One address, so that port 0 is one port; IPv4 first, as `localhost` is meant.
+        # One address, so that port 0 is one port; IPv4 first, as `localhost` is usually meant.
         family, _, _, _, address = min(found, key=lambda each: each[0] != socket.AF_INET)
         dual = family == socket.AF_INET6 and socket.has_dualstack_ipv6() and address[0] == "::"
         listener = socket.create_server(address, family=family, backlog=2048, dualstack_ipv6=dual)
@@ -307,8 +307,8 @@ def _listening(settings: Settings) -> Iterator[socket.socket]:
             f" {error.strerror or error}."
             + (" Choose another port with --port or SLM_PORT." if taken else "")
         ) from None
-    # Accepted sockets inherit it. asyncio sets it by itself only where a socket names its protocol;
-    # without it an answer or a frame in two writes waits 40 ms for the peer's delayed ACK.
+    # Accepted sockets inherit it. asyncio sets it by itself only if a socket names its protocol;
+    # without it a response or a frame in two writes waits 40 ms for the peer's delayed ACK.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     try:
         yield listener
@@ -321,13 +321,13 @@ def _tls_of(settings: Settings) -> ServerTls | None:
     if settings.tls_cert is None or settings.tls_key is None:
         return None
     tls = ServerTls(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
-    # Before the database is touched: a wrong file is the quickest thing to tell.
+    # Before the database is touched: a wrong file is the quickest error to report.
     tls.context()
     return tls
 
 
 def _exposures(settings: Settings, listener: socket.socket) -> Iterator[str]:
-    """Yield what an operator has to know, at each start, of connections without TLS."""
+    """Yield what an operator must know, at each start, about connections without TLS."""
     if settings.trusted_networks:
         networks = ", ".join(map(str, settings.trusted_networks))
         yield (

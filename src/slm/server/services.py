@@ -1,4 +1,4 @@
-"""What the routes work with, in one value. Holds; does nothing itself."""
+"""Everything the routes work with, in one value. A container; does nothing itself."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from slm.server.agents.catalog import Catalog
 from slm.server.agents.credentials import KeyedReads
-from slm.server.agents.service import AgentRegistry
+from slm.server.agents.registry import AgentRegistry
 from slm.server.db.database import Database
 from slm.server.encryption.keyring import Keyring, read_keys
 from slm.server.encryption.rotation import KeyRotation
@@ -35,7 +35,7 @@ from slm.server.transport.process import open_files_limit
 
 @dataclass
 class RequestCounts:
-    """What `/metrics` tells of requests."""
+    """The request counts that `/metrics` reports."""
 
     writes: int = 0
     key_reads: int = 0
@@ -80,7 +80,7 @@ class Services:
 
 
 def make_services(settings: Settings, prepared: PreparedDatabase) -> Services:
-    """Put the parts together; nothing runs yet."""
+    """Connect the parts with each other; nothing runs yet."""
     catalog, metrics, supervisor = Catalog(), Metrics(), Supervisor()
     tokens = TokenTable(max_age_seconds=settings.max_outage_seconds)
     database = prepared.database
@@ -99,7 +99,7 @@ def make_services(settings: Settings, prepared: PreparedDatabase) -> Services:
     fleet_sync = FleetSync(
         database, fleet, settings.fleet_interval_seconds, settings.lease_seconds, supervisor
     )
-    # Each has to do with the other: acks wait for a broadcast, whose end they are told of.
+    # They need each other: acks wait for a broadcast, and the hub reports when it has ended.
     acks = AckQueue(lambda: hub.is_writing)
     hub = Hub(settings, fleet, supervisor, on_pushed=metrics.pushed, on_written=acks.written)
     feed = ChangeFeed(database, catalog, hub, tokens, settings, metrics, supervisor)

@@ -1,6 +1,6 @@
 """What an operator can set, by argument or by an SLM_* environment variable.
 
-Holds values only: knows no database, no socket, and opens no file. No secret has a default.
+Only holds values: knows no database and no socket, and opens no file. No secret has a default.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SQLITE_FILE: Final = "slm.db"
 
 
 class Settings(BaseSettings):
-    """The server's settings; each is also read from `SLM_` and its name in capitals.
+    """The server's settings; each is also read from `SLM_` plus its name in capitals.
 
     The texts are also the table of docs/reference/variables.md (`python -m tools.docs` writes it).
 
@@ -42,19 +42,19 @@ class Settings(BaseSettings):
             percent-encoded (`@` is `%40`); without it, `slm.db` in the data directory.
         tls_cert: the certificate chain, PEM. Keys leave the server's machine over TLS only.
         tls_key: the certificate's private key, PEM.
-        tls_client_ca: CA certificates, PEM; whoever connects must present a certificate that one of
-            them signed.
+        tls_client_ca: CA certificates, PEM; clients must present a certificate that one of them
+            signed.
         encryption_keys: Fernet keys separated by commas. On the first start the first of them
-            becomes the active key; after that the database says which one is. Without it,
-            `encryption.key` is made for a new SQLite file.
+            becomes the active key; after that the database records which key is active. Without it,
+            `encryption.key` is created for a new SQLite file.
         encryption_key_command: a command that prints such keys, for a vault or a KMS; it is run
             without a shell.
         encryption_key_command_env: variables that the command gets besides `PATH`, `HOME` and the
-            like, such as `VAULT_ADDR, AWS_*`; it never gets one of SLM's own.
-        endpoints: `strict` also refuses an agent's endpoint on loopback or in a private range.
+            like, such as `VAULT_ADDR, AWS_*`; it never gets any of SLM's own.
+        endpoints: `strict` also refuses agent endpoints on loopback or in private ranges.
         endpoint_allow: hosts, addresses and networks that `strict` allows.
         metrics_token: the bearer token that `/metrics` asks for; without it, `/metrics` is open.
-        trusted_proxies: addresses or networks of proxies whose forwarding headers are believed.
+        trusted_proxies: addresses or networks of proxies trusted to set forwarding headers.
         trusted_networks: addresses or networks from which plain http may ask for keys, such as
             those of a mesh whose sidecars encrypt; logged at each start.
         changes_keep: how many changes are kept for clients that resume, for the history and for
@@ -65,27 +65,27 @@ class Settings(BaseSettings):
         heartbeat_seconds: the time between two heartbeats of a stream.
         ping_interval_seconds: the time between two pings of a stream.
         ping_timeout_seconds: how long a peer may take to answer a ping.
-        behind_after_seconds: after how long without a good look at the database the server counts
-            as behind.
+        behind_after_seconds: after how long without reading the database successfully the server
+            is considered behind.
         poll_interval_seconds: how often the server looks for changes without being notified.
-        max_outage_seconds: how long plain reads and streams continue without the database, which
-            alone knows of a revoked token.
+        max_outage_seconds: how long plain reads and streams continue without the database, the only
+            place that records revoked tokens.
         min_revision_wait_seconds: how long a read waits for `min_revision`.
         lock_timeout_seconds: how long a transaction waits for a lock.
-        database_timeout_seconds: how long a whole transaction may take before it is given up.
+        database_timeout_seconds: how long a whole transaction may take before it is aborted.
         idle_in_transaction_seconds: after how long PostgreSQL ends an idle transaction.
         compact_interval_seconds: how often changes beyond `changes_keep` are removed.
         audit_trim_seconds: how often entries beyond `audit_keep_days` are removed.
         fleet_interval_seconds: the shortest time between two reports of a replica's backends to the
             other replicas; a waiting receipt is reported at once.
-        lease_seconds: after how long without a sign of life a replica counts as gone.
+        lease_seconds: after how long without a sign of life a replica is considered gone.
         key_command_seconds: how long `encryption_key_command` may take.
-        key_check_seconds: how often all stored keys are tried, which `/readyz` reports.
+        key_check_seconds: how often all stored keys are tried; `/readyz` reports the result.
         last_used_seconds: how often the time of a token's last use is saved.
-        auth_failures_per_second: how many failed authentications a second one address may have over
-            time.
+        auth_failures_per_second: how many failed authentications per second one address may have,
+            on average.
         auth_failures_burst: how many of them at once.
-        writes_per_second: how many writes a second one token may make over time.
+        writes_per_second: how many writes per second one token may make, on average.
         writes_burst: how many of them at once.
         streams_per_token: how many streams one token may have open on this server; without it, any
             number.
@@ -94,19 +94,19 @@ class Settings(BaseSettings):
         max_connections: how many connections may be open at once, 256 of them reserved for plain
             HTTP; without it, the limit of open files less 100.
         max_opening_streams: how many streams may be on their way from handshake to live at once;
-            the rest wait, and one token has half of the places at most.
-        max_snapshots: how many snapshots may be asked for at once; one is made at a time.
-        buffer_bytes: how much may wait for one slow reader.
-        buffer_total_bytes: how much may wait for all of them together.
+            the rest wait, and one token has at most half of the places.
+        max_snapshots: how many snapshots may be requested at once; they are made one at a time.
+        buffer_bytes: how much data may wait for one slow reader.
+        buffer_total_bytes: how much data may wait for all slow readers together.
         max_body_bytes: the largest request body.
         max_header_bytes: the largest request head.
         header_timeout_seconds: how long the head of a request may take, then its body, and how long
-            a peer may leave an answer unread.
+            a peer may leave a response unread.
         tls_handshake_seconds: how long a TLS handshake may take; 10 at most.
         shutdown_seconds: the longest time over which a stopping server spreads the closing of its
             streams; it closes up to 500 a second.
         replay_page: how many changes one page of a replay holds.
-        testing: allows what only a test may do.
+        testing: allows what only tests may do.
         failpoint: where to fail on purpose; refused unless `testing`.
     """
 
@@ -126,7 +126,7 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Read arguments, then the environment."""
+        """Read the arguments, then the environment."""
         return init_settings, TidyEnvironment(settings_cls)
 
     host: str = "127.0.0.1"
@@ -191,13 +191,13 @@ class Settings(BaseSettings):
     @field_validator("trusted_proxies", "trusted_networks", mode="before")
     @classmethod
     def _networks(cls, value: Any) -> Any:
-        """Take `10.0.0.1, 192.168.0.0/16`; a single address is a network of one."""
+        """Accept `10.0.0.1, 192.168.0.0/16`; a single address is a network of one."""
         return tuple(listed(value) if isinstance(value, str) else value)
 
     @field_validator("encryption_key_command_env", mode="before")
     @classmethod
     def _variables(cls, value: Any) -> Any:
-        """Take `VAULT_ADDR, AWS_*`; the server's own variables hold secrets."""
+        """Accept `VAULT_ADDR, AWS_*`; refuse the server's own variables, which hold secrets."""
         value = listed(value) if isinstance(value, str) else value
         if any(name.upper().startswith(("SLM_", "AUTOBOT_")) for name in value):
             raise ValueError(
@@ -225,7 +225,7 @@ class Settings(BaseSettings):
             before_query = value.get_secret_value().partition("?")[0]
             if backend != "sqlite" and ("@" in (url.host or "") or before_query.count("@") > 1):
                 backend = ""
-        # `from None`: the URL holds a password, and the chain would show it.
+        # `from None`: the URL contains a password, and the chained exception would show it.
         if backend not in ("sqlite", "postgresql", "postgres"):
             raise ValueError(
                 "must be a postgresql+psycopg:// or sqlite:/// URL, in which special characters of"
@@ -248,7 +248,7 @@ class Settings(BaseSettings):
 
     @property
     def endpoint_policy(self) -> EndpointPolicy:
-        """Which `llm_endpoint` may be saved."""
+        """Which values of `llm_endpoint` may be saved."""
         return EndpointPolicy(self.endpoints == "strict", self.endpoint_allow)
 
     @property
@@ -258,7 +258,7 @@ class Settings(BaseSettings):
             return URL.create("sqlite", database=str(self.data_dir / SQLITE_FILE))
         url = make_url(sqlalchemy_spelling(self.database_url.get_secret_value()))
         if url.get_backend_name() in ("postgresql", "postgres"):
-            # psycopg 3 is the one driver; `postgres://` is how many hosts still write it.
+            # psycopg 3 is the only driver; many hosting services still write `postgres://`.
             return url.set(drivername="postgresql+psycopg")
         return url
 
@@ -267,7 +267,7 @@ def load_settings(**overrides: Any) -> Settings:
     """Return the settings from the environment, overridden by the arguments that are not None.
 
     Raises:
-        ConfigurationError: a value makes no sense; the message names the variable, never the value.
+        ConfigurationError: a value is invalid; the message names the variable, never the value.
     """
     given = {name: value for name, value in overrides.items() if value is not None}
     try:

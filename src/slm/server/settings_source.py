@@ -1,7 +1,7 @@
-"""Where the settings come from beside arguments: the SLM_* variables of the environment, tidied.
+"""Where settings come from besides arguments: the SLM_* environment variables, cleaned up.
 
-Knows no setting by name. What Kubernetes sets by itself for a Service named `slm` is nobody's
-setting: SLM_PORT=tcp://… would keep each server of the namespace from starting.
+Knows no setting by name. Ignores what Kubernetes sets by itself for a Service named `slm`:
+SLM_PORT=tcp://… would keep every server of the namespace from starting.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ PREFIX: Final = "SLM_"
 
 
 class TidyEnvironment(PydanticBaseSettingsSource):
-    """Reads each field from `SLM_` and its name in capitals; an empty variable is one not set."""
+    """Reads each field from `SLM_` plus its name in capitals; empty variables are ignored."""
 
     def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
         """Return the variable's text, the field's name, and that the text is not JSON."""
@@ -36,7 +36,7 @@ class TidyEnvironment(PydanticBaseSettingsSource):
 
 
 def ignored_variables(environ: Mapping[str, str] | None = None) -> str | None:
-    """Return a sentence about what Kubernetes set and the server ignores, or None."""
+    """Return a sentence about Kubernetes variables that the server ignores, or None."""
     names = service_variables(PREFIX, os.environ if environ is None else environ)
     if not names:
         return None

@@ -1,7 +1,7 @@
-"""JSON as a request body may hold it: what RFC 8259 leaves to readers is refused, not guessed at.
+"""JSON in request bodies: what RFC 8259 leaves open to interpretation is refused, not guessed at.
 
-Pure. Plain `json.loads` takes duplicate keys, NaN, Infinity, lone surrogates, NUL, UTF-16, a byte
-order mark and numbers of any size; one reader would then see another value than the next.
+Pure. Plain `json.loads` accepts duplicate keys, NaN, Infinity, lone surrogates, NUL, UTF-16, a byte
+order mark and numbers of any size, so that two readers could see different values.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ _MAX_INTEGER_DIGITS: Final = 20
 
 
 class NotStrictJSON(ValueError):
-    """The text is not JSON of the strict kind; the message never holds any of it."""
+    """The text is not strict JSON; the message never contains any of it."""
 
 
 def loads(body: bytes) -> Any:
-    """Return what the body holds.
+    """Parse a body.
 
     Raises:
         NotStrictJSON: it is not UTF-8, not JSON, has a duplicate key, a number that is not finite
@@ -34,20 +34,20 @@ def loads(body: bytes) -> Any:
     try:
         value = _decoder.decode(text)
     except json.JSONDecodeError as error:
-        # Its message is one of a fixed set and its position a number; its text is left out.
+        # Its message is one of a fixed set and its position a number; the text is left out.
         raise NotStrictJSON(f"is not JSON: {error.msg} at character {error.pos}") from None
     except RecursionError:
         raise NotStrictJSON("is nested too deep") from None
     if "\\u" in text:
-        # Only an escape can bring in what the text itself cannot hold.
+        # Only an escape can introduce what the text itself cannot contain.
         _refuse_unstorable(value)
     return value
 
 
 def whole_number(text: str) -> int | None:
-    """Return the number that decimal digits name, or None where the text is anything else.
+    """Return the number written in decimal digits, or None if the text is anything else.
 
-    Only ASCII digits: `str.isdigit` takes "²", which `int` refuses, and `int` takes "٣".
+    Only ASCII digits: `str.isdigit` accepts "²", which `int` refuses, and `int` accepts "٣".
     """
     if not text.isascii() or not text.isdigit() or len(text) > _MAX_INTEGER_DIGITS:
         return None
@@ -83,7 +83,7 @@ def _constant(_: str) -> Any:
 
 
 def _integer(digits: str) -> int:
-    # Counted first: converting thousands of digits is slow, and Python refuses it.
+    # Check the length first: converting thousands of digits is slow, and Python refuses it.
     if len(digits) <= _MAX_INTEGER_DIGITS:
         value = int(digits)
         if -MAX_INTEGER - 1 <= value <= MAX_INTEGER:

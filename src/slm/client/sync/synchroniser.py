@@ -260,8 +260,8 @@ class Synchroniser:
         """Note why nothing is heard any more."""
         self.left()
         self.not_answered(error)
-        if self._connection.upgrade_refused:
-            self._poller.begin()
+        if self._connection.upgrade_refused and not self._connection.addresses.untried:
+            self._poller.begin()  # no address lets a stream through
         if isinstance(error, StoodStill):
             self._resuming = True
             self.settled.clear()

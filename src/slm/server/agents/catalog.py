@@ -1,7 +1,7 @@
-"""Every agent in memory at one revision, its answers ready as bytes.
+"""Every agent in memory at one revision, its responses ready as bytes.
 
-Moved by the feed alone; holds no key and no ciphertext, since `schemas.Agent` has neither. Knows no
-database and no HTTP.
+Only the feed changes it. Holds no key and no ciphertext, since `schemas.Agent` has neither. Knows
+no database and no HTTP.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from slm.server.agents.changes import CommittedChange
 from slm.server.security.agent_scope import EVERYTHING, View
 
 GZIP_LEVEL: Final = 5
-"""Above it a list gets hardly smaller and takes twice as long."""
+"""A higher level makes a list hardly smaller and takes twice as long."""
 
 
 class CatalogEntry:
-    """One agent as the catalog holds it, encoded when first asked for."""
+    """One agent in the catalog, encoded when first requested."""
 
     def __init__(self, agent: Agent, epoch: str) -> None:
         self.agent = agent
@@ -40,19 +40,19 @@ class CatalogEntry:
 
     @cached_property
     def searchable(self) -> str:
-        """What `search` looks through, in one case."""
+        """The text that `search` looks through, case-folded."""
         agent = self.agent
         return "\n".join((agent.agent_id, agent.name, agent.description or "")).casefold()
 
 
 def agent_etag(epoch: str, revision: int) -> str:
-    """Return the entity tag of an agent: where its last change is, the epoch included."""
+    """Return the entity tag of an agent: the epoch and the revision of its last change."""
     return f'"{epoch}-{revision}"'
 
 
 @dataclass(frozen=True)
 class AgentFilter:
-    """Which agents a list holds: those of the view; a field that is None does not filter."""
+    """Which agents to list: those in the view; a field that is None does not filter."""
 
     agent_id: str | None = None
     search: str | None = None
@@ -61,7 +61,7 @@ class AgentFilter:
     view: View = EVERYTHING
 
     def matches(self, entry: CatalogEntry) -> bool:
-        """Whether the agent is in the list."""
+        """Return whether the agent is in the list."""
         agent = entry.agent
         return (
             self.view.sees(agent.agent_id, agent.is_default)
@@ -76,12 +76,12 @@ EVERY_AGENT = AgentFilter()
 
 
 class Catalog:
-    """All agents at `revision` of `epoch`; every plain method works in one step of the loop.
+    """All agents at `revision` of `epoch`; each method that is not async runs in one loop step.
 
     Attributes:
         revision: the revision of the last change it holds.
-        epoch: the database's life that the revision belongs to.
-        change_id: which change it was that made the revision.
+        epoch: the epoch that the revision belongs to.
+        change_id: the id of the change that made the revision.
     """
 
     def __init__(self) -> None:
@@ -106,7 +106,7 @@ class Catalog:
         self._whole_list = self._compressed = None
 
     def apply(self, changes: Sequence[CommittedChange], head: int) -> None:
-        """Move to `head`; `changes` are all those after `revision` up to it, in order."""
+        """Move to `head`; `changes` are all changes after `revision` up to it, in order."""
         for change in changes:
             agent = change.agent
             agent_id = agent.agent_id
@@ -125,21 +125,21 @@ class Catalog:
         self._whole_list = self._compressed = None
 
     def get(self, agent_id: str) -> CatalogEntry | None:
-        """Return the agent of exactly this agent_id."""
+        """Return the agent with exactly this agent_id."""
         return self._entries.get(agent_id)
 
     @property
     def default_id(self) -> str | None:
-        """The agent_id of the default of now."""
+        """The agent_id of the current default."""
         return self._default_id
 
     def agent(self, agent_id: str) -> Agent | None:
-        """Return the agent of exactly this agent_id, without its ready answers."""
+        """Return the agent with exactly this agent_id, without its encoded responses."""
         entry = self._entries.get(agent_id)
         return None if entry is None else entry.agent
 
     def default(self) -> CatalogEntry | None:
-        """Return the agent that is the default now."""
+        """Return the current default agent."""
         return None if self._default_id is None else self._entries.get(self._default_id)
 
     def agents(self) -> list[Agent]:
@@ -149,7 +149,7 @@ class Catalog:
     def list_body(
         self, wanted: AgentFilter = EVERY_AGENT, *, limit: int | None = None, offset: int = 0
     ) -> bytes:
-        """Return the answer of GET /api/agents as JSON; `total` counts before limit and offset."""
+        """Return the JSON of GET /api/agents; `total` is the number before limit and offset."""
         if wanted == EVERY_AGENT and limit is None and not offset:
             if self._whole_list is None:
                 self._whole_list = self._encode(list(self._entries.values()), len(self._entries))
@@ -159,19 +159,19 @@ class Catalog:
         return self._encode(found[offset:stop], len(found))
 
     async def compressed_list(self) -> bytes:
-        """Return the answer of GET /api/agents in gzip, compressed once a revision.
+        """Return the gzip of GET /api/agents, compressed once per revision.
 
-        It is that of the revision at which it was asked for, even if a change comes meanwhile.
+        It has the revision at which it was requested, even if a change comes meanwhile.
         """
         if self._compressed is None:
             body = self.list_body()
-            # In a thread: ten thousand agents take 50 ms, which the streams would wait for.
+            # In a thread: ten thousand agents take 50 ms, which would hold up the streams.
             compressing = asyncio.to_thread(gzip.compress, body, GZIP_LEVEL, mtime=0)
             self._compressed = asyncio.ensure_future(compressing)
         return await asyncio.shield(self._compressed)
 
     def _encode(self, entries: Sequence[CatalogEntry], total: int) -> bytes:
         bodies = b",".join(entry.body for entry in entries)
-        # An epoch is hexadecimal and needs no escapes.
+        # An epoch is hexadecimal and needs no escaping.
         tail = f'],"total":{total},"revision":{self.revision},"epoch":"{self.epoch}"}}'
         return b'{"agents":[' + bodies + tail.encode()

@@ -1,4 +1,4 @@
-"""What a change is: where it stands in the order of all changes, and what a write made of it.
+"""A change: its position in the order of all changes, and the result of a write.
 
 Values only; knows no database.
 """
@@ -17,12 +17,12 @@ DELETED: Final = "agent_deleted"
 
 
 class Position(NamedTuple):
-    """A position in a database; the change id tells it from another one of the same number.
+    """A position in a database; the change id tells apart two positions with the same number.
 
     Attributes:
-        revision: of the last change that is known.
-        epoch: the life; empty: nothing is known yet.
-        change_id: of that change; None where only a number was given.
+        revision: the revision of the last known change.
+        epoch: its epoch; empty if nothing is known yet.
+        change_id: the id of that change; None if only a number was given.
     """
 
     revision: int
@@ -37,11 +37,11 @@ class CommittedChange:
     Attributes:
         revision: its place in the order of all changes.
         type: `agent_config_changed`, `agent_created` or `agent_deleted`.
-        agent: the agent after the change; for a delete, as it was.
+        agent: the agent after the change; for a delete, as it was before.
         was_default: whether it was the default before the change.
         created_at: when it was made, by the clock of the server that made it; None: not read.
-        traceparent: the trace that it was made in, where it was made here and is traced.
-        change_id: tells it from any other change of this revision.
+        traceparent: the trace that it was made in, if it was made on this server and is traced.
+        change_id: tells it from any other change with this revision.
     """
 
     revision: int
@@ -54,7 +54,7 @@ class CommittedChange:
 
     @property
     def deletes(self) -> bool:
-        """Whether the agent is gone after this."""
+        """Whether this change deleted the agent."""
         return self.type == DELETED
 
 
@@ -63,12 +63,12 @@ class Written:
     """What a write did.
 
     Attributes:
-        agent: the agent as it now is; None after a delete.
+        agent: the agent after the write; None after a delete.
         revision: of the last change that this write made, or the current one if it made none.
         epoch: the epoch of that revision.
-        changed: False where nothing was altered, so that there is no revision and no change.
-        api_key_cleared: the stored key was dropped, since it was bound to another place.
-        changes: what it wrote into the history, in order.
+        changed: False if nothing was altered, so that there is no revision and no change.
+        api_key_cleared: the stored key was removed, because it was bound to another place.
+        changes: the changes it recorded in the history, in order.
         follows: the change id of the revision before the first of them.
     """
 
@@ -82,5 +82,5 @@ class Written:
 
     @property
     def change_id(self) -> str | None:
-        """The id of the last change that this write made; None where it made none."""
+        """The id of the last change that this write made; None if it made none."""
         return self.changes[-1].change_id if self.changes else None

@@ -1,6 +1,6 @@
-"""What a write puts into the columns of an agent's row, its key included.
+"""What a write stores in the columns of an agent's row, including its key.
 
-Decides no rule of its own and runs no statement.
+Contains no rules of its own and runs no statement.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from slm.server.agents.schemas import VALUE_FIELDS, AgentCreate
 from slm.server.encryption.vault import Vault
 
 _PLAIN_FIELDS: Final = tuple(name for name in VALUE_FIELDS if name != "llm_options")
-"""Stored as they are sent."""
+"""Fields stored as they are sent."""
 
 
 def created_values(agent: AgentCreate) -> dict[str, Any]:
-    """Return the columns of a new agent that its body alone decides."""
+    """Return the columns of a new agent that depend only on the request body."""
     return {name: getattr(agent, name) for name in _PLAIN_FIELDS} | {
         "agent_id": agent.agent_id,
         "llm_options": _options_text(agent.llm_options),
@@ -30,7 +30,7 @@ def created_values(agent: AgentCreate) -> dict[str, Any]:
 
 
 def altered_values(before: Agent, sent: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the columns whose value, as served, is another one than was sent."""
+    """Return the columns in which the value sent differs from the value served."""
     altered = {
         name: sent[name]
         for name in _PLAIN_FIELDS
@@ -44,7 +44,7 @@ def altered_values(before: Agent, sent: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _options_text(options: Mapping[str, Any]) -> str:
-    """Return the options as they are stored: in the order given, so 1, 1.0 and true differ."""
+    """Return the options as they are stored: text in the order given; 1, 1.0 and true differ."""
     return json.dumps(options, ensure_ascii=False, separators=(",", ":"))
 
 
@@ -56,14 +56,14 @@ def place_key(
     revision: int,
     vault: Vault,
 ) -> bool:
-    """Set, keep or clear the key in `values`; return whether it was cleared unasked.
+    """Set, keep or clear the key in `values`; return whether it was cleared without a request to.
 
     Args:
-        values: the columns that are about to be written; changed in place.
-        before: the agent as it is.
-        after: the agent as it will be, apart from its key.
+        values: the columns about to be written; changed in place.
+        before: the agent before the write.
+        after: the agent after the write, apart from its key.
         sent: the fields that the write names.
-        revision: of the write.
+        revision: the revision of the write.
         vault: encrypts and decrypts.
     """
     moved = binding_of(after) != binding_of(before)

@@ -1,7 +1,7 @@
-"""Hands out agents with their keys: as the database has them now, and never unrecorded.
+"""Returns agents with their keys, as they are in the database now, and records every such read.
 
-Every key that is handed out is in the audit before it leaves. What is kept of one is sealed and for
-this very row (docs/protocol.md section 3). Knows no HTTP.
+Every key is in the audit before it leaves the server. What is kept of a key in memory is sealed and
+valid only for this exact row (docs/protocol.md section 3). Knows no HTTP.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from slm.server.security.audit import AuditEvent, Who, append_all
 
 _KEYED: Final = "+"
 _KEYLESS: Final = "-"
-"""What a piece begins with, by whether a key is in it."""
+"""How a stored piece begins, depending on whether it contains a key."""
 
 _LARGE: Final = 2000
-"""A table with more agents is read where no write waits for it."""
+"""A table with more agents than this is read where no write waits for it."""
 
 _PIECES_BYTES: Final = 16 * 1024 * 1024
 
@@ -57,7 +57,8 @@ _PAGE_OF_AGENTS: Final = (
     SELECT_AGENTS.where(AGENTS.c.id > bindparam("after")).order_by(AGENTS.c.id).limit(_LARGE)
 )
 _ALL: Final = SELECT_AGENTS.order_by(AGENTS.c.id)
-# One statement is one view of the database even under READ COMMITTED, where a read may also write.
+# Even under READ COMMITTED, where a read may also write, one statement sees one state of the
+# database.
 _SOME: Final = (
     select(
         *_HEAD.selected_columns,
@@ -71,7 +72,7 @@ _SOME: Final = (
 
 
 ITSELF: Final = Who("slm")
-"""The actor of what nobody asked for over HTTP."""
+"""The actor of what nobody requested over HTTP."""
 
 
 class _Found(NamedTuple):
@@ -88,10 +89,10 @@ def binding_of(agent: LLMConfig) -> KeyBinding:
 
 
 class KeyedReads:
-    """One agent with its key, or all of them.
+    """Reads one agent with its key, or all of them.
 
     Attributes:
-        undecryptable: the agents whose stored key could not be used when it was last tried.
+        undecryptable: the agents with a stored key that was unusable when last tried.
     """
 
     def __init__(self, database: Database, keyring: Keyring) -> None:
@@ -99,13 +100,13 @@ class KeyedReads:
         self._database = database
         self._keyring = keyring
         self._snapshots = SnapshotStore(self._read_for_snapshot)
-        # The pieces of small snapshots: after a change, all but one are as they were.
+        # The pieces of small snapshots: after a change, all but one are still the same.
         self._pieces = SealedTexts(_PIECES_BYTES)
         self._pieces_under: tuple[str, ...] = ()
         self._batches = Batches(database, self._read_batch)
 
     def forget(self, agent_id: str) -> None:
-        """Note that the agent's key was written: the next read finds whether it can be used."""
+        """Note that the agent's key was written: the next read finds out whether it is usable."""
         self.undecryptable -= {agent_id}
 
     async def llm(
@@ -114,12 +115,12 @@ class KeyedReads:
         """Return an agent with its key, and the revision and epoch it was read at.
 
         Raises:
-            Unauthorized: the token does not count any more.
-            AgentNotFound: there is no such agent, or the view does not see it.
-            AgentInactive: it is switched off.
+            Unauthorized: the token is no longer valid.
+            AgentNotFound: there is no such agent, or the view does not include it.
+            AgentInactive: it is inactive.
             KeyUndecryptable: its key does not decrypt, or belongs to another place.
-            EncryptionKeyMissing: this replica has not the encryption key that is in use now.
-            DatabaseUnavailable: it cannot be read, or the audit cannot be written.
+            EncryptionKeyMissing: this replica does not have the active encryption key.
+            DatabaseUnavailable: the database cannot be read, or the audit cannot be written.
         """
         if "\x00" in agent_id or any("\ud800" <= c <= "\udfff" for c in agent_id):
             raise AgentNotFound  # no database can even be asked for it
@@ -133,12 +134,12 @@ class KeyedReads:
         return found
 
     async def sealed_snapshot(self, *, who: Who, view: View) -> SealedSnapshot:
-        """Return every agent that the view sees, with its key, all read at one revision.
+        """Return every agent that the view includes, with its key, all read at one revision.
 
         Raises:
-            Unauthorized: the token does not count any more.
-            EncryptionKeyMissing: this replica has not the encryption key that is in use now.
-            DatabaseUnavailable: it cannot be read, or the audit cannot be written.
+            Unauthorized: the token is no longer valid.
+            EncryptionKeyMissing: this replica does not have the active encryption key.
+            DatabaseUnavailable: the database cannot be read, or the audit cannot be written.
         """
         found: SealedSnapshot | SnapshotHead = await self._batches.ask(Asked(who, view))
         if isinstance(found, SealedSnapshot):
@@ -150,16 +151,16 @@ class KeyedReads:
         return answered
 
     async def snapshot(self, *, who: Who = ITSELF, view: View = EVERYTHING) -> Snapshot:
-        """Return the same as a value; see `sealed_snapshot`."""
+        """Return the snapshot as a value; see `sealed_snapshot`."""
         sealed = await self.sealed_snapshot(who=who, view=view)
         return Snapshot.model_validate_json(b"".join(sealed.chunks()))
 
-    # --- one transaction for all who ask at the same time ---
+    # --- one transaction for everyone who asks at the same time ---
 
     def _read_batch(self, connection: Connection, batch: Sequence[Asked]) -> list[Any]:
-        """Return the outcome of each, as far as one transaction goes; a problem is one, too.
+        """Return an outcome for as many requests as fit into one transaction; some may be problems.
 
-        What was read is in the audit before this transaction commits, or nobody gets anything.
+        What was read is in the audit before this transaction commits, or no request gets anything.
         """
         ids = sorted({each.agent_id for each in batch if each.agent_id is not None})
         if ids:
@@ -193,7 +194,7 @@ class KeyedReads:
         return outcomes
 
     def _snapshot_for(self, asked: Asked, head: SnapshotHead) -> tuple[Any, list[AuditEvent]]:
-        """Return the snapshot, or the state that one has to be made of."""
+        """Return the snapshot, or the state that one must be made for."""
         ready = asked.made or self._snapshots.kept(asked.view, head)
         if ready is None:
             return head, []
@@ -227,13 +228,13 @@ class KeyedReads:
         some = functools.partial(self._read_all, limit=_LARGE + 1)
         head, rows = await self._database.read(some)
         if len(rows) > _LARGE:
-            # Beside the writers, none of whom is to wait for a hundred thousand rows.
+            # Beside the writers: none of them may wait for a hundred thousand rows.
             head, rows = await self._database.read_long(self._read_all)
             return head, map(_piece_of, self._all_with_keys(rows, view))
         return head, self._pieces_of(rows, view)
 
     async def check(self) -> None:
-        """Try every stored key, so that `undecryptable` is right; hands none out.
+        """Try to decrypt every stored key, to update `undecryptable`; returns none of them.
 
         Raises:
             DatabaseUnavailable: the database does not answer.
@@ -273,10 +274,10 @@ class KeyedReads:
                 yield _config(agent, None, "undecryptable")
 
     def _pieces_of(self, rows: Sequence[Any], view: View) -> Iterator[Piece]:
-        """Yield the pieces of a snapshot; only what is new since the last one is decrypted."""
+        """Yield the pieces of a snapshot; decrypts only what is new since the last one."""
         under = self._keyring.vault.fingerprints
         if under != self._pieces_under:
-            # What was opened with a key that has gone since is not handed out.
+            # Nothing that was decrypted with a key removed since is handed out.
             self._pieces, self._pieces_under = SealedTexts(_PIECES_BYTES), under
         for row in rows:
             name = hashlib.sha256(repr(tuple(row)).encode()).digest()
@@ -314,5 +315,5 @@ def _head_of(row: Any) -> SnapshotHead:
 def _config(agent: Agent, key: SecretStr | None, error: str | None) -> LLMConfigWithKey:
     values = agent.__dict__
     fields = {name: values[name] for name in LLMConfig.model_fields}
-    # Built from a row that was read already: not validated again, thousands at a time.
+    # Built from a row that was already read: thousands are not validated again.
     return LLMConfigWithKey.model_construct(**fields, llm_api_key=key, key_error=error)

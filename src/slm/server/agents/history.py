@@ -1,4 +1,4 @@
-"""History: what every agent was at any time, read from the table `changes`.
+"""History: every agent's state at any time, read from the table `changes`.
 
 Reads only; a rollback is a write like any other and goes through the registry. Knows no HTTP
 (docs/protocol.md section 2).
@@ -25,7 +25,7 @@ from slm.server.security.agent_scope import EVERYTHING, View
 from slm.server.strict_json import MAX_INTEGER
 
 MAX_PAGE: Final = 1000
-"""So many changes in one answer at most."""
+"""The largest number of changes in one response."""
 
 _SELECT_STATE: Final = select(
     STATE.c.floor,
@@ -37,16 +37,16 @@ _SELECT_STATE: Final = select(
 
 @dataclass(frozen=True)
 class ChangeFilter:
-    """Which changes are asked for.
+    """Which changes to return.
 
     Attributes:
-        agent_id: of this agent alone.
-        actor: made by this token alone.
-        since: after this revision.
-        upto: not after this revision.
-        at: not after this time.
-        newest_first: the order, and which end `limit` counts from.
-        view: what the caller may see; an agent's past is seen by whoever may see it today.
+        agent_id: only changes of this agent.
+        actor: only changes made by this token.
+        since: only changes after this revision.
+        upto: no changes after this revision.
+        at: no changes after this time.
+        newest_first: the order, and the end from which `limit` applies.
+        view: what the caller may see; whoever may see an agent today may see its past.
     """
 
     agent_id: str | None = None
@@ -59,7 +59,7 @@ class ChangeFilter:
 
 
 class History:
-    """What was, by revision and by time."""
+    """Past changes, by revision and by time."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -67,19 +67,19 @@ class History:
     async def changes(self, wanted: ChangeFilter, limit: int) -> ChangeList:
         """Return at most `limit` changes, in order, and where the next page starts.
 
-        A page may be short, even empty, and still have a `next`: it looks at a bounded number of
-        rows, whatever the filter.
+        A page may be short, even empty, and still have a `next`: each page examines a bounded
+        number of rows, whatever the filter.
 
         It runs beside the writers, and is interrupted at the database's time-out.
 
         Raises:
             DatabaseUnavailable: the database does not answer, or not in time.
-            Overloaded: too many such reads are under way.
+            Overloaded: too many such reads are running.
         """
         return await self._database.read_long(lambda connection: _page(connection, wanted, limit))
 
     async def _few(self, wanted: ChangeFilter, limit: int) -> ChangeList:
-        """Return one change or two, for a write or a receipt: not behind anybody's long read."""
+        """Return one or two changes, for a write or a receipt, without waiting for long reads."""
         return await self._database.read(
             lambda connection: _page(connection, wanted, limit, strict=True)
         )
@@ -88,7 +88,7 @@ class History:
         """Return one change.
 
         Raises:
-            RevisionNotFound: there is none of this revision, or none any more.
+            RevisionNotFound: there is no change with this revision, or it has been removed.
         """
         found = await self._few(ChangeFilter(since=revision - 1, upto=revision), 1)
         if not found.changes:
@@ -96,15 +96,15 @@ class History:
         return found.changes[0]
 
     async def agent_before(self, agent_id: str, to: int | None) -> Change:
-        """Return the change that made the agent what a rollback shall restore.
+        """Return the change with the agent's state that a rollback should restore.
 
         Args:
             agent_id: taken literally.
-            to: a revision of the database; None is the one before the agent's last change.
+            to: a revision of the database; None means the one before the agent's last change.
 
         Raises:
-            RevisionNotFound: the history holds nothing of the agent at that revision.
-            InvalidRequest: it was deleted at that revision.
+            RevisionNotFound: the history has nothing about the agent at that revision.
+            InvalidRequest: the agent was deleted at that revision.
         """
         last_two = await self._few(
             ChangeFilter(agent_id=agent_id, upto=to, newest_first=True), 2 if to is None else 1
@@ -115,7 +115,7 @@ class History:
                 f"There is no revision {to} yet; the last is {last_two.revision}."
             )
         if to is None and found and found[0].type != "agent_deleted":
-            # What a deleted agent was stands in the delete itself.
+            # The delete itself records what the agent was.
             found = found[1:]
         if not found:
             raise RevisionNotFound(
@@ -128,16 +128,16 @@ class History:
 
 
 def restoring_update(old: Agent, comment: str) -> AgentUpdate:
-    """Return the write that gives an agent back what it was, its key apart.
+    """Return the write that restores an agent, except for its key.
 
-    Not validated anew: what was once stored may be stored again, even where rules have changed.
+    Not validated again: what was once stored may be stored again, even if rules have changed.
     """
     fields = {name: getattr(old, name) for name in RESTORED_FIELDS}
     return AgentUpdate.model_construct(_fields_set=set(fields), comment=comment, **fields)
 
 
 def restoring_create(old: Agent, comment: str) -> AgentCreate:
-    """Return the write that makes a deleted agent again, without its key."""
+    """Return the write that recreates a deleted agent, without its key."""
     fields = {name: getattr(old, name) for name in RESTORED_FIELDS}
     return AgentCreate.model_construct(
         agent_id=old.agent_id, llm_api_key=None, is_default=False, comment=comment, **fields
@@ -147,10 +147,10 @@ def restoring_create(old: Agent, comment: str) -> AgentCreate:
 def _page(
     connection: Connection, wanted: ChangeFilter, limit: int, *, strict: bool = False
 ) -> ChangeList:
-    """Return a page; a change that cannot be read is left out, or with `strict` not found.
+    """Return a page; an unreadable change is left out, or raises if `strict`.
 
     Raises:
-        RevisionNotFound: it is `strict`, and a change cannot be read.
+        RevisionNotFound: `strict` is set, and a change cannot be read.
     """
     state = connection.execute(_SELECT_STATE).one()
     require_state(state.floor, state.revision, epoch=state.epoch)
@@ -172,7 +172,7 @@ def _page(
         return answer([])
     window = _window(connection, wanted, state, default_id)
     page = read_page(connection, window, limit, _characters)
-    # The condition in SQL chose them; that none is shown by mistake is not left to it alone.
+    # The SQL condition chose them; do not rely on it alone to keep hidden agents out.
     changes = []
     for row in page.rows:
         try:
@@ -214,17 +214,17 @@ def _window(
 
 
 def _revision_at(connection: Connection, at: datetime, after: int, upto: int) -> int:
-    """Return the last revision that was made at a time or before it.
+    """Return the last revision made at or before a time.
 
-    By halves, since times rise with the revisions, but for the difference between two servers'
-    clocks: an index of the times would cost every write. In one statement, not one for each half.
+    A binary search, since times rise with the revisions, apart from differences between servers'
+    clocks: an index on the times would cost every write. One statement, not one for each step.
     """
     bounds = select(
         literal(after, BigInteger).label("low"), literal(upto, BigInteger).label("high")
     ).cte("bounds", recursive=True)
     low, high = bounds.c.low, bounds.c.high
     middle = (low + high + 1) // 2
-    # The first at or after it: a history that somebody edited may have holes.
+    # The first at or after it: a history that someone edited may have gaps.
     first = (
         select(CHANGES.c.revision)
         .where(CHANGES.c.revision >= middle, CHANGES.c.revision <= high)

@@ -1,4 +1,4 @@
-"""Reads a row of the table `agents`, whatever another program may have put there."""
+"""Reads a row of the table `agents`, whatever another program may have stored there."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ T = TypeVar("T")
 
 
 def agent_of(row: Row[*tuple[Any, ...]] | Mapping[str, Any]) -> schemas.Agent:
-    """Return what is served for a row of `SELECT_AGENTS`.
+    """Return the agent to serve for a row of `SELECT_AGENTS`.
 
     Tolerant: our rules apply on write, and a row that breaks them is still served
-    (docs/protocol.md section 1). What cannot be read at all counts as not set.
+    (docs/protocol.md section 1). What cannot be read at all is treated as not set.
     """
     value = cast("Mapping[str, Any]", row._mapping) if isinstance(row, Row) else row
     return schemas.Agent(
@@ -87,7 +87,7 @@ def _options(value: Any) -> dict[str, Any]:
 
 
 def _no_constant(_: str) -> None:
-    """Refuse NaN and Infinity, which no JSON answer can carry."""
+    """Refuse NaN and Infinity, which a JSON response cannot contain."""
     raise ValueError
 
 

@@ -1,8 +1,8 @@
-"""Group commit for key reads: who asks while a transaction is under way shares the next one.
+"""Group commit for key reads: requests that arrive during a transaction share the next one.
 
-Each read needs a durable row in the audit before its answer leaves, and a disk makes a few hundred
-commits a second; one commit for all who wait is as durable (docs/decisions/0036-key-reads-share-a-
-commit.md). Knows neither keys nor HTTP.
+Each read needs a durable row in the audit before its response is sent, and a disk makes a few
+hundred commits a second; one commit for all who wait is just as durable
+(docs/decisions/0036-key-reads-share-a-commit.md). Knows neither keys nor HTTP.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from slm.server.security.agent_scope import View
 from slm.server.security.audit import Who
 
 MAX_AT_ONCE: Final = 128
-"""How many reads share a transaction at most, so that a write waits for a few milliseconds."""
+"""The most reads that share a transaction, so that a write waits only a few milliseconds."""
 
 MAX_ROWS: Final = 128
-"""From how many rows of the audit on a transaction takes nothing more."""
+"""A transaction with this many rows for the audit accepts no more reads."""
 
 _ANSWERS_A_TURN: Final = 8
 
@@ -35,11 +35,11 @@ class Asked:
     """One request for keys.
 
     Attributes:
-        who: who asks, for the audit; a token that was revoked by then gets nothing.
-        view: what it may see.
+        who: who is asking, for the audit; if their token was revoked by then, they get nothing.
+        view: what they may see.
         agent_id: the agent; None: all of them.
-        made: the snapshot that was made for it.
-        answer: what comes of it.
+        made: the snapshot that was made for this request.
+        answer: the outcome.
     """
 
     who: Who
@@ -52,12 +52,13 @@ class Asked:
 
 
 class Batches:
-    """Runs `read` over what is asked, one transaction at a time.
+    """Runs `read` over the pending requests, one transaction at a time.
 
     Args:
         database: where it runs.
-        read: returns an outcome for each of the first few, in order, at least one; an exception
-            among them is raised to who asked. What it raises goes to all of them.
+        read: returns an outcome for each of the first few requests, in order, for at least one; an
+            exception among the outcomes is raised in its request. If `read` itself raises, all
+            of them get that.
     """
 
     def __init__(
@@ -69,14 +70,14 @@ class Batches:
         self._task: asyncio.Task[None] | None = None
 
     async def ask(self, asked: Asked) -> Any:
-        """Return what `read` makes of it, once its transaction is durable."""
+        """Return the outcome of `read` for this request, once its transaction is durable."""
         self._waiting.append(asked)
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._run(), name="slm-key-reads")
         return await asked.answer
 
     async def _run(self) -> None:
-        """Go on until nobody waits; whatever happens, each gets an answer."""
+        """Run until nobody waits; whatever happens, every request gets an answer."""
         batch: list[Asked] = []
         try:
             while self._waiting:
@@ -86,7 +87,7 @@ class Batches:
                 batch = [each for each in batch if not each.answer.done()]
                 await self._together(batch)
         except BaseException:
-            # The server stops.
+            # The server is stopping.
             for each in (*batch, *self._waiting):
                 if not each.answer.done():
                     each.answer.set_exception(DatabaseUnavailable("The server is stopping."))

@@ -1,6 +1,6 @@
 """The statements that write agents and their changes, each run inside the caller's transaction.
 
-Knows tables and columns. The rules of what may be written, and when, are the registry's.
+Knows tables and columns. The registry has the rules: what may be written, and when.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Author(NamedTuple):
 
 
 class _AsItIs(UserDefinedType[Any]):
-    """A value that goes to the driver untouched, whatever the column's type would say of it."""
+    """A value that goes to the driver untouched, whatever the column's type."""
 
     cache_ok = True
 
@@ -37,7 +37,8 @@ _AGENT: Final = Prepared(SELECT_AGENTS.where(AGENTS.c.agent_id == bindparam("age
 _COLUMNS: Final = tuple(SELECT_AGENTS.selected_columns.keys())
 _DEFAULT: Final = SELECT_AGENTS.where(AGENTS.c.is_default.is_(True))
 _WRITTEN: Final = tuple(c.name for c in AGENTS.c if c.name not in ("id", "agent_id", "created_at"))
-# As it is, but for the time: a field that was not sent goes back as it was, whatever it holds.
+# All values except the time go as they are: a field that was not sent is written back unchanged,
+# whatever it contains.
 _UPDATE: Final = Prepared(
     update(AGENTS)
     .where(AGENTS.c.id == bindparam("row_id"))
@@ -54,9 +55,9 @@ _RECORD: Final = Prepared(insert(CHANGES))
 
 
 def agent_row(connection: Connection, agent_id: str) -> dict[str, Any] | None:
-    """Return the columns of an agent, or None; any text may be asked for."""
+    """Return the columns of an agent, or None; accepts any text."""
     if "\x00" in agent_id or any("\ud800" <= c <= "\udfff" for c in agent_id):
-        return None  # no database can even be asked for it
+        return None  # no database accepts it in a query
     rows = _AGENT.run(connection, {"agent_id": agent_id})
     return dict(zip(_COLUMNS, rows[0], strict=True)) if rows else None
 
@@ -72,7 +73,7 @@ def insert_agent(connection: Connection, values: Mapping[str, Any]) -> int:
 
 
 def update_agent(connection: Connection, values: Mapping[str, Any]) -> None:
-    """Write every column of the row with this `id` but those that never change."""
+    """Write every column of the row with this `id`, except those that never change."""
     _UPDATE.run(connection, {name: values[name] for name in _WRITTEN} | {"row_id": values["id"]})
 
 
@@ -89,7 +90,7 @@ def record_change(
     was_default: bool,
     author: Author,
 ) -> CommittedChange:
-    """Write the change that the feeds read, in the same transaction as what it tells of."""
+    """Write the change that the feeds read, in the same transaction as what it describes."""
     now = utc_now()
     _RECORD.run(
         connection,

@@ -1,7 +1,7 @@
-"""The bodies of what writes: strict, and the rules of docs/protocol.md section 1 apply.
+"""The bodies of writes: strict, with the rules of docs/protocol.md section 1.
 
-Apart from `slm.schemas`, since a backend writes nothing and building these takes as long as all the
-rest that it imports of ours.
+Separate from `slm.schemas`, because a backend writes nothing, and building these takes as long as
+everything else of ours that it imports.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from slm.schemas import (
 
 
 class _Written(BaseModel):
-    """What a client sends: strict types, unknown fields refused, the input never in an error."""
+    """What a client sends: strict types, unknown fields refused, no input in any error."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -76,11 +76,11 @@ VALUE_FIELDS: Final = tuple(
 """What a write can set, apart from the key and the comment."""
 
 RESTORED_FIELDS: Final = tuple(name for name in VALUE_FIELDS if name != "is_default")
-"""What a rollback brings back. Not the key, which no history holds; and not is_default, which says
-something of the fleet rather than of this agent."""
+"""What a rollback restores. Not the key, which is not in the history, and not is_default, which
+concerns the fleet rather than this agent."""
 
 _STORED: Final = frozenset(RESTORED_FIELDS) - {"is_active"}
-"""Fields whose stored value may break a rule: the table was adopted, or the rule is a newer one."""
+"""Fields with stored values that may break a rule: the table was adopted, or the rule is newer."""
 
 _NOT_NULL: Final = tuple(
     name
@@ -92,12 +92,12 @@ _NOT_NULL: Final = tuple(
 class AgentUpdate(_Written):
     """The body of PUT /api/agents/{agent_id}: fields not sent stay as they are.
 
-    `model_fields_set` tells a field that was sent as null from one that was not sent. A null clears
-    a nullable field and is refused for another (docs/protocol.md section 3).
+    `model_fields_set` distinguishes a field sent as null from one that was not sent. A null clears
+    a nullable field and is refused for any other (docs/protocol.md section 3).
     """
 
-    # Which fields a rule refuses or changes, as they were sent, and the rules broken: one that
-    # equals what is stored is not judged again (docs/protocol.md section 3).
+    # Fields that a rule refuses or changes, as they were sent, and the rules broken: a value equal
+    # to the stored one is not checked again (docs/protocol.md section 3).
     _as_sent: dict[str, Any] = PrivateAttr(default_factory=dict)
     _broken: dict[str, list[dict[str, Any]]] = PrivateAttr(default_factory=dict)
 
@@ -120,7 +120,7 @@ class AgentUpdate(_Written):
     @model_validator(mode="wrap")
     @classmethod
     def _judge_later(cls, value: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
-        """Leave what a row may hold from before to whoever can compare it with the row."""
+        """Defer the check of a value that a row may already contain until the row is known."""
         broken: dict[str, list[dict[str, Any]]] = {}
         try:
             update = handler(value)
@@ -145,10 +145,10 @@ class AgentUpdate(_Written):
         return update
 
     def judged_beside(self, stored: Agent) -> dict[str, Any]:
-        """Return the fields that are to be written, for an agent that is stored like this.
+        """Return the fields to write to an agent with this stored state.
 
         Raises:
-            InvalidRequest: one breaks a rule, and is not what is stored.
+            InvalidRequest: a field breaks a rule and differs from what is stored.
         """
         same = {
             name
@@ -173,8 +173,8 @@ class AgentUpdate(_Written):
 class Rollback(_Written):
     """The body of POST /api/agents/{agent_id}/rollback.
 
-    `to` is a revision of the database: the agent gets back what it was at that time. Without it,
-    what it was before its last change.
+    `to` is a revision of the database: the agent returns to its state at that revision. Without it,
+    to its state before its last change.
     """
 
     to: Annotated[StrictInt, Field(ge=1, le=2**63 - 1)] | None = None

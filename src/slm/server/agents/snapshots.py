@@ -1,7 +1,7 @@
-"""Snapshots of all agents with their keys: made once for all who ask, kept sealed while they hold.
+"""Snapshots of all agents with their keys: made once for all callers, kept sealed while valid.
 
-A snapshot is good for as long as revision, epoch and key ring are what they were. One is made at a
-time and the rest wait; what is kept is ciphertext under a key of this process. Knows no HTTP.
+A snapshot is valid while revision, epoch and key ring stay the same. Only one is made at a time and
+the other callers wait; what is kept is ciphertext under a key of this process. Knows no HTTP.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from slm.server.security.audit import AuditEvent, Who
 from slm.server.security.audit_reader import READ_ALL
 
 KEPT_BYTES: Final = 64 * 1024 * 1024
-"""What all snapshots that are kept may take; the one used longest ago goes first."""
+"""The most bytes that all kept snapshots may take; the least recently used goes first."""
 
 CHUNK_BYTES: Final = 128 * 1024
-"""How much of one is plain text at a time while it is made or sent."""
+"""How many bytes of one are plain text at a time while it is made or sent."""
 
 MAX_NAMED: Final = 500
-"""How many agents one row of the audit names; a larger snapshot has several."""
+"""The most agents that one row of the audit names; a larger snapshot has several rows."""
 
 _SLICE: Final = 64
 _PAUSE_SECONDS: Final = 0.0005
@@ -36,10 +36,10 @@ class Piece(NamedTuple):
     """One agent of a snapshot.
 
     Attributes:
-        agent_id: whose it is.
+        agent_id: the agent's id.
         json: the agent with its key.
-        with_key: whether there is one in it.
-        undecryptable: whether there should be, and it cannot be opened.
+        with_key: whether it contains a key.
+        undecryptable: whether it should contain one that could not be decrypted.
     """
 
     agent_id: str
@@ -49,9 +49,9 @@ class Piece(NamedTuple):
 
 
 class SnapshotHead(NamedTuple):
-    """Which state of the database something is of.
+    """The state of the database that something was read at.
 
-    The change's id tells a line of changes from another one that has the same numbers.
+    The change id distinguishes two lines of changes that have the same numbers.
     """
 
     revision: int
@@ -60,7 +60,7 @@ class SnapshotHead(NamedTuple):
     change_id: str | None
 
     def covers(self, other: SnapshotHead) -> bool:
-        """Whether this is the same state or a later one of the same life and key ring."""
+        """Whether this is the same or a later state of the same epoch and key ring."""
         same_life = self[1:3] == other[1:3]
         return self == other or (same_life and self.revision > other.revision)
 
@@ -70,11 +70,11 @@ class SealedSnapshot:
     """The JSON answer of GET /api/snapshot, sealed.
 
     Attributes:
-        head: what it was read at.
-        agents: how many agents it holds.
-        with_key: those whose key it holds.
-        undecryptable: those whose key could not be opened.
-        size: of the JSON, in bytes.
+        head: the state it was read at.
+        agents: how many agents it contains.
+        with_key: the agents that it contains a key for.
+        undecryptable: the agents with a key that could not be decrypted.
+        size: the size of the JSON, in bytes.
     """
 
     head: SnapshotHead
@@ -86,17 +86,17 @@ class SealedSnapshot:
     _chunks: tuple[bytes, ...]
 
     def chunks(self) -> Iterator[bytes]:
-        """Yield the JSON in pieces; each is opened when it is asked for."""
+        """Yield the JSON in pieces; each is decrypted when it is requested."""
         for chunk in self._chunks:
             yield self._sealer.open(chunk, b"")
 
     @property
     def held_bytes(self) -> int:
-        """What it takes in memory, about."""
+        """Roughly how many bytes of memory it takes."""
         return self.size + sum(len(agent_id) + 64 for agent_id in self.with_key)
 
     def events(self, who: Who) -> list[AuditEvent]:
-        """Return what the audit says of an answer with it: every agent whose key it holds."""
+        """Return the audit entries for a response with it: every agent it contains a key for."""
         parts = -(-len(self.with_key) // MAX_NAMED)
         found = []
         for part in range(parts):
@@ -110,11 +110,11 @@ class SealedSnapshot:
 
 
 class SnapshotStore:
-    """The snapshots that are kept, by view, and the one that is being made.
+    """The snapshots that are kept, by view, and the one being made.
 
     Args:
         read: returns a view's agents with their keys and the state they were read at.
-        kept_bytes: what may be kept.
+        kept_bytes: how many bytes may be kept.
     """
 
     def __init__(
@@ -130,11 +130,11 @@ class SnapshotStore:
 
     @property
     def bytes_held(self) -> int:
-        """What is kept takes so much."""
+        """How many bytes the kept snapshots take."""
         return sum(each.held_bytes for each in self._kept.values())
 
     def kept(self, view: View, head: SnapshotHead) -> SealedSnapshot | None:
-        """Return the view's snapshot if it is of this very state."""
+        """Return the view's snapshot if it has exactly this state."""
         found = self._kept.get(view)
         return found if found is not None and found.head == head else None
 
@@ -142,7 +142,7 @@ class SnapshotStore:
         """Return the view's snapshot of this state or a later one; all who wait share it.
 
         Raises:
-            EncryptionKeyMissing: this replica has not the encryption key that is in use now.
+            EncryptionKeyMissing: this replica does not have the active encryption key.
             DatabaseUnavailable: it cannot be read.
         """
         async with self._making:
@@ -159,7 +159,7 @@ class SnapshotStore:
     def _keep(self, view: View, made: SealedSnapshot) -> None:
         self._kept.pop(view, None)
         self._kept[view] = made
-        # The newest stays whatever its size, for those who wait for it; it is the only one then.
+        # The newest stays whatever its size, for its waiting callers; then it is the only one.
         while len(self._kept) > 1 and self.bytes_held > self._kept_bytes:
             self._kept.popitem(last=False)
 
@@ -185,7 +185,7 @@ class SnapshotStore:
                 chunks.append(self._sealer.seal(bytes(pending), b""))
                 pending.clear()
             if count % _SLICE == 0:
-                # The event loop would otherwise wait for the interpreter's lock again and again.
+                # Otherwise the event loop would wait for the interpreter's lock again and again.
                 time.sleep(_PAUSE_SECONDS)
         pending += b"]}"
         size += len(pending)

@@ -1,6 +1,6 @@
-"""Who may: the scope that a route asks for, the caller it lets in, and what that caller sees.
+"""Access control: the scope a route requires, the caller it admits, and what that caller sees.
 
-Every refusal is counted, and a failed login against its address. Knows no route and no answer.
+Counts every refusal, and failed logins by address. Knows no route and no response.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from slm.server.transport.connections import TOKEN_SHOWN
 
 
 class Given(ABC):
-    """What the server itself gives an endpoint for one of its parameters.
+    """A value that the server itself supplies to an endpoint parameter.
 
-    To FastAPI it is a dependency without parameters of its own, so the API's document has no word
-    of it; `SLMRoute` calls `take`.
+    To FastAPI it is a dependency without parameters of its own, so it does not appear in the
+    OpenAPI document; `SLMRoute` calls `take`.
     """
 
     async def __call__(self) -> None:
-        """Stand for a dependency in the signature; nobody calls it."""
+        """Act as a dependency in the signature; never called."""
         raise NotImplementedError
 
     @abstractmethod
@@ -40,31 +40,31 @@ class Given(ABC):
 
 
 class Requires(Given):
-    """The scope that a route asks for; the caller that has it is the parameter's value.
+    """The scope that a route requires; the parameter's value is the caller, who has that scope.
 
-    `SLMRoute` checks it before the body is read, and the API's document takes the scope from it.
+    `SLMRoute` checks it before it reads the body; the OpenAPI document takes the scope from it.
     """
 
     def __init__(self, scope: str) -> None:
         self.scope = scope
 
     def take(self, request: Request, services: Services, caller: Caller | None) -> object:
-        """Return the caller that `check` let in."""
+        """Return the caller that `check` admitted."""
         return caller
 
     def check(self, connection: HTTPConnection, parts: Services) -> Caller:
         """Return the caller, if its token is known and has the scope.
 
         Raises:
-            Unauthorized: the token is not known.
-            DatabaseUnavailable: nobody can know any more which tokens count.
-            Forbidden: it lacks the scope.
-            TooManyRequests: this address failed too often, or this token writes too often. Who has
-                a token that counts is never refused for what others of its address do.
+            Unauthorized: the token is unknown.
+            DatabaseUnavailable: the server can no longer tell which tokens are valid.
+            Forbidden: the token lacks the scope.
+            TooManyRequests: this address failed too often, or this token writes too often. A caller
+                with a valid token is never refused because of others at its address.
         """
         try:
             caller = parts.tokens.authenticate(connection.headers)
-            # Whoever has one is not closed to make room for others.
+            # A connection with a valid token is not closed to make room for others.
             connection.scope.setdefault("state", {})[TOKEN_SHOWN] = True
             caller.require(self.scope)
         except Forbidden:
@@ -82,7 +82,7 @@ def note_failed_login(connection: HTTPConnection) -> None:
     """Count a failed authentication against its address.
 
     Raises:
-        TooManyRequests: there were too many from there.
+        TooManyRequests: too many came from there.
     """
     parts = services_of(connection)
     parts.counts.auth_failures += 1
@@ -91,17 +91,17 @@ def note_failed_login(connection: HTTPConnection) -> None:
 
 
 def who_of(connection: HTTPConnection, caller: Caller) -> Who:
-    """Return who asks, and from where, for the audit."""
+    """Return who is asking, and from where, for the audit."""
     proxies = services_of(connection).settings.trusted_proxies
     return Who(caller.name, client_address(connection, proxies), caller)
 
 
 @contextlib.contextmanager
 def place_to_wait(services: Services, caller: Caller) -> Iterator[None]:
-    """Hold one of the token's places among the requests that wait.
+    """Hold one of the token's places for waiting requests.
 
     Raises:
-        TooManyRequests: there is none left.
+        TooManyRequests: none is left.
     """
     if not services.waits.take(caller.token_id):
         raise TooManyRequests("This token has reached its limit of waiting requests.")
@@ -112,15 +112,15 @@ def place_to_wait(services: Services, caller: Caller) -> Iterator[None]:
 
 
 def sees_today(catalog: Catalog, caller: Caller, agent_id: str) -> bool:
-    """Whether the caller may see this agent now, and so its past.
+    """Return whether the caller may see this agent now, and so its past.
 
-    What was the default once is not seen for that.
+    Having once been the default does not make an agent visible.
     """
     return caller.view.sees(agent_id, agent_id == catalog.default_id)
 
 
 def services_of(connection: HTTPConnection) -> Services:
-    """Return the parts of the server that this request came to."""
+    """Return the services of the server that received this request."""
     parts: Services = connection.app.state.services
     return parts
 
@@ -138,4 +138,4 @@ class _Asking(Given):
 
 
 Asking = Annotated[Who, Depends(_Asking())]
-"""Who asks, and from where, for the audit."""
+"""Who is asking, and from where, for the audit."""

@@ -1,8 +1,8 @@
-"""The outermost layer: stamps every answer, answers what nobody else caught, and counts it.
+"""The outermost layer: stamps every response, answers unexpected errors, and records metrics.
 
-One pass over the messages of a request, since each layer of ASGI costs every request a closure and
-two calls; what is done to a scope or a message is in `scope`. Knows no route but by the name that
-it is given.
+It makes a single pass over a request's messages, because each ASGI layer costs every request a
+closure and two calls; `scope` has what is done to a scope or a message. Knows a route only by the
+name it is given.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ _KEY_READS: Final = ("/llm", "/api/snapshot")
 
 
 class Edge:
-    """Names revision and epoch on every answer, and answers 500 to what was not foreseen.
+    """Adds revision and epoch to every response, and answers unexpected errors with 500.
 
-    An answer that names no revision of its own gets the catalog's from before the request was
-    looked at: whatever was read since is at least as new.
+    A response without a revision of its own gets the catalog's from before the request was
+    processed: whatever was read since is at least as new.
 
     Args:
-        app: what answers the requests.
-        catalog: whose revision and epoch are named.
-        metrics: told of each answer.
-        counts: where what failed is counted.
-        streams: what answers a WebSocket at each path. It is called from here, and nowhere else: on
-            the way through the layers below our part of a handshake takes twice as long, which is a
-            second of a server to which 10,000 backends come back.
+        app: answers the requests.
+        catalog: supplies revision and epoch.
+        metrics: records each response.
+        counts: counts the failures.
+        streams: answers a WebSocket at each path. It is called only from here: through the layers
+            below, our part of a handshake takes twice as long, which costs a server a second when
+            10,000 backends reconnect.
     """
 
     def __init__(
@@ -61,8 +61,8 @@ class Edge:
         self._metrics = metrics
         self._counts = counts
         self._streams = streams
-        # After a change every backend asks at the same moment: whoever writes does not wait for all
-        # of them, nor for what the layers below would do for each.
+        # After a change every backend reads at the same moment: a writer must not wait for all of
+        # them, nor for what the layers below do for each.
         self._key_reads = Turnstile()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -102,8 +102,8 @@ class Edge:
             self._metrics.answered(method, route, status, perf_counter() - begun)
 
     def _problem_of(self, error: Exception) -> ProblemError:
-        """Return what is answered for an error that nobody foresaw; it is logged and counted."""
-        # The place and the class, never the message: it may hold what was being handled.
+        """Log and count an unexpected error, and return the problem to answer with."""
+        # Log the place and the class, never the message: it may contain request data.
         place = "".join(traceback.format_tb(error.__traceback__))
         logger.error("a request failed with %s\n%s", type(error).__name__, place)
         if is_altered(error):
@@ -115,7 +115,7 @@ class Edge:
         return InternalError()
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve a stream; a refused handshake is stamped as any other answer."""
+        """Serve a stream; a refused handshake is stamped like any other response."""
         scope[STAMP] = self._stamp()
 
         async def stamped_send(message: Message) -> None:

@@ -1,4 +1,4 @@
-"""How each kind of parameter is read; what cannot be meant is 422, whatever its form.
+"""How each kind of parameter is parsed; an impossible value is a 422, whatever its form.
 
 Knows no route and no database.
 """
@@ -35,7 +35,7 @@ _DATE: Final = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}([T ]|$)")
 
 
 def _iso_8601(value: object) -> object:
-    # pydantic would take any number for seconds since 1970.
+    # pydantic would accept any number as seconds since 1970.
     if isinstance(value, str) and not _DATE.match(value):
         raise ValueError("is not a date and time of ISO 8601")
     return value
@@ -45,7 +45,7 @@ def _in_utc(at: datetime) -> datetime:
     try:
         return at.replace(tzinfo=UTC) if at.tzinfo is None else at.astimezone(UTC)
     except OverflowError:
-        # The first and the last day of the calendar are not there in every zone.
+        # The first and the last day of the calendar do not exist in every time zone.
         raise ValueError("is outside the calendar in UTC") from None
 
 
@@ -59,7 +59,7 @@ BackendName = Annotated[
     Field(max_length=512, json_schema_extra={"pattern": WITHOUT_NUL}),
     AfterValidator(check_storable),
 ]
-"""What a backend is shown as: its name, its instance and perhaps its token's name."""
+"""How a backend is identified: its name, its instance and perhaps its token's name."""
 
 Revision = Annotated[int, Field(ge=0, le=MAX_INTEGER)]
 RevisionPath = Annotated[int, Path(ge=1, le=MAX_INTEGER)]
@@ -75,7 +75,7 @@ MAX_WAIT_SECONDS: Final = 60.0
 
 _DURATION: Final = re.compile(r"([0-9]{1,6}(?:\.[0-9]{1,6})?)(ms|s|)")
 
-# The same with the limit in it, for the API's document.
+# The same pattern with the limit in it, for the OpenAPI document.
 _DOCUMENTED: Final = (
     r"^(([0-5]?[0-9](\.[0-9]{1,6})?|60(\.0{1,6})?)s?"
     r"|([0-5]?[0-9]{1,4}(\.[0-9]{1,6})?|60000(\.0{1,6})?)ms)$"
@@ -102,7 +102,7 @@ Wait = Annotated[
 
 
 def _known_agent_id(agent_id: str) -> str:
-    # A database may refuse to be asked for it; there can be no agent of that name.
+    # A database may reject such a query; no agent can have that name.
     if "\x00" in agent_id:
         raise AgentNotFound
     return agent_id
@@ -112,23 +112,23 @@ AgentIdPath = Annotated[str, Path(), AfterValidator(_known_agent_id)]
 
 
 class QueryModel(BaseModel):
-    """A route's query string: what the parser reads and the API's document shows."""
+    """A route's query string: what the parser reads and the OpenAPI document shows."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
 
 class NoQuery(QueryModel):
-    """The query string of a route that takes none."""
+    """The query string of a route that accepts none."""
 
 
 class WaitQuery(QueryModel):
-    """The query string of a write: whether its answer waits for the fleet."""
+    """The query string of a write: whether the response waits for the fleet."""
 
     wait: Wait = None
 
 
 class UpToDateQuery(QueryModel):
-    """The query string of a read that can wait until this replica knows of a revision."""
+    """The query string of a read that can wait until this replica has reached a revision."""
 
     min_revision: int | None = Field(
         None, ge=0, le=MAX_INTEGER, description="wait until the answer is at least this new"
@@ -143,7 +143,7 @@ async def at_least(request: Request, services: Services, min_revision: int) -> N
     """Wait until the catalog has `min_revision`.
 
     Raises:
-        Behind: it has not within min_revision_wait_seconds.
+        Behind: the catalog did not reach it within min_revision_wait_seconds.
     """
     seconds = services.settings.min_revision_wait_seconds
     if not await services.feed.passed(min_revision, seconds):
@@ -153,7 +153,7 @@ async def at_least(request: Request, services: Services, min_revision: int) -> N
 
 
 class Part(Given):
-    """One part of the server, for an endpoint that works with it."""
+    """One part of the server, for an endpoint that uses it."""
 
     def __init__(self, part: Callable[[Services], object]) -> None:
         self._part = part
@@ -164,7 +164,7 @@ class Part(Given):
 
 
 Parts = Annotated[Services, Depends(Part(lambda services: services))]
-"""All of them, for an endpoint that passes them on."""
+"""All parts, for an endpoint that passes them on."""
 
 Agents = Annotated[Catalog, Depends(Part(lambda services: services.catalog))]
 Audit = Annotated[AuditLog, Depends(Part(lambda services: services.audit))]

@@ -1,6 +1,6 @@
-"""Over what a request came: whether a key may be sent back on it, and whose Origin it has.
+"""How a request arrived: whether a key may be sent back on its connection, and its Origin.
 
-Judges the ASGI scope alone; knows no token and no agent (docs/protocol.md section 3).
+Looks only at the ASGI scope; knows no token and no agent (docs/protocol.md section 3).
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ _SECURE: Final = frozenset({"https", "wss"})
 
 
 def require_private(connection: HTTPConnection, settings: Settings) -> None:
-    """Refuse a request that a key may not travel on.
+    """Refuse a request if a key may not travel on its connection.
 
-    Private is TLS, or a loopback peer whose request no proxy has forwarded. What forwarding headers
-    claim counts only from a proxy that the operator named. Plain http counts as private where every
-    hop is in a network that the operator trusts.
+    A connection is private if it uses TLS, or if the peer is on loopback and no proxy forwarded
+    the request. Forwarding headers are believed only from a proxy that the operator named. Plain
+    http is private if every hop is in a network that the operator trusts.
 
     Raises:
-        TlsRequired: it is none of these.
+        TlsRequired: the connection is not private.
     """
     if is_private(connection, settings.trusted_proxies):
         return
@@ -41,7 +41,7 @@ def require_private(connection: HTTPConnection, settings: Settings) -> None:
 
 
 def is_private(connection: HTTPConnection, trusted_proxies: Sequence[Network]) -> bool:
-    """Say whether a key may travel on the connection that this request came over."""
+    """Return whether a key may travel on the connection that this request came over."""
     address = _address(connection)
     headers = connection.headers
     forwarded = _is_forwarded(headers)
@@ -53,9 +53,9 @@ def is_private(connection: HTTPConnection, trusted_proxies: Sequence[Network]) -
 
 
 def _all_hops_among(connection: HTTPConnection, networks: Sequence[Network]) -> bool:
-    """Say whether the peer and everyone for whom it says it forwards are in these networks.
+    """Return whether the peer and everyone it says it forwards for are in these networks.
 
-    Anybody on such a network could leave a hop out, and could read what is sent there as well.
+    Anyone on such a network could leave out a hop, but could also read what is sent there.
     """
     address = _address(connection)
     if not networks or address is None or not _is_among(address, networks):
@@ -72,8 +72,8 @@ def _all_hops_among(connection: HTTPConnection, networks: Sequence[Network]) -> 
 def client_address(connection: HTTPConnection, trusted_proxies: Sequence[Network]) -> str | None:
     """Return the address that a request came from, for limits and the audit.
 
-    What X-Forwarded-For tells counts only from a proxy that the operator named; of its addresses,
-    the last one that is not such a proxy: those before it anybody may have written.
+    X-Forwarded-For is believed only from a proxy that the operator named. The result is the last
+    address in it that is not such a proxy: anyone may have written the ones before.
     """
     address = _address(connection)
     if address is None or not _is_among(address, trusted_proxies):
@@ -90,7 +90,7 @@ def client_address(connection: HTTPConnection, trusted_proxies: Sequence[Network
 
 
 def has_foreign_origin(connection: HTTPConnection) -> bool:
-    """Say whether a browser sent this from a page of another site."""
+    """Return whether a browser sent this from a page of another site."""
     origins = connection.headers.getlist("origin")
     if not origins:
         return False
@@ -100,7 +100,7 @@ def has_foreign_origin(connection: HTTPConnection) -> bool:
 
 
 def _place(url: str) -> tuple[str, int] | None:
-    """Return host and port, or None where the text names none, which equals nothing."""
+    """Return host and port; None, which equals nothing, if the text names none."""
     try:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port
@@ -118,7 +118,7 @@ def _address(connection: HTTPConnection) -> ipaddress.IPv4Address | ipaddress.IP
 
 def _parsed(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     try:
-        # A zone index may be text of any length, and names nothing on this machine.
+        # A zone index may be text of any length, and identifies nothing on this machine.
         address = ipaddress.ip_address(text.partition("%")[0])
     except ValueError:
         return None
@@ -138,7 +138,7 @@ def _is_forwarded(headers: Headers) -> bool:
 
 
 def _forwarded_over_tls(headers: Headers) -> bool:
-    """Say whether every hop that the trusted proxy tells of was TLS; telling nothing is no."""
+    """Return whether the trusted proxy reports TLS for every hop; no report means no."""
     schemes = [
         part.strip().lower()
         for value in headers.getlist("x-forwarded-proto")

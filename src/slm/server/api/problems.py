@@ -1,7 +1,7 @@
-"""Errors as RFC 9457 `application/problem+json`, with nothing of the request's input in them.
+"""Errors as RFC 9457 `application/problem+json`, with nothing from the request's input in them.
 
-Translates at the edge: `ProblemError`, FastAPI's validation errors and Starlette's own all become
-the one shape of docs/protocol.md section 3.
+`ProblemError`, FastAPI's validation errors and Starlette's own errors are all translated here into
+the one format of docs/protocol.md section 3.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Problem(BaseModel):
 
 
 class BrokenRule(BaseModel):
-    """One rule that the request breaks; never the offending value nor an unknown field's name."""
+    """One rule that the request breaks, without the offending value or an unknown field's name."""
 
     loc: list[str]
     msg: str
@@ -77,19 +77,19 @@ class BrokenRule(BaseModel):
 
 
 class InvalidRequestProblem(Problem):
-    """The problem of status 422, with each broken rule."""
+    """The problem for status 422, with each broken rule."""
 
     errors: list[BrokenRule]
 
 
 class ProblemResponse(JSONResponse):
-    """An answer of `application/problem+json`."""
+    """A response of type `application/problem+json`."""
 
     media_type = MEDIA_TYPE
 
 
 def problem_response(error: ProblemError, headers: Mapping[str, str] | None = None) -> JSONResponse:
-    """Return the answer that tells this error."""
+    """Return the response for this error."""
     body: dict[str, Any] = {
         "type": "about:blank",
         "title": error.title,
@@ -111,24 +111,24 @@ def problem_response(error: ProblemError, headers: Mapping[str, str] | None = No
 
 
 async def on_problem(_: Request, error: Exception) -> JSONResponse:
-    """Answer one of our own errors."""
+    """Respond to one of our own errors."""
     assert isinstance(error, ProblemError)  # noqa: S101 - registered for these alone
     return problem_response(error)
 
 
 async def on_http_exception(request: Request, error: Exception) -> JSONResponse:
-    """Answer what the router refuses: an unknown path, a wrong method."""
+    """Respond to what the router refuses: an unknown path or a wrong method."""
     assert isinstance(error, HTTPException)  # noqa: S101 - registered for these alone
     headers = dict(error.headers or {})
     if error.status_code == MethodNotAllowed.status:
-        # The router names the methods of the first route of this path alone.
+        # The router lists only the methods of the first route with this path.
         allowed = request.app.allowed_methods(request.scope["path"])
         headers["Allow"] = ", ".join(sorted(allowed)) or headers.get("Allow", "")
     return problem_response(_of_status(error.status_code), headers)
 
 
 async def on_validation_error(_: Request, error: Exception) -> JSONResponse:
-    """Answer a parameter or a body that breaks a rule."""
+    """Respond to a parameter or a body that breaks a rule."""
     assert isinstance(error, RequestValidationError)  # noqa: S101 - registered for these alone
     return problem_response(InvalidRequest(errors=broken_rules(error.errors())))
 
@@ -136,8 +136,8 @@ async def on_validation_error(_: Request, error: Exception) -> JSONResponse:
 def broken_rules(errors: Sequence[Any]) -> list[dict[str, Any]]:
     """Return pydantic's errors without anything that the caller sent.
 
-    A location ends where it leaves the names that we know: an unknown field's name may be a key
-    that was put in the wrong place, and so may a name inside llm_options.
+    A location is cut off at the first name that we do not know: an unknown field's name may be a
+    key that was put in the wrong place, and so may a name inside llm_options.
     """
     return [
         {
@@ -176,12 +176,12 @@ def _of_status(status: int) -> ProblemError:
 
 
 def every_code() -> list[str]:
-    """Return every code that an answer of this server may have, for the API's document."""
+    """Return every code that a response of this server may have, for the OpenAPI document."""
     return sorted({*problem_classes(), *(code for code, _ in REFUSALS.values())})
 
 
 def documented(*classes: type[ProblemError]) -> dict[int | str, dict[str, Any]]:
-    """Return these problems for a route's `responses`, so that the API's document is true."""
+    """Return these problems for a route's `responses`, so that the OpenAPI document is accurate."""
     by_status: dict[int | str, list[type[ProblemError]]] = {}
     for cls in classes:
         by_status.setdefault(cls.status, []).append(cls)
@@ -200,7 +200,7 @@ def _schema_of(cls: type[ProblemError]) -> str:
 
 
 def problem_responses(*classes: type[ProblemError]) -> dict[int | str, dict[str, Any]]:
-    """Return the document of these problems, those that every route can have included."""
+    """Return the documentation of these problems and of those that every route can have."""
     return documented(
         *dict.fromkeys((*classes, Unauthorized, Forbidden, TooManyRequests, InternalError))
     )
@@ -214,7 +214,7 @@ READ_PROBLEMS: Final = (
     Behind,
     DatabaseUnavailable,
 )
-# A key read is a row in the audit, so it can fail as a write does.
+# A key read writes an audit row, so it can fail like a write.
 KEYED_PROBLEMS: Final = (
     *READ_PROBLEMS,
     EncryptionKeyMissing,

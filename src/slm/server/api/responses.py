@@ -1,6 +1,6 @@
-"""Answers: their headers, conditional requests, and what a write is answered.
+"""Responses: their headers, conditional requests, and the response to a write.
 
-Translates what the services return; decides nothing about it (docs/protocol.md section 3).
+Translates what the services return and makes no decisions (docs/protocol.md section 3).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from starlette.datastructures import Headers
 from slm.errors import BadRequest, PreconditionFailed, Unauthorized
 from slm.server.agents.catalog import Catalog, agent_etag
 from slm.server.agents.changes import Written
-from slm.server.agents.service import Version
+from slm.server.agents.registry import Version
 from slm.server.fleet.receipts import subject_of
 from slm.server.security.token_table import Caller
 from slm.server.services import Services
@@ -28,12 +28,12 @@ from slm.server.services import Services
 def json_response(
     body: bytes, status: int = 200, headers: Mapping[str, str] | None = None
 ) -> Response:
-    """Return an answer whose JSON is ready."""
+    """Return a response from finished JSON."""
     return Response(body, status, headers, media_type="application/json")
 
 
 def model_response(answer: BaseModel, status: int = 200) -> Response:
-    """Return an answer that nothing on the way keeps."""
+    """Return a response that no cache may store."""
     headers = {"cache-control": "no-store"}
     return json_response(answer.model_dump_json().encode(), status, headers)
 
@@ -41,29 +41,29 @@ def model_response(answer: BaseModel, status: int = 200) -> Response:
 NOT_MODIFIED: Final[dict[int | str, dict[str, Any]]] = {
     304: {"description": "Not modified: If-None-Match has the tag of the present state"}
 }
-"""For the `responses` of a route that answers with an ETag."""
+"""For the `responses` of a route that returns an ETag."""
 
 
 def not_modified(etag: str, headers: Mapping[str, str]) -> Response:
-    """Return 304: the caller has it already."""
+    """Return 304: the caller already has this version."""
     return Response(None, 304, {**headers, "etag": etag})
 
 
 async def catch_up(services: Services, revision: int, change_id: str | None = None) -> bool:
-    """Wait until this replica's other answers are not older than one that is of `revision`.
+    """Wait until this replica's other responses are at least as new as `revision`.
 
-    With the id of the change: until they are of the database that it was committed to, too.
+    With the change's id, wait also until they come from the database that it was committed to.
     """
     return await services.feed.settled(revision, change_id)
 
 
 def revision_headers(revision: int, epoch: str) -> dict[str, str]:
-    """Return the headers that name what an answer is of."""
+    """Return the headers that name a response's revision and epoch."""
     return {"slm-revision": str(revision), "slm-epoch": epoch}
 
 
 def catalog_headers(services: Services) -> dict[str, str]:
-    """Return the headers of an answer from the catalog as it is now."""
+    """Return the headers of a response from the current catalog."""
     catalog: Catalog = services.catalog
     headers = revision_headers(catalog.revision, catalog.epoch)
     if not services.feed.current:
@@ -73,17 +73,17 @@ def catalog_headers(services: Services) -> dict[str, str]:
 
 _ETAGS: Final = re.compile(r'\s*(?:(W/)?"([\x21\x23-\x7e\x80-\xff]*)"\s*(?:,|$)\s*)+')
 _ETAG: Final = re.compile(r'(W/)?"([\x21\x23-\x7e\x80-\xff]*)"')
-# As `catalog.agent_etag` makes it; without an epoch it is what a person types. A proxy that
-# compresses writes its coding after it: Apache `-gzip`, others `--gzip` or `;br`.
+# The form that `catalog.agent_etag` produces; people may type it without an epoch. A proxy that
+# compresses appends its coding: Apache `-gzip`, others `--gzip` or `;br`.
 _AGENT_ETAG: Final = re.compile(
     r"(?:([0-9A-Za-z._-]{1,64})-)?([0-9]{1,18})(?:(?:--?|;)(?:gzip|br|deflate|zstd))?"
 )
 
 
 def none_match(headers: Headers, etag: str) -> bool:
-    """Say whether If-None-Match lets a full answer through (RFC 9110 section 13.1.2).
+    """Return whether If-None-Match allows a full response (RFC 9110 section 13.1.2).
 
-    A weak tag is as good as a strong one here; several headers count as one list.
+    A weak tag is as good as a strong one here; several headers are treated as one list.
     """
     values = headers.getlist("if-none-match")
     if not values:
@@ -99,10 +99,10 @@ def versions_matched(headers: Headers) -> list[Version] | None:
 
     Raises:
         BadRequest: it is not a list of entity tags.
-        PreconditionFailed: no tag of it can be an agent's.
+        PreconditionFailed: none of its tags can be an agent's.
     """
-    # Strictly, a weak tag never matches here. But it is what a proxy that compresses makes of ours
-    # (nginx `W/"…"`), and it names one revision all the same: it is no digest of a text.
+    # Strictly, a weak tag never matches here. But a compressing proxy makes our tags weak (nginx
+    # `W/"…"`), and a weak one still names one revision: it is not a digest of the body.
     values = headers.getlist("if-match")
     header = ", ".join(values)
     if not values or header.strip() == "*":
@@ -120,7 +120,7 @@ def versions_matched(headers: Headers) -> list[Version] | None:
 
 
 class WrittenAgent(BaseModel):
-    """The answer of a write to a token without the scope config:read: only that it was made."""
+    """The response to a write whose token lacks config:read: only that the write was made."""
 
     agent_id: str
     revision: int
@@ -134,20 +134,20 @@ async def written_answer(
     wait: float | None = None,
     **more: object,
 ) -> Response:
-    """Answer once the feed has passed the write on, so that whoever wrote reads what it wrote.
+    """Respond once the feed has passed on the write, so that the writer can read what it wrote.
 
     Args:
         services: the parts of the server.
         caller: who wrote.
         written: what the registry did.
-        status: of the answer.
-        wait: how long to wait for every backend's answer; None: not at all, and no receipt.
+        status: the response's status.
+        wait: how many seconds to wait for every backend's answer; None: no wait and no receipt.
         more: fields to add to the agent in the body.
     """
     services.counts.writes += written.changed
     headers = revision_headers(written.revision, written.epoch)
     if not await catch_up(services, written.revision, written.change_id):
-        # It is committed; only this replica's reads do not know of it yet.
+        # It is committed, but this replica's reads do not include it yet.
         headers["slm-stale"] = "true"
     agent = written.agent
     if wait is not None:
@@ -162,7 +162,7 @@ async def written_answer(
     if written.api_key_cleared:
         more["api_key_cleared"] = True
     if "config:read" not in caller.scopes:
-        # Else an empty PUT would read what the scope does not cover.
+        # Otherwise an empty PUT would return what the scope does not cover.
         more = WrittenAgent.model_validate(agent, from_attributes=True).model_dump() | more
         return json_response(json.dumps(more, ensure_ascii=False).encode(), status, headers)
     if not more:
@@ -174,10 +174,10 @@ async def written_answer(
 async def receipt_of(
     services: Services, caller: Caller, written: Written, wait: float
 ) -> dict[str, Any] | None:
-    """Return the receipt of a write, after waiting for it.
+    """Wait for the receipt of a write and return it.
 
-    The write is made, so it is answered even if its token is revoked meanwhile: then with what is
-    known by that time.
+    The write is already made, so it gets its response even if its token is revoked meanwhile,
+    with whatever is known by then.
     """
     subject = subject_of(written)
     if subject is None:
@@ -191,7 +191,7 @@ async def receipt_of(
 def named_for(caller: Caller) -> str | None:
     """Return the token whose backends a receipt may name to this caller; None: everyone's.
 
-    Who may not read the fleet, for want of a scope or because the token is limited, sees by name
-    only the backends that use the same token.
+    A caller that may not read the fleet, because the scope is missing or the token is limited,
+    sees only the names of backends that use the same token.
     """
     return None if caller.sees_fleet else caller.name

@@ -1,8 +1,9 @@
-"""The route class: what a request passes before its endpoint, and where each parameter comes from.
+"""The route class: the checks before an endpoint, and where each of its parameters comes from.
 
-A request passes three doors: the token and its scope, the parameters, and the body's type, size and
-strict JSON. So nobody without a token has a body read, and no error tells of one. FastAPI finds the
-route and writes the API's document from the same signature (docs/decisions/0063).
+A request passes three checks: the token and its scope, the parameters, and the body's type, size
+and strict JSON. So no body is read without a token, and no error reveals anything about one.
+FastAPI finds the route and writes the OpenAPI document from the same signature
+(docs/decisions/0063).
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 class SLMRoute(APIRoute):
-    """A route with the three doors; its scope is in the API's document too."""
+    """A route with the three checks; the OpenAPI document shows its scope."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -46,11 +47,11 @@ class SLMRoute(APIRoute):
         if requirement is not None:
             security = {"security": [{"bearer": [requirement.scope]}]}
             self.openapi_extra = (self.openapi_extra or {}) | security
-        # Starlette's, since FastAPI's keeps two stacks for dependencies of a kind that we have not.
+        # Starlette's, since FastAPI's keeps two stacks for kinds of dependency that we do not use.
         self.app = request_response(self.get_route_handler())
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """Return what answers a request: the doors, then the endpoint."""
+        """Return the request handler: the checks, then the endpoint."""
         endpoint: Endpoint = self.endpoint
         signature = _Signature(endpoint)
         requirement = signature.requirement
@@ -67,7 +68,7 @@ class SLMRoute(APIRoute):
                 return await endpoint(**values)
             with _place_to_wait(services, caller, query):
                 if request.method != "GET":
-                    # What it writes stands, so it is answered; it asks about the token by itself.
+                    # A write that was made gets its response; the endpoint checks the token itself.
                     return await endpoint(**values)
                 async with services.doorkeeper.while_it_counts(caller):
                     if isinstance(query, UpToDateQuery) and query.min_revision is not None:
@@ -89,7 +90,7 @@ class _Signature:
     """Where each parameter of an endpoint comes from, read once from its annotations.
 
     Raises:
-        TypeError: a parameter comes from nowhere that this knows.
+        TypeError: a parameter has no known source.
     """
 
     def __init__(self, endpoint: Endpoint) -> None:
@@ -142,9 +143,9 @@ class _Signature:
 
 
 def _reader_of(model: type[QueryModel]) -> Callable[[Request], QueryModel]:
-    """Return what reads the query string by this model.
+    """Return a function that parses the query string with this model.
 
-    A misspelt filter is refused: it would answer with more than was asked for.
+    A misspelt filter is refused: ignoring it would return more than was asked for.
     """
     required = any(field.is_required() for field in model.model_fields.values())
     nothing = None if required else model()
@@ -185,17 +186,17 @@ async def _body(
     """Return the body of a request.
 
     Raises:
-        UnsupportedMediaType: it is not said to be JSON.
-        ContentTooLarge: it has more bytes than are taken.
+        UnsupportedMediaType: its content type is not JSON.
+        ContentTooLarge: it is larger than allowed.
         BadRequest: it was cut off.
         InvalidRequest: it is not strict JSON, or breaks a rule of the model.
-        Unauthorized: the token does not count any more.
+        Unauthorized: the token is no longer valid.
     """
     if not _JSON_TYPE.fullmatch(request.headers.get("content-type", "")):
         raise UnsupportedMediaType("Send the body as application/json.")
     body = await _read_bounded(request, services.settings.max_body_bytes)
     if caller is not None:
-        # A body may take its time, and the token may have been revoked meanwhile.
+        # A body may arrive slowly, and the token may have been revoked meanwhile.
         services.tokens.require(caller)
     try:
         value = loads(body)
@@ -206,7 +207,7 @@ async def _body(
 
 
 async def _read_bounded(request: Request, limit: int) -> bytes:
-    # The HTTP parser let only digits through.
+    # The HTTP parser accepts nothing but digits.
     declared = request.headers.get("content-length", "0")
     too_large = ContentTooLarge(f"A body has at most {limit} bytes.")
     if len(declared) > len(str(limit)) or int(declared) > limit:

@@ -1,6 +1,6 @@
-"""What a request carries beside what the ASGI server gives it: where it is routed, and its stamp.
+"""What a request's ASGI scope has beyond the server's own fields: the routed path and a stamp.
 
-Pure functions of an ASGI scope and a message; knows no route and no part of the server.
+Pure functions of an ASGI scope and a message; they know no route and no part of the server.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from urllib.parse import unquote
 from starlette.types import Message, Scope
 
 STAMP: Final = "slm.stamp"
-"""The key of the scope that holds the request's `Stamp`."""
+"""The key in the scope for the request's `Stamp`."""
 
 ENCODED_SLASH: Final = "\udc2f"
-"""What stands in the scope's path for a %2F, so that it divides nothing; no path has it itself."""
+"""Stands for a %2F in the scope's path, so that it separates nothing; no real path has it."""
 
 _ENCODED_SLASH: Final = re.compile("%2f", re.IGNORECASE)
 
@@ -26,35 +26,35 @@ _ALWAYS: Final = (
     (b"referrer-policy", b"no-referrer"),
 )
 
-# RFC 6797: a browser that was here over TLS never comes back without.
+# RFC 6797: a browser that came over TLS once never comes back without it.
 _TLS_ONLY: Final = (b"strict-transport-security", b"max-age=31536000")
 
 
 @dataclass
 class Stamp:
-    """What an answer that names no revision of its own is at least as new as."""
+    """A response without a revision of its own is at least as new as this."""
 
     revision: int
     epoch: str
 
 
 def routed(scope: Scope, stamp: Stamp) -> Scope:
-    """Return the scope that the routes see: stamped, a HEAD as a GET, a %2F apart from a slash."""
-    # A copy: the server still sees a HEAD and drops the body.
+    """Return the scope that the routes see: stamped, HEAD as GET, and %2F kept apart from `/`."""
+    # A copy: the server must still see HEAD, so that it drops the body.
     scope = {**scope, STAMP: stamp}
     if scope["method"] == "HEAD":
         scope["method"] = "GET"
     raw_path = scope.get("raw_path") or b""
     if b"%2" in raw_path:
-        # An adopted agent_id may hold a slash; decoded, /agents/a%2Fllm would be a's key.
+        # An adopted agent_id may contain a slash; decoded, /agents/a%2Fllm would return a's key.
         parts = _ENCODED_SLASH.split(raw_path.decode("ascii", "replace"))
         scope["path"] = ENCODED_SLASH.join(map(unquote, parts))
     return scope
 
 
 def add_headers(message: Message, scope: Scope) -> None:
-    """Add the headers that every answer has to its first message."""
-    # On the raw list: it is in the way of every answer.
+    """Add the headers of every response to its first message."""
+    # On the raw list, because every response passes here.
     headers = list(message.get("headers", ()))
     given = {name for name, _ in headers}
     stamp: Stamp = scope[STAMP]

@@ -1,6 +1,6 @@
 """A token's view as a condition in SQL, equal to `View.sees` on both engines.
 
-Knows the two engines' patterns; which agents a view covers is the rule of `view`.
+Knows the two engines' patterns; which agents a view covers is `agent_scope`'s rule.
 """
 
 from __future__ import annotations

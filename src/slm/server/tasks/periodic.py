@@ -1,4 +1,4 @@
-"""Upkeep: work that is done at the start and then once every interval, such as a compaction.
+"""PeriodicTask: work that is done at the start and then once every interval, such as a compaction.
 
 Knows no work: what is done is a function, which says itself what it did.
 """
@@ -15,7 +15,7 @@ from slm.server.tasks.supervisor import Supervisor
 logger = logging.getLogger(__name__)
 
 
-class Upkeep:
+class PeriodicTask:
     """One kind of work, again and again in the background; a failure waits for the next time.
 
     Args:

@@ -15,7 +15,7 @@ from websockets.frames import Frame, Opcode
 
 from slm.server.transport.http_protocol import LINGER_SECONDS, end_writing, unsent_bytes_of
 from slm.server.transport.ws_frames import MAX_FRAGMENTS, Encoded, Parser, encode_frame
-from slm.server.transport.ws_keepalive import Keepalive
+from slm.server.transport.ws_pings import Keepalive
 
 try:
     from websockets.speedups import apply_mask

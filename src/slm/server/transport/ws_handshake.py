@@ -13,7 +13,7 @@ from uvicorn.protocols.utils import ClientDisconnected
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from slm.server.transport.ws_connection import CLOSE_SECONDS, WebSocketConnection
-from slm.server.transport.ws_keepalive import Keepalive
+from slm.server.transport.ws_pings import Keepalive
 
 TAKE_OVER: Final = "slm.take_over"
 """The key of `scope["extensions"]` under which an application finds `Handshake.take_over`."""

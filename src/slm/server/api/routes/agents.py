@@ -63,7 +63,7 @@ _NO_WEIGHT: Final = re.compile(r"\s*q\s*=\s*0(\.0*)?\s*")
 
 
 class AgentListQuery(UpToDateQuery):
-    """Which agents a list holds."""
+    """Which agents to list."""
 
     agent_id: FilterText | None = None
     search: FilterText | None = None
@@ -87,13 +87,13 @@ class DeleteQuery(WaitQuery):
 async def list_agents(
     request: Request, services: Parts, caller: Reader, query: Annotated[AgentListQuery, Query()]
 ) -> Response:
-    """List the agents, without keys, in the order in which they were made."""
+    """List the agents, without keys, in order of creation."""
     catalog = services.catalog
     wanted = AgentFilter(query.agent_id, query.search, query.provider, query.is_active, caller.view)
     headers = catalog_headers(services) | {"vary": "accept-encoding"}
     whole = wanted == EVERY_AGENT and query.limit is None and not query.offset
     compressed = whole and _takes_gzip(request)
-    # What is sent compressed is another representation, with a tag of its own (RFC 9110 8.8.3).
+    # A compressed response is another representation, with its own tag (RFC 9110 8.8.3).
     coding = "-gzip" if compressed else ""
     etag = f'"{catalog.epoch}-{catalog.revision}{coding}"'
     if not none_match(request.headers, etag):
@@ -108,7 +108,7 @@ async def list_agents(
 
 
 def _takes_gzip(request: Request) -> bool:
-    """Say whether the caller prefers gzip to the plain form (RFC 9110 section 12.5.3)."""
+    """Return whether the caller prefers gzip to the plain form (RFC 9110 section 12.5.3)."""
     for coding in request.headers.get("accept-encoding", "").lower().split(","):
         name, _, weight = coding.partition(";")
         if name.strip() == "gzip":
@@ -124,7 +124,7 @@ def _takes_gzip(request: Request) -> bool:
 async def get_default_agent(
     request: Request, services: Parts, caller: Reader, _: UpToDate
 ) -> Response:
-    """Return the agent that is the default now, whatever its agent_id."""
+    """Return the current default agent, whatever its agent_id."""
     return _agent_answer(request, services, caller, services.catalog.default_id)
 
 
@@ -148,7 +148,7 @@ def _agent_answer(
     request: Request, services: Services, caller: Caller, agent_id: str | None
 ) -> Response:
     catalog = services.catalog
-    # Whether it may be seen is asked first, so that it takes as long for one that is not there.
+    # Check visibility first, so that a missing agent takes as long as one that is hidden.
     visible = agent_id is not None and sees_today(catalog, caller, agent_id)
     entry = catalog.get(agent_id) if agent_id is not None and visible else None
     if entry is None:
@@ -175,10 +175,10 @@ async def get_llm_config(
     who: Asking,
     _: UpToDate,
 ) -> Response:
-    """Return what an agent needs for a call, its API key included."""
+    """Return what an agent needs for a call, including its API key."""
     require_private(request, services.settings)
     if not sees_today(services.catalog, caller, agent_id):
-        # Without a look into the database, whose time would tell whether it is there.
+        # No database lookup: how long it takes would reveal whether the agent exists.
         raise AgentNotFound
     config, revision, epoch = await services.reads.llm(agent_id, who=who, view=caller.view)
     services.counts.key_reads += 1
@@ -202,7 +202,7 @@ async def create_agent(
     who: Asking,
     query: Waiting,
 ) -> Response:
-    """Create an agent; with is_default it takes the flag from the default of now."""
+    """Create an agent; with is_default it replaces the current default."""
     caller.require_writable(agent.agent_id, makes_default=agent.is_default)
     if agent.llm_api_key is not None:
         require_private(request, services.settings)
@@ -228,7 +228,7 @@ async def update_agent(
     who: Asking,
     query: Waiting,
 ) -> Response:
-    """Change the fields that are sent; null clears a field that can be empty."""
+    """Change the fields that are sent; null clears a nullable field."""
     caller.require_writable(agent_id, makes_default=bool(update.is_default))
     if update.llm_api_key is not None:
         require_private(request, services.settings)
@@ -258,7 +258,7 @@ async def delete_agent(
     who: Asking,
     query: Annotated[DeleteQuery, Query()],
 ) -> Response:
-    """Delete an agent; the default cannot be. With `wait` the answer is 200 with a receipt."""
+    """Delete an agent, unless it is the default. With `wait`, return 200 and a receipt."""
     caller.require_writable(agent_id)
     written = await services.registry.delete(
         agent_id,

@@ -1,4 +1,4 @@
-"""The routes of the audit, scope `admin`: read it, and check its chain."""
+"""The audit routes, scope `admin`: read the audit and verify its chain."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ class AuditEntry(BaseModel):
 
 
 class AuditPage(BaseModel):
-    """Entries, the newest first; `next` is the `before` of the next page, null at the end."""
+    """Entries, newest first; `next` is the `before` of the next page, null at the end."""
 
     entries: list[AuditEntry]
     next: int | None
 
 
 class AuditQuery(QueryModel):
-    """Which entries a page holds."""
+    """Which entries to return."""
 
     before: int | None = Field(None, ge=0, le=MAX_INTEGER)
     limit: int = Field(100, ge=1, le=1000)
@@ -53,7 +53,7 @@ class AuditQuery(QueryModel):
 
 
 class ExportQuery(QueryModel):
-    """Which entries are exported."""
+    """Which entries to export."""
 
     after: int | None = Field(None, ge=0, le=MAX_INTEGER)
     upto: int | None = Field(None, ge=0, le=MAX_INTEGER)
@@ -61,13 +61,13 @@ class ExportQuery(QueryModel):
 
 
 class VerifyQuery(QueryModel):
-    """What the chain is held against."""
+    """What to verify the chain against."""
 
     expect: FilterText | None = None
 
 
 class AuditVerdict(BaseModel):
-    """Whether the chain is what was written."""
+    """Whether the chain is as it was written."""
 
     whole: bool
     rows: int
@@ -83,7 +83,7 @@ class AuditVerdict(BaseModel):
     responses=problem_responses(DatabaseUnavailable, InvalidRequest, Overloaded),
 )
 async def list_audit(audit: Audit, _: Admin, query: Annotated[AuditQuery, Query()]) -> Response:
-    """List entries, the newest first; `before` goes on where a page ended."""
+    """List entries, newest first; `before` continues where a page ended."""
     wanted = AuditFilter(query.before, query.actor, query.agent, query.action)
     page = await audit.page(wanted, query.limit)
     found = [
@@ -95,7 +95,7 @@ async def list_audit(audit: Audit, _: Admin, query: Annotated[AuditQuery, Query(
 
 
 class ExportedEntry(BaseModel):
-    """An entry as it is stored, which is what its hash is of."""
+    """An entry as it is stored, which is what its hash covers."""
 
     seq: int
     at: str
@@ -108,10 +108,10 @@ class ExportedEntry(BaseModel):
 
 
 class ExportPage(BaseModel):
-    """Entries in the chain's order.
+    """Entries in the order of the chain.
 
-    `after` is the `seq:hash` that they follow, `head` that of the audit's last entry now, and
-    `next` the `after` of the next page, null at the end.
+    `after` is the `seq:hash` of the entry before them, `head` that of the audit's current last
+    entry, and `next` the `after` of the next page, null at the end.
     """
 
     after: str
@@ -121,7 +121,7 @@ class ExportPage(BaseModel):
 
 
 class Exported(BaseModel):
-    """The body of POST /api/admin/audit/exported: everything up to this entry is in a file."""
+    """The body of POST /api/admin/audit/exported: the entries up to this one are in a file."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -134,7 +134,7 @@ class Exported(BaseModel):
     responses=problem_responses(DatabaseUnavailable, InvalidRequest, Conflict, Overloaded),
 )
 async def export_audit(audit: Audit, _: Admin, query: Annotated[ExportQuery, Query()]) -> Response:
-    """List entries in order, from where the last export ended; with `all`, from the beginning."""
+    """List entries in order, from where the last export ended; with `all`, from the start."""
     page = await audit.export_page(query.after, query.upto, everything=query.everything)
     return _answer(
         {
@@ -152,7 +152,7 @@ async def export_audit(audit: Audit, _: Admin, query: Annotated[ExportQuery, Que
     responses=problem_responses(*BODY_PROBLEMS, DatabaseUnavailable, Conflict),
 )
 async def note_export(body: Exported, database: Data, _: Admin, who: Asking) -> Response:
-    """Note that everything up to this entry was exported; once it is old, it may be removed."""
+    """Record that the entries up to this one were exported; once old, they may be removed."""
     head = parse_link(body.head)
     assert head is not None  # noqa: S101 - the pattern is that of a link # nosec B101
     await database.run(lambda connection: note_exported(connection, head, who))
@@ -165,13 +165,13 @@ async def note_export(body: Exported, database: Data, _: Admin, who: Asking) -> 
     responses=problem_responses(DatabaseUnavailable, InvalidRequest, Overloaded),
 )
 async def verify_audit(audit: Audit, _: Admin, query: Annotated[VerifyQuery, Query()]) -> Response:
-    """Walk the whole chain; `expect` is the head that an earlier look gave."""
+    """Verify the whole chain; `expect` is the `head` of an earlier verification."""
     verdict = await audit.verify(query.expect)
     return model_response(AuditVerdict(whole=verdict.whole, **vars(verdict)))
 
 
 def _shown(value: object) -> str | int | None:
-    """Return what can be shown of a column: whoever altered it may have changed its type."""
+    """Return a column's value in a form that can be shown: tampering may change its type."""
     if isinstance(value, bytes):
         return value.decode("utf-8", "replace")
     return value if value is None or isinstance(value, int) else str(value)
@@ -183,10 +183,10 @@ def _detail(text: object) -> dict[str, Any]:
         detail = json.loads(str(shown))
     except ValueError:
         detail = None
-    # Somebody may have altered it; then it is shown, and `verify` tells.
+    # It may have been altered; show it anyway, `verify` reports it.
     return detail if isinstance(detail, dict) else {"unreadable": shown}
 
 
 def _answer(body: dict[str, Any]) -> Response:
-    # Not by the model, which would refuse to show what somebody has altered to another type.
+    # Not with the model, which would refuse to show a value that was altered to another type.
     return json_response(json.dumps(body).encode(), 200, {"cache-control": "no-store"})

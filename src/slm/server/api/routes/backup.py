@@ -1,4 +1,4 @@
-"""The routes of scope `admin`."""
+"""The backup route, scope `admin`."""
 
 from __future__ import annotations
 
@@ -36,22 +36,22 @@ _CHUNK_BYTES: Final = 256 * 1024
 async def make_backup(
     request: Request, services: Parts, caller: Admin, who: Asking
 ) -> StreamingResponse:
-    """Return a consistent copy of the SQLite database, made while it serves.
+    """Return a consistent copy of the SQLite database, made while the server runs.
 
-    The caller keeps it where it likes: the server leaves no copy of its own.
+    The server keeps no copy of its own.
     """
     require_private(request, services.settings)
     place = services.database.path
     if place is None:
         raise InvalidRequest("This backup is for a SQLite file; use pg_dump for PostgreSQL.")
     await services.audit.record(AuditEvent(who, "database.backup"))
-    # Beside the database: on another disk the copy might not fit.
+    # Next to the database: on another disk the copy might not fit.
     path = place.with_name(f".backup-{secrets.token_hex(8)}")
     try:
         await backup(services.database, path)
         copy = await asyncio.to_thread(path.open, "rb")
     finally:
-        # The open file outlives its name, so nothing is left behind.
+        # The open file remains readable without a name, so nothing is left behind.
         await asyncio.to_thread(path.unlink, missing_ok=True)
     size = os.fstat(copy.fileno()).st_size
     headers = {"cache-control": "no-store", "content-length": str(size)}
@@ -60,7 +60,7 @@ async def make_backup(
 
 
 async def _chunks(copy: BinaryIO, check: Callable[[], None]) -> AsyncIterator[bytes]:
-    """Yield the copy; `check` raises, and so cuts it off, where the token does not count now."""
+    """Yield the copy; `check` raises, and so cuts it off, once the token is no longer valid."""
     with copy:
         while chunk := await asyncio.to_thread(copy.read, _CHUNK_BYTES):
             check()

@@ -1,4 +1,4 @@
-"""The routes of the fleet: who listens, and who took which change (docs/protocol.md section 3)."""
+"""The fleet routes: connected backends, and how they took each change (docs/protocol.md 3)."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ router = APIRouter(prefix="/api", route_class=SLMRoute, tags=["fleet"])
 
 
 class ExplainQuery(QueryModel):
-    """Which backend is asked, by its whole name, and about which agent."""
+    """Which backend to ask, by its full name, and about which agent."""
 
     agent_id: FilterText
     backend: BackendName
@@ -40,14 +40,14 @@ class ExplainQuery(QueryModel):
 
 @router.get("/fleet", responses=problem_responses(*READ_PROBLEMS))
 async def get_fleet(services: Parts, caller: Reader) -> Response:
-    """List every connected backend, and those that went away within the last hour."""
+    """List every connected backend, and those that disconnected within the last hour."""
     if caller.view.is_limited:
         raise Forbidden("The token is limited to some agents; backends serve others as well.")
     await services.receipts.refresh()
     head, epoch = services.fleet.head, services.catalog.epoch
     headers = catalog_headers(services)
     backends = await services.fleet.described()
-    # An epoch is hexadecimal and needs no escapes.
+    # An epoch is hexadecimal and needs no escaping.
     tail = f',"revision":{head},"epoch":"{epoch}"}}'.encode()
     body = b'{"backends":' + backends + tail
     return json_response(body, headers=headers)
@@ -61,7 +61,7 @@ async def get_fleet(services: Parts, caller: Reader) -> Response:
 async def explain(
     services: Parts, caller: Reader, query: Annotated[ExplainQuery, Query()]
 ) -> Response:
-    """Ask a connected backend how it resolves an agent now, every step of its chain."""
+    """Ask a connected backend how it resolves an agent now, with every step of its chain."""
     if caller.view.is_limited:
         raise Forbidden("The token is limited to some agents; backends serve others as well.")
     await services.receipts.refresh()
@@ -77,7 +77,7 @@ async def explain(
 async def get_receipt(
     revision: RevisionPath, services: Parts, caller: Reader, query: Waiting
 ) -> Response:
-    """Say how every backend took a change; with `wait`, once all have answered."""
+    """Return how every backend took a change; with `wait`, once all have answered."""
     subject = await services.receipts.subject(
         revision, lambda agent_id: sees_today(services.catalog, caller, agent_id)
     )

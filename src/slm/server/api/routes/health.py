@@ -29,7 +29,7 @@ router = APIRouter(route_class=SLMRoute, tags=["operation"])
 
 @router.get("/healthz", response_model=dict[str, str])
 async def get_health() -> Response:
-    """Answer that the process is alive; says nothing of the database."""
+    """Report that the process is alive; says nothing about the database."""
     return json_response(b'{"status":"ok"}')
 
 
@@ -49,10 +49,10 @@ class BackgroundState(BaseModel):
     responses={503: {}},
 )
 async def get_readiness(services: Parts) -> Response:
-    """Answer 200 when migrated, the database answers, and the feed runs and is current."""
+    """Return 200 if the database is migrated and answers, and the feed runs and is current."""
     feed = services.feed
     checks = {
-        # A server whose database is not migrated does not start.
+        # A server with an unmigrated database does not start.
         "migrated": True,
         "database": feed.database_answers,
         "writable": services.database.unwritable is None,
@@ -70,7 +70,7 @@ async def get_readiness(services: Parts) -> Response:
         reasons.append(f"not running: {', '.join(services.supervisor.down)}")
     if not ready and any(reasons):
         body["reason"] = "; ".join(each for each in reasons if each)
-    # An agent whose key is of no use is told, and does not take the server out of service.
+    # An agent with an unusable key is reported, but does not take the server out of service.
     body["keys_undecryptable"] = len(services.reads.undecryptable)
     body["background"] = _background(services)
     headers = {"cache-control": "no-store"}
@@ -78,7 +78,7 @@ async def get_readiness(services: Parts) -> Response:
 
 
 def _background(services: Services) -> dict[str, dict[str, Any]]:
-    """Return the state of each background task; an error's class alone, this needs no token."""
+    """Return the state of each background task; errors by class only, as this needs no token."""
     return {
         state.name: {
             "running": state.running,
@@ -93,7 +93,7 @@ def _background(services: Services) -> dict[str, dict[str, Any]]:
 
 @router.get("/metrics", response_class=Response, responses=problem_responses(Unauthorized))
 async def get_metrics(request: Request, services: Parts) -> Response:
-    """Return the metrics as Prometheus text; with a token where SLM_METRICS_TOKEN is set."""
+    """Return the metrics as Prometheus text; requires a token if SLM_METRICS_TOKEN is set."""
     wanted = services.settings.metrics_token
     if wanted is not None:
         given = bearer_token(request.headers) or ""
@@ -111,7 +111,7 @@ async def get_metrics(request: Request, services: Parts) -> Response:
 
 
 class _Metrics(Collector):
-    """Reads the counts when it is asked; nothing is counted twice."""
+    """Reads the counts when scraped; nothing is counted twice."""
 
     def __init__(self, services: Services) -> None:
         self._services = services

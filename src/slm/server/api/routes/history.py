@@ -1,4 +1,4 @@
-"""The routes of the history: what was, who did it, and getting it back (docs/protocol.md 3)."""
+"""The history routes: what changed, who changed it, and rollback (docs/protocol.md 3)."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ router = APIRouter(prefix="/api", route_class=SLMRoute, tags=["history"])
 
 
 class HistoryQuery(QueryModel):
-    """Which changes of an agent a page holds."""
+    """Which changes of an agent to return."""
 
     upto: Revision | None = None
     at: Time | None = None
@@ -59,7 +59,7 @@ class HistoryQuery(QueryModel):
 
 
 class ChangesQuery(QueryModel):
-    """Which changes a page holds."""
+    """Which changes to return."""
 
     since: Revision = 0
     upto: Revision | None = None
@@ -79,7 +79,7 @@ async def list_changes(
 ) -> Response:
     """List changes after a revision, oldest first unless asked otherwise.
 
-    `next` is the `since` of the next page, or its `upto` where the newest come first.
+    `next` is the `since` of the next page, or its `upto` with the newest first.
     """
     wanted = ChangeFilter(
         agent_id=query.agent,
@@ -104,7 +104,7 @@ async def agent_history(
     agent_id: AgentIdPath,
     query: Annotated[HistoryQuery, Query()],
 ) -> Response:
-    """List an agent's changes, newest first; with `at`, the first is what it ran then.
+    """List an agent's changes, newest first; with `at`, the first is what it ran at that time.
 
     `next` is the `upto` of the next page.
     """
@@ -139,7 +139,7 @@ async def roll_back(
     who: Asking,
     query: Waiting,
 ) -> Response:
-    """Give an agent back what it was at a revision, as a new change; a key is never restored."""
+    """Restore an agent to a revision, as a new change; a key is never restored."""
     caller.require_writable(agent_id)
     await services.database.read(caller.require_counts)
     old = (await History(services.database).agent_before(agent_id, rollback.to)).agent

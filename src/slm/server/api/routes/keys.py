@@ -1,6 +1,6 @@
-"""The routes of encryption keys, scope `admin`: their state and the steps of a rotation.
+"""The encryption key routes, scope `admin`: the keys' state and the steps of a rotation.
 
-No encryption key is ever in a request or an answer.
+No request and no response ever contains an encryption key.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class KeyRead(BaseModel):
 
 
 class ReplicaRead(BaseModel):
-    """One server process, and the keys that it has."""
+    """One server process, and the keys it has."""
 
     id: str
     name: str
@@ -71,7 +71,7 @@ class KeyStatusRead(BaseModel):
 
 
 class KeyName(BaseModel):
-    """The key that was added or is now the active one."""
+    """The key that was added or is now active."""
 
     fingerprint: str
 
@@ -85,14 +85,14 @@ class RotateTo(BaseModel):
 
 
 class ReencryptQuery(QueryModel):
-    """Where a re-encryption goes on, and with how many rows."""
+    """Where a re-encryption continues, and with how many rows."""
 
     after_id: int = Field(0, ge=0, le=MAX_INTEGER)
     limit: int = Field(200, ge=1, le=1000)
 
 
 class Reencrypted(BaseModel):
-    """How far a re-encryption has come; `last_id` is null when it is through."""
+    """How far a re-encryption has got; `last_id` is null when it is complete."""
 
     last_id: int | None
     changed: int
@@ -106,7 +106,7 @@ class Pruned(BaseModel):
 
 @router.get("", response_model=KeyStatusRead, responses=problem_responses(DatabaseUnavailable))
 async def get_keys(rotation: Rotation, _: Admin) -> Response:
-    """Say which keys there are, how many rows need each, and which replica has which."""
+    """Return which keys there are, how many rows need each, and which replica has which."""
     return model_response(_read(await rotation.status()))
 
 
@@ -114,7 +114,7 @@ async def get_keys(rotation: Rotation, _: Admin) -> Response:
     "", status_code=201, response_model=KeyName, responses=problem_responses(*_PROBLEMS, Conflict)
 )
 async def add_key(rotation: Rotation, _: Admin, who: Asking) -> Response:
-    """Make a key in the data directory; it decrypts, and encrypts nothing yet."""
+    """Create a key in the data directory; it can decrypt, but does not encrypt yet."""
     name = await rotation.add(who=who)
     return model_response(KeyName(fingerprint=name), 201)
 
@@ -125,7 +125,7 @@ async def add_key(rotation: Rotation, _: Admin, who: Asking) -> Response:
     responses=problem_responses(*_PROBLEMS, KeysNotReady, ContentTooLarge, UnsupportedMediaType),
 )
 async def rotate(wanted: RotateTo, rotation: Rotation, _: Admin, who: Asking) -> Response:
-    """Make a key the active one, on every replica at once; rows are re-encrypted after."""
+    """Make a key active on every replica at once; rows are re-encrypted afterwards."""
     name = await rotation.rotate(wanted.fingerprint, who=who)
     return model_response(KeyName(fingerprint=name))
 

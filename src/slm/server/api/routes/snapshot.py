@@ -35,7 +35,7 @@ async def get_snapshot(
     who: Asking,
     _: UpToDate,
 ) -> Response:
-    """Return every agent that the token sees, with its key, read in one transaction."""
+    """Return every agent that the token can see, with its key, read in one transaction."""
     require_private(request, services.settings)
     if not services.snapshots.take(None):
         raise Overloaded("Too many snapshots are being requested at once.")
@@ -59,9 +59,9 @@ async def _snapshot(services: Services, caller: Caller, who: Who) -> Response:
 
 
 async def _stream(sealed: SealedSnapshot, check: Callable[[], None]) -> AsyncIterator[bytes]:
-    """Open one piece after the other: a slow reader has no more than one in memory.
+    """Decrypt one piece after the other: a slow reader has no more than one in memory.
 
-    `check` raises, and so cuts the answer off, where the token does not count any more.
+    `check` raises, and so cuts the response off, once the token is no longer valid.
     """
     for chunk in sealed.chunks():
         check()

@@ -1,4 +1,4 @@
-"""The routes of tokens, scope `admin`: made, listed, revoked."""
+"""The token routes, scope `admin`: create, list and revoke."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from slm.server.security.token_store import TokenInfo
 router = APIRouter(prefix="/api/admin", route_class=SLMRoute, tags=["administration"])
 
 CONFIRM_SECONDS = 2.0
-"""How long a revocation's answer waits for every other replica to refuse the token."""
+"""How long the response to a revocation waits for every other replica to refuse the token."""
 
 _MAX_LIFE_SECONDS = 100 * 366 * 86_400
 _WRITE_PROBLEMS = (DatabaseUnavailable, InsufficientStorage, OutcomeUnknown, InvalidRequest)
@@ -65,7 +65,7 @@ class TokenCreate(BaseModel):
 
 
 class TokenRead(BaseModel):
-    """What is known of a token; not the token."""
+    """What is known about a token, without the token itself."""
 
     id: int
     name: str
@@ -78,13 +78,13 @@ class TokenRead(BaseModel):
 
 
 class TokenMade(TokenRead):
-    """A token, and what it is: the one time that it can be seen."""
+    """A new token, with its text, which is shown only this once."""
 
     token: str
 
 
 class TokenRevoked(TokenRead):
-    """A token that is refused, and the servers that have not confirmed it."""
+    """A revoked token, and the servers that have not confirmed that they refuse it."""
 
     unconfirmed: list[str] | None = Field(
         description="servers that may go on accepting it until they reach the database again;"
@@ -93,14 +93,14 @@ class TokenRevoked(TokenRead):
 
 
 class TokenList(BaseModel):
-    """Every token that ever was."""
+    """Every token ever created."""
 
     tokens: list[TokenRead]
 
 
 @router.get("/tokens", response_model=TokenList, responses=problem_responses(DatabaseUnavailable))
 async def list_tokens(tokens: Tokens, _: Admin) -> Response:
-    """List the tokens, revoked and expired ones too."""
+    """List the tokens, including revoked and expired ones."""
     return model_response(TokenList(tokens=[_read(token) for token in await tokens.all()]))
 
 
@@ -120,7 +120,7 @@ async def create_token(
     _: Admin,
     who: Asking,
 ) -> Response:
-    """Make a token; its answer is the one place where it ever stands."""
+    """Create a token; this response is the only place that shows it."""
     require_private(request, settings)
     written, token = await tokens.create(
         wanted.name,
@@ -148,7 +148,7 @@ async def revoke_token(
 ) -> Response:
     """Refuse a token from now on, and close its streams.
 
-    `unconfirmed` names the servers that have not said yet that they refuse it; usually none.
+    `unconfirmed` names the servers that have not confirmed yet that they refuse it; usually none.
     """
     if token_id > MAX_ROW_ID:
         raise TokenNotFound

@@ -1,4 +1,4 @@
-"""The WebSocket at /ws: who may connect, and what it says (docs/protocol.md section 4)."""
+"""The WebSocket at /ws: who may connect, and the messages (docs/protocol.md section 4)."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ _BEGINS_AN_ACK: Final = re.compile(r'\s*\{\s*"ack"')
 
 
 async def stream(websocket: WebSocket) -> None:
-    """Refuse a connection before the upgrade, or begin a stream, which goes on without this."""
+    """Refuse a connection before the upgrade, or start a stream, which then runs by itself."""
     services = services_of(websocket)
-    # Our own server offers it with every handshake; no other one can serve streams.
+    # Our own server offers it with every handshake; no other server can serve streams.
     take_over = websocket.scope["extensions"][TAKE_OVER]
     try:
         if has_foreign_origin(websocket):
@@ -77,7 +77,7 @@ async def stream(websocket: WebSocket) -> None:
 
 
 class _Conversation:
-    """What one peer says, and what it is answered; it holds a place among its token's streams."""
+    """The messages from one peer and the answers to it; holds one of its token's stream places."""
 
     __slots__ = (
         "_opening",
@@ -101,12 +101,12 @@ class _Conversation:
         self.subscriber: Subscriber
 
     def begin(self, sink: Sink, view: View) -> None:
-        """Take the connection in, now that it is accepted."""
+        """Attach the connection to the hub, now that it is accepted."""
         self.subscriber = self._services.hub.attach(sink, view, self._token_id)
         self.subscriber.plain_http = self._plain_http
 
     def heard(self, message: str | bytes) -> None:
-        """Take one message."""
+        """Handle one message."""
         if isinstance(message, bytes):
             self._end(1003, "text frames only", "a message is not text")
         elif _BEGINS_AN_ACK.match(message):
@@ -115,11 +115,11 @@ class _Conversation:
             self._take(message)
 
     def note_waiting(self, unsent_bytes: int) -> None:
-        """Account for what waits for this peer, or of what it sends."""
+        """Record how many bytes are buffered to or from this peer."""
         self._services.hub.buffers.note(self.subscriber, unsent_bytes)
 
     def gone(self) -> None:
-        """Stop what is under way for this peer and forget it."""
+        """Stop what is running for this peer and forget it."""
         self._opened(was_silent=not self._subscribed)
         if self._opening is not None:
             self._opening.cancel()
@@ -130,13 +130,13 @@ class _Conversation:
         self._services.streams.release(self._token_id)
 
     def _opened(self, *, was_silent: bool = False) -> None:
-        """Give the place among those that are being opened back, once."""
+        """Give back the place among the opening streams, once."""
         place, self._place = self._place, None
         if place is not None:
             place.end(was_silent=was_silent)
 
     def take_ack(self, ack: Waiting) -> None:
-        """Read an ack that has waited."""
+        """Process an ack that has waited."""
         self._take(ack.text, ack)
 
     def _take(self, text: str, waited: Waiting | None = None) -> None:
@@ -192,7 +192,7 @@ class _Conversation:
         self._opened()
 
     def _end(self, code: int, reason: str, wrong: str) -> None:
-        """Close the stream for what the peer sent, which may have been an answer."""
+        """Close the stream because of what the peer sent, which may have been an answer."""
         self._services.explanations.unclear(self.subscriber, wrong)
         self.subscriber.sink.end(code, reason)
 

@@ -1,6 +1,6 @@
-"""AgentRegistry: the only writer of agents. Row, change and revision are one transaction.
+"""AgentRegistry: the only writer of agents. Row, change and revision share one transaction.
 
-Holds the rules of docs/protocol.md sections 1 to 3. Pushes nothing: the feed reads what was
+Applies the rules of docs/protocol.md sections 1 to 3. Pushes nothing: the feed reads what is
 committed here. Knows no HTTP.
 """
 
@@ -46,18 +46,18 @@ from slm.server.encryption.vault import KeyBinding, Vault
 from slm.server.security.audit import AuditEvent, Who, append
 
 IfMatch = int | Collection["Version"] | None
-"""The revision that an agent must be at, or several of which it must be one; None: any."""
+"""The revision that an agent must have, or several of which it must have one; None: any."""
 
 
 class Version(NamedTuple):
-    """What an If-Match names: the revision of an agent, in an epoch; None: in that of now."""
+    """What an If-Match names: an agent's revision, and its epoch; None: the current epoch."""
 
     revision: int
     epoch: str | None = None
 
 
 class _Unchanged(Exception):
-    """No error, but the way out that rolls the revision back."""
+    """Not an error: raised to roll back the revision."""
 
     def __init__(self, written: Written) -> None:
         self.written = written
@@ -66,15 +66,15 @@ class _Unchanged(Exception):
 class AgentRegistry:
     """Creates, changes and deletes agents, each call in one transaction.
 
-    Every call has its row in the audit, in the same transaction.
+    Every call writes its audit row in the same transaction.
 
     Args:
-        database: where the agents are.
-        vault: what their keys are encrypted with.
-        reads: forgets what it knows of an agent's key once that is written.
-        keyring: which of the vault's keys is active.
+        database: where the agents are stored.
+        vault: encrypts their keys.
+        reads: forgets what it knows about an agent's key once that is written.
+        keyring: knows which of the vault's keys is active.
         endpoints: which endpoints may be saved.
-        committed: told of each write that changed something, in the database's thread.
+        committed: called with each write that changed something, in the database's thread.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class AgentRegistry:
 
         Raises:
             AgentExists: its agent_id is taken.
-            AgentIsDefault: it would be the default and inactive.
+            AgentIsDefault: it would be both the default and inactive.
         """
         return await self._write(
             functools.partial(self._create, agent=agent, author=Author(who, comment))
@@ -122,19 +122,20 @@ class AgentRegistry:
         """Change the fields that were sent; the others stay.
 
         Args:
-            agent_id: taken literally: an adopted id need not be of our pattern.
+            agent_id: taken literally: an adopted id need not match our pattern.
             update: `model_fields_set` says which fields were sent.
-            who: who does it, and from where; their token must still count inside the transaction.
+            who: who makes the change, and from where; their token must still be valid inside the
+                transaction.
             comment: why, for the change's row.
             if_match: the revision that the agent must still have, or several.
 
         Raises:
-            Unauthorized: the token does not count any more.
+            Unauthorized: the token is no longer valid.
             AgentNotFound: there is no such agent.
-            PreconditionFailed: its revision is another one.
+            PreconditionFailed: it has another revision.
             InvalidRequest: the body names another agent, or an endpoint that is refused here.
-            AgentIsDefault: the default would be deactivated or un-defaulted, or an inactive agent
-                made the default.
+            AgentIsDefault: the change would deactivate the default agent or clear its flag, or make
+                an inactive agent the default.
         """
         written = await self._write(
             functools.partial(
@@ -145,7 +146,7 @@ class AgentRegistry:
                 if_match=if_match,
             )
         )
-        # If its key is still of no use, the next read or check finds it again.
+        # If its key is still unusable, the next read or check finds out.
         self._reads.forget(agent_id)
         return written
 
@@ -161,7 +162,7 @@ class AgentRegistry:
 
         Raises:
             AgentNotFound: there is no such agent.
-            PreconditionFailed: its revision is another one.
+            PreconditionFailed: it has another revision.
             AgentIsDefault: it is the default.
         """
         author = Author(who, comment)
@@ -190,9 +191,9 @@ class AgentRegistry:
             return nothing.written
 
     def _next(self, connection: Connection, author: Author) -> Head:
-        """Begin a write: the state row locked, the next revision taken, the active key at hand.
+        """Begin a write: lock the state row, take the next revision, and load the active key.
 
-        Whoever writes must still be allowed to: no token can be revoked while the row is locked.
+        The writer must still be allowed to write: no token can be revoked while the row is locked.
         """
         head = state.next_revision(connection)
         author.who.require_counts(connection, head.tokens_version)
@@ -302,7 +303,7 @@ def _found(connection: Connection, agent_id: str, if_match: IfMatch, epoch: str)
     if not any(each.revision == row["revision"] and each.epoch in (None, epoch) for each in wanted):
         raise PreconditionFailed(f"The agent is at revision {row['revision']} of epoch {epoch}.")
     if state.has_moved(connection):
-        # After a failover another change may have the number that the caller has seen.
+        # After a failover another change may have the revision that the caller has seen.
         raise PreconditionFailed("The database runs elsewhere now; its next epoch is being made.")
     return row
 
@@ -315,9 +316,9 @@ def _check_default(before: Agent, after: Agent) -> None:
 
 
 def _demote(connection: Connection, *, agent_after: Head) -> _Demotion | None:
-    """Take the flag from the default of now; before the promotion, or the unique index refuses.
+    """Take the flag from the current default, before the promotion: the unique index requires it.
 
-    Its revision is the one after the promoted agent's, so that whoever reads the changes in order
+    Its revision is the one after the promoted agent's, so that a reader of the changes in order
     is never without a default.
     """
     row = default_row(connection)
@@ -365,7 +366,7 @@ def _audit(
     author: Author,
     fields: Iterable[str] = (),
 ) -> None:
-    """Record a write: which fields were sent, and never what they held."""
+    """Record a write: which fields were sent, and never their values."""
     detail: dict[str, Any] = {"revision": head.revision}
     if fields:
         detail["fields"] = sorted(set(fields) - {"comment"})

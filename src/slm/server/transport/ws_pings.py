@@ -1,4 +1,4 @@
-"""Keepalive: pings every WebSocket of a server and cuts those that do not answer.
+"""Pings every WebSocket of a server and cuts those that do not answer; the heartbeat is the hub's.
 
 Knows no bytes but those of its pings, and of a connection only that it can be pinged and cut.
 """
