@@ -137,14 +137,14 @@ async def slow_body(
 async def test_a_feed_that_fails_keeps_no_revoked_token_in(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The tokens are followed whatever the feed is at: here each of its looks fails."""
+    """The tokens are followed whatever the feed is at: here each of its polls fails."""
     async with running_server(tmp_path / "data") as server, admin(server) as ask:
         victim = await make_token(ask, "victim", "config:read")
 
         async def broken() -> None:
             raise RuntimeError
 
-        monkeypatch.setattr(server.running.services.feed, "_look", broken)
+        monkeypatch.setattr(server.running.services.feed, "_poll", broken)
         async with victim.stream() as stream:
             await revoke_elsewhere(server, "victim")
             assert await stream.closed(timeout=2) == 1008
