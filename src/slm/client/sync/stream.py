@@ -112,7 +112,7 @@ class Stream:
             if self._healthy:
                 backoff.reset()
                 if isinstance(failure, StoodStill):
-                    continue  # something may be waiting for it, and no one else was suspended with us
+                    continue  # a call may wait for it, and no one else was suspended
             seconds = backoff.delay_elsewhere() if elsewhere else backoff.delay_after(failure)
             # A rejected token or certificate is retried as soon as its file is replaced.
             await self._watch.wait(seconds)
