@@ -181,7 +181,7 @@ class Watch:
         self._seen = signature_of(self._paths)
 
     def note(self) -> None:
-        """Record the current state of the files, whose content is being rejected."""
+        """Record the files' current state: what is rejected from now on was read from them."""
         self._seen = signature_of(self._paths)
 
     async def wait(self, seconds: float) -> bool:
