@@ -1,4 +1,4 @@
-"""The SDK: everything a backend needs to follow an SLM. Knows nothing of the server.
+"""The SDK: everything a backend needs to follow an SLM. Knows nothing about the server.
 
-The public names are those of `slm`; here are none, so that each module loads only what it needs.
+The public names are exported by `slm`; none here, so that each module loads only what it needs.
 """

@@ -1,7 +1,7 @@
-"""BlockingSLMClient: the same client under the names that synchronous code expects.
+"""BlockingSLMClient: the same client with the method names that synchronous code expects.
 
-A thin name for `SLMClient`, whose `…_now` methods do the same. Safe to use from any number of
-threads, and right after a fork.
+A thin wrapper around the `…_now` methods of `SLMClient`. Safe to use from any number of threads,
+and directly after a fork.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ class BlockingSLMClient:
         self.client = self._asynchronous = SLMClient(*args, **options)
 
     def connect(self) -> None:
-        """Start following the SLM, as `SLMClient.connect` does; it is done at first use as well."""
+        """Start following the SLM, as `SLMClient.connect` does; also happens on first use."""
         self.client.connect_now()
 
     def close(self) -> None:
-        """Stop following the SLM; what is known can still be asked for."""
+        """Stop following the SLM; the last known configurations can still be read."""
         self.client.close_now()
 
     def __enter__(self) -> BlockingSLMClient:
@@ -48,12 +48,12 @@ class BlockingSLMClient:
 
     @property
     def status(self) -> ClientStatus:
-        """How this client stands to its SLM."""
+        """How the client is connected."""
         return self.client.status
 
     @property
     def last_error(self) -> str | None:
-        """What failed last, as a sentence without secrets; None while all is well."""
+        """What failed last, in one sentence without secrets; None if nothing is wrong."""
         return self.client.last_error
 
     @property
@@ -74,21 +74,21 @@ class BlockingSLMClient:
         return self.client.get_default_agent_config_now()
 
     def explain(self, agent_id: str) -> Explanation:
-        """Say how this agent is resolved now; see `SLMClient.explain`."""
+        """Explain how this agent is resolved now; see `SLMClient.explain`."""
         return self.client.explain_now(agent_id)
 
     def peek(self, agent_id: str) -> ResolvedConfig | None:
-        """Return the agent's own config if it is at hand and live; see `SLMClient.peek`."""
+        """Return the agent's own config if it is cached and live; see `SLMClient.peek`."""
         return self.client.peek(agent_id)
 
     def on_change(self, callback: OnChange) -> Callable[[], None]:
-        """Have the callback called after each swap; see `SLMClient.on_change`."""
+        """Call the callback after each change; see `SLMClient.on_change`."""
         return self.client.on_change(callback)
 
     def register_validator(self, validator: Validator) -> Callable[[], None]:
-        """Have the validator asked of each config; see `SLMClient.register_validator`."""
+        """Call the validator before a config is used; see `SLMClient.register_validator`."""
         return self.client.register_validator(validator)
 
     def in_use(self, config: ResolvedConfig) -> InUse:
-        """Hold the config's key for the length of a call; see `SLMClient.in_use`."""
+        """Mark the config's key as in use during a `with` block; see `SLMClient.in_use`."""
         return self.client.in_use(config)

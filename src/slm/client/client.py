@@ -1,7 +1,7 @@
-"""SLMClient: what a backend holds, for asynchronous and synchronous code, in any thread and loop.
+"""SLMClient: the object a backend uses, from async or sync code, in any thread and event loop.
 
-Following the SLM is the background thread's work (`follower`); here are the two ways in. While live
-an answer is one lookup in a dict and one look at the clock, in whatever thread.
+A background thread follows the SLM (`follower`); this module has the two ways to call it. While
+live, an answer is one dict lookup and one read of the clock, in any thread.
 """
 
 from __future__ import annotations
@@ -122,10 +122,11 @@ class SLMClient:
         self._liveness = self._cache.liveness
         self._follower = Follower(settings, self._cache)
         self._hooks = self._follower.hooks
-        # A client that nobody holds any more is closed; at exit, the thread ends with the process.
+        # A client that nothing refers to any more is closed; at exit, the thread ends with the
+        # process.
         weakref.finalize(self, self._follower.drop).atexit = False
 
-    # --- life ---
+    # --- start and stop ---
 
     async def connect(self) -> None:
         """Start following the SLM, and wait until its state has arrived, up to `start_timeout`.
@@ -157,7 +158,7 @@ class SLMClient:
         try:
             await self.connect()
         except BaseException:
-            # Nobody will leave what nobody entered.
+            # `__aexit__` is not called if `__aenter__` fails.
             following.start(self._follower.close)
             raise
         return self
@@ -191,7 +192,7 @@ class SLMClient:
         """Every change up to this revision was received; 0 before the first contact."""
         return self._cache.position.revision
 
-    # --- answers ---
+    # --- resolving ---
 
     async def resolve(self, agent_id: str) -> ResolvedConfig:
         """Return the agent's configuration, from the first step of the chain that has one.
@@ -295,7 +296,7 @@ class SLMClient:
         follower = self._follower
         return InUse(follower.in_use, config, self._cache.key_revision, follower.key_use_changed)
 
-    # --- the two ways in ---
+    # --- asynchronous and synchronous calls ---
 
     async def _answered(self, agent_id: str | None) -> ResolvedConfig:
         follower = self._follower
@@ -308,7 +309,7 @@ class SLMClient:
         follower = self._follower
         if follower.closed or following.is_here:
             return follower.answer_in_place(agent_id)
-        # A verdict that is to be given in this very thread would be waited for in vain.
+        # Waiting here for a verdict that this very thread must give would never end.
         judged = not callbacks.is_here
         return self._wait(lambda: follower.answer(agent_id, judged=judged))
 
@@ -321,7 +322,7 @@ class SLMClient:
         return await following.start(work).waited()
 
     def _wait(self, work: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
-        """Run in the background, and wait in this thread.
+        """Run work in the background thread and wait for it in this one.
 
         Raises:
             ConfigurationError: this is the background thread, which cannot wait for itself.

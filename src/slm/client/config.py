@@ -1,6 +1,6 @@
-"""The value that a resolution answers: one agent's whole configuration, frozen, with its origin.
+"""The result of a resolution: one agent's complete configuration, frozen, with its origin.
 
-Knows no clock but the monotonic one, and nothing of where values come from.
+Knows no clock except the monotonic one, and not where values come from.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class SecretText(str):
 
 
 class Options(dict[str, Any]):
-    """The options of one config: a dict that is not to be changed, since many share it."""
+    """The options of a config: a dict that must not be modified, since many share it."""
 
     __slots__ = ()
 
@@ -94,7 +94,7 @@ class ResolvedConfig:
     source_agent_id: str | None = None
     passed_over: str | None = None
     _freshness: Callable[[], tuple[float, bool]] | None = field(default=None, repr=False)
-    # Made when first asked for: a dict to copy costs a third of one to build.
+    # Built on first use: copying a dict costs a third of building one.
     _fields: dict[str, Any] | None = field(default=None, init=False, repr=False)
 
     @property
@@ -135,7 +135,7 @@ class ResolvedConfig:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle without the key, which must not lie in a queue or a cache; stale from then on."""
+        """Pickle without the key, which must not end up in a queue or cache; stale from then on."""
         values = {
             each.name: getattr(self, each.name)
             for each in fields(self)
@@ -146,7 +146,7 @@ class ResolvedConfig:
         return _rebuilt, (values,)
 
     def answering(self, agent_id: str, passed_over: str | None = None) -> ResolvedConfig:
-        """Return this config as the default agent's answer for another agent, and why it is."""
+        """Return this config as the default agent's answer for another agent, with the reason."""
         return ResolvedConfig(
             agent_id=agent_id,
             step=Step.DEFAULT,
@@ -168,12 +168,12 @@ class ResolvedConfig:
 
 @dataclass(frozen=True, slots=True)
 class _Unpickled:
-    """The freshness of a config that came from elsewhere: nobody tells it of changes."""
+    """The freshness of an unpickled config, which is not notified of changes."""
 
     confirmed_at: float
 
     def __call__(self) -> tuple[float, bool]:
-        # By the wall clock: it may come from another machine.
+        # By the wall clock, because it may come from another machine.
         return max(0.0, time.time() - self.confirmed_at), True
 
 

@@ -1,6 +1,6 @@
-"""The start-up hook for a FastAPI or Starlette backend, in one line of its code.
+"""The startup hook for a FastAPI or Starlette backend, in one line of its code.
 
-Knows ASGI's lifespan by shape alone: neither framework is imported.
+Knows only the shape of ASGI's lifespan: neither framework is imported.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What a client is made with: its arguments, and for what is not given the environment.
+"""The options of a client: its arguments, with environment variables as defaults.
 
-An argument always wins over its variable. Reads variables and files; opens no connection.
+An argument always overrides its variable. Reads variables and files; opens no connection.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ _log = quiet_logger("slm.client")
 
 @dataclass(frozen=True, kw_only=True)
 class ClientOptions:
-    """What a client was made with, checked.
+    """The checked options of a client.
 
     Attributes:
         site: where its SLM is.
         file: the snapshot file, or None.
-        name: what this backend is called; None: what the host is called.
+        name: the backend's name; None for the host's name.
         insecure: whether one of the SLM's addresses is plain http to another machine.
     """
 
@@ -44,7 +44,7 @@ class ClientOptions:
     insecure: bool
 
     def log_decisions(self) -> None:
-        """Say at each start what was decided on that makes it less safe."""
+        """Log, at each start, the chosen options that make the client less secure."""
         if self.insecure:
             _log.warning(
                 "the SLM at %s is followed over plain http, as allow_insecure says: whoever is on "
@@ -67,10 +67,10 @@ def read_options(
     trust_env: bool,
     allow_insecure: bool | None,
 ) -> ClientOptions:
-    """Return what the arguments of `SLMClient` and the environment say.
+    """Read the options from the arguments of `SLMClient` and the environment.
 
     Raises:
-        ConfigurationError: one of them makes no sense, or there is no address or no token.
+        ConfigurationError: one of them is invalid, or the address or the token is missing.
     """
     allowed = flag("SLM_ALLOW_INSECURE") if allow_insecure is None else allow_insecure
     urls = usable_urls(slm_url, allow_insecure=allowed)
@@ -93,10 +93,10 @@ def read_options(
 def usable_tls(
     ca_file: str | os.PathLike[str] | None = None, client_cert: ClientCert | None = None
 ) -> TlsFiles:
-    """Return the TLS files that the arguments or SLM_CA_FILE and SLM_CLIENT_CERT/_KEY name.
+    """Return the TLS files named by the arguments or SLM_CA_FILE and SLM_CLIENT_CERT/_KEY.
 
     Raises:
-        ConfigurationError: one of them cannot be used, which is told here rather than at the first
+        ConfigurationError: one of them cannot be used; raised here rather than at the first
             connection.
     """
     ca_file = ca_file if ca_file is not None else variable("SLM_CA_FILE")
@@ -111,7 +111,7 @@ def usable_tls(
 
 
 def cache_file_from_environment() -> str | bool | None:
-    """Return what SLM_CACHE_FILE says: a path, False for `off`, True for `on`, or None."""
+    """Return the value of SLM_CACHE_FILE: a path, False for `off`, True for `on`, or None."""
     named = variable("SLM_CACHE_FILE")
     return {"off": False, "on": True}.get((named or "").lower(), named)
 

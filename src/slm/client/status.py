@@ -1,4 +1,4 @@
-"""What `SLMClient.status` can say. Values only."""
+"""The values of `SLMClient.status`. Values only."""
 
 from __future__ import annotations
 
@@ -6,31 +6,31 @@ import enum
 
 
 class ClientStatus(enum.StrEnum):
-    """How `SLMClient` stands to its SLM; `SLMClient.last_error` says why where something failed."""
+    """How `SLMClient` is connected; `SLMClient.last_error` explains any failure."""
 
     STARTING = "starting"
     """Not connected yet, and nothing has failed so far."""
 
     SYNCING = "syncing"
-    """Subscribed, and fetching a snapshot; what is known is served as stale meanwhile."""
+    """Subscribed and fetching a snapshot; known configurations are served as stale meanwhile."""
 
     LIVE = "live"
     """Every change arrives as it is made; nothing expires."""
 
     BEHIND = "behind"
-    """Connected to an SLM that has lost sight of its database; changes may be missing."""
+    """Connected to an SLM that cannot read its database; changes may be missing."""
 
     POLLING = "polling"
-    """No WebSocket gets through, as `last_error` says; changes are asked for every few seconds."""
+    """No WebSocket gets through, as `last_error` says; polls for changes every few seconds."""
 
     DISCONNECTED = "disconnected"
-    """No stream; trying again with backoff. The cache, or the chain's next steps, answer."""
+    """No stream; retries with backoff. The cache or the chain's later steps are used."""
 
     UNAUTHORIZED = "unauthorized"
-    """The SLM refuses the token, or its scopes; trying again every few minutes."""
+    """The SLM refuses the token or its scopes; retries every few minutes."""
 
     TLS_ERROR = "tls-error"
-    """The SLM's certificate was not accepted, so nothing was sent; trying again with backoff."""
+    """The SLM's certificate was not accepted, so nothing was sent; retries with backoff."""
 
     CLOSED = "closed"
-    """`close()` was called; what is known is still served, as stale."""
+    """`close()` was called; known configurations are still served, as stale."""

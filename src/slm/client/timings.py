@@ -1,6 +1,6 @@
-"""Every duration the client waits for, as one value; the defaults are the contract's.
+"""Every duration the client waits for, as one value; the defaults are those of the protocol.
 
-Values only: docs/protocol.md section 5 says what each is for. Tests run at a tenth of them.
+Values only: docs/protocol.md section 5 explains each. Tests use a tenth of them.
 """
 
 from __future__ import annotations
@@ -16,33 +16,32 @@ class Timings:
     """How long `SLMClient` waits, in seconds; for `SLMClient(…, timings=Timings(…))`.
 
     Attributes:
-        backoff_initial_seconds: the longest first wait before connecting again; each further one
-            may be twice as long (full jitter: the wait is drawn between 0 and that).
-        backoff_max_seconds: what the longest wait grows to.
-        nobody_max_seconds: what it grows to while nobody listens at the SLM's address: being
-            refused a connection costs no server anything, and a restart is over sooner.
-        healthy_seconds: how long a client must have been caught up for its connection to count as
-            healthy, so that backoff starts anew.
-        refused_retry_seconds: how often the SLM is tried again after it refused the token.
+        backoff_initial_seconds: the maximum first wait before reconnecting; the maximum doubles
+            with each attempt (full jitter: the wait is random between 0 and the maximum).
+        backoff_max_seconds: the limit for the maximum wait.
+        nobody_max_seconds: that limit while nothing listens at the SLM's address: a refused
+            connection costs no server anything, and a restart is over sooner.
+        healthy_seconds: how long a client must have been caught up for its connection to be
+            considered healthy, which resets the backoff.
+        refused_retry_seconds: how often the SLM is retried after it refused the token.
         retry_after_max_seconds: the longest Retry-After that is honoured.
-        ping_interval_seconds: after how long without a frame the SLM is pinged; it has as long to
-            answer, so that a dead connection is found within twice this.
+        ping_interval_seconds: how long without a frame before the SLM is pinged; it has as long to
+            answer, so a dead connection is detected within twice this time.
         request_timeout_seconds: for a handshake, and for one agent's config over HTTP.
         next_address_seconds: with several addresses, how long one may take to answer a handshake
-            before the next is tried; once none of them did, each has `request_timeout_seconds`.
-        poll_interval_seconds: how often changes are asked for while no WebSocket gets through.
+            before the next is tried; if none answered, each gets `request_timeout_seconds`.
+        poll_interval_seconds: how often to poll for changes while no WebSocket gets through.
         snapshot_timeout_seconds: for all agents' configs over HTTP.
-        unknown_seconds: how long an agent_id that the SLM does not know, or an SLM that could not
-            be asked, is remembered before it is asked again.
-        save_interval_seconds: how often the snapshot file is written at most.
-        ack_delay_seconds: how long a loop that is behind with its work may put an ack off, so that
-            callbacks come before it.
-        ack_interval_seconds: the shortest time between two acks; an idle client acks at once. It
-            grows with what an ack has to name, up to ten times this.
-        key_jitter_seconds: over how long the fetching of a changed key is spread: a thousand
-            backends must not ask in one millisecond. A call that waits for the key asks at once.
-        key_pause_max_seconds: the longest pause between two fetches of keys from a busy SLM, while
-            further keys change.
+        unknown_seconds: how long to remember that the SLM does not know an agent_id, or could not
+            be asked, before asking again.
+        save_interval_seconds: the shortest time between two writes of the snapshot file.
+        ack_delay_seconds: how long a busy event loop may delay an ack, so that callbacks run first.
+        ack_interval_seconds: the shortest time between two acks; an idle client acks at once. Grows
+            with the size of the ack, up to ten times this.
+        key_jitter_seconds: over how long fetching a changed key is spread, so that a thousand
+            backends don't ask in the same millisecond. A call that waits for the key asks at once.
+        key_pause_max_seconds: the longest pause between two key fetches from a busy SLM while more
+            keys change.
         close_timeout_seconds: how long the SLM has to answer the closing of the stream.
     """
 
@@ -71,7 +70,7 @@ class Timings:
 
 
 def check_seconds(name: str, value: float, *, positive: bool = False) -> float:
-    """Return the duration, or say which argument makes no sense.
+    """Return the duration, or raise an error that names the invalid argument.
 
     Raises:
         ConfigurationError: it is negative, not finite, or 0 where it must be positive.

@@ -1,7 +1,7 @@
-"""AgentConfigCache: what the SLM said about each agent, and for how long it may be believed.
+"""AgentConfigCache: what the SLM said about each agent, and how long that may be used.
 
-Passive: each source has its own verb (`apply_snapshot`, `apply_change`, …), and it fetches nothing.
-Knows no socket, no file and no clock but the monotonic one that it is given.
+Passive: each source has its own method (`apply_snapshot`, `apply_change`, …), and it fetches
+nothing. Knows no socket, no file and no clock except the monotonic one it is given.
 """
 
 from __future__ import annotations
@@ -24,28 +24,28 @@ from slm.schemas import AgentConfig, LLMConfig, LLMConfigWithKey, Snapshot
 
 
 class AgentConfigCache:
-    """Configurations by agent_id, each known for `ttl_seconds` after it was last confirmed.
+    """Configurations by agent_id, each current for `ttl_seconds` after it was last confirmed.
 
-    Used alone it is a plain cache: `set` and `update` put a value in, `get` answers it until it
-    expires. `SLMClient` drives it with what the SLM says, by the rules of docs/protocol.md
-    section 5: per agent_id only what is newer than the last known revision applies, deletes
-    included, and only `begin` (a resync, another epoch) moves it back. One thread writes; a lookup
-    in `ready` is safe from any.
+    On its own it is a plain cache: `set` and `update` store a value, and `get` returns it until it
+    expires. `SLMClient` drives it with messages from the SLM, following docs/protocol.md section 5:
+    per agent_id only what is newer than the last known revision is applied, deletes included, and
+    only `begin` (a resync, another epoch) moves it back. Only one thread writes; reading `ready` is
+    safe from any thread.
 
     Args:
-        ttl_seconds: how long a value counts as current without word from the SLM.
-        max_stale_seconds: how long past that it may still be served as stale; None: for ever.
+        ttl_seconds: how long a value is current without contact with the SLM.
+        max_stale_seconds: how long after that it may still be served as stale; None for no limit.
         clock: monotonic seconds.
 
     Attributes:
-        ready: the configs that need no second look: whole, active and the newest known.
-        position: up to which revision everything is in here, of which epoch.
-        liveness: whether it is live, and how old what it holds is.
-        agents: what is known of each agent, whatever its state; not to be changed.
+        ready: configs that need no further check: complete, active and the newest known.
+        position: the revision and epoch up to which everything is in the cache.
+        liveness: whether the cache is live, and the age of its values.
+        agents: what is known about each agent, in any state; must not be modified.
         default_id: the agent_id of the default agent.
-        refused: asked for each config before it comes into force; why it must not, or None.
-        ask_first: asked for each config before it comes into force, and returns whether somebody
-            else is to judge it, who takes a while: `judged` says what came of it.
+        refused: called before a config comes into use; returns why it must not, or None.
+        ask_first: called before a config comes into use; returns whether a slower validator must
+            judge it first, in which case `judged` receives the verdict.
     """
 
     def __init__(
@@ -64,14 +64,14 @@ class AgentConfigCache:
         self.ask_first: Callable[[str, KnownAgent], bool] = lambda agent_id, known: False
         self._agents: dict[str, KnownAgent] = {}
         self.agents = MappingProxyType(self._agents)
-        # Kept beside: an ack asks for them after each change, and there may be 100,000 agents.
+        # Kept separately: each ack needs them after a change, and there may be 100,000 agents.
         self._unsettled: dict[str, KnownAgent] = {}
         self._by_hand: dict[str, tuple[dict[str, Any], float]] = {}
 
-    # --- a plain cache, used alone ---
+    # --- a plain cache, used on its own ---
 
     def get(self, agent_id: str) -> dict[str, Any] | None:
-        """Return the agent's config as a fresh dict, or None where there is none or it expired."""
+        """Return the agent's config as a new dict, or None if there is none or it has expired."""
         known = self._agents.get(agent_id)
         if known is not None:
             config = known.in_force
@@ -83,26 +83,26 @@ class AgentConfigCache:
         return copy.deepcopy(held[0])
 
     def set(self, agent_id: str, config: Mapping[str, Any]) -> None:
-        """Hold a config for `ttl_seconds` from now."""
+        """Store a config for `ttl_seconds` from now."""
         self._by_hand[agent_id] = (copy.deepcopy(dict(config)), self.clock())
 
     def update(self, agent_id: str, config: Mapping[str, Any]) -> None:
-        """Replace a config as a whole; its TTL starts anew."""
+        """Replace a whole config; its TTL starts again."""
         self.set(agent_id, config)
 
     def remove(self, agent_id: str) -> None:
-        """Forget the agent; one that is not there is no error."""
+        """Remove the agent; does nothing if it is not there."""
         self._by_hand.pop(agent_id, None)
         self._drop(agent_id)
 
-    # --- reading what the SLM said ---
+    # --- reading ---
 
     def find(self, agent_id: str) -> KnownAgent | None:
-        """Return what is known of the agent, whatever its state."""
+        """Return what is known about the agent, in any state."""
         return self._agents.get(agent_id)
 
     def known_revision(self, agent_id: str) -> int:
-        """Return up to which revision this agent is known, its absence too; -1 for not at all."""
+        """Return the revision up to which this agent, or its absence, is known; -1 if unknown."""
         known = self._agents.get(agent_id)
         if known is not None and known.generation == self.position.generation:
             return known.revision
@@ -114,40 +114,40 @@ class AgentConfigCache:
         return len(self._agents)
 
     def keys_awaited(self) -> list[str]:
-        """Return the agents whose newest config lacks its key."""
+        """Return the agents that have a newest config whose key is missing."""
         return [agent_id for agent_id, known in self._unsettled.items() if known.awaits_key]
 
     def unsettled(self) -> Iterator[tuple[str, KnownAgent]]:
-        """Yield the active agents whose newest config is not in force, or not yet."""
+        """Yield the active agents for which the newest config is not in use, or not yet."""
         yield from self._unsettled.items()
 
     def key_revision(self, agent_id: str) -> int | None:
-        """Return the revision of the agent's present key; None with no key or no agent."""
+        """Return the revision of the agent's current key; None without a key or an agent."""
         known = self._agents.get(agent_id)
         newest = known.newest if known is not None else None
         return newest.api_key_revision if newest is not None else None
 
-    # --- what the SLM says ---
+    # --- messages from the SLM ---
 
     def begin(self, epoch: str, revision: int, change_id: str | None = None) -> None:
-        """Start over at `revision` of `epoch`: what is held goes on being served until replaced.
+        """Start over at `revision` of `epoch`; the cached values are served until replaced.
 
-        After a plain subscription, a `resync` or word of another epoch. A snapshot must follow;
-        until then the changes after `revision` apply to what is held.
+        Called after a plain subscription, a `resync` or a new epoch. A snapshot must follow; until
+        then, changes after `revision` are applied to what is cached.
         """
         self.liveness.set(False)
         self.position.begin(epoch, revision, change_id)
 
     def apply_snapshot(self, snapshot: Snapshot | ReceivedSnapshot) -> list[str]:
-        """Take over a snapshot, where it is newer; return the agents whose config was swapped.
+        """Apply a snapshot where it is newer; return the agents with a swapped config.
 
-        Its list of agents is empty afterwards: each row makes room for what is kept of it, so that
-        the heap does not have to hold all of both.
+        Empties the snapshot's list of agents: each row is freed as it is stored, so that the heap
+        does not have to hold both in full.
         """
         if self.position.contradicts(snapshot):
             self.begin(snapshot.epoch, snapshot.revision, snapshot.change_id)
         if snapshot.revision < self.position.base:
-            return []  # deletes that it does not know of are no longer remembered here
+            return []  # deletes it does not include are no longer remembered here
         swapped = []
         there = set()
         agents = snapshot.agents
@@ -176,7 +176,7 @@ class AgentConfigCache:
         return self._drop(agent_id)
 
     def apply_config(self, agent: LLMConfig) -> bool:
-        """Apply a config that came without its key over HTTP; return whether it was swapped in."""
+        """Apply a config received over HTTP without its key; return whether it was swapped in."""
         if agent.revision <= self.known_revision(agent.agent_id):
             return False
         return self._put(agent.agent_id, agent.revision, agent)
@@ -184,7 +184,7 @@ class AgentConfigCache:
     def apply_fetched(
         self, agent: LLMConfigWithKey | ReceivedAgent, key_from: str = "fetch"
     ) -> bool:
-        """Apply a config that came with its key, unless older; return whether it was swapped in."""
+        """Apply a config received with its key, unless older; return whether it was swapped in."""
         known, generation = self.known_revision(agent.agent_id), self.position.generation
         deleted = agent.agent_id not in self._agents and agent.revision == known
         if agent.revision < known or deleted:
@@ -195,7 +195,7 @@ class AgentConfigCache:
         key = agent.llm_api_key
         old = self._agents.get(agent.agent_id)
         if old is not None and old.holds(agent.revision, generation, key) and error is None:
-            # Nothing new, as for most agents of a snapshot that was fetched for a few keys.
+            # Nothing new, as for most agents in a snapshot that was fetched for a few keys.
             old.freshness.confirm(self.clock())
             return False
         return self._put(
@@ -209,19 +209,19 @@ class AgentConfigCache:
         )
 
     def apply_absent(self, agent_id: str, asked_at: int) -> bool:
-        """Apply "no such agent, or inactive", asked when `asked_at` was the known revision."""
+        """Apply "no such agent, or inactive", requested when `asked_at` was the known revision."""
         if self.known_revision(agent_id) > asked_at or agent_id not in self._agents:
             return False
         if self.liveness.live and agent_id == self.default_id:
-            return False  # the stream is about to say who the default is now, and then this
+            return False  # the stream is about to announce the default agent, and then this
         self.position.note_gone(agent_id, self.known_revision(agent_id))
         return self._drop(agent_id)
 
     def apply_key_error(self, agent_id: str, asked_at: int, reason: str) -> bool:
-        """Apply "there is a key, but it cannot be used"; return whether a config went out of force.
+        """Apply "the key exists but cannot be used"; return whether a config went out of use.
 
-        Such an agent raises rather than being served: going on with an older key, or with the
-        default agent's config, would look like success (docs/decisions, a missing key raises).
+        Resolving such an agent raises an error: continuing with an older key, or with the default
+        agent's config, would look like success (docs/decisions, a missing key raises).
         """
         known = self._agents.get(agent_id)
         if known is None or self.known_revision(agent_id) > asked_at:
@@ -235,18 +235,18 @@ class AgentConfigCache:
         return served
 
     def distrust(self) -> None:
-        """Serve what is held as stale until a snapshot: a fork may have cut a change in half."""
+        """Serve the cache as stale until a snapshot: a fork may have interrupted a change."""
         self.position.synced = False
         self.liveness.set(False)
 
-    # --- what validators say ---
+    # --- verdicts of validators ---
 
     def judged(self, agent_id: str, known: KnownAgent, reason: str | None) -> bool:
-        """Take what came of `ask_first`; return whether a config was swapped in.
+        """Apply the verdict requested by `ask_first`; return whether a config was swapped in.
 
         Args:
             agent_id: the agent.
-            known: what `ask_first` was shown; where it is superseded, this says nothing.
+            known: what `ask_first` was given; the verdict is ignored if this was superseded.
             reason: why it must not be used, or None.
         """
         value = known.pending
@@ -260,9 +260,9 @@ class AgentConfigCache:
         return known.in_force is not before
 
     def judged_anew(self, agent_id: str, config: ResolvedConfig, reason: str | None) -> bool:
-        """Take what is said of a config now; return whether it was swapped in.
+        """Apply a later verdict about a config; return whether it was swapped in.
 
-        One that is in force stays so: it is not worse than it was, and the SLM is told.
+        A config already in use stays in use: it is no worse than before, and the SLM is informed.
         """
         known = self._agents.get(agent_id)
         if known is None or known.newest is not config or known.pending is not None:
@@ -273,7 +273,7 @@ class AgentConfigCache:
         self._note_unsettled(agent_id, known)
         return swapped
 
-    # --- inside ---
+    # --- internals ---
 
     def _put(
         self,
@@ -320,7 +320,7 @@ class AgentConfigCache:
     def _held_key(
         self, old: KnownAgent | None, config: AgentConfig | ReceivedAgent
     ) -> tuple[SecretStr | None, bool]:
-        """Return the key for a config that came without it, and whether it is the right one."""
+        """Return the key for a config received without one, and whether it is the right key."""
         if config.api_key_revision is None:
             return None, True
         known = old is not None and old.generation == self.position.generation
@@ -345,7 +345,7 @@ class AgentConfigCache:
         return known.in_force is not None
 
     def _note_default(self, agent_id: str, new: KnownAgent) -> None:
-        """Follow the flag; the promotion comes before the demotion, so the newest flag counts."""
+        """Track the default flag; a promotion precedes its demotion, so the newest flag wins."""
         if not new.is_default:
             return
         current = self._agents.get(self.default_id) if self.default_id is not None else None

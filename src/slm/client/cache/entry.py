@@ -1,6 +1,6 @@
-"""What the cache knows of one agent: which config serves, what it waits for, and what came of that.
+"""What the cache knows about one agent: the config in use, what it waits for, and the result.
 
-Knows no other agent and asks nobody; what is newer than what is known is for the cache to say.
+Knows no other agent and makes no calls; the cache decides what is newer.
 """
 
 from __future__ import annotations
@@ -22,24 +22,25 @@ _NO_OPTIONS: Final = Options()
 
 @dataclass(slots=True, eq=False)
 class KnownAgent:
-    """What is known of one agent.
+    """What is known about one agent.
 
     Attributes:
-        revision: of the newest that is known, with or without its key.
-        generation: the cache's at that time; revisions and keys of another mean nothing.
+        revision: the newest known revision, with or without its key.
+        generation: the cache's generation at that time; revisions and keys of others are
+            meaningless.
         is_default: whether it is flagged as the default agent.
         is_active: whether it may be served.
-        config: the last whole value, config and key together; None when there is none.
-        freshness: that of `config`.
-        pending: the newest config while its key is not here yet, and None in it; or while it is
+        config: the last complete value, config and key together; None if there is none.
+        freshness: the freshness of `config`.
+        pending: the newest config while its key is missing (and None in it), or while it is
             `unjudged`.
-        pending_since: since when that key is missing, or that judgement is awaited.
-        unjudged: whether a validator of the user's has not said yet what it thinks of `pending`.
-        pending_freshness: that of `pending`, while it is unjudged.
-        key_error: why the SLM cannot give the key; None when it can.
-        refused: why the newest config is not to be used; None when it may.
-        refused_config: that newest config, where `config` is the last good one instead.
-        key_from: how the key came: `snapshot`, `fetch` or `file`.
+        pending_since: since when the key or the verdict has been awaited.
+        unjudged: whether a user's validator has not returned a verdict on `pending` yet.
+        pending_freshness: the freshness of `pending` while it is unjudged.
+        key_error: why the SLM cannot provide the key; None if it can.
+        refused: why the newest config must not be used; None if it may.
+        refused_config: the refused newest config, if `config` is the last good one instead.
+        key_from: where the key came from: `snapshot`, `fetch` or `file`.
     """
 
     revision: int
@@ -58,7 +59,7 @@ class KnownAgent:
     key_from: str = ""
 
     def holds(self, revision: int, generation: int, key: SecretStr | None) -> bool:
-        """Whether exactly this is in force: the same revision of the same life, with this key."""
+        """Whether exactly this is in use: same revision and generation, with this key."""
         return (
             self.config is not None
             and (self.revision, self.generation) == (revision, generation)
@@ -72,46 +73,46 @@ class KnownAgent:
 
     @property
     def newest(self) -> ResolvedConfig | None:
-        """The newest config that is known, in force or not."""
+        """The newest known config, in use or not."""
         return self.pending or self.refused_config or self.config
 
     @property
     def not_in_force(self) -> str | None:
-        """Why the newest config is not in force; None where it is, or only its key is awaited."""
+        """Why the newest config is not in use; None if it is, or if only its key is missing."""
         if self.key_error is not None:
             return f"its key cannot be had: {self.key_error}"
         return self.refused
 
     @property
     def in_force(self) -> ResolvedConfig | None:
-        """The agent's own config as it is served now, stale or not; None where it has none."""
+        """The agent's own config as it is served now, stale or not; None if it has none."""
         return self.config if self.is_active and self.key_error is None else None
 
     @property
     def awaits_key(self) -> bool:
-        """Whether a key must still be fetched for this agent to be up to date."""
+        """Whether a key must still be fetched to bring this agent up to date."""
         missing = self.pending is not None and not self.unjudged
         return self.is_active and (missing or self.key_error is not None)
 
     def key_of(self, api_key_revision: int) -> SecretStr | None:
-        """Return the key of this revision, if it is here."""
+        """Return the key with this revision, if it is here."""
         for held in (self.config, self.refused_config, self.pending):
             same_key = held is not None and held.api_key_revision == api_key_revision
             if held is not None and same_key and held.llm_api_key is not None:
                 return held.llm_api_key
         return None
 
-    # --- what becomes of it ---
+    # --- transitions ---
 
     def take(
         self, value: ResolvedConfig, old: KnownAgent | None, key_from: str, now: float
     ) -> ResolvedConfig:
-        """Serve a value, and return it; what equals the one served before stays that one.
+        """Put a value in use and return it; if it equals the previous one, keep that object.
 
         Args:
             value: config and key.
             old: what was known before.
-            key_from: how the key came; empty: as before.
+            key_from: where the key came from; empty for unchanged.
             now: the cache's time.
         """
         before = old.in_force if old is not None else None
@@ -123,7 +124,7 @@ class KnownAgent:
         return value
 
     def await_verdict(self, old: KnownAgent | None, now: float) -> None:
-        """Serve what was served before, as stale, until a validator has judged what was taken."""
+        """Keep serving the previous value, as stale, until a validator has judged the new one."""
         self.pending, self.unjudged, self.pending_since = self.config, True, now
         self.pending_freshness = self.freshness
         self.config = old.in_force if old is not None else None
@@ -133,20 +134,20 @@ class KnownAgent:
     def await_key(
         self, value: ResolvedConfig, key_error: str | None, old: KnownAgent | None, now: float
     ) -> None:
-        """Serve what was served before, as stale, until the key is here; nothing after an error."""
+        """Serve the previous value, as stale, until the key arrives; nothing after an error."""
         self.pending, self.key_error = value, key_error
         waiting = old.pending if old is not None else None
         same_key = waiting is not None and waiting.api_key_revision == value.api_key_revision
         self.pending_since = old.pending_since if old is not None and same_key else now
         if old is not None and key_error is None:
-            # The previous whole value: better than nothing, and never mixed with the new one.
+            # The previous complete value: better than nothing, and never mixed with the new one.
             self.config, self.freshness = old.in_force, old.freshness
 
     def refuse(self, reason: str, old: KnownAgent | None) -> None:
-        """Keep the last good config in force: what was taken must not be used."""
+        """Keep the last good config in use: the new one must not be used."""
         self.refused = reason
         before = old.in_force if old is not None else None
-        # With nothing good to keep, a call says best itself what is wrong.
+        # Without a good config to keep, a call itself reports best what is wrong.
         if old is not None and before is not None and before is not self.config:
             if old.refused is not None and old.refused_config is None:
                 return  # not good either
@@ -154,7 +155,7 @@ class KnownAgent:
             self.config, self.freshness = before, old.freshness
 
     def take_verdict(self, value: ResolvedConfig, reason: str | None, now: float) -> ResolvedConfig:
-        """Take what was said of `value`, which was awaited; return what serves then."""
+        """Apply the awaited verdict on `value`; return what is served from now on."""
         before = self.in_force
         self.pending, self.unjudged, self.refused = None, False, reason
         if reason is not None and before is not None:
@@ -166,7 +167,7 @@ class KnownAgent:
         return value
 
     def take_later_verdict(self, reason: str | None, freshness: Freshness) -> bool:
-        """Take what is said now of the newest config; return whether it serves from now on."""
+        """Apply a later verdict on the newest config; return whether it is served from now on."""
         self.refused = reason
         if reason is not None or self.refused_config is None:
             return False
@@ -185,7 +186,7 @@ def value_of(
     return ResolvedConfig(
         agent_id=agent_id,
         step=Step.AGENT,
-        # A thousand agents share a few names; one copy of each is enough.
+        # A thousand agents share a few names, so keep one copy of each.
         llm_provider=sys.intern(config.llm_provider),
         llm_model=sys.intern(config.llm_model),
         llm_endpoint=config.llm_endpoint and sys.intern(config.llm_endpoint),
@@ -215,5 +216,5 @@ _COMPARED: Final = operator.attrgetter(
 
 
 def same(one: ResolvedConfig, other: ResolvedConfig) -> bool:
-    """Say whether two configs are the same value, their freshness apart."""
+    """Return whether two configs are equal, ignoring freshness."""
     return one.revision == other.revision and bool(_COMPARED(one) == _COMPARED(other))

@@ -1,6 +1,6 @@
-"""How old what is known is: whether every change is heard of, and when a value was confirmed.
+"""How old cached data is: whether every change has been received, and when it was confirmed.
 
-Knows no configuration, and no clock but the monotonic one that it is given.
+Knows no configuration, and no clock except the monotonic one it is given.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ from typing import Final
 from slm.client.timings import check_seconds
 
 NEVER: Final = -math.inf
-"""Until when a cache is live that is not."""
+"""The `live_until` of a cache that is not live."""
 
 
 class Liveness:
-    """Whether a cache is live, and what follows for the age of its values.
+    """Whether a cache is live, and what that means for the age of its values.
 
     Args:
-        ttl_seconds: how long a value counts as current without word from the SLM.
-        max_stale_seconds: how long past that it may still be served as stale; None: for ever.
+        ttl_seconds: how long a value is current without contact with the SLM.
+        max_stale_seconds: how long after that it may still be served as stale; None for no limit.
         clock: monotonic seconds.
 
     Attributes:
-        live_until: until when every change since then counts as heard of, by `clock`; each message
-            from the SLM moves it on. A read while it is in the past is not live, whatever became of
-            the stream.
+        live_until: the time, by `clock`, up to which every change is considered received; each
+            message from the SLM extends it. A read after this time is not live, whatever the state
+            of the stream.
     """
 
     def __init__(
@@ -42,11 +42,11 @@ class Liveness:
 
     @property
     def live(self) -> bool:
-        """Whether every change up to now would have been heard of."""
+        """Whether every change up to now would have been received."""
         return self.clock() < self.live_until
 
     def set(self, live: bool, until: float = math.inf) -> None:
-        """Note that every change is heard of, which counts `until` then, or no longer is."""
+        """Note that every change is received, valid `until` then, or that this has ended."""
         if live:
             self.live_until = until
         elif self.live_until != NEVER:
@@ -54,20 +54,20 @@ class Liveness:
             self.live_until = NEVER
 
     def confirm(self) -> None:
-        """Note that everything known is the newest at this moment."""
+        """Note that everything known is current at this moment."""
         self._all_confirmed_at = self.clock()
 
     def expired(self, age: float) -> bool:
-        """Say whether even as stale a value of this age may not be served (`max_stale_seconds`)."""
+        """Return whether a value is too old to be served even as stale (`max_stale_seconds`)."""
         limit = self.max_stale_seconds
         return limit is not None and age > self.ttl_seconds + limit
 
     def age_of(self, confirmed_at: float, *, from_file: bool) -> tuple[float, bool]:
-        """Return age and staleness of a value that nothing has superseded."""
+        """Return the age and staleness of a value that has not been superseded."""
         if self.live:
             return 0.0, False
         never = self._all_confirmed_at is None and self.live_until == NEVER
-        # It was confirmed for as long as it was live, whether or not that was noticed to end.
+        # It was confirmed for as long as it was live, even if the end was not noticed.
         age = self.clock() - max(
             confirmed_at, self._all_confirmed_at or confirmed_at, self.live_until
         )
@@ -75,7 +75,7 @@ class Liveness:
 
 
 class Freshness:
-    """Since when one value was known to be the current one; a `ResolvedConfig` asks it."""
+    """When one value was last known to be current; used by `ResolvedConfig`."""
 
     __slots__ = ("_liveness", "confirmed_at", "from_file", "superseded_at")
 
@@ -86,7 +86,7 @@ class Freshness:
         self.superseded_at: float | None = None
 
     def __deepcopy__(self, memo: object) -> Freshness:
-        return self  # a copy would go on being live when its client is not
+        return self  # a copy would stay live when its client is not
 
     def __call__(self) -> tuple[float, bool]:
         """Return the age in seconds, and whether the value is stale."""
@@ -95,10 +95,10 @@ class Freshness:
         return self._liveness.age_of(self.confirmed_at, from_file=self.from_file)
 
     def confirm(self, now: float) -> None:
-        """Note that the value is the current one."""
+        """Note that the value is current."""
         self.confirmed_at, self.superseded_at = now, None
 
     def supersede(self, now: float) -> None:
-        """Note that there is a newer one."""
+        """Note that there is a newer value."""
         if self.superseded_at is None:
             self.superseded_at = now

@@ -1,6 +1,6 @@
-"""Which API keys calls in flight hold: a call that has begun keeps its key until it ends.
+"""Which API keys calls in progress use: a call keeps its key from start to end.
 
-Counts and nothing else; safe from any thread, and cheap enough for every call.
+Only counts; safe from any thread, and cheap enough for every call.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ from slm.client.runtime import native
 
 
 class KeysInUse:
-    """How many calls hold which key, by the agent it belongs to and its revision."""
+    """How many calls use each key, by agent and key revision."""
 
     def __init__(self) -> None:
         self._lock = native.new_rlock()
         self._counts: dict[tuple[str, int], int] = {}
 
     def oldest(self) -> dict[str, int]:
-        """Return the oldest key that is held of each agent."""
+        """Return each agent's oldest key that is in use."""
         with self._lock:
             held = sorted(self._counts, reverse=True)
         return dict(held)
 
     def add(self, agent_id: str, api_key_revision: int, calls: int) -> None:
-        """Count `calls` more holders of a key, or fewer."""
+        """Add `calls` users of a key; negative to remove them."""
         key = (agent_id, api_key_revision)
         with self._lock:
             count = self._counts.get(key, 0) + calls
@@ -35,19 +35,19 @@ class KeysInUse:
                 self._counts.pop(key, None)
 
     def start_anew(self) -> None:
-        """Forget everything, in a forked child: its parent's calls are not here."""
+        """Forget everything in a forked child, which does not have its parent's calls."""
         self._lock = native.new_rlock()
         self._counts = {}
 
 
 class InUse:
-    """Holds a config's key for the length of a `with` block.
+    """Marks a config's key as in use during a `with` block.
 
     Args:
-        keys: where it is counted.
-        config: the config of a call.
-        changed: called when the key was not the agent's present one, as it began or ended.
-        current: returns the revision of an agent's present key.
+        keys: where uses are counted.
+        config: the config of the call.
+        changed: called if the key was not the agent's current one when the call started or ended.
+        current: returns the revision of an agent's current key.
     """
 
     __slots__ = ("_agent_id", "_changed", "_current", "_key_revision", "_keys")

@@ -1,6 +1,6 @@
-"""Between a cache and its file: what is worth saving of it, and how it starts from what was saved.
+"""Between a cache and its file: what is worth saving, and how a cache starts from a saved file.
 
-Reads and writes no file; that is `snapshot_file`'s.
+Reads and writes no file; `snapshot_file` does.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from slm.client.cache.snapshot_file import Contents, Loaded
 
 
 def contents_of(cache: AgentConfigCache) -> Contents | None:
-    """Return what to save; None in between two epochs, where nothing can be resumed from."""
+    """Return what to save; None between two epochs, when nothing can be resumed from."""
     if cache.position.epoch is None or not cache.position.synced:
         return None
     entries = [
         (newest, known.is_default, known.is_active)
         for _, known in cache.agents.items()
-        # What is refused too: whoever resumes from there is not told of it again.
+        # Include refused configs: a client that resumes from there does not receive them again.
         if (newest := known.newest) is not None
         and (known.pending is None or known.unjudged)
         and known.key_error is None
@@ -30,7 +30,7 @@ def contents_of(cache: AgentConfigCache) -> Contents | None:
 
 
 def restore(cache: AgentConfigCache, loaded: Loaded) -> None:
-    """Start an empty cache: all of it stale; entries that lack their key are left out."""
+    """Fill an empty cache, all of it stale; entries that lack their key are left out."""
     cache.begin(loaded.epoch, loaded.revision, loaded.change_id)
     cache.position.epoch_since = cache.clock() - loaded.epoch_age_seconds
     confirmed_at = cache.clock() - loaded.age_seconds

@@ -1,7 +1,7 @@
-"""A snapshot as the SDK takes it in: the same fields as the schemas have, in a third of the memory.
+"""A snapshot as the SDK receives it: the fields of the schemas, in a third of the memory.
 
-A pydantic model carries two dicts' worth of bookkeeping; ten thousand of them at once leave a
-backend's heap larger for good. Values only.
+A pydantic model carries two dicts of bookkeeping; ten thousand of them at once would enlarge a
+backend's heap permanently. Values only.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class ReceivedAgent:
 
 
 class ReceivedSnapshot(BaseModel):
-    """The answer of GET /api/snapshot; see `Snapshot`."""
+    """The response of GET /api/snapshot; see `Snapshot`."""
 
     model_config = ConfigDict(
         extra="ignore", hide_input_in_errors=True, frozen=True, defer_build=True

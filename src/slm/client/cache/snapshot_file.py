@@ -1,8 +1,8 @@
-"""The last known good configuration on disk, for a backend that starts while the SLM is away.
+"""The last known good configuration on disk, for a backend that starts while the SLM is down.
 
-The file is 0600 and replaced atomically. Keys are in it only where a cache key encrypts it; then
-all of it is one Fernet token, so that nobody can point an encrypted key at another endpoint.
-Whatever is wrong with the file, it is ignored with a warning. Knows no socket.
+The file has mode 0600 and is replaced atomically. It contains keys only if a cache key encrypts it;
+then it is a single Fernet token, so that no one can redirect an encrypted key to another endpoint.
+If anything is wrong with the file, it is ignored with a warning. Knows no socket.
 """
 
 from __future__ import annotations
@@ -38,21 +38,21 @@ _LOCK_SECONDS: Final = 2.0
 _LOOK_SECONDS: Final = 0.005
 
 FORMAT: Final = 1
-"""What this version writes, and the only one that it reads."""
+"""The version that is written, and the only one that is read."""
 
 MAX_FILE_BYTES: Final = 256 * 1024 * 1024
 
 
 class Contents(NamedTuple):
-    """What is saved: every whole config, and the position they belong to.
+    """What is saved: every complete config and their position.
 
     Attributes:
         entries: each config with its is_default and is_active.
-        epoch: the life of the database.
-        revision: up to which the entries are complete.
-        complete: whether they are all there, so that a client may resume from `revision`.
-        change_id: which change `revision` is, so that another one of that number is not resumed.
-        epoch_since: when that epoch was first heard of, in seconds since 1970; None: now.
+        epoch: the database's epoch.
+        revision: the entries are complete up to this revision.
+        complete: whether all entries are there, so that a client may resume from `revision`.
+        change_id: the change at `revision`, so that a different change there is not resumed from.
+        epoch_since: when that epoch was first seen, in seconds since 1970; None for now.
     """
 
     entries: Sequence[tuple[ResolvedConfig, bool, bool]]
@@ -64,7 +64,7 @@ class Contents(NamedTuple):
 
 
 class Loaded(BaseModel):
-    """What was in the file."""
+    """The contents of the file."""
 
     model_config = ConfigDict(defer_build=True)
 
@@ -78,20 +78,20 @@ class Loaded(BaseModel):
 
     @property
     def age_seconds(self) -> float:
-        """How long ago it was written; a wall clock that was set back makes it 0, not less."""
+        """How long ago it was written; 0 if the wall clock was set back since."""
         return max(0.0, time.time() - self.saved_at)
 
     @property
     def epoch_age_seconds(self) -> float:
-        """How long ago its epoch was first heard of; at least as long as it was written."""
+        """How long ago its epoch was first seen; at least as long as the file's age."""
         since = self.saved_at if self.epoch_since is None else self.epoch_since
         return max(self.age_seconds, time.time() - since)
 
     def is_newer_than(self, contents: Contents) -> bool:
-        """Whether it must not be replaced: another process saved what came later.
+        """Whether the file must not be replaced, because another process saved later data.
 
-        Epochs have no order of their own, so the one that was heard of later counts. Where the
-        clock was set back since the file was written, nothing can be said, and it is replaced.
+        Epochs have no order, so the one first seen later wins. If the clock was set back since the
+        file was written, this cannot be decided, and the file is replaced.
         """
         if self.epoch == contents.epoch:
             mine = contents.revision, contents.complete
@@ -102,18 +102,18 @@ class Loaded(BaseModel):
 
 
 class Refused(Exception):
-    """Why the file is not used; never holds what is in it."""
+    """Why the file is not used; never includes its content."""
 
 
 class SnapshotFile:
     """Reads and writes one snapshot file, which several processes may share.
 
     Args:
-        path: where it is; the folder must exist.
-        key: a Fernet key that encrypts it; without one, the file holds no API key.
+        path: the file; its folder must exist.
+        key: a Fernet key that encrypts it; without one, the file contains no API key.
 
     Raises:
-        ConfigurationError: `key` is no Fernet key.
+        ConfigurationError: `key` is not a Fernet key.
     """
 
     def __init__(self, path: str | os.PathLike[str], key: str | SecretStr | None = None) -> None:
@@ -123,7 +123,7 @@ class SnapshotFile:
         self._decrypt: Callable[[bytes], bytes] | None = None
         if key is None:
             return
-        # Imported here: a client without a cache key starts faster without it.
+        # Imported here so that a client without a cache key starts faster.
         from cryptography.fernet import Fernet, InvalidToken
 
         try:
@@ -140,7 +140,7 @@ class SnapshotFile:
         self._encrypt, self._decrypt = fernet.encrypt, decrypt
 
     def load(self) -> Loaded | None:
-        """Return what the file holds, or None where there is none or it may not be trusted."""
+        """Return the file's content, or None if there is none or it cannot be trusted."""
         try:
             return self._load()
         except FileNotFoundError:
@@ -154,7 +154,7 @@ class SnapshotFile:
     def save(self, contents: Contents) -> None:
         """Replace the file, unless another process has written something newer.
 
-        A failure is a warning, since the backend can go on without it.
+        A failure is logged as a warning, since the backend can continue without the file.
         """
         try:
             with _locked(self.path.parent):
@@ -164,17 +164,17 @@ class SnapshotFile:
         except OSError as error:
             _log.warning("the snapshot file %s was not written: %s", self.path, error.strerror)
         except Exception as error:
-            # Whatever is wrong with what was to be saved, the saving of the next goes on.
+            # Whatever is wrong with this data, the next save must still run.
             what = type(error).__name__
             _log.error("the snapshot file %s was not written: %s", self.path, what)
 
     def _is_newer_than(self, contents: Contents) -> bool:
         if self._written is not None and self._written == _signature(self.path):
-            return False  # ours, and what is saved now came later
+            return False  # ours, and what is saved now is later
         try:
             return self._load().is_newer_than(contents)
         except (Refused, OSError):
-            return False  # what cannot be used may be replaced
+            return False  # an unusable file may be replaced
 
     def _load(self) -> Loaded:
         try:
@@ -233,7 +233,7 @@ class SnapshotFile:
         ).encode()
 
     def _replace(self, raw: bytes) -> None:
-        """Write beside it and rename: whoever reads sees the old file or the new, never half."""
+        """Write a new file and rename it: readers see the old file or the new one, never half."""
         descriptor, name = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.")
         try:
             with os.fdopen(descriptor, "wb") as file:  # mkstemp made it 0600
@@ -253,7 +253,7 @@ class SnapshotFile:
 
 
 def _signature(path: Path) -> _Signature:
-    """Return what tells a file from what another process puts in its place."""
+    """Return what distinguishes a file from one that another process puts in its place."""
     try:
         status = path.stat()
     except OSError:
@@ -263,10 +263,10 @@ def _signature(path: Path) -> _Signature:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Hold the folder, so that between reading a file and replacing it nobody else does.
+    """Lock the folder, so that no one else acts between reading a file and replacing it.
 
-    Where a file system knows no locks, or somebody holds it for long, it goes on without one:
-    what may be lost then is the newest state, and the next change saves it.
+    Continues without a lock if the file system has none or another process holds it for long: at
+    worst the newest state is lost, and the next change saves it again.
     """
     if fcntl is None:
         yield
@@ -288,12 +288,12 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 class Saver:
-    """Saves a while after something changed, so that a burst of changes is one write.
+    """Saves a while after a change, so that a burst of changes is one write.
 
     Args:
-        file: where to.
-        interval_seconds: how long to wait for more.
-        contents: asked for what to save; None: nothing that could be resumed from.
+        file: the file to write.
+        interval_seconds: how long to wait for more changes.
+        contents: returns what to save, or None if nothing can be resumed from.
     """
 
     def __init__(
@@ -307,13 +307,13 @@ class Saver:
         self._task: asyncio.Task[None] | None = None
 
     def soon(self) -> None:
-        """Save within the interval; call it in the event loop."""
+        """Save within the interval; must be called in the event loop."""
         self._changed = True
         if self._task is None and not self._closing.is_set():
             self._task = asyncio.get_running_loop().create_task(self._save_later())
 
     async def close(self) -> None:
-        """Save at once what is not saved yet, and end."""
+        """Save any unsaved changes now, and stop."""
         self._closing.set()
         if self._task is not None:
             await self._task
@@ -334,10 +334,10 @@ class Saver:
             return False
         self._changed = False
         try:
-            # fsync takes as long as the disk likes.
+            # fsync can take arbitrarily long.
             await asyncio.get_running_loop().run_in_executor(None, self._file.save, contents)
         except RuntimeError:
-            self._file.save(contents)  # the interpreter ends and starts no thread any more
+            self._file.save(contents)  # at interpreter shutdown no thread can be started
         return True
 
 

@@ -1,6 +1,6 @@
-"""Where a client's cache file is if nobody names one: in the state directory of this account.
+"""Where a client's cache file is if no path is given: in the account's state directory.
 
-Each server, token, client name and cache key has a file of its own. Opens none of them.
+Each server, token, client name and cache key has its own file. Opens none of them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from slm.common.environment import variable
 from slm.common.files import NotTrusted, make_folder
 
 MAX_FILES: Final = 64
-"""How many cache files the folder may hold; the one that was written longest ago goes first."""
+"""How many cache files the folder may hold; the one written longest ago is removed first."""
 
 _log = quiet_logger("slm.client")
 
@@ -27,16 +27,16 @@ _log = quiet_logger("slm.client")
 def default_cache_file(
     urls: Sequence[str], token_identity: str, name: str, cache_key: str | None
 ) -> Path | None:
-    """Return the cache file of this client in the state directory, whose folder is made.
+    """Return this client's cache file in the state directory, creating its folder.
 
-    Returns None, and logs why, where the account has no directory that can be written and that
-    nobody else can write: a container without a home, or with a read-only one.
+    Returns None, and logs why, if the account has no directory that it can write and no one else
+    can: in a container without a home directory, or with a read-only one.
 
     Args:
         urls: the addresses of the SLM.
-        token_identity: what tells this token from others, and is not the token.
-        name: what the client is called.
-        cache_key: the key that the file is encrypted with, if any.
+        token_identity: distinguishes this token from others, but is not the token.
+        name: the client's name.
+        cache_key: the key that encrypts the file, if any.
     """
     try:
         folder = _state_directory() / "slm"
@@ -61,7 +61,7 @@ def default_cache_file(
 
 
 def _state_directory() -> Path:
-    """Return $XDG_STATE_HOME, or ~/.local/state where it is not an absolute path."""
+    """Return $XDG_STATE_HOME, or ~/.local/state if that is not an absolute path."""
     named = variable("XDG_STATE_HOME")
     if named is not None and Path(named).is_absolute():
         return Path(named)
@@ -72,7 +72,7 @@ def _state_directory() -> Path:
 
 
 def _make_room(folder: Path, ours: Path) -> None:
-    """Remove the oldest files, so that clients with ever new names do not fill the disk."""
+    """Remove the oldest files, so that clients with ever-changing names do not fill the disk."""
     written: list[tuple[float, Path]] = []
     with contextlib.suppress(OSError):
         for path in folder.glob("*-????????????????.json"):

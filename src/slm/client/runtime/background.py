@@ -1,7 +1,7 @@
-"""One daemon thread with an event loop of its own, for whatever must not wait for a user's code.
+"""One daemon thread with its own event loop, for work that must not wait for user code.
 
-All clients of a process share one. It is started with its first user, ends with its last one, and
-is made anew in a forked child. Knows nothing of what runs in it.
+All clients of a process share it. It starts with its first user, ends with its last one, and is
+recreated in a forked child. Does not know what runs in it.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ _PAUSE_SECONDS: Final = 0.1
 _AGAIN_SECONDS: Final = 0.001
 
 _END_SECONDS: Final = 2.0
-"""So long may what is left in the loop take to end."""
+"""How long remaining work in the loop may take to end."""
 
 
 class Reply(Generic[_T]):
-    """What a coroutine in the background will return; a thread or another loop waits for it."""
+    """The future result of a background coroutine; a thread or another loop waits for it."""
 
     def __init__(self) -> None:
         self._lock = native.new_lock()
@@ -45,7 +45,7 @@ class Reply(Generic[_T]):
         self._unwanted = False
 
     def wait(self) -> _T:
-        """Wait in a thread; what interrupts the wait ends the work too."""
+        """Wait in a thread; interrupting the wait also cancels the work."""
         gate = native.Gate()
         if self._when_done(gate.open):
             try:
@@ -56,7 +56,7 @@ class Reply(Generic[_T]):
         return self._outcome()
 
     async def waited(self) -> _T:
-        """Wait in whatever event loop this is; cancelling the wait ends the work too."""
+        """Wait in the current event loop; cancelling the wait also cancels the work."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[None] = loop.create_future()
 
@@ -65,7 +65,7 @@ class Reply(Generic[_T]):
                 future.set_result(None)
 
         def open_() -> None:
-            with contextlib.suppress(RuntimeError):  # it was closed without waiting for us
+            with contextlib.suppress(RuntimeError):  # the loop was closed without waiting for us
                 loop.call_soon_threadsafe(arrived)
 
         if self._when_done(open_):
@@ -77,7 +77,7 @@ class Reply(Generic[_T]):
         return self._outcome()
 
     def _when_done(self, then: Callable[[], None]) -> bool:
-        """Call back once it is done; return whether it is not done yet."""
+        """Register a callback for the end; return False if it is done already."""
         with self._lock:
             if self._done:
                 return False
@@ -105,7 +105,7 @@ class Reply(Generic[_T]):
     # --- in the background ---
 
     def run(self, work: Callable[[], Coroutine[Any, Any, _T]], done: Callable[[], None]) -> None:
-        """Begin; `done` is called at the end, after whoever waits was told."""
+        """Start; `done` is called at the end, after the waiter was notified."""
         if self._unwanted:
             done()
             return
@@ -135,10 +135,10 @@ class Reply(Generic[_T]):
 
 
 class Background:
-    """A thread and its loop, for as long as anybody uses them.
+    """A thread and its event loop, alive as long as they have users.
 
     Args:
-        name: the thread's.
+        name: the thread's name.
     """
 
     def __init__(self, name: str) -> None:
@@ -146,7 +146,7 @@ class Background:
         self._lock = native.new_rlock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread_id = 0
-        # Who uses it: holders by their numbers, and what is to be answered.
+        # The users: holders by number, and pending replies.
         self._users: set[object] = set()
         _all.add(self)
 
@@ -157,33 +157,33 @@ class Background:
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop | None:
-        """The loop, while anybody uses it."""
+        """The loop, while it has users."""
         return self._loop
 
     @property
     def is_running(self) -> bool:
-        """Whether anybody uses it; nobody can once the interpreter ends its daemon threads."""
+        """Whether it has users; always False once the interpreter ends its daemon threads."""
         return self._loop is not None and not sys.is_finalizing()
 
     def hold(self, who: int) -> asyncio.AbstractEventLoop:
-        """Keep the thread there, and return its loop; who holds it already counts once.
+        """Keep the thread alive and return its loop; a holder counts only once.
 
         Args:
-            who: a number of `new_holder`.
+            who: a number from `new_holder`.
 
         Raises:
             SLMUnavailable: there is no thread, and none can be started.
         """
         if self.is_here:
-            # Whoever asks is running, so it is there. The lock is not waited for in this thread:
-            # a signal's handler may wait for this thread while its own holds the lock.
+            # The caller is running in it, so it exists. This thread does not wait for the lock: a
+            # signal handler may wait for this thread while the handler's thread holds the lock.
             self._users.add(who)
             assert self._loop is not None  # noqa: S101 - for the type checker
             return self._loop
         return self._used_by(who)
 
     def let_go(self, who: int) -> None:
-        """Hold it no longer; the last one ends the thread."""
+        """Release the hold; the last one ends the thread."""
         self._users.discard(who)
         loop = self._loop
         if loop is not None and self.is_here:
@@ -194,7 +194,7 @@ class Background:
 
     def _used_by(self, user: object) -> asyncio.AbstractEventLoop:
         with self._lock:
-            # In this order, since a signal's handler may let go of something in between.
+            # In this order, since a signal handler may release something in between.
             self._users.add(user)
             try:
                 return self._started()
@@ -203,7 +203,7 @@ class Background:
                 raise
 
     def _end_if_unused(self, loop: asyncio.AbstractEventLoop) -> None:
-        """End the thread with its last user; in this thread, and so without waiting for a lock."""
+        """End the thread with its last user; runs in this thread, so it waits for no lock."""
         if not self._lock.acquire(blocking=False):
             loop.call_later(_AGAIN_SECONDS, self._end_if_unused, loop)
             return
@@ -213,7 +213,7 @@ class Background:
             self._lock.release()
 
     def _stop_if_unused(self, loop: asyncio.AbstractEventLoop) -> None:
-        if self._loop is loop and not self._users:  # else it is of before a fork, or was ended
+        if self._loop is loop and not self._users:  # else from before a fork, or ended
             self._loop, self._thread_id = None, 0
             _soon(loop, loop.stop)
 
@@ -222,11 +222,11 @@ class Background:
         work: Callable[[], Coroutine[Any, Any, _T]],
         context: contextvars.Context | None = None,
     ) -> Reply[_T]:
-        """Begin to run a coroutine there; from any thread.
+        """Start a coroutine in the background; callable from any thread.
 
         Args:
-            work: makes it.
-            context: what it runs in; by default an empty one, since a request's spans and variables
+            work: creates it.
+            context: its context; by default an empty one, since a request's spans and variables
                 must not live on there.
 
         Raises:
@@ -253,11 +253,11 @@ class Background:
             try:
                 loop = self._loop = _new_loop()
                 native.start_thread(lambda: self._serve(loop), self._name)
-            except (OSError, RuntimeError) as error:  # no descriptor, or no thread, is left
+            except (OSError, RuntimeError) as error:  # out of descriptors or threads
                 self._drop_loop()
                 why = str(error)
             except BaseException:
-                self._drop_loop()  # interrupted: it may run already
+                self._drop_loop()  # interrupted: it may be running already
                 raise
             else:
                 return loop
@@ -276,7 +276,7 @@ class Background:
                 loop.run_forever()
                 break
             except BaseException:
-                # Such as a SystemExit in a log handler of the application's.
+                # For example a SystemExit in one of the application's log handlers.
                 with contextlib.suppress(BaseException):
                     _log.exception("the client's thread goes on")
                 native.sleep(_PAUSE_SECONDS)
@@ -288,10 +288,10 @@ class Background:
             loop.close()
 
     def _forget(self) -> None:
-        """Start anew in a child: its parent's thread is not there, and may have held the lock.
+        """Reset in a child: its parent's thread is not there, and may have held the lock.
 
         Nothing of the loop is closed or collected: closing a socket that two processes share could
-        say goodbye in the other's name, or take it out of the other's selector.
+        end the other's connection, or remove it from the other's selector.
         """
         if self._loop is not None:
             _abandoned.append(self._loop)
@@ -300,7 +300,7 @@ class Background:
 
 
 async def _wind_up() -> None:
-    """End what is still there: tasks of libraries, and whoever came while the loop stopped."""
+    """End what is left: libraries' tasks, and callers that arrived while the loop was stopping."""
     rest = asyncio.all_tasks() - {asyncio.current_task()}
     if rest:
         _, late = await asyncio.wait(rest, timeout=_END_SECONDS)
@@ -314,7 +314,7 @@ async def _wind_up() -> None:
 
 
 def _new_loop() -> asyncio.AbstractEventLoop:
-    # Not by the policy: that of a GUI or of a framework may make loops for one thread alone.
+    # Not through the policy: one from a GUI or framework may create loops for one thread only.
     if native.is_patched():
         loop = asyncio.SelectorEventLoop(native.new_selector())
         loop.set_default_executor(native.Threads())
@@ -333,7 +333,7 @@ _numbers = itertools.count()
 
 
 def new_holder() -> int:
-    """Return a number that nobody else has."""
+    """Return a unique number."""
     return next(_numbers)
 
 

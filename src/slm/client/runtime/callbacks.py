@@ -1,7 +1,8 @@
-"""What a user hangs into the client: callbacks for changes, and validators of configs.
+"""What users register with a client: callbacks for changes, and validators for configs.
 
-Plain ones run in the dispatcher's thread, coroutines in the loop that registered them; neither can
-hold up the client, and a mistake in one is logged and harms nobody. Knows neither cache nor SLM.
+Plain functions run in the dispatcher's thread, coroutines in the loop that registered them; neither
+can block the client, and an error in one is logged without affecting others. Knows neither cache
+nor SLM.
 """
 
 from __future__ import annotations
@@ -21,54 +22,55 @@ from slm.client.runtime.log import quiet_logger
 _log = quiet_logger("slm.client")
 
 OnChange = Callable[[str, ResolvedConfig | None], Awaitable[None] | None]
-"""Called with the agent_id whose config was swapped, and with the agent's own config now in force;
-None where it has none: deleted, switched off, or its key cannot be had."""
+"""Called with the agent_id of a changed config and the agent's own config now in use.
+
+The config is None if the agent has none: deleted, switched off, or its key is unavailable.
+"""
 
 Validator = Callable[[ResolvedConfig], str | None]
-"""Says why a config must not come into force, or None."""
+"""Returns why a config must not be used, or None."""
 
 MAX_BEHIND: Final = 1000
-"""So many changes a callback may be behind; from there on it hears only the newest of each agent.
-"""
+"""How many changes a callback may lag behind; after that it gets only the newest per agent."""
 
 
 class InlineValidator:
-    """A validator of our own: quick, and asks nobody, so that it may run in the client's thread.
+    """One of our own validators: fast and without I/O, so it may run in the client's thread.
 
-    Equal ones are one validator, however many register it.
+    Equal ones are treated as one validator, however often they are registered.
     """
 
     def __call__(self, config: ResolvedConfig) -> str | None:
-        """Say why the config must not come into force, or None."""
+        """Return why the config must not be used, or None."""
         raise NotImplementedError
 
 
 class Hooks:
-    """The callbacks and validators of one client; registered from any thread.
+    """The callbacks and validators of one client; they can be registered from any thread.
 
     Args:
-        validators_changed: called with whether a validator was added; else one was removed.
+        validators_changed: called with whether a validator was added (True) or removed (False).
     """
 
     def __init__(self, validators_changed: Callable[[bool], None]) -> None:
         self._validators_changed = validators_changed
         self._lock = native.new_rlock()
-        # Replaced and never changed, so that they can be read without the lock.
+        # Replaced, never modified, so that they can be read without the lock.
         self._outlets: tuple[_Outlet, ...] = ()
         self._validators: tuple[tuple[Validator, int], ...] = ()
 
     @property
     def has_callbacks(self) -> bool:
-        """Whether anybody wants to hear of changes."""
+        """Whether any callback is registered."""
         return bool(self._outlets)
 
     @property
     def has_slow_validators(self) -> bool:
-        """Whether a config must be shown to somebody who may take a while."""
+        """Whether configs must be shown to a validator that may take a while."""
         return any(not isinstance(each, InlineValidator) for each, _ in self._validators)
 
     def on_change(self, callback: OnChange) -> Callable[[], None]:
-        """Keep a callback; return how to remove it."""
+        """Register a callback; return a function that removes it."""
         outlet = _Outlet(callback)
         self._change_outlets(lambda outlets: (*outlets, outlet))
 
@@ -84,14 +86,14 @@ class Hooks:
         while True:
             before = self._outlets
             after = change(before)
-            # Nothing is made while the lock is held: the garbage collector may come in here.
+            # Nothing is allocated under the lock, because the garbage collector may call in here.
             with self._lock:
                 if self._outlets is before:
                     self._outlets = after
                     return
 
     def register_validator(self, validator: Validator) -> Callable[[], None]:
-        """Keep a validator, once however often it is given; return how to remove it."""
+        """Register a validator, once however often it is given; return a way to remove it."""
         if self._count(validator, 1):
             self._validators_changed(True)
         registered = True
@@ -106,7 +108,7 @@ class Hooks:
         return unregister
 
     def _count(self, validator: Validator, more: int) -> bool:
-        """Count who registered a validator; return whether it came or went."""
+        """Count the registrations of a validator; return whether it was added or removed."""
         while True:
             before = self._validators
             counts = list(before)
@@ -123,29 +125,29 @@ class Hooks:
                     return len(kept) != len(before)
 
     def tell(self, agent_id: str, config: ResolvedConfig | None) -> None:
-        """Have every callback called."""
+        """Call every callback."""
         for outlet in self._outlets:
             outlet.tell(agent_id, config)
 
     def forget_untold(self) -> None:
-        """Tell of nothing any more that was not told yet."""
+        """Drop all notifications that were not delivered yet."""
         for outlet in self._outlets:
             outlet.clear()
 
     def start_anew(self) -> None:
-        """In a forked child: no loop of the parent runs here, and no thread holds a lock."""
+        """Reset in a forked child: the parent's loops don't run here, and no lock is held."""
         self._lock = native.new_rlock()
         for outlet in self._outlets:
             outlet.start_anew()
 
     def refusal(self, config: ResolvedConfig) -> str | None:
-        """Return at once why a config must not come into force, by our own validators."""
+        """Return why a config must not be used, according to our own validators; does not wait."""
         return self._first_reason(config, inline=True)
 
     def ask(
         self, configs: Sequence[ResolvedConfig], tell: Callable[[list[str | None]], None]
     ) -> None:
-        """Ask the other validators of each config; `tell` is called in the dispatcher's thread."""
+        """Ask the other validators about each config; calls `tell` in the dispatcher's thread."""
         callbacks.put(lambda: tell([self._first_reason(each, inline=False) for each in configs]))
 
     def _first_reason(self, config: ResolvedConfig, *, inline: bool) -> str | None:
@@ -166,7 +168,7 @@ class Hooks:
 
 
 class _Due(NamedTuple):
-    """A change that a callback has not heard yet, and the context of the change."""
+    """A change that a callback has not been called for yet, with the change's context."""
 
     agent_id: str
     config: ResolvedConfig | None
@@ -174,7 +176,7 @@ class _Due(NamedTuple):
 
 
 class _Outlet:
-    """One callback, and what it has not heard yet."""
+    """One callback and its pending changes."""
 
     def __init__(self, callback: OnChange) -> None:
         self._callback = callback
@@ -197,14 +199,14 @@ class _Outlet:
                 self._drop("it was registered in the process that this one was forked from")
 
     def tell(self, agent_id: str, config: ResolvedConfig | None) -> None:
-        """Note a change, and see to it that the callback hears of it."""
+        """Queue a change and make sure that the callback is called."""
         if self._gone:
             return
         due = _Due(agent_id, config, contextvars.copy_context())
         with self._lock:
             if self._ended_by_user:
-                return  # whoever tells had begun before
-            # Each agent's changes stay in order, since whoever is merged once stays behind.
+                return  # the caller had started before
+            # Each agent's changes stay in order, since an agent once merged stays in the backlog.
             merges = bool(self._newest) or len(self._due) >= MAX_BEHIND
             replaced = merges and self._newest.pop(agent_id, None) is not None
             if merges:
@@ -219,13 +221,13 @@ class _Outlet:
             callbacks.put(self._call_next)
 
     def end(self) -> None:
-        """Tell of nothing from now on."""
+        """Deliver nothing from now on."""
         with self._lock:
             self._ended_by_user = True
         self.clear()
 
     def clear(self) -> None:
-        """Forget what it has not heard yet."""
+        """Forget the pending changes."""
         with self._lock:
             self._due.clear()
             self._newest.clear()
@@ -239,7 +241,7 @@ class _Outlet:
             return None
 
     def _called(self) -> tuple[_Due | None, Awaitable[None] | None]:
-        """Call it with the next change; return that, and what is still to be awaited."""
+        """Call it with the next change; return that change and what remains to be awaited."""
         due = self._next()
         if due is None:
             return None, None
@@ -250,7 +252,7 @@ class _Outlet:
             return due, None
         return due, result if result is not None and inspect.isawaitable(result) else None
 
-    # --- plain ones, in the dispatcher's thread ---
+    # --- plain functions, in the dispatcher's thread ---
 
     def _call_next(self) -> None:
         due, result = self._called()
@@ -277,7 +279,7 @@ class _Outlet:
 
     def _begin_next(self) -> None:
         if len(self._tasks) >= MAX_BEHIND:
-            return  # one that ends goes on with it
+            return  # the one that ends continues
         due, result = self._called()
         if due is not None and result is not None:
             self._begin(result, due.context)
@@ -290,7 +292,7 @@ class _Outlet:
     def _ended(self, task: asyncio.Future[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled():
-            task.exception()  # there is none but a cancellation
+            task.exception()  # the only possible exception is a cancellation
         if self._is_coroutine and (self._due or self._newest):
             self._begin_next()
 

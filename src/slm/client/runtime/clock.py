@@ -1,7 +1,7 @@
-"""The clock of liveness and of ages: monotonic, and going on while the machine sleeps.
+"""The clock for liveness and ages: monotonic, and running while the machine sleeps.
 
-Linux stops `time.monotonic` in suspend, so that a laptop that slept for a night would hold its
-configurations to be live. Read on the hot path; see docs/decisions/0043.
+Linux stops `time.monotonic` during suspend, so a laptop that slept for a night would consider its
+configurations live. Read on the hot path; see docs/decisions/0043.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Final
 
 
 def _best() -> Callable[[], float]:
-    # macOS counts sleep in CLOCK_MONOTONIC, and not in what time.monotonic reads.
+    # macOS counts sleep in CLOCK_MONOTONIC, but not in what time.monotonic reads.
     name = "CLOCK_MONOTONIC" if sys.platform == "darwin" else "CLOCK_BOOTTIME"
     clock: int | None = getattr(time, name, None)
     if clock is None:
@@ -28,4 +28,4 @@ def _best() -> Callable[[], float]:
 
 
 now: Final = _best()
-"""Seconds since some moment; never goes back, and stops for nothing."""
+"""Seconds since an arbitrary moment; never goes back and never stops."""

@@ -1,7 +1,7 @@
-"""The process's one thread for the plain callbacks and validators that users hang into clients.
+"""The process's single thread for plain callbacks and validators that users register.
 
-They run one after another, in the order in which they were due, and away from everything that a
-client does itself. Whatever one of them raises is logged. Knows no client and no loop.
+They run one after another, in the order in which they became due, separate from everything a client
+does itself. Exceptions are logged. Knows no client and no loop.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ _log = quiet_logger("slm.client")
 
 
 class Dispatcher:
-    """A daemon thread, started with the first job, and ended with the last client.
+    """A daemon thread, started with the first job and ended with the last client.
 
-    What is queued is bounded by who queues: `hooks` merges what a slow callback cannot follow.
+    The caller bounds the queue: `hooks` merges the changes that a slow callback cannot follow.
     """
 
     def __init__(self) -> None:
@@ -35,16 +35,16 @@ class Dispatcher:
 
     @property
     def is_here(self) -> bool:
-        """Whether the caller is a callback or a validator, in this thread."""
+        """Whether the caller is a callback or validator running in this thread."""
         return self._thread_id == native.thread_id()
 
     def enter(self) -> None:
-        """Count one more client that follows its SLM."""
+        """Add a client that follows its SLM."""
         with self._lock:
             self._clients += 1
 
     def leave(self) -> None:
-        """Count one fewer; after the last one the thread does what is queued, and ends."""
+        """Remove a client; after the last one, the thread finishes the queue and ends."""
         with self._lock:
             self._clients -= 1
             if self._clients <= 0 and self._running:
@@ -52,14 +52,14 @@ class Dispatcher:
                 self._jobs.put(None)
 
     def put(self, job: Callable[[], object]) -> None:
-        """Have a job done after all that are queued already; from any thread."""
+        """Queue a job after all others; callable from any thread."""
         with self._lock:
             self._jobs.put(job)
             if not self._running:
                 self._running = True
                 try:
                     native.start_thread(self._serve, "slm-callbacks")
-                except RuntimeError as error:  # no more threads may be started now
+                except RuntimeError as error:  # no more threads can be started
                     self._running = False
                     _log.error("callbacks wait for a thread of theirs: %s", error)
 
@@ -80,7 +80,7 @@ class Dispatcher:
                 with contextlib.suppress(BaseException):
                     _log.exception("a callback failed")
             finally:
-                del job  # its config and its callback are not kept until the next change
+                del job  # don't keep its config and callback alive until the next change
 
 
 callbacks: Final = Dispatcher()

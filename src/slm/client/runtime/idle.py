@@ -1,6 +1,6 @@
-"""Quiet: when an event loop has nothing urgent left to do.
+"""Quiet: detects when an event loop has nothing urgent left to do.
 
-One for each loop, whoever asks: hundreds of clients in one loop look once, not each for itself.
+Shared per loop: hundreds of clients in one loop check once, not each on its own.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from collections.abc import Callable
 from typing import Final
 
 TURN_SECONDS: Final = 0.001
-"""A loop that takes longer than this to come round has work to do."""
+"""An event loop whose turn takes longer than this is busy."""
 
 
 class Quiet:
-    """Calls back when one loop came round quickly, or when that took too long to wait for.
+    """Calls back after a short turn of the loop, or when waiting for one took too long.
 
-    While somebody waits it looks at every turn of a busy loop; in an idle one it looks once. It
-    does not hold its loop.
+    While something is waiting, it checks every turn of a busy loop and one turn of an idle loop. It
+    does not keep its loop alive.
     """
 
     def __init__(self) -> None:
@@ -27,7 +27,7 @@ class Quiet:
 
     @classmethod
     def of_running_loop(cls) -> Quiet:
-        """Return the running loop's own."""
+        """Return the instance of the running loop."""
         loop = asyncio.get_running_loop()
         quiet = _of_loop.get(loop)
         if quiet is None:
@@ -35,11 +35,11 @@ class Quiet:
         return quiet
 
     def then(self, callback: Callable[[], None], late_seconds: float) -> None:
-        """Call back at the end of this turn of the loop if it is short, else of the next short one.
+        """Call back at the end of this turn of the loop if it is short, or of the next short one.
 
         Args:
-            callback: must be quick, and not raise.
-            late_seconds: a loop that is busy for longer is not waited for. Who came first counts.
+            callback: must be fast and must not raise.
+            late_seconds: the longest wait for a busy loop; the first caller's value applies.
         """
         self._waiting.append(callback)
         if len(self._waiting) == 1:

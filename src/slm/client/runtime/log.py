@@ -1,4 +1,4 @@
-"""The client's logger, which no handler of the application's can turn against the client."""
+"""The client's logger, protected from exceptions in the application's log handlers."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import Any
 
 
 class QuietLogger(logging.LoggerAdapter[logging.Logger]):
-    """A logger that loses a line rather than raise.
+    """A logger that drops a line rather than raise.
 
-    A handler whose `emit` raises, such as one that sends to a log server that is away, would
-    otherwise end whatever wanted to say something: the stream, or the thread of the callbacks.
+    Otherwise a handler that raises in `emit`, such as one for an unreachable log server, would end
+    whatever is logging: the stream, or the callback thread.
     """
 
     def log(self, level: int, msg: object, *args: Any, **options: Any) -> None:
-        """Log as `logging.Logger` does, in the name of the caller."""
+        """Log as `logging.Logger` does, with the caller's location."""
         with contextlib.suppress(Exception):
             options["stacklevel"] = options.get("stacklevel", 1) + 1
             super().log(level, msg, *args, **options)
 
 
 def quiet_logger(name: str) -> QuietLogger:
-    """Return the logger of this name, as one that does not raise."""
+    """Return the logger with this name, wrapped so that it does not raise."""
     return QuietLogger(logging.getLogger(name), {})

@@ -1,7 +1,7 @@
-"""Native threads, locks and queues, also where gevent has put its own in their place.
+"""Native threads, locks and queues, even where gevent has replaced them with its own.
 
-gevent's monkey-patching turns threads into greenlets of one thread, where a loop that blocks for a
-while holds all of them up. Imports gevent only where the application has patched with it.
+gevent's monkey-patching turns threads into greenlets of one thread, so a loop that blocks for a
+while delays all of them. Imports gevent only if the application has patched with it.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ def _original(module: str, name: str) -> Any:
 
 
 def is_patched() -> bool:
-    """Say whether gevent stands in for the threads of this process."""
+    """Return whether gevent has replaced this process's threads."""
     patching = sys.modules.get("gevent.monkey")
     return patching is not None and bool(patching.is_module_patched("threading"))
 
 
 def new_lock() -> threading.Lock:
-    """Return a lock that threads, and not greenlets, wait for."""
+    """Return a lock that blocks threads rather than greenlets."""
     lock: threading.Lock = _original("_thread", "allocate_lock")()
     return lock
 
 
 def new_rlock() -> Any:
-    """Return a lock for what is looked at anywhere, that whoever holds it may take again.
+    """Return a reentrant lock for state that can be accessed from anywhere.
 
-    The garbage collector and a signal's handler may call the client in the middle of anything,
-    also while their own thread holds the lock.
+    The garbage collector and signal handlers may call the client at any point, even while their own
+    thread holds the lock.
     """
     return _original("_thread", "RLock")()
 
@@ -48,23 +48,23 @@ def new_queue() -> Any:
 
 
 def thread_id() -> int:
-    """Return which thread this is."""
+    """Return the id of the current thread."""
     number: int = _original("_thread", "get_ident")()
     return number
 
 
 def new_selector() -> Any:
-    """Return what a loop in a native thread waits with."""
+    """Return the selector for a loop in a native thread."""
     return _original("selectors", "DefaultSelector")()
 
 
 def sleep(seconds: float) -> None:
-    """Hold this thread."""
+    """Block this thread."""
     _original("time", "sleep")(seconds)
 
 
 def start_thread(work: Callable[[], None], name: str) -> None:
-    """Run `work` in a daemon thread; a process that ends does not wait for it."""
+    """Run `work` in a daemon thread, which does not keep the process alive."""
     if is_patched():
         _original("_thread", "start_new_thread")(work, ())
         return
@@ -72,12 +72,12 @@ def start_thread(work: Callable[[], None], name: str) -> None:
 
 
 class Threads(concurrent.futures.ThreadPoolExecutor):
-    """An executor of native threads, one for each job; those of the library would be greenlets."""
+    """An executor with one native thread per job; the standard one would use greenlets."""
 
     def submit(
         self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any
     ) -> concurrent.futures.Future[Any]:
-        """Run it in a thread of its own."""
+        """Run the job in its own thread."""
         future: concurrent.futures.Future[Any] = concurrent.futures.Future()
 
         def work() -> None:
@@ -92,7 +92,7 @@ class Threads(concurrent.futures.ThreadPoolExecutor):
 
 
 class Gate:
-    """Opens once; a thread, or a greenlet, waits for it."""
+    """Opens once; a thread or greenlet waits for it."""
 
     def __init__(self) -> None:
         self._lock: threading.Lock | None = None
@@ -101,7 +101,7 @@ class Gate:
             gevent = import_module("gevent.hub")
             hub = gevent.get_hub()
             self._waiter: Any = gevent.Waiter(hub)
-            # Started here already: one that is opened before it is started would be missed.
+            # Started here, because opening it before it is started would be missed.
             self._watcher = hub.loop.async_()
             self._watcher.start(self._waiter.switch, None)
         else:
@@ -109,14 +109,14 @@ class Gate:
             self._lock.acquire()
 
     def open(self) -> None:
-        """Let whoever waits go on; from any thread, once."""
+        """Release the waiter; callable once, from any thread."""
         if self._lock is not None:
             self._lock.release()
         else:
             self._watcher.send()
 
     def wait(self) -> None:
-        """Wait until it is open; only by the thread that made it, once."""
+        """Wait until it is open; only once, by the thread that created it."""
         if self._lock is not None:
             self._lock.acquire()
             return

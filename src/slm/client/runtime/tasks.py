@@ -1,6 +1,6 @@
-"""The tasks of one owner: what fails is logged or started again, and all end together.
+"""The tasks of one owner: failures are logged or restarted, and all end together.
 
-Knows nothing of what runs in them.
+Does not know what runs in them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class Tasks:
     """Belongs to one event loop.
 
     Args:
-        again_seconds: how long to wait before what failed is started again.
+        again_seconds: how long to wait before restarting a failed task.
     """
 
     def __init__(self, again_seconds: float) -> None:
@@ -27,23 +27,23 @@ class Tasks:
         self._running: set[asyncio.Task[Any]] = set()
 
     def spawn(self, work: Coroutine[Any, Any, _T]) -> asyncio.Task[_T]:
-        """Run this once."""
+        """Run work once."""
         task = asyncio.get_running_loop().create_task(work)
         self._running.add(task)
         task.add_done_callback(self._ended)
         return task
 
     def keep_up(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Run what must not end: a mistake of ours must not stop it for the process's life."""
+        """Run work that must not end: one of our errors must not stop it for good."""
         self.spawn(self._kept_up(work))
 
     async def close(self) -> None:
-        """Cancel all, and return once they have ended."""
+        """Cancel all tasks and wait until they have ended."""
         while self._running:
             for task in self._running:
                 task.cancel()
             await asyncio.wait(self._running)
-            await asyncio.sleep(0)  # they are taken from the set by a callback
+            await asyncio.sleep(0)  # a callback removes them from the set
 
     async def _kept_up(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         while True:

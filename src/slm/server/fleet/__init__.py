@@ -1,1 +1,1 @@
-"""Who listens, and who has what."""
+"""Tracks which backends listen and what each has applied."""

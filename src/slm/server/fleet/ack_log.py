@@ -1,4 +1,4 @@
-"""The acks of one backend: when each came and what it refused, as differences and within a bound.
+"""The acks of one backend: when each arrived and what it refused, stored as differences, bounded.
 
 Values and rules only; knows no connection, no database and no clock (docs/protocol.md section 4).
 """
@@ -15,16 +15,16 @@ from typing import Final, NamedTuple
 from slm.protocol import NotInForce
 
 RECEIPT_REVISIONS: Final = 1000
-"""A receipt can be asked for this many revisions back."""
+"""Receipts are available for this many past revisions."""
 
 MAX_LOG_BYTES: Final = 1024 * 1024
-"""The memory that one backend's acks may take; at the bound the older half is forgotten."""
+"""The memory limit for one backend's acks; at the limit the older half is dropped."""
 
 MAX_STATE_BYTES: Final = MAX_LOG_BYTES // 2
-"""The memory that one ack's refusals may take; what is beyond is not kept, and that is noted."""
+"""The memory limit for one ack's refusals; more are dropped, and the ack is marked partial."""
 
 _SPARE: Final = 64
-"""How many acks over the limit are kept before the oldest go, so that not each one moves all."""
+"""How many acks over the limit are kept before dropping the oldest, so not every ack shifts all."""
 
 _ACK_BYTES: Final = 16
 _SPAN_BYTES: Final = 160
@@ -33,10 +33,10 @@ _IN_FORCE: Final = -1
 NOTHING: Final[Mapping[str, NotInForce]] = {}
 
 Span = tuple[int, int, str]
-"""The ack from which it holds, the revision that is refused (-1: none is), and why."""
+"""The ack from which it applies, the refused revision (-1: none), and the reason."""
 
 Changes = dict[str, tuple[int, str]]
-"""By agent, the revision that is refused from here on (-1: none is), and why."""
+"""By agent: the revision refused from here on (-1: none), and the reason."""
 
 _number_of = itemgetter(0)
 
@@ -45,13 +45,13 @@ class Acked(NamedTuple):
     """One ack.
 
     Attributes:
-        revision: up to where everything was received.
-        at: when it came, seconds since 1970.
-        not_in_force: what of it is not in use.
-        after_gap: whether acks right before it are not known here: then what it says may have been
-            so for longer.
-        partial: whether it refused more than is kept: then an agent that it does not name may be
-            one of those.
+        revision: everything up to here was received.
+        at: when it arrived, in seconds since 1970.
+        not_in_force: agents whose change is not in use.
+        after_gap: whether the acks right before it are missing here; its content may then have been
+            true for longer.
+        partial: whether it refused more than is kept; an agent it does not name may be one of
+            those.
     """
 
     revision: int
@@ -62,12 +62,12 @@ class Acked(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """How a backend took a change.
+    """How a backend handled a change.
 
     Attributes:
-        answered: whether it did so at all.
-        at: when, where that is known.
-        reason: why it refused; None where it applied the change.
+        answered: whether it answered at all.
+        at: when it answered, if known.
+        reason: why it refused; None if it applied the change.
     """
 
     answered: bool
@@ -79,9 +79,9 @@ class AckLog:
     """The last acks of a backend, by revision; sixteen bytes each, since there are many.
 
     Attributes:
-        number: of the next ack, counted from the first that there ever was.
-        missed: how many came besides that were not read.
-        bytes: about how much memory it takes.
+        number: the number of the next ack, counted from the very first.
+        missed: how many further acks arrived but were not read.
+        bytes: approximate memory use.
     """
 
     __slots__ = ("_gaps", "_partial", "_revisions", "_spans", "_times", "bytes", "missed", "number")
@@ -92,7 +92,7 @@ class AckLog:
         self.bytes = 0
         self._revisions = array("q")
         self._times = array("d")
-        # What few acks have is kept separately, by the number of the ack.
+        # Values that few acks have are stored separately, by ack number.
         self._gaps: set[int] = set()
         self._partial: list[tuple[int, bool]] = []
         self._spans: dict[str, list[Span]] = {}
@@ -105,7 +105,7 @@ class AckLog:
 
     @property
     def count(self) -> int:
-        """How many acks there have been in all."""
+        """How many acks there have been in total."""
         return self.number + self.missed
 
     @property
@@ -120,7 +120,7 @@ class AckLog:
 
     @property
     def last_at(self) -> float:
-        """When the newest ack came; 0 where there is none."""
+        """When the newest ack arrived; 0 if there is none."""
         return self._times[-1] if self._times else 0.0
 
     @property
@@ -128,10 +128,10 @@ class AckLog:
         """Whether the newest ack refused more than is kept."""
         return bool(self._partial) and self._partial[-1][1]
 
-    # --- taking in ---
+    # --- adding ---
 
     def add(self, ack: Acked) -> None:
-        """Take in an ack that is newer in time than all before it."""
+        """Add an ack that is newer than all before it."""
         refused, partial = _bounded(ack.not_in_force)
         self._append(ack.revision, ack.at, after_gap=ack.after_gap)
         self._refuse(refused, self.number - 1)
@@ -139,12 +139,12 @@ class AckLog:
         self._keep_to_bounds()
 
     def add_difference(self, ack: Acked, changes: Changes, *, anew: bool = False) -> None:
-        """Take in an ack by what differs from the one before; `anew`: from none at all.
+        """Add an ack by its difference from the previous one, or from none if `anew`.
 
         Args:
             ack: without its refusals.
             changes: how its refusals differ.
-            anew: what was refused before is not any more, unless it is among the changes.
+            anew: earlier refusals are withdrawn unless they are among the changes.
         """
         self._append(ack.revision, ack.at, after_gap=ack.after_gap)
         number = self.number - 1
@@ -157,7 +157,7 @@ class AckLog:
         self._keep_to_bounds()
 
     def clear(self) -> None:
-        """Forget what was acked; the count goes on."""
+        """Forget what was acked; the numbering continues."""
         del self._revisions[:], self._times[:]
         self._gaps.clear()
         self._partial.clear()
@@ -165,14 +165,14 @@ class AckLog:
         self.bytes = 0
 
     def forget_older(self, keep: int = 1) -> None:
-        """Forget all but the newest acks, and that there is a gap before them."""
+        """Drop all but the newest acks, and forget any gap before them."""
         gone = len(self) - keep
         if gone > 0:
             self._drop(gone)
             self._gaps.add(self._first)
 
     def forget_refusals(self) -> None:
-        """Forget what is refused too: nobody is then said to have applied what it may refuse."""
+        """Drop the refusals too; what may have been refused is then not reported as applied."""
         if self._revisions:
             self.forget_older()
             self._spans.clear()
@@ -180,9 +180,9 @@ class AckLog:
             self.bytes = _ACK_BYTES
 
     def merged_with(self, other: AckLog, until: float) -> AckLog:
-        """Return one log of this and of what the other had before a time, in the order of time.
+        """Return one log of this one and of the other's acks before a time, ordered by time.
 
-        Nobody changes what is returned; where the other has nothing to add it is this log itself.
+        The result must not be modified: if the other has nothing to add, it is this log itself.
         """
         end = other._first + bisect_left(other._times, until)
         if end == other._first:
@@ -190,7 +190,7 @@ class AckLog:
         log = AckLog()
         mine, its = self._first, other._first
         while mine < self.number and its < end:
-            # Whole runs: a backend is at one server for a while, then at another.
+            # Copy whole runs: a backend stays on one server for a while, then on another.
             at, its_at = self._times[mine - self._first], other._times[its - other._first]
             if at <= its_at:
                 stop = self._first + bisect_right(self._times, its_at, mine - self._first)
@@ -205,10 +205,10 @@ class AckLog:
         other._copy_into(log, its, end)
         return log
 
-    # --- asking ---
+    # --- queries ---
 
     def outcome(self, agent_id: str, revision: int) -> Outcome:
-        """Return how a change was taken: the first ack that has it in force, else the last."""
+        """Return how a change was handled, from the first ack that applied it, or else the last."""
         number = self._first + bisect_left(self._revisions, revision)
         refused: Outcome | None = None
         spans = self._spans.get(agent_id, ())
@@ -230,8 +230,8 @@ class AckLog:
         """Yield each ack from this number on, without its refusals, and how those differ.
 
         Args:
-            number: of the first, which is here.
-            after: the first is told by its difference from the one before, else whole.
+            number: the number of the first ack, which must be in the log.
+            after: describe the first by its difference from the one before; otherwise in full.
         """
         changes: dict[int, Changes] = {}
         before = self._state_at(number - 1) if after else {}
@@ -247,11 +247,11 @@ class AckLog:
             ack = Acked(revision, at, NOTHING, each in self._gaps, self._partial_at(each))
             yield ack, changes.get(each, {})
 
-    # --- within ---
+    # --- internals ---
 
     @property
     def _first(self) -> int:
-        """The number of the oldest ack that is here."""
+        """The number of the oldest ack in the log."""
         return self.number - len(self._revisions)
 
     def _at(self, number: int) -> Acked:
@@ -280,7 +280,7 @@ class AckLog:
         return bool(place) and self._partial[place - 1][1]
 
     def _first_whole(self, number: int) -> int:
-        """Return the first ack from here on of which all refusals are kept."""
+        """Return the first ack from here on with all its refusals kept."""
         if self._partial_at(number):
             later = self._partial[bisect_right(self._partial, number, key=_number_of) :]
             return next((each for each, partial in later if not partial), self.number)
@@ -288,18 +288,18 @@ class AckLog:
 
     def _append(self, revision: int, at: float, *, after_gap: bool) -> None:
         if self._revisions and revision < self._revisions[-1]:
-            # Another epoch moved it back: what it acked of the old one means nothing now.
+            # A new epoch moved the revision back, so acks of the old epoch are meaningless.
             self.clear()
         if after_gap:
             self._gaps.add(self.number)
-        # A clock that was set back must not make the order another one.
+        # Setting the clock back must not reorder the acks.
         self._times.append(max(at, self.last_at))
         self._revisions.append(revision)
         self.number += 1
         self.bytes += _ACK_BYTES
 
     def _refuse(self, refused: Mapping[str, tuple[int, str]], number: int) -> None:
-        """Note what differs from the ack before."""
+        """Record the differences from the previous ack."""
         if not refused and not self._spans:
             return
         for agent_id, spans in self._spans.items():
@@ -321,7 +321,7 @@ class AckLog:
             return
         elif spans[-1][0] == number:
             self.bytes -= _span_bytes(spans.pop())
-        # A few reasons are given by many.
+        # Many acks share a few reasons.
         spans.append((number, revision, sys.intern(reason)))
         self.bytes += _span_bytes(span)
 
@@ -336,7 +336,7 @@ class AckLog:
             self.forget_older(len(self) // 2)
 
     def _drop(self, gone: int) -> None:
-        """Forget the oldest."""
+        """Drop the oldest acks."""
         del self._revisions[:gone], self._times[:gone]
         first = self._first
         if self._gaps:
@@ -381,7 +381,7 @@ class AckLog:
 
 
 def _bounded(refused: Mapping[str, NotInForce]) -> tuple[dict[str, tuple[int, str]], bool]:
-    """Return what is kept of an ack's refusals, and whether that is not all."""
+    """Return the part of an ack's refusals to keep, and whether any were dropped."""
     kept: dict[str, tuple[int, str]] = {}
     size = 0
     for agent_id, held_up in refused.items():

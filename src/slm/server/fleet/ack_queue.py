@@ -1,7 +1,7 @@
-"""AckQueue: acks wait until a broadcast is written, and never take more than half of the loop.
+"""AckQueue: holds acks until a broadcast is written; reading them takes at most half of the loop.
 
-Knows a message's text and whose it is, and not what it says. Each ack is the full state, so of a
-peer that sends faster than it is heard the ones in between may be thrown away.
+Knows each message's text and peer, not its content. Each ack is the full state, so if a peer sends
+acks faster than they are read, the ones in between may be discarded.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ MAX_WAITING: Final = 32
 """How many acks of one peer may wait."""
 
 MAX_WAITING_BYTES: Final = 1024 * 1024
-"""How many bytes of one peer may wait; a single ack may be larger."""
+"""How many bytes of one peer's acks may wait; a single ack may be larger."""
 
 MAX_WAITING_BYTES_OF_ALL: Final = 64 * 1024 * 1024
-"""How many bytes of all peers may wait; beyond it acks are read at once, and peers wait."""
+"""How many bytes of all peers may wait; above it, acks are read at once and peers wait."""
 
 _BEFORE_YIELD_SECONDS: Final = 0.001
 
 
 class Waiting(NamedTuple):
-    """An ack that is not read yet.
+    """An ack that has not been read yet.
 
     Attributes:
         text: the message.
-        at: when it came, seconds since 1970.
-        missed: how many right before it were thrown away.
+        at: when it arrived, in seconds since 1970.
+        missed: how many acks right before it were discarded.
     """
 
     text: str
@@ -44,21 +44,21 @@ class Waiting(NamedTuple):
 
 
 class Peer(Protocol):
-    """Whose acks they are."""
+    """The sender of acks."""
 
     def take_ack(self, ack: Waiting) -> None:
-        """Read one."""
+        """Process one ack."""
 
 
 class AckQueue:
-    """Takes acks in the order of each peer, one peer after the other.
+    """Processes acks in order for each peer, taking one peer after the other.
 
     Args:
         is_busy: whether a broadcast is being written.
         clock: seconds since 1970.
 
     Attributes:
-        thrown_away: how many were not read, since a newer one of the same peer was there.
+        thrown_away: how many were not read because the same peer had sent a newer one.
     """
 
     def __init__(
@@ -78,12 +78,12 @@ class AckQueue:
         return sum(map(len, self._waiting.values()))
 
     def put(self, peer: Peer, text: str) -> None:
-        """Take a message in, to be read soon."""
+        """Queue a message to be read soon."""
         ack = Waiting(text, self._clock())
         mine = self._waiting.setdefault(peer, deque())
         size = self._bytes.get(peer, 0)
         while mine and (len(mine) >= MAX_WAITING or size + len(text) > MAX_WAITING_BYTES):
-            # The newest of those that wait: what came first says when a change was taken.
+            # Discard the newest waiting ack: the earliest one says when a change was applied.
             gone = mine.pop()
             self._count(peer, -len(gone.text))
             size -= len(gone.text)
@@ -97,20 +97,20 @@ class AckQueue:
             self._handle = asyncio.get_running_loop().call_soon(self._work)
 
     def finish(self, peer: Peer) -> None:
-        """Read all of one peer now: it is gone, or there is no more room."""
+        """Read all of one peer's acks now, because it is gone or the queue is full."""
         for ack in self._waiting.pop(peer, ()):
             _take(peer, ack)
         self._bytes_of_all -= self._bytes.pop(peer, 0)
 
     def written(self) -> None:
-        """Go on: a broadcast is written."""
+        """Continue after a broadcast has been written."""
         if self._waiting and self._handle is None:
             self._handle = asyncio.get_running_loop().call_soon(self._work)
 
     def _work(self) -> None:
         self._handle = None
         if self._is_busy():
-            return  # `written` comes.
+            return  # `written` continues.
         began = time.monotonic()
         took = 0.0
         while self._waiting and took < SLICE_SECONDS:
@@ -119,13 +119,13 @@ class AckQueue:
             ack = mine.popleft()
             self._count(peer, -len(ack.text))
             if mine:
-                self._waiting[peer] = mine  # the last in turn
+                self._waiting[peer] = mine  # back of the queue
             else:
                 self._bytes.pop(peer, None)
             _take(peer, ack)
             took = time.monotonic() - began
         if self._waiting:
-            # Everyone else gets the loop for as long as this took.
+            # Give other tasks the loop for as long as this took.
             pause = took if took > _BEFORE_YIELD_SECONDS else 0.0
             self._handle = asyncio.get_running_loop().call_later(pause, self._work)
 
@@ -138,5 +138,5 @@ def _take(peer: Peer, ack: Waiting) -> None:
     try:
         peer.take_ack(ack)
     except Exception as error:
-        # One ack must not keep all others from being read.
+        # One bad ack must not keep the others from being read.
         logger.error("reading an ack failed with %s", type(error).__name__)

@@ -19,20 +19,20 @@ from slm.server.fleet.ack_log import NOTHING, Acked, AckLog
 from slm.server.security.agent_scope import EVERYTHING, View
 
 SHARED_ACKS: Final = 32
-"""So many of a backend's last acks other replicas are told."""
+"""How many of a backend's last acks are reported to other replicas."""
 
 MAX_KEYS_BYTES: Final = 1024 * 1024
-"""The memory that the keys which one backend holds may take; what is beyond is not kept."""
+"""The memory limit for the list of keys that one backend holds; the rest is dropped."""
 
 _MAX_STRETCHES: Final = 20
 _KEY_BYTES: Final = 120
 _LAST_SECOND: Final = 253_402_300_000.0
-"""In the year 9999; anything later is not a valid time."""
+"""In the year 9999; later times are rejected."""
 
 
 @dataclass
 class Stretch:
-    """One connection: the head of the stream when it subscribed, and when it had ended."""
+    """One connection: the stream's head when it subscribed and when it ended."""
 
     first: int
     last: int | None = None
@@ -44,21 +44,21 @@ class Backend:
     """One backend process, across its reconnects, as one replica knows it.
 
     Attributes:
-        id: the same across reconnects where the backend names its instance.
-        client: who it says it is.
+        id: stays the same across reconnects if the backend names its instance.
+        client: how it identifies itself.
         token: the name of its token.
         replica: the lease of the server that it is, or was, connected to.
         server: that server's name, for people.
         view: what its token may see.
         plain_http: whether its last connection came over the network without TLS.
-        since: when it came or went, seconds since 1970.
+        since: when it connected or disconnected, in seconds since 1970.
         known_since: when it first connected; the first to use a name keeps it.
         stretches: its connections, the newest last.
-        acks: what it said it received.
-        keys: agents whose held key is not that of its last ack, with the key's revision.
+        acks: what it reported as received.
+        keys: agents whose held key differs from that of its last ack, with the key's revision.
         keys_partial: whether it named more keys than are kept.
-        heard: how many acks its server has told of, where that is another one.
-        in_step: whether all that it told is here, so that differences can be added.
+        heard: how many acks its server has reported, if that is another server.
+        in_step: whether everything its server reported is here, so that differences can be added.
     """
 
     id: str
@@ -79,36 +79,36 @@ class Backend:
 
     @property
     def name(self) -> str:
-        """What it calls itself: its name and instance, else its token's name; not always unique."""
+        """Its own name and instance, or else its token's name; not always unique."""
         named = [part for part in (self.client.name, self.client.instance) if part]
         return "/".join(named) or self.token + "#" + self.id.rpartition("#")[2].rstrip('"]')
 
     @property
     def connected(self) -> bool:
-        """Whether it listens now."""
+        """Whether it is connected now."""
         return bool(self.stretches) and self.stretches[-1].last is None
 
     @property
     def applied(self) -> int | None:
-        """The highest revision it acked; None as long as it never did."""
+        """The highest revision it acked; None if it never acked."""
         return self.acks.revision
 
     @property
     def not_in_force(self) -> Mapping[str, NotInForce]:
-        """What it last said is not in force, by agent."""
+        """What its last ack reported as not applied, by agent."""
         last = self.acks.last
         return NOTHING if last is None else last.not_in_force
 
     @property
     def bytes(self) -> int:
-        """About how much memory what it said takes."""
+        """Approximate memory use of what it reported."""
         return self.acks.bytes + _KEY_BYTES * len(self.keys)
 
     def begin(self, head: int, now: float) -> None:
         """Note that it subscribed."""
         self.end(head, now)
         if len(self.stretches) == _MAX_STRETCHES:
-            # Who comes and goes is still expected where it was first.
+            # A backend that keeps reconnecting is still expected where it first connected.
             first, second, *later = self.stretches
             self.stretches = [Stretch(first.first, second.last, second.ended_at), *later]
         self.stretches = [*self.stretches, Stretch(head)]
@@ -116,14 +116,14 @@ class Backend:
         self.known_since = min(self.known_since, now)
 
     def end(self, head: int, now: float) -> None:
-        """Note that its connection is gone, if it has one."""
+        """Note that its connection has ended, if it has one."""
         if self.connected:
             self.stretches[-1].last = head
             self.stretches[-1].ended_at = now
             self.since = now
 
     def hold(self, keys: Mapping[str, int | None]) -> None:
-        """Note which keys it says it holds, as many as are kept."""
+        """Record which keys it reports to hold, up to the limit."""
         self.keys_partial = False
         size = 0
         for agent_id in keys:
@@ -136,7 +136,7 @@ class Backend:
         self.keys = keys
 
     def gone_with(self, head: int, at: float) -> Backend:
-        """Return it as it is while its server's lease has lapsed: gone since then, unless before.
+        """Return a copy for a lapsed lease of its server: disconnected since then or earlier.
 
         Args:
             head: how far that server's stream had come.
@@ -148,24 +148,24 @@ class Backend:
         return replace(self, stretches=[*earlier, Stretch(last.first, head, at)], since=at)
 
     def was_there(self, revision: int, committed_at: float) -> bool:
-        """Whether it listened when `revision` was committed: then a receipt expects it."""
+        """Whether it was connected when `revision` was committed, so that a receipt expects it."""
         return any(
             each.first < revision
             and (
                 each.last is None
                 or each.last >= revision
-                # Gone between the commit and the push.
+                # It disconnected between the commit and the push.
                 or (each.ended_at is not None and each.ended_at >= committed_at)
             )
             for each in self.stretches
         )
 
     def together_with(self, other: Backend) -> Backend:
-        """Return one backend out of what two replicas know of it."""
+        """Merge what two replicas know about this backend."""
         newer = max(self, other, key=lambda each: (each.connected, each.since))
         older = other if newer is self else self
         said_last = max(self, other, key=lambda each: each.acks.last_at)
-        # What a replica hears from a connection that has been given up for another is no news.
+        # Ignore what a replica reports from a connection that has been replaced by another.
         until = newer.since if newer.connected else math.inf
         return replace(
             newer,
@@ -177,11 +177,11 @@ class Backend:
         )
 
     def to_json(self, offset_seconds: float, told: int | None = None) -> dict[str, Any]:
-        """Return it for other replicas.
+        """Return it as JSON for other replicas.
 
         Args:
-            offset_seconds: what makes our times the database's.
-            told: of how many acks they know already; None: they may know nothing.
+            offset_seconds: what to add to our times to get the database's.
+            told: how many acks they already know; None if they may know nothing.
         """
         acks = self.acks
         oldest = max(acks.number - SHARED_ACKS, acks.number - len(acks))
@@ -212,7 +212,7 @@ class Backend:
         }
 
     def take_over(self, data: Mapping[str, Any] | Told, offset_seconds: float) -> None:
-        """Take in what its replica tells of it; acks that are here already stay."""
+        """Apply a report of its replica; acks that are already here stay."""
         told = data if isinstance(data, Told) else Told.of(data)
         self.client, self.token, self.server = told.client, told.token, told.server
         self.view, self.plain_http = View.from_text(told.view), told.plain_http
@@ -229,7 +229,7 @@ class Backend:
     def _take_acks(self, told: Told, offset_seconds: float) -> None:
         missed = told.acked - self.heard
         if missed < 0 or (not told.after and not self.in_step):
-            # Its server started its log anew, or tells all of it after something was lost.
+            # Its server started a new log, or repeats all of it after something was lost.
             self.acks.clear()
             self.in_step, missed = True, told.acked
         whole = missed >= len(told.acks)
@@ -253,12 +253,12 @@ class Backend:
 
 
 def identity(token: str, client: ClientInfo, otherwise: str) -> str:
-    """Return the id of a backend: it outlives a reconnect, and a token's rotation under one name.
+    """Return a backend's id, stable across reconnects and rotations of a token with the same name.
 
     Args:
-        token: its name.
-        client: who the backend says it is.
-        otherwise: what tells it from others where it names no instance.
+        token: the token's name.
+        client: how the backend identifies itself.
+        otherwise: distinguishes it from others if it names no instance.
     """
     if client.instance:
         return _id(token, client.name or "", client.instance)
@@ -266,7 +266,7 @@ def identity(token: str, client: ClientInfo, otherwise: str) -> str:
 
 
 def _id(*parts: str) -> str:
-    # Not joined by a character, which a name may hold.
+    # Not joined with a separator, because a name may contain any character.
     return json.dumps(parts, ensure_ascii=False)
 
 
@@ -277,7 +277,7 @@ _SharedAck = (
 
 
 class Told(BaseModel):
-    """What another replica tells of a backend: the shape of a row, and the bounds of all in it."""
+    """What another replica reports about a backend: the schema of a row, with limits."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, hide_input_in_errors=True)
 
@@ -300,10 +300,10 @@ class Told(BaseModel):
 
     @classmethod
     def of(cls, data: Any) -> Told:
-        """Return what a row says.
+        """Parse a row.
 
         Raises:
-            ValidationError: it is not of this shape.
+            ValidationError: the row does not have this shape.
         """
         return _TOLD.validate_python(data)
 
@@ -312,9 +312,9 @@ _TOLD: Final = TypeAdapter(Told)
 
 
 def cut_down(backends: Iterable[Backend], most_bytes: int) -> int:
-    """Forget what backends said until all of it takes no more than this; return what it takes.
+    """Drop reported data until all of it fits into the limit; return the remaining size in bytes.
 
-    Who said most is cut down first, history before the state, and held keys last.
+    Starts with the backends that reported most: history first, then state, held keys last.
     """
     largest = sorted(backends, key=lambda each: each.bytes, reverse=True)
     size = sum(each.bytes for each in largest)

@@ -1,7 +1,7 @@
-"""Elsewhere: what other replicas have told of their backends, and which of those replicas live.
+"""Elsewhere: what other replicas have reported about their backends, and which are alive.
 
-Values and rules; knows no database and no clock. What one told stays while its lease has lapsed,
-and counts again if it returns (docs/protocol.md section 4).
+Values and rules; knows no database and no clock. A replica's report is kept while its lease has
+lapsed, and is used again if the replica returns (docs/protocol.md section 4).
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from typing import Final, NamedTuple
 from slm.server.fleet.backend import Backend, Told
 
 MAX_TOLD: Final = 50_000
-"""How many backends of another replica are kept."""
+"""How many backends are kept per other replica."""
 
 
 @dataclass
 class Account:
-    """What another replica has told in all.
+    """Everything another replica has reported.
 
     Attributes:
-        head: how far its stream had come when it last told; -1: it has not told.
-        last: whether that was its last word.
-        written_at: when, by our clock.
+        head: how far its stream had come at its last report; -1 if it has not reported.
+        last: whether that was its final report.
+        written_at: when it was written, by our clock.
         ends_at: when its lease runs out, or ran out, by our clock.
-        live: whether it has not.
+        live: whether its lease is still valid.
     """
 
     head: int = -1
@@ -48,12 +48,12 @@ class Lapse(NamedTuple):
 
 
 class Merged(NamedTuple):
-    """What came of taking in what a replica told.
+    """The result of applying a replica's report.
 
     Attributes:
-        backend: what that replica knows of it now.
+        backend: what that replica now knows about it.
         grown_bytes: how much more memory it takes.
-        renamed: whether it, or another, may be shown under another name now.
+        renamed: whether this or another backend may now be shown under a different name.
     """
 
     backend: Backend
@@ -70,7 +70,7 @@ class Elsewhere:
         self._lapsed: dict[str, Lapse] = {}
 
     def ids(self) -> Iterable[str]:
-        """Return the ids of the backends."""
+        """Return the backends' ids."""
         return self._backends
 
     def all(self) -> Iterator[Backend]:
@@ -78,7 +78,7 @@ class Elsewhere:
         return (each for known in self._backends.values() for each in known.values())
 
     def at(self, key: str) -> list[Backend]:
-        """Return one backend as each replica knows it: gone, where that one's lease has lapsed."""
+        """Return a backend as each replica knows it: gone if that replica's lease has lapsed."""
         if key not in self._backends:
             return []
         return [self._as_it_is(each) for each in self._backends[key].values()]
@@ -88,12 +88,12 @@ class Elsewhere:
         return backend if lapse is None else backend.gone_with(*lapse)
 
     def may_return(self, key: str) -> bool:
-        """Whether a backend is gone only as long as its server's lease is."""
+        """Whether a backend only appears disconnected because its server's lease has lapsed."""
         known = self._backends.get(key, {})
         return any(r in self._lapsed and each.connected for r, each in known.items())
 
     def merge(self, replica: str, key: str, told: Told, offset_seconds: float) -> Merged | None:
-        """Take in what a replica tells of a backend; None where it has told of too many."""
+        """Apply a replica's report about a backend; returns None if it has reported too many."""
         backend = self._backends.get(key, {}).get(replica)
         is_new = backend is None
         if backend is None:
@@ -109,12 +109,12 @@ class Elsewhere:
         return Merged(backend, backend.bytes - before, renamed)
 
     def keep(self, live: Iterable[str], lapsed: Mapping[str, Lapse], now: Lapse) -> bool:
-        """Note which replicas live; return whether those that do not are others than before.
+        """Note which replicas are alive; return whether the set of the others has changed.
 
         Args:
-            live: their leases.
-            lapsed: what is known of those that do not live.
-            now: counts for those of which nothing is known, from when they are first missed.
+            live: the leases that are alive.
+            lapsed: what is known about replicas that are not alive.
+            now: used for replicas about which nothing is known, from when they are first missed.
         """
         alive, before = set(live), self._lapsed.keys()
         self._lapsed = {
@@ -125,7 +125,7 @@ class Elsewhere:
         return before != self._lapsed.keys()
 
     def forget_replica(self, replica: str) -> list[Backend]:
-        """Forget all that a replica told; return what that was."""
+        """Forget everything a replica reported; return what was forgotten."""
         forgotten = []
         for key in [key for key, known in self._backends.items() if replica in known]:
             forgotten.append(self._backends[key].pop(replica))
@@ -135,7 +135,7 @@ class Elsewhere:
         return forgotten
 
     def forget(self, key: str) -> list[Backend]:
-        """Forget what was told of a backend; return what that was."""
+        """Forget what was reported about a backend; return what was forgotten."""
         known = self._backends.pop(key, {})
         for replica in known:
             self._count[replica] -= 1

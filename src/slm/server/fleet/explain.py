@@ -1,8 +1,8 @@
 """Explanations: asks a backend over its stream how it would resolve an agent, and waits.
 
-A backend of another replica is asked by way of that replica; question and answer are NOTIFYs of
-PostgreSQL, since replicas communicate only through the database and know no address of each other.
-No key is in either (docs/protocol.md section 4).
+A backend of another replica is asked through that replica. Question and answer are PostgreSQL
+NOTIFYs, since replicas communicate only through the database and do not know each other's
+addresses. Neither contains a key (docs/protocol.md section 4).
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ logger = logging.getLogger(__name__)
 CHANNEL: Final = "slm_explain"
 ANSWER_SECONDS: Final = 5.0
 _PIECE: Final = 7900
-"""What PostgreSQL takes in a NOTIFY, in bytes, less a few for a piece's number."""
+"""The size limit of a PostgreSQL NOTIFY in bytes, minus a few for the piece's number."""
 
 MAX_PIECES: Final = 100
-"""Of one message, some 800 kB: a report is bounded by what a frame of a backend may hold."""
+"""The limit per message, about 800 kB; a report is bounded by the size of a backend's frame."""
 
 MAX_ANSWERS: Final = 100
-"""How many questions of other replicas are under way at once; more are not heard."""
+"""How many questions from other replicas may be open at once; more are ignored."""
 
 _MAX_NAMED: Final = 5
 
 
 class _Ask(BaseModel):
-    """A question of another replica, about a backend of the one it names."""
+    """A question from another replica about a backend of the replica it names."""
 
     ask: Name
     replica: ShortText
@@ -52,7 +52,7 @@ class _Ask(BaseModel):
 
 
 class _Answer(BaseModel):
-    """The answer to one, by its id."""
+    """The answer to a question, by its id."""
 
     answer: Name
     report: Explanation
@@ -66,14 +66,14 @@ class _Failure(BaseModel):
     why: ShortText
 
     def problem(self, backend: str) -> ProblemError:
-        """Return it as an answer to whoever asked."""
+        """Return it as the error for the caller."""
         if self.code == "backend-silent":
             return BackendSilent(f"{backend} {self.why}.")
         return BackendUnclear(f"The answer of {backend} cannot be read: {self.why}.")
 
 
 _Told = Explanation | _Failure
-"""What comes of a question."""
+"""The outcome of a question."""
 
 _LEFT: Final = "closed its connection before it answered"
 
@@ -81,7 +81,7 @@ _TOLD: Final = TypeAdapter[_Ask | _Answer | _Failure](_Ask | _Answer | _Failure)
 
 
 class Explanations:
-    """Questions under way."""
+    """The open questions."""
 
     def __init__(self, database: Database, fleet: Fleet, hub: Hub) -> None:
         self._database = database
@@ -92,14 +92,14 @@ class Explanations:
         self._pieces: list[str] = []
 
     async def ask(self, name: str, agent_id: str) -> Explanation:
-        """Return what the connected backend that is shown under this whole name says of an agent.
+        """Ask a connected backend, given by the exact name it is shown under, about an agent.
 
         Raises:
-            BackendNotFound: there is none; the text names those that it may have meant.
-            BackendSilent: it did not answer in time, or went away; an older SDK does not know the
+            BackendNotFound: there is none; the text suggests similar names.
+            BackendSilent: it did not answer in time or disconnected; older SDKs don't know the
                 question.
-            BackendUnclear: what it answered cannot be read.
-            DatabaseUnavailable: it is at another replica, which cannot be asked now.
+            BackendUnclear: its answer cannot be parsed.
+            DatabaseUnavailable: it is connected to another replica, which cannot be asked now.
         """
         told = await self._ask(await self._find(name), agent_id)
         if isinstance(told, _Failure):
@@ -144,21 +144,21 @@ class Explanations:
             del self._asked[question]
 
     def answered(self, subscriber: Subscriber, said: Explained) -> None:
-        """Take a backend's answer; one that was not asked for says nothing."""
+        """Take a backend's answer; ignored if it was not asked for."""
         self._settle(said.explained, subscriber, said.report)
 
     def unclear(self, subscriber: Subscriber, why: str, question: str | None = None) -> None:
-        """Note that a backend said something that cannot be read.
+        """Note that a backend sent something that cannot be parsed.
 
         Args:
             subscriber: its connection.
-            why: what is wrong with it, in words of ours.
-            question: which question it answers; None: it may have been the answer to any.
+            why: what is wrong with it, in our own words.
+            question: the question it answers; None if it may answer any.
         """
         self._fail(subscriber, "backend-unclear", why, question)
 
     def left(self, subscriber: Subscriber) -> None:
-        """Note that a connection is gone: what it was asked it will not answer."""
+        """Fail the open questions of a closed connection."""
         self._fail(subscriber, "backend-silent", _LEFT)
 
     def _fail(
@@ -173,23 +173,23 @@ class Explanations:
             self._settle(each, subscriber, _Failure(failed=each, code=code, why=why))
 
     def _settle(self, question: str, subscriber: Subscriber | None, told: _Told) -> None:
-        """End a question that was put to this connection, or to another replica."""
+        """Close a question that was sent to this connection or to another replica."""
         asked = self._asked.get(question)
         if asked is not None and asked[0] is subscriber and not asked[1].done():
             asked[1].set_result(told)
 
     def hear(self, payload: str) -> None:
-        """Take a piece of what another replica asks or answers; the last one makes it whole.
+        """Take one piece of another replica's question or answer; the last piece completes it.
 
-        One message's pieces are of one transaction, so nothing comes between them. Anybody who
-        may connect to the database can send one: what makes no sense is left out.
+        The pieces of a message are sent in one transaction, so nothing comes between them. Anyone
+        who can connect to the database can send one, so invalid pieces are ignored.
         """
         place, _, piece = payload.partition(" ")
         number, _, count = place.partition("/")
         if number == "1":
             self._pieces = []
         if number != str(len(self._pieces) + 1) or len(self._pieces) >= MAX_PIECES:
-            # Whoever may connect to the database can send pieces that never end.
+            # Anyone who can connect to the database can send endless pieces.
             self._pieces = []
             return
         self._pieces.append(piece)
@@ -211,7 +211,7 @@ class Explanations:
             task.add_done_callback(self._tasks.discard)
 
     async def _answer_for(self, told: _Ask) -> None:
-        """Ask a backend of ours for another replica."""
+        """Ask one of our backends on behalf of another replica."""
         try:
             backend = next((b for b in self._fleet.own() if b.id == told.backend), None)
             found: _Told = _Failure(failed=told.ask, code="backend-silent", why=_LEFT)
@@ -225,7 +225,7 @@ class Explanations:
         except ProblemError as error:
             logger.debug("not now: %s", error.code)
         except Exception as error:
-            # The question was anybody's notification; its text is not logged.
+            # Anyone may have sent the notification, so its text is not logged.
             logger.warning("a question of another server failed with %s", type(error).__name__)
 
     def _send(self, subscriber: Subscriber, question: str, agent_id: str) -> None:
@@ -233,7 +233,7 @@ class Explanations:
         self._hub.send(subscriber, Frames((text,), subscriber.position))
 
     async def _notify(self, message: dict[str, Any]) -> None:
-        text = json.dumps(message)  # ASCII alone: a character is a byte
+        text = json.dumps(message)  # ASCII only, so one character is one byte
         starts = range(0, len(text), _PIECE)
 
         def notify(connection: Connection) -> None:

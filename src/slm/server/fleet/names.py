@@ -1,7 +1,7 @@
-"""The names under which backends are shown, each of them only once.
+"""The names under which backends are shown, all unique.
 
-A backend says itself how it is called, so a name belongs to the token that was first to use it, for
-as long as its backend is known. Any other is shown with its token (docs/protocol.md section 3).
+A backend chooses its own name, so a name belongs to the first token that used it, as long as its
+backend is known. Any other backend is shown with its token (docs/protocol.md section 3).
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from slm.server.tasks.slices import Steps, at_once, sliced, sorted_in_steps
 
 
 class Names(NamedTuple):
-    """What each backend is shown as.
+    """The name each backend is shown under.
 
     Attributes:
-        shown: by its id, in the order of names; no two are alike.
-        shared: the names that several give themselves.
+        shown: by backend id, ordered by name; all different.
+        shared: the names that several backends use.
     """
 
     shown: Mapping[str, str]
@@ -30,7 +30,7 @@ class Names(NamedTuple):
 
 
 def names_of(backends: Iterable[Backend]) -> Steps[Names]:
-    """Return what each backend is shown as, in small steps."""
+    """Return the name each backend is shown under, in small steps."""
     by_name: dict[str, list[Backend]] = {}
     first_known = yield from sorted_in_steps(backends, lambda each: (each.known_since, each.id))
     for backend in first_known:
@@ -57,15 +57,15 @@ def names_of(backends: Iterable[Backend]) -> Steps[Names]:
 
 
 def _rank(owner: str, backend: Backend) -> tuple[bool, bool, float]:
-    """Of one token's backends the one that is here now comes before those that it was."""
+    """Among one token's backends, a connected one comes before those that have left."""
     return (backend.token != owner, not backend.connected, -backend.since)
 
 
 class BackendNames:
-    """`names_of` all backends, kept current as they come and go.
+    """The result of `names_of` for all backends, kept current as they connect and disconnect.
 
     Args:
-        everyone: all backends that are known.
+        everyone: all known backends.
     """
 
     def __init__(self, everyone: Callable[[], Iterable[Backend]]) -> None:
@@ -75,13 +75,13 @@ class BackendNames:
         self._naming = asyncio.Lock()
 
     def of(self, backend: Backend) -> str:
-        """Return what this one is shown as."""
+        """Return the name this backend is shown under."""
         if self._names is None:
             self._names = at_once(names_of(self._everyone()))
         return self._names.shown.get(backend.id, backend.name)
 
     async def all(self) -> Mapping[str, str]:
-        """Return what each is shown as, by its id and in the order of names."""
+        """Return the name each backend is shown under, by id and ordered by name."""
         async with self._naming:
             names, changes = self._names, self._changes
             if names is None:
@@ -96,7 +96,7 @@ class BackendNames:
         self._changes += 1
 
     def changed(self, backend: Backend) -> None:
-        """Note that a backend came or went."""
+        """Note that a backend connected or disconnected."""
         if self._names is None or backend.name in self._names.shared:
             self.anew()
 

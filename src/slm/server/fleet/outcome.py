@@ -1,4 +1,4 @@
-"""Outcome: how backends took one change, who is waited for, and what its receipt says.
+"""Outcome: how backends handled a change, who is still expected to answer, and the receipt.
 
 Rules only; knows no database, no connection and no clock (docs/protocol.md section 3).
 """
@@ -20,10 +20,10 @@ class Subject(NamedTuple):
 
     Attributes:
         agent_id: the agent that was changed.
-        is_default: whether it is, or was, the default: then everyone may see it.
-        revision: that of the change.
+        is_default: whether it is, or was, the default, which everyone may see.
+        revision: the revision of the change.
         committed_at: seconds since 1970.
-        changed: False where the write altered nothing: then whoever is connected now is expected.
+        changed: False if the write altered nothing; then every connected backend is expected.
     """
 
     agent_id: str
@@ -34,12 +34,12 @@ class Subject(NamedTuple):
 
 
 def outcome_of(backend: Backend, subject: Subject) -> Outcome:
-    """Return how `backend` took the change: the first ack that has it in force, else the last."""
+    """Return how `backend` handled the change, from the first ack that applied it, or the last."""
     return backend.acks.outcome(subject.agent_id, subject.revision)
 
 
 def is_expected(backend: Backend, subject: Subject) -> bool:
-    """Whether it listened when the change was committed and was entitled to see it."""
+    """Whether it was connected when the change was committed and may see it."""
     there = (
         backend.was_there(subject.revision, subject.committed_at)
         if subject.changed
@@ -49,12 +49,12 @@ def is_expected(backend: Backend, subject: Subject) -> bool:
 
 
 class Waiter:
-    """Someone who waits until every expected backend has answered for one change.
+    """Waits until every expected backend has answered for one change.
 
     Attributes:
         subject: the change.
-        done: set once nobody is waited for.
-        has_looked: whether it knows whom it waits for.
+        done: set once no more answers are expected.
+        has_looked: whether the expected backends are known.
     """
 
     def __init__(self, subject: Subject) -> None:
@@ -64,7 +64,7 @@ class Waiter:
         self._left: set[str] = set()
 
     async def look(self, backends: Iterable[Backend]) -> None:
-        """Look for whom to wait, one by one; who answers meanwhile is struck off."""
+        """Find the expected backends one by one; those that answer meanwhile are removed."""
         async for backend in in_slices(backends):
             if is_expected(backend, self.subject) and backend.acks and not self._answered(backend):
                 self._left.add(backend.id)
@@ -72,7 +72,7 @@ class Waiter:
         self._check()
 
     def heard(self, backend: Backend) -> None:
-        """Strike the backend off once it has answered."""
+        """Remove the backend if it has answered."""
         if backend.id in self._left and self._answered(backend):
             self._left.discard(backend.id)
             self._check()
@@ -90,13 +90,13 @@ async def receipt_of(
 ) -> dict[str, Any]:
     """Return who applied the change, who refused it and why, and who has not answered.
 
-    Backends that never ack are `unknown`. Times are counted from the commit, in milliseconds.
+    Backends that never ack are `unknown`. Times are in milliseconds since the commit.
 
     Args:
         subject: the change.
-        backends: those that there are, each with what it is shown as.
-        named: the token whose backends are named; those of other tokens are counted in `others`.
-            None: all are named.
+        backends: all known backends, each with the name it is shown under.
+        named: only backends of this token are named, the others are counted in `others`. None names
+            all.
     """
     told: dict[str, list[Any]] = {"applied": [], "refused": [], "pending": [], "unknown": []}
     others = dict.fromkeys(told, 0)
@@ -121,7 +121,7 @@ async def receipt_of(
         else:
             others[kind] += 1
     if len(times) < applied:
-        # One that is not known any more may be that of the slowest.
+        # If any time is unknown, it may be the slowest.
         times = []
     times.sort()
     return {

@@ -1,7 +1,7 @@
-"""Receipts: waits until every backend has answered for one change, and says how each took it.
+"""Receipts: wait until every backend has answered for a change, and report how each handled it.
 
-Knows what a change is from the history and who took it from the fleet; on PostgreSQL the other
-replicas are asked first (docs/protocol.md section 3).
+Takes the change from the history and the answers from the fleet; on PostgreSQL it asks the other
+replicas first (docs/protocol.md section 3).
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from slm.server.fleet.tracker import Fleet
 
 
 def subject_of(written: Written) -> Subject | None:
-    """Return what the receipt of a write is about; None where it is about no agent."""
+    """Return the subject of a write's receipt, or None if the write changed no agent."""
     if written.changes:
-        # The write's own change; one that follows takes the flag from the former default.
+        # The write's own change; a second one only takes the flag from the former default.
         change = written.changes[0]
         return _subject(change.agent, change.was_default, change.revision, change.created_at)
     agent = written.agent
@@ -54,15 +54,15 @@ class Receipts:
     async def subject(
         self, revision: int, sees: Callable[[str], bool] = lambda _agent_id: True
     ) -> Subject:
-        """Return what a receipt of this revision is about.
+        """Return the subject of the receipt for a revision.
 
         Args:
-            revision: of the change.
-            sees: whether the caller may see the agent of this agent_id.
+            revision: the revision of the change.
+            sees: whether the caller may see the agent with this agent_id.
 
         Raises:
-            RevisionNotFound: there is no such change, the caller may not see it, or nobody
-                remembers who took it.
+            RevisionNotFound: the change does not exist, the caller may not see it, or its acks are
+                no longer remembered.
             DatabaseUnavailable: the database does not answer.
         """
         fleet = self._fleet
@@ -70,7 +70,7 @@ class Receipts:
             raise RevisionNotFound(f"Receipts are kept of the last {RECEIPT_REVISIONS} revisions.")
         change = await self._history.change(revision)
         if not sees(change.agent_id):
-            # First of all, so that it cannot be told from one that does not exist.
+            # Check this first, so that a hidden change looks the same as one that does not exist.
             raise RevisionNotFound
         subject = _subject(change.agent, change.was_default, revision, change.created_at)
         told = fleet.remembers(subject, alone=self._alone)
@@ -86,12 +86,12 @@ class Receipts:
     async def receipt(
         self, subject: Subject, seconds: float = 0.0, *, named: str | None = None
     ) -> dict[str, Any]:
-        """Return how everyone took a change, once all have answered or after `seconds`.
+        """Return how every backend handled a change, once all have answered or after `seconds`.
 
         Args:
             subject: the change.
             seconds: how long to wait.
-            named: the token whose backends are named, the others being counted; None: all are.
+            named: only backends of this token are named, the others are counted; None names all.
         """
         if seconds > 0:
             await self._fleet.wait(subject, seconds, alone=self._alone)
@@ -100,6 +100,6 @@ class Receipts:
         return await receipt_of(subject, self._fleet.shown(), named)
 
     async def refresh(self) -> None:
-        """Take in what other replicas have told of their backends, where there are any."""
+        """Read what other replicas report about their backends, if there are other replicas."""
         if not self._alone:
             await self._sync.refresh()

@@ -1,9 +1,9 @@
-"""FleetSync: tells the other replicas of this one's backends, and reads what they tell.
+"""FleetSync: reports this replica's backends to the other replicas, and reads their reports.
 
-By way of one table of PostgreSQL, in batches: nothing while no other replica lives, everything once
-one appears, then what changed, at most once an interval. A NOTIFY makes who has news write at once
-while a receipt waits anywhere. On SQLite there is one server and none of this runs. Knows no
-connection and no route.
+Uses one PostgreSQL table, written in batches: nothing while no other replica is alive, everything
+once one appears, then only what changed, at most once per interval. While a receipt is waiting on
+any replica, a NOTIFY makes replicas write their news at once. With SQLite there is only one server,
+and none of this runs. Knows no connection and no route.
 """
 
 from __future__ import annotations
@@ -33,23 +33,23 @@ from slm.server.tasks.supervisor import Supervisor
 logger = logging.getLogger(__name__)
 
 CHANNEL: Final = "slm_fleet"
-"""A receipt waits somewhere, or a replica has begun: who has news of backends writes it now."""
+"""The NOTIFY that a receipt is waiting or a replica has started: write news of backends now."""
 
 URGENT_SECONDS: Final = 0.02
-"""How soon news is written while a receipt waits."""
+"""How soon news is written while a receipt is waiting."""
 
 LOOK_SECONDS: Final = 0.05
-"""How often a server that waits looks for news."""
+"""How often a waiting server checks for news."""
 
 CALL_AGAIN_SECONDS: Final = 1.0
-"""How often it says that it still waits; others hurry for twice as long after each time."""
+"""How often it repeats that it is waiting; others hurry for twice as long after each time."""
 
 CATCH_UP_SECONDS: Final = 2.0
-"""How long a server that has just begun waits for what the others have to tell."""
+"""How long a server that has just started waits for reports from the others."""
 
 MAX_BATCHES: Final = 500
 MAX_BATCH_BYTES: Final = 4 * 1024 * 1024
-"""After so many batches, or so much in them, everything is told anew in their place."""
+"""After this many batches, or bytes in them, everything is written again in their place."""
 
 PAGE_BYTES: Final = 256 * 1024
 MAX_PAGES: Final = 500
@@ -59,16 +59,16 @@ _CHECK_AGAIN_SECONDS: Final = 0.2
 
 
 class FleetSync:
-    """Two tasks: one writes what others should know, one reads while somebody waits here.
+    """Two tasks: one writes this replica's reports, one reads the others' while a receipt waits.
 
     Args:
-        database: that of all replicas.
-        fleet: told from and told to.
-        interval_seconds: how often news is written while nobody waits.
-        lease_seconds: after how long without a word a replica counts as gone.
+        database: the database shared by all replicas.
+        fleet: the source of what is written and the target of what is read.
+        interval_seconds: how often news is written while no receipt is waiting.
+        lease_seconds: a replica that is silent for this long is considered gone.
 
     Attributes:
-        accounts: what each other replica has told.
+        accounts: what each other replica has reported.
         rows: reads and writes the table.
     """
 
@@ -113,14 +113,14 @@ class FleetSync:
         ]
 
     async def start(self) -> None:
-        """Begin, and let the others know that this server is here."""
+        """Start, and let the other replicas know that this server is here."""
         for task in self._tasks:
             task.start()
         with contextlib.suppress(ProblemError):
             await self._call()
 
     async def stop(self) -> None:
-        """Stop, after telling everything: this server's backends are gone."""
+        """Stop after a final report: this server's backends are gone."""
         for task in self._tasks:
             await task.stop()
         # Even if no other server is there to read it: the next one to start will.
@@ -128,18 +128,18 @@ class FleetSync:
             await self._flush(last=True)
 
     def hear(self, _: str = "") -> None:
-        """React to a call: a receipt waits somewhere, or a replica has begun."""
+        """Handle a NOTIFY: a receipt is waiting somewhere, or a replica has started."""
         now = asyncio.get_running_loop().time()
         self._hurry_until = now + 2 * CALL_AGAIN_SECONDS
         self._hurry.set()
 
     async def refresh(self) -> None:
-        """Read what other replicas have told so far; without the database, what is known stays."""
+        """Read what other replicas have reported; without the database, keep what is known."""
         with contextlib.suppress(ProblemError):
             await self._look()
 
     async def covers(self, subject: Subject) -> bool:
-        """Whether the others have told all of who took a change that is older than this server.
+        """Whether the others have reported everything about a change older than this server.
 
         Raises:
             DatabaseUnavailable: the database does not answer.
@@ -193,13 +193,13 @@ class FleetSync:
         return asyncio.get_running_loop().time() < self._hurry_until
 
     async def _until_due(self) -> None:
-        """Wait for news, for a call or for the next check."""
+        """Wait for news, a NOTIFY or the next check."""
         loop = asyncio.get_running_loop()
         waits = [self._hurry.wait()]
         if self._others_live:
             waits.append(self._fleet.news.wait())
         await _first_of(self._checked_at + self._check_seconds - loop.time(), *waits)
-        # Repeated calls do not cause as many checks.
+        # Repeated notifications must not cause as many checks.
         await asyncio.sleep(
             0.0
             if self._others_live
@@ -212,7 +212,7 @@ class FleetSync:
             await _first_of(seconds, self._hurry.wait())
 
     async def _check(self) -> None:
-        """Check for other live servers and for our own rows; clean up."""
+        """Check for other live servers and for our own rows, and clean up."""
 
         def work(connection: Connection) -> tuple[int, tuple[int, int]]:
             now, self._offset = _clock(connection)
@@ -227,12 +227,12 @@ class FleetSync:
 
         self._checked_at = asyncio.get_running_loop().time()
         others, own = await self._database.run(work)
-        # Others may have taken our rows away while our lease had lapsed.
+        # Others may have deleted our rows while our lease had lapsed.
         self._full = self._full or not others or own != (self._seq, self._batches)
         self._others_live = others > 0
 
     async def _flush(self, *, last: bool = False) -> None:
-        """Write what changed, and how far our stream has come, in one transaction."""
+        """Write what changed and how far our stream has come, in one transaction."""
         fleet = self._fleet
         full = (
             last
@@ -240,11 +240,11 @@ class FleetSync:
             or self._batches >= MAX_BATCHES
             or self._batch_bytes > max(MAX_BATCH_BYTES, 2 * self._full_bytes)
         )
-        # Until it is written: what comes later builds upon it.
+        # Cleared only once written: later reports build on it.
         self._full = True
         head, changed = fleet.head, fleet.take_dirty()
         pages = await self._pages(head, fleet.own() if full else changed, full=full)
-        # Anew each time: whether a transaction that broke was committed is not always known.
+        # A new sequence each time: after a failed transaction we may not know whether it committed.
         self._seq += 1
         seq = self._seq
         await self._database.run(
@@ -259,7 +259,7 @@ class FleetSync:
             self._batches, self._batch_bytes = self._batches + len(pages), self._batch_bytes + size
 
     async def _pages(self, head: int, backends: list[Backend], *, full: bool) -> list[str]:
-        """Return the rows' JSON, and note what of each backend is told with it."""
+        """Return the rows' JSON, and note what it reports of each backend."""
         pages: list[str] = []
         texts: list[str] = []
         size = 0
@@ -300,9 +300,9 @@ class FleetSync:
         await self._database.run(lambda connection: connection.execute(call) and None)
 
     async def _look(self) -> None:
-        """Read what is new; who asks while somebody reads waits for the next time, and shares it.
+        """Read what is new. Callers that arrive during a read share the next one.
 
-        A turn of the loop is never long of it, however much there is.
+        No turn of the event loop is long, however much there is to read.
         """
         wanted = self._looks + (2 if self._reading.locked() else 1)
         async with self._reading:
@@ -313,7 +313,7 @@ class FleetSync:
                 await self._take(page)
                 if page.after is None:
                     break
-                # Of one transaction some may be on the next page, which may never be read.
+                # A transaction's remaining rows may be on the next page, which may never be read.
                 replica, seq, _ = page.after
                 self._seen[replica] = seq - 1
                 page = await self._read_page(page.after)
@@ -372,7 +372,7 @@ class FleetSync:
         )
 
     async def _for_ever(self, work: Any) -> None:
-        """Do it again whenever the database was away; anything else is the supervisor's."""
+        """Repeat the work after a database outage; the supervisor handles other errors."""
         while True:
             try:
                 await work()
@@ -382,14 +382,14 @@ class FleetSync:
 
 
 def _clock(connection: Connection) -> tuple[float, float]:
-    """Return the database's time, and what makes ours the same."""
+    """Return the database's time, and the offset from our clock to it."""
     before = time.time()
     now = database_time(connection)
     return now, now - (before + time.time()) / 2
 
 
 async def _first_of(seconds: float, *waits: Coroutine[Any, Any, Any]) -> None:
-    """Wait until one of them ends, `seconds` at most."""
+    """Wait until one of them finishes, at most `seconds`."""
     tasks = [asyncio.ensure_future(wait) for wait in waits]
     try:
         await asyncio.wait(tasks, timeout=max(0.0, seconds), return_when=asyncio.FIRST_COMPLETED)

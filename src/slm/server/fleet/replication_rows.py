@@ -1,8 +1,8 @@
-"""The rows by which replicas tell each other of their backends: written whole, read one by one.
+"""The rows through which replicas report their backends: written as a whole, read one by one.
 
-A row is a batch of backends of one replica. All of a replica's rows together, in the order of
-`seq`, are what it tells; a full telling replaces the rows before it. A row that cannot be read, by
-an older server or by anybody, is left out and stands in no other's way. Knows SQL, and no loop.
+A row is a batch of one replica's backends. All of a replica's rows, in the order of `seq`, are its
+report; a full report replaces the rows before it. A row that cannot be read, by an older server or
+by any, is skipped and does not block the others. Knows SQL, and no event loop.
 """
 
 from __future__ import annotations
@@ -25,33 +25,36 @@ from slm.server.fleet.backend import Told, identity
 logger = logging.getLogger(__name__)
 
 BATCH: Final = "batch/"
-"""How the id of a row of ours begins."""
+"""The prefix of our rows' ids."""
 
 MAX_ROW_BYTES: Final = 8 * 1024 * 1024
 PAGE_ROWS: Final = 200
 MAX_PAGE_BYTES: Final = 2 * 1024 * 1024
-"""A page ends early where its rows hold more: else reading it may take longer than a transaction
-may, and nothing would be learnt. It always has one row."""
+"""A page ends early if its rows hold more than this.
+
+Otherwise reading it could exceed the transaction's time limit, and nothing would be read. A page
+always has at least one row.
+"""
 
 _FETCHED_AT_ONCE: Final = 10
 MAX_REPLICAS: Final = 1000
 CLEAN_ROWS: Final = 10_000
-"""So many rows are taken away at once."""
+"""How many rows are deleted at once."""
 
 _HEAD_NUMBER: Final = TypeAdapter(Revision)
 _HEAD: Final = ""
-"""The id of the row in which an older version says how far its stream has come."""
+"""The id of the row in which an older version reports how far its stream has come."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What one row tells.
+    """The content of one row.
 
     Attributes:
-        replica: whose it is.
-        seq: counts that replica's transactions.
-        head: how far its stream had come; None where the row does not say.
-        last: whether it is the replica's last word, at an orderly stop.
+        replica: the replica that wrote it.
+        seq: the number of that replica's transaction.
+        head: how far its stream had come; None if the row does not say.
+        last: whether this is the replica's final report, written at an orderly stop.
         written_at: seconds since 1970 by the database's clock.
         backends: by id.
     """
@@ -66,13 +69,13 @@ class Batch:
 
 @dataclass
 class ReportPage:
-    """What one look found: the replicas, and the next of their rows.
+    """The result of one read: the replicas, and the next of their rows.
 
     Attributes:
         now: the database's time.
-        leases: by replica, when it was last seen; this one's own is not among them.
-        batches: what could be read.
-        after: where the next page begins; None: this was the last.
+        leases: when each replica was last seen, without this one.
+        batches: the rows that could be read.
+        after: where the next page begins; None if this was the last.
     """
 
     now: float
@@ -82,7 +85,7 @@ class ReportPage:
 
 
 def page_text(head: int, backends: Iterable[str]) -> str:
-    """Return the JSON of a row: how far the stream has come, and the members of its backends."""
+    """Return the JSON of a row: how far the stream has come, and its backends."""
     return f'{{"head":{head},"backends":{{{",".join(backends)}}}}}'
 
 
@@ -90,7 +93,7 @@ class TellTale:
     """Writes and reads the rows of `backends`.
 
     Attributes:
-        unreadable: by class of error, how many rows or backends in them could not be read.
+        unreadable: how many rows, or backends in rows, could not be read, by error class.
     """
 
     def __init__(self, replica: str) -> None:
@@ -100,7 +103,7 @@ class TellTale:
     def write(
         self, connection: Connection, seq: int, pages: Iterable[str], *, full: bool, last: bool
     ) -> None:
-        """Write what is told; `full`: instead of all that was told before."""
+        """Write a report; `full`: replace everything reported before."""
         now = database_time(connection)
         if full:
             connection.execute(delete(BACKENDS).where(BACKENDS.c.replica == self._replica))
@@ -118,7 +121,7 @@ class TellTale:
         connection.execute(insert(BACKENDS), rows)
 
     def own(self, connection: Connection) -> tuple[int, int]:
-        """Return the last `seq` of this replica's rows, and how many there are."""
+        """Return the last `seq` of this replica's rows, and the number of rows."""
         mine = select(func.coalesce(func.max(BACKENDS.c.seq), 0), func.count()).where(
             BACKENDS.c.replica == self._replica
         )
@@ -132,14 +135,14 @@ class TellTale:
         recent_seconds: float,
         after: tuple[str, int, str] | None = None,
     ) -> ReportPage:
-        """Return the replicas and a page of the rows that are new.
+        """Return the replicas and a page of the new rows.
 
-        Of a replica that has no lease any more only what is recent counts.
+        For a replica without a lease, only recent rows are returned.
 
         Args:
             connection: to the database.
-            seen: by replica, up to which `seq` its rows are known.
-            recent_seconds: what is written within this time is recent.
+            seen: by replica, the `seq` up to which its rows are known.
+            recent_seconds: rows written within this time are recent.
             after: where the page begins.
         """
         page = ReportPage(database_time(connection))
@@ -187,15 +190,15 @@ class TellTale:
         return page
 
     def clean(self, connection: Connection, before: float) -> None:
-        """Take away what was written before a time by replicas that are no more."""
+        """Delete rows written before a time by replicas that no longer exist."""
         b = BACKENDS.c
         old = (
             select(b.id, b.replica)
             .where(
                 b.written_at < before,
                 b.replica != self._replica,
-                # Of a server that died the rows stay as long as its lease can be seen: what it
-                # said last may be older than its end.
+                # A crashed server's rows stay as long as its lease is visible: its last report may
+                # be older than its end.
                 or_(b.connected == false(), b.replica.not_in(select(REPLICAS.c.id))),
             )
             .limit(CLEAN_ROWS)
@@ -218,7 +221,7 @@ class TellTale:
                 backend = self._told(said)
                 if backend is not None:
                     if not row.id.startswith(BATCH):
-                        # An older version names them by the token's number.
+                        # An older version uses the token's number instead.
                         key = identity(backend.token, backend.client, key)
                     backends[key] = backend
         except Exception as error:
@@ -234,7 +237,7 @@ class TellTale:
             return None
 
     def _note(self, error: Exception) -> None:
-        # The class alone, and once: the text may hold what was said.
+        # Only the class name, and only once: the text may contain the row's data.
         name = type(error).__name__
         if name not in self.unreadable:
             logger.warning("what a replica tells of a backend cannot be read: %s", name)

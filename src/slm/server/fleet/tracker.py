@@ -1,8 +1,8 @@
-"""Fleet: every backend that listens, what it holds, and who took a change (docs/protocol.md 4).
+"""Fleet: every backend that listens, what it holds, and who applied a change (docs/protocol.md 4).
 
-Fed by what connections say (subscribe, ack, gone) and asked by the routes. Holds no key and sends
-nothing. What other replicas know comes in through `merge`, by way of the database. Knows neither
-what a receipt says nor what the fleet view shows of a backend.
+Updated by connections (subscribe, ack, close) and queried by the routes. Holds no key and sends
+nothing. What other replicas know arrives through `merge`, by way of the database. Does not know the
+contents of a receipt or of the fleet view.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from slm.server.tasks.slices import Steps, at_once, in_slices, sliced, sorted_in
 logger = logging.getLogger(__name__)
 
 KEEP_GONE_SECONDS: Final = 3600.0
-"""How long a backend that went away is still told of."""
+"""How long a disconnected backend is still listed."""
 
 MAX_ACK_BYTES_OF_ALL: Final = 256 * 1024 * 1024
-"""How much memory the acks of all backends may take; beyond it the largest logs are cut down."""
+"""The memory limit for all backends' acks; above it the largest logs are cut down."""
 
 FORGET_EVERY_SECONDS: Final = 10.0
 
@@ -49,21 +49,21 @@ class Fleet:
     Args:
         replica: this server's own lease among the replicas.
         server: its name, for people.
-        token_name: what a token is called, by its id.
-        stale_after_seconds: how long a backend may lag before it counts as stale.
+        token_name: returns the name of a token by its id.
+        stale_after_seconds: a backend that lags for longer is stale.
         clock: seconds since 1970.
-        agent: returns the agent of an agent_id; nothing is kept about unknown agents.
-        max_ack_bytes: how much memory what all backends said may take.
+        agent: returns the agent with an agent_id; nothing is kept about unknown agents.
+        max_ack_bytes: the memory limit for what all backends report.
 
     Attributes:
         head: the revision that the stream has reached here.
-        started_at_revision: of the changes up to here nobody's acks were heard by this server.
-        dirty: ids of this server's backends that changed since others were told of them.
-        waiters: who waits for a receipt here.
-        news: set when there is something to tell other replicas.
-        asked: set when somebody began to wait.
-        unreadable: how often a backend could not be described, and was left out.
-        ack_bytes: about how much memory what all backends said takes.
+        started_at_revision: this server has heard no acks for changes up to here.
+        dirty: ids of this server's backends that changed since the last report to other replicas.
+        waiters: the receipts that are waiting here.
+        news: set when there is something to report to other replicas.
+        asked: set when a receipt starts to wait.
+        unreadable: how often a backend was left out because it could not be described.
+        ack_bytes: approximate memory use of what all backends reported.
     """
 
     def __init__(
@@ -103,10 +103,10 @@ class Fleet:
         self._is_anew = False
         self._closed = False
 
-    # --- what connections say ---
+    # --- events of connections ---
 
     def moved(self, head: int, *, restarted: bool = False) -> None:
-        """Note that the stream has reached `head`; `restarted`: positions began anew there."""
+        """Note that the stream has reached `head`; `restarted`: revisions restarted there."""
         if restarted or not self._heads:
             self._is_anew = bool(self._heads)
             self._heads.clear()
@@ -121,7 +121,7 @@ class Fleet:
         self.news.set()
 
     def joined(self, subscriber: Subscriber) -> None:
-        """Take in a connection that has subscribed; it may be a backend that was here before."""
+        """Add a connection that has subscribed; the backend may be known already."""
         client = subscriber.client or ClientInfo()
         token = self._token_name(subscriber.token_id)
         number = "" if client.instance else f"{self.replica}#{next(self._numbers)}"
@@ -131,7 +131,7 @@ class Fleet:
             backend = self._own[key] = Backend(key, client, token, self.replica, self.server)
             self._names.anew()
         backend.client, backend.token, backend.view = client, token, subscriber.view
-        # What ends TLS before the server may hide it from us: the backend knows, too.
+        # If TLS ends at a proxy, the server cannot see it, but the backend knows.
         backend.plain_http = subscriber.plain_http or client.plain_http is True
         backend.begin(self.head, self._clock())
         self._by_subscriber[subscriber] = backend
@@ -142,16 +142,16 @@ class Fleet:
     def acked(
         self, subscriber: Subscriber, ack: Ack, at: float | None = None, *, missed: int = 0
     ) -> None:
-        """Take in what a backend says it received, and what of it is not in force.
+        """Record what a backend reports as received, and which of it is not applied.
 
         Args:
             subscriber: its connection.
-            ack: what it says.
-            at: when that came, where it was not just now.
-            missed: how many acks right before it were thrown away.
+            ack: the ack.
+            at: when it arrived, if not just now.
+            missed: how many acks right before it were discarded.
         """
         backend = self._by_subscriber.get(subscriber)
-        # A connection that was found dead too late has nothing to say any more.
+        # Ignore a connection that has already been replaced.
         if backend is None or self._current.get(backend.id) is not subscriber:
             return
         before = backend.bytes
@@ -164,7 +164,7 @@ class Fleet:
         self._changed(backend)
 
     def left(self, subscriber: Subscriber) -> None:
-        """Note that a connection is gone."""
+        """Note that a connection has ended."""
         backend = self._by_subscriber.pop(subscriber, None)
         if backend is None or self._current.get(backend.id) is not subscriber:
             return
@@ -174,15 +174,15 @@ class Fleet:
         self._changed(backend)
 
     def close(self) -> None:
-        """Let everyone go who waits: the server stops."""
+        """Release everyone who waits, because the server is stopping."""
         self._closed = True
         for waiter in self.waiters:
             waiter.done.set()
 
     def _known_agents(self, said: Mapping[str, _T], view: View) -> Mapping[str, _T]:
-        """Leave out the agents that there are not, and those that the backend's token cannot see.
+        """Leave out agents that do not exist or that the backend's token cannot see.
 
-        Whoever names them says nothing that anybody asks for, and could name any number.
+        Nobody asks for these, and a backend could name any number of them.
         """
         if not said or self._agent is None:
             return said
@@ -190,12 +190,12 @@ class Fleet:
         for agent_id, value in said.items():
             agent = self._agent(agent_id)
             if agent is not None and view.sees(agent_id, agent.is_default):
-                # The agent's own text: one for all backends.
+                # Use the agent's own string, shared by all backends.
                 known[agent.agent_id] = value
         return known
 
     def _grown(self, size: int) -> None:
-        """Keep to the bound of all."""
+        """Enforce the memory limit for all backends."""
         self.ack_bytes += size
         if self.ack_bytes <= self._max_ack_bytes:
             return
@@ -213,7 +213,7 @@ class Fleet:
             for waiter in tuple(self.waiters):
                 waiter.heard(backend)
 
-    # --- what other replicas know ---
+    # --- reports of other replicas ---
 
     def take_dirty(self) -> list[Backend]:
         """Return this server's backends that changed since the last call."""
@@ -227,10 +227,10 @@ class Fleet:
     def merge(
         self, replica: str, key: str, data: Mapping[str, Any] | Told, offset_seconds: float
     ) -> None:
-        """Take in what another replica tells of a backend.
+        """Apply another replica's report about a backend.
 
         Raises:
-            ValidationError: it is not of the shape that replicas tell.
+            ValidationError: it does not have the shape of a report.
         """
         told = data if isinstance(data, Told) else Told.of(data)
         merged = self._elsewhere.merge(replica, key, told, offset_seconds)
@@ -244,38 +244,38 @@ class Fleet:
         self._tell(key)
 
     def keep_replicas(self, live: Iterable[str], lapsed: Mapping[str, Lapse] | None = None) -> None:
-        """Note which replicas live; what the others said stays, and counts again if they return.
+        """Note which replicas are alive. The others' reports are kept in case they return.
 
         Args:
-            live: their leases.
-            lapsed: what is known of those that do not live; else they lapsed when first missed.
+            live: the leases that are alive.
+            lapsed: what is known about the others; a replica not listed lapsed when first missed.
         """
         if self._elsewhere.keep(live, lapsed or {}, Lapse(self.head, self._clock())):
             self._names.anew()
 
     def forget_replica(self, replica: str) -> None:
-        """Forget what a replica told that has been away for too long."""
+        """Forget the reports of a replica that has been gone for too long."""
         self._forgot(self._elsewhere.forget_replica(replica))
 
     async def look(self, waiter: Waiter) -> None:
-        """Have someone who waits look at all who are expected, once everyone is known."""
+        """Let a waiter find all expected backends, once every replica has reported."""
         if not waiter.has_looked:
             await waiter.look(self._wholes())
 
-    # --- who asks ---
+    # --- queries ---
 
     def backends(self) -> list[Backend]:
-        """Return every backend that is known, by name, in one turn of the loop: `shown` has many.
+        """Return every known backend, by name, in one turn of the loop; see also `shown`.
 
-        Backends that went away are known for an hour.
+        Backends that disconnected are known for an hour.
         """
         at_once(self._forgetting())
         return sorted(self._wholes(), key=self.name_of)
 
     async def shown(self) -> AsyncIterator[tuple[str, Backend]]:
-        """Yield every backend that is known with what it is shown as, by name.
+        """Yield every known backend with the name it is shown under, by name.
 
-        However many there are, the loop has its turns in between.
+        Gives the event loop turns in between, however many there are.
         """
         await self.forget_long_gone()
         async for key, name in in_slices((await self._names.all()).items()):
@@ -284,18 +284,18 @@ class Fleet:
                 yield name, backend
 
     def name_of(self, backend: Backend) -> str:
-        """Return what a backend is shown as: its own name, unless another token had it first."""
+        """Return the name a backend is shown under: its own, unless another token used it first."""
         return self._names.of(backend)
 
     def subscriber(self, key: str) -> Subscriber | None:
-        """Return the connection of a backend that listens here."""
+        """Return the connection of a backend that is connected here."""
         return self._current.get(key)
 
     def remembers(self, subject: Subject, *, alone: bool) -> bool:
-        """Whether it can be known here who took a change.
+        """Whether this server can know who applied a change.
 
-        What was said to another server, or to the one before this, other servers tell for an hour;
-        `alone` there is none. Of another epoch nobody tells.
+        Other servers report for an hour what was acked to them or to this server before a restart;
+        with `alone` there are none. Nobody reports acks of another epoch.
         """
         if subject.revision > self.started_at_revision:
             return True
@@ -303,12 +303,13 @@ class Fleet:
         return not alone and not self._is_anew and self._clock() < told_until
 
     async def wait(self, subject: Subject, seconds: float, *, alone: bool = True) -> None:
-        """Wait until every expected backend that acks at all has answered, `seconds` at most.
+        """Wait until every expected backend that acks at all has answered, at most `seconds`.
 
         Args:
             subject: the change.
             seconds: the limit.
-            alone: there is no other replica; else `look` is called once they have told.
+            alone: whether there is no other replica; otherwise `look` is called once they have
+                reported.
         """
         if self._closed:
             return
@@ -325,31 +326,31 @@ class Fleet:
             self.waiters.discard(waiter)
 
     def describe(self, backend: Backend, name: str | None = None) -> dict[str, Any]:
-        """Return what `GET /api/fleet` tells of a backend.
+        """Return a backend's entry in `GET /api/fleet`.
 
         Args:
             backend: the backend.
-            name: what it is shown as, where that is known.
+            name: the name it is shown under, if known.
         """
         shown_as = self.name_of(backend) if name is None else name
         return description(backend, shown_as, self._heads, self._clock(), self._stale_after_seconds)
 
     async def described(self) -> bytes:
-        """Return the list of `GET /api/fleet` as JSON; who cannot be described is left out."""
+        """Return the JSON list of `GET /api/fleet`, without backends that cannot be described."""
         texts: list[bytes] = []
         async for name, backend in self.shown():
             try:
                 texts.append(json.dumps(self.describe(backend, name), allow_nan=False).encode())
             except Exception as error:
-                # One must not keep all others from being seen. The class alone: the text may hold
-                # what was said.
+                # One bad entry must not hide the others. Only the class name is logged: the text
+                # may contain what the backend reported.
                 if not self.unreadable:
                     logger.error("a backend cannot be described: %s", type(error).__name__)
                 self.unreadable += 1
         return b"[" + b",".join(texts) + b"]"
 
     def _wholes(self) -> Iterator[Backend]:
-        """Yield each backend as all replicas together know it; they may come and go meanwhile."""
+        """Yield each backend merged from all replicas; backends may come and go meanwhile."""
         for key in [*self._own, *(key for key in self._elsewhere.ids() if key not in self._own)]:
             backend = self._whole(key)
             if backend is not None:
@@ -362,7 +363,7 @@ class Fleet:
         return functools.reduce(Backend.together_with, known) if known else None
 
     async def forget_long_gone(self) -> None:
-        """Forget who went away more than an hour ago, and the first of too many that went."""
+        """Forget backends that left over an hour ago, and the earliest if too many have left."""
         await sliced(self._forgetting())
 
     def _forgetting(self) -> Steps[None]:
@@ -383,7 +384,7 @@ class Fleet:
         first = yield from sorted_in_steps(gone, lambda each: each)
         for since, key in first[: len(gone) - _MAX_GONE]:
             left = self._whole(key)
-            # It may have come back in between.
+            # It may have reconnected in between.
             if left is not None and not left.connected and left.since == since:
                 self._forget(key)
             yield

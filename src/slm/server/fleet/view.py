@@ -1,4 +1,4 @@
-"""What `GET /api/fleet` shows of one backend, and how far it lags.
+"""What `GET /api/fleet` shows about one backend, and how far it lags.
 
 Pure; knows no connection and no other backend (docs/protocol.md section 3).
 """
@@ -14,7 +14,7 @@ from slm.server.fleet.backend import Backend
 
 
 class Heads:
-    """When the stream reached each of its last revisions."""
+    """The times at which the stream reached each of its last revisions."""
 
     def __init__(self) -> None:
         self._heads: list[int] = []
@@ -24,22 +24,22 @@ class Heads:
         return bool(self._heads)
 
     def add(self, head: int, at: float) -> None:
-        """Note that it reached one, at seconds since 1970."""
+        """Note that the stream reached a revision at this time, in seconds since 1970."""
         self._heads.append(head)
         self._times.append(at)
         if len(self._heads) >= 2 * RECEIPT_REVISIONS:
             del self._heads[:RECEIPT_REVISIONS], self._times[:RECEIPT_REVISIONS]
 
     def clear(self) -> None:
-        """Forget them: positions begin anew."""
+        """Forget them, because positions start over."""
         del self._heads[:], self._times[:]
 
     def lag(self, revision: int) -> int:
-        """Return how many revisions came after one."""
+        """Return how many revisions came after this one."""
         return max(0, self._heads[-1] - revision) if self._heads else 0
 
     def lag_seconds(self, revision: int, now: float) -> float:
-        """Return since when there is something newer than `revision`."""
+        """Return for how many seconds there has been something newer than `revision`."""
         place = bisect_right(self._heads, revision)
         return 0.0 if place == len(self._heads) else max(0.0, now - self._times[place])
 
@@ -47,14 +47,14 @@ class Heads:
 def description(
     backend: Backend, name: str, heads: Heads, now: float, stale_after_seconds: float
 ) -> dict[str, Any]:
-    """Return what is shown of a backend.
+    """Return what is shown about a backend.
 
     Args:
         backend: the backend.
-        name: what it is shown as.
-        heads: where the stream is.
+        name: the name it is shown under.
+        heads: the stream's progress.
         now: seconds since 1970.
-        stale_after_seconds: how long it may lag before it counts as stale.
+        stale_after_seconds: a backend that lags for longer is stale.
     """
     last = backend.acks.last
     lag = None if last is None else heads.lag(last.revision)

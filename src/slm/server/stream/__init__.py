@@ -1,1 +1,1 @@
-"""From a commit to every subscriber."""
+"""Delivers each committed change to every subscriber."""

@@ -1,7 +1,6 @@
-"""Buffers: the bytes that wait for slow readers and slow writers, and the limits that they have.
+"""Buffers: the bytes waiting for slow readers and slow writers, and their limits.
 
-Knows who holds how much; what being evicted means is the hub's business (docs/protocol.md section
-4, point 6).
+Knows only who holds how much; the hub decides how to evict (docs/protocol.md section 4, point 6).
 """
 
 from __future__ import annotations
@@ -12,15 +11,15 @@ from slm.server.stream.subscriber import Subscriber
 
 
 class Buffers:
-    """Who holds memory here.
+    """Tracks how much memory each subscriber holds.
 
     Args:
         each_bytes: a subscriber with more than this waiting is closed (1013).
-        total_bytes: beyond this for all together, the largest are cut.
-        evict: told of each whose stream is over; returns False for one that is gone already.
+        total_bytes: if all together exceed this, the largest are cut.
+        evict: called for each evicted subscriber; returns False if it is already gone.
 
     Attributes:
-        held: by subscriber, how many bytes when last looked at; those that are closing too.
+        held: waiting bytes by subscriber when last measured, including those that are closing.
     """
 
     def __init__(
@@ -33,18 +32,18 @@ class Buffers:
         self._sum = 0
 
     def sizes(self) -> list[int]:
-        """Return how many bytes wait for each of them now."""
+        """Return how many bytes are waiting for each subscriber now."""
         for subscriber in list(self.held):
             self.measure(subscriber)
         return list(self.held.values())
 
     def note(self, subscriber: Subscriber, unsent_bytes: int) -> None:
-        """Account for bytes that wait for a peer, or from it, and that the hub did not send."""
+        """Record waiting bytes, in either direction, that did not come from a hub write."""
         self.account(subscriber, unsent_bytes)
         self.keep_to_total()
 
     def account(self, subscriber: Subscriber, unsent_bytes: int) -> bool:
-        """Note what waits; return whether the subscriber is still there."""
+        """Record waiting bytes; return whether the subscriber is still connected."""
         self.measure(subscriber)
         if unsent_bytes <= self._each_bytes:
             return True
@@ -53,14 +52,14 @@ class Buffers:
         return False
 
     def measure(self, subscriber: Subscriber) -> None:
-        """Look at what waits for one."""
+        """Measure one subscriber's waiting bytes."""
         waiting = subscriber.sink.waiting_bytes()
         self._sum += waiting - self.held.pop(subscriber, 0)
         if waiting:
             self.held[subscriber] = waiting
 
     def keep_to_total(self) -> None:
-        """Cut the largest while all together hold more than the total."""
+        """Cut the largest until the total is within its limit."""
         if self._sum <= self._total_bytes:
             return
         self.sizes()

@@ -1,8 +1,8 @@
 """What the feed reads: the state row, and the committed changes after a revision.
 
-Each function runs inside one transaction, so the state row and the changes are of one moment. Moves
-nothing but the epoch, and decides only whether the changes lead on from a position: that it is
-there, and no hole after it (docs/protocol.md section 2).
+Each function runs inside one transaction, so the state row and the changes are consistent. Writes
+nothing except the epoch, and decides only whether changes can continue from a position: that the
+position exists and no revision is missing after it (docs/protocol.md section 2).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from slm.server.security.token_table import TokenTable, read_tokens
 logger = logging.getLogger(__name__)
 
 MAX_CATCH_UP: Final = 50_000
-"""More changes than this are not read one by one: everything is loaded anew instead."""
+"""Above this many changes, everything is reloaded instead of read one by one."""
 
 # Built once: building a statement costs more than running it.
 _HORIZON: Final = (
@@ -63,7 +63,7 @@ _SELECT_WHERE: Final = select(*_HORIZON, _ID_HERE.label("id_here"))
 
 
 def _select_news(timeline: Any) -> Any:
-    """Return the usual look in one statement: the state row, and beside it each new change."""
+    """Return the usual poll as one statement: the state row joined with each new change."""
     return (
         select(
             *_HORIZON,
@@ -86,13 +86,13 @@ class Horizon:
     """The state row, as one transaction saw it.
 
     Attributes:
-        revision: that of the last committed change.
-        floor: changes after this one can be read.
-        epoch: the database's life.
-        tokens_version: counts changes of the tokens.
+        revision: the revision of the last committed change.
+        floor: changes after this revision can be read.
+        epoch: the database's epoch.
+        tokens_version: increases with each change to the tokens.
         head_id: the change id of `revision`.
-        floor_id: that of `floor`.
-        timeline: the cluster and timeline that the epoch was made on; None: not noted.
+        floor_id: the change id of `floor`.
+        timeline: the cluster and timeline the epoch was created on; None if not recorded.
     """
 
     revision: int
@@ -104,19 +104,19 @@ class Horizon:
     timeline: str | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what another program wrote there; SQLite keeps any value in any column.
+        """Reject invalid values from another program; SQLite stores any value in any column.
 
         Raises:
-            DatabaseUnavailable: a number is none, or the epoch is not one.
+            DatabaseUnavailable: a number or the epoch is invalid.
         """
         require_state(self.revision, self.floor, self.tokens_version, epoch=self.epoch)
 
     def lost(self, held: Position, id_here: str | None) -> bool:
-        """Say whether what somebody holds is not in this database, as after a failover.
+        """Return whether a held position is missing from this database, as after a failover.
 
         Args:
-            held: what they hold.
-            id_here: the change id of the row at that revision; None where there is no row.
+            held: the position.
+            id_here: the change id of the row at that revision; None if there is no row.
         """
         if held.revision > self.revision:
             return True
@@ -129,9 +129,9 @@ class Horizon:
 
 @dataclass(frozen=True)
 class ChangePage:
-    """Some changes after a revision, and the state row of the same transaction.
+    """Changes after a revision, with the state row from the same transaction.
 
-    `id_here` is the change id of the revision itself, where its row is there.
+    `id_here` is the change id of that revision itself, if its row exists.
     """
 
     horizon: Horizon
@@ -139,22 +139,22 @@ class ChangePage:
     id_here: str | None = None
 
     def continues(self, since: int) -> bool:
-        """Whether the changes follow `since` with no hole between."""
+        """Whether the changes follow `since` without a missing revision."""
         first = self.changes[0].revision if self.changes else since + 1
         return self.horizon.floor <= since and first == since + 1
 
 
 @dataclass(frozen=True)
 class News:
-    """What one look found: changes, or everything anew; the tokens where they have changed.
+    """The result of one poll: new changes or a full reload, and the tokens if they changed.
 
     Attributes:
         horizon: the state row.
-        changes: what follows the position, whole and in order.
-        agents: everything, where changes do not lead there.
-        tokens: where they have changed.
-        lost: the position is not in this database.
-        timeline: where the database runs; None where it does not say.
+        changes: the changes after the position, complete and in order.
+        agents: all agents, if changes alone cannot continue from the position.
+        tokens: all tokens, if they have changed.
+        lost: whether the position is missing from this database.
+        timeline: where the database runs; None if it does not say.
     """
 
     horizon: Horizon
@@ -166,23 +166,23 @@ class News:
 
     @property
     def moved(self) -> bool:
-        """Whether this is another cluster or timeline than the epoch's: changes may be lost."""
+        """Whether the cluster or timeline differs from the epoch's, so changes may be lost."""
         return self.timeline is not None and self.timeline != self.horizon.timeline
 
     def resync_reason(self, held: Position) -> Literal["forked", "epoch", "compacted"]:
-        """Return why changes alone do not lead from what is held to what was read."""
+        """Return why changes alone cannot lead from the held position to what was read."""
         if self.lost and held.revision <= self.horizon.revision:
             return "forked"
         return "compacted" if self.horizon.epoch == held.epoch else "epoch"
 
     @property
     def head(self) -> Position:
-        """Where everything that was read leads."""
+        """The position after everything that was read."""
         return Position(self.horizon.revision, self.horizon.epoch, self.horizon.head_id)
 
 
 def far_behind(agents: int) -> int:
-    """Return how many changes are too many to read one by one: reading everything is less."""
+    """Return the number of changes above which reading everything is cheaper."""
     return max(1000, 4 * agents)
 
 
@@ -192,13 +192,13 @@ def read_horizon(connection: Connection) -> Horizon:
 
 
 def tells_timeline(connection: Connection) -> bool:
-    """Say whether this PostgreSQL can tell its timeline; some compatible databases cannot."""
+    """Return whether this PostgreSQL reports its timeline; some compatible databases cannot."""
     connection.execute(select(literal_column(TIMELINE))).one()
     return True
 
 
 def read_page(connection: Connection, since: int, limit: int, upto: int) -> ChangePage:
-    """Return at most `limit` changes after `since`, none after `upto`."""
+    """Return up to `limit` changes after `since` and not after `upto`."""
     *horizon, id_here = connection.execute(_SELECT_WHERE, {"position": since}).one()
     bounds = {"since": since, "upto": upto, "at_most": limit}
     rows = connection.execute(_SELECT_CHANGES, bounds).all()
@@ -213,14 +213,14 @@ def read_news(
     at_most: int = MAX_CATCH_UP,
     with_timeline: bool = False,
 ) -> News:
-    """Return what is new after the position: changes one by one, or everything anew.
+    """Return what is new after a position: changes one by one, or everything.
 
     Args:
         connection: inside a transaction.
-        held: up to where all is known; without an epoch before the first look.
-        tokens_version: of the tokens that are known.
-        at_most: where more changes than this are new, everything is read instead.
-        with_timeline: whether the database can tell it.
+        held: the position up to which everything is known; it has no epoch before the first poll.
+        tokens_version: the version of the known tokens.
+        at_most: if more changes than this are new, everything is read instead.
+        with_timeline: whether the database reports its timeline.
     """
     statement = _SELECT_NEWS_AND_TIMELINE if with_timeline else _SELECT_NEWS
     at_most = min(at_most, MAX_CATCH_UP)
@@ -236,37 +236,37 @@ def read_news(
         or found.moved
         or (horizon.epoch, horizon.tokens_version) != (held.epoch, tokens_version)
     ):
-        # In another epoch the same version may stand for other tokens.
+        # In another epoch the same version number may stand for different tokens.
         found = replace(found, tokens=read_tokens(connection, horizon.tokens_version))
     if found.moved or (lost and horizon.epoch == held.epoch):
-        return found  # of no use before there is a new epoch
+        return found  # useless until there is a new epoch
     behind = horizon.revision - held.revision
     if horizon.epoch == held.epoch and held.revision >= horizon.floor and behind <= at_most:
-        # Without a change the state row stands alone.
+        # If there are no changes, the state row comes alone.
         new = [row[width + 2 :] for row in rows if row[width + 2] is not None]
         changes = _without_hole(new, held.revision)
         if len(changes) == behind:
             return replace(found, changes=changes)
     agents = [agent_of(row) for row in connection.execute(SELECT_AGENTS.order_by(AGENTS.c.id))]
     if not agents:
-        # There always is a default; those that come after this look would have no change to tell.
+        # A default always exists; no change would announce agents created after this poll.
         raise DatabaseUnavailable("The database has no agents, as in the middle of a restore.")
     *_, head_id = connection.execute(_SELECT_WHERE, {"position": horizon.revision}).one()
-    # The row, where there is one: it is what the next look compares.
+    # Use the row's own id if it exists, because the next poll compares with it.
     horizon = replace(horizon, head_id=head_id or horizon.head_id)
     return replace(found, horizon=horizon, agents=agents)
 
 
 def renew_epoch(connection: Connection, news: News, held: Position, fresh: str) -> bool:
-    """Make a new epoch where the database lost what is held, or runs elsewhere; say if it did.
+    """Set a new epoch if the database lost the held position or has moved; return whether it did.
 
-    Under the lock of the state row, and on the epoch that was read alone: of several replicas that
-    notice it exactly one makes the epoch, and all take that one.
+    Takes the lock on the state row and checks that the epoch is still the one that was read: of
+    several replicas that notice, exactly one sets the epoch, and all use it.
 
     Args:
         connection: inside a transaction that writes.
         news: what was read.
-        held: what is looked for.
+        held: the position to look for.
         fresh: the new epoch.
     """
     state.lock(connection)
@@ -282,10 +282,10 @@ def renew_epoch(connection: Connection, news: News, held: Position, fresh: str) 
 
 
 def _without_hole(rows: Iterable[Sequence[Any]], since: int) -> list[CommittedChange]:
-    """Return the changes that follow `since` one by one; the first hole ends them.
+    """Return the changes that follow `since` consecutively, up to the first missing revision.
 
     Args:
-        rows: each a revision, type, agent, was_default, when it was made, and its change id.
+        rows: each a revision, type, agent, was_default, creation time and change id.
         since: the revision before the first.
     """
     changes = []

@@ -1,6 +1,6 @@
-"""Committed changes as WebSocket frames, encoded once for everyone who may see the same.
+"""Committed changes as WebSocket frames, encoded once for all clients with the same view.
 
-Pure: knows no connection (docs/protocol.md section 4).
+Pure functions; know no connection (docs/protocol.md section 4).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from slm.server.security.agent_scope import EVERYTHING, View
 from slm.server.transport.ws_frames import text_frames
 
 MAX_WRITE_BYTES: Final = 64 * 1024
-"""Frames of a burst are joined into one write up to this, so that a burst evicts nobody."""
+"""Frames of a burst are joined into writes of at most this size, so a burst evicts nobody."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class Frames:
 
     Attributes:
         texts: one message each.
-        head: the revision that a subscriber has reached with the last one.
-        head_id: which change that is; of no account where `head` moves nobody.
+        head: the revision a subscriber has reached after the last message.
+        head_id: the change id of `head`; ignored if `head` moves no subscriber.
     """
 
     texts: tuple[str, ...]
@@ -36,23 +36,23 @@ class Frames:
 
     @cached_property
     def encoded(self) -> bytes:
-        """The WebSocket frames, one after the other."""
+        """The WebSocket frames, concatenated."""
         return text_frames(self.texts)
 
 
 def encode_change(
     change: CommittedChange, view: View = EVERYTHING, *, hidden_today: bool = False
 ) -> str:
-    """Return the frame's text for a change: the llm_* fields and flags, never a key.
+    """Return a change's frame as text: the llm_* fields and flags, never a key.
 
-    A change outside the view is a heartbeat that names its revision, and an agent that leaves the
-    view by it is deleted (docs/protocol.md section 4, point 8).
+    A change outside the view becomes a heartbeat with its revision. If the change moves an agent
+    out of the view, the frame reports it as deleted (docs/protocol.md section 4, point 8).
 
     Args:
         change: the change.
         view: what the token sees.
-        hidden_today: of a replay, whether the view does not see the agent any more. Then nothing
-            of it is told, but that it left: a client that had it until then must drop it.
+        hidden_today: in a replay, whether the view can no longer see the agent. The frame then says
+            only that the agent left the view, so that a client that has it drops it.
     """
     agent, change_id = change.agent, change.change_id or None
     message: AgentChanged | AgentDeleted | Heartbeat
@@ -89,9 +89,9 @@ def in_writes(
     """Encode the changes and join them into writes of at most `MAX_WRITE_BYTES`, in order.
 
     Args:
-        changes: what a replay tells.
+        changes: the changes to replay.
         view: what the token sees.
-        hides: whether a view does not see the agent of this agent_id today.
+        hides: whether a view cannot see the agent with this agent_id today.
     """
     texts: list[str] = []
     size = 0
@@ -110,7 +110,7 @@ def in_writes(
 
 
 class Heartbeats:
-    """One round of heartbeats: nearly all streams are at one position, which is encoded once.
+    """One round of heartbeats; most streams share one position, which is encoded once.
 
     Args:
         behind: whether this server may be behind the database.
@@ -121,7 +121,7 @@ class Heartbeats:
         self._encoded: dict[tuple[int, str], Frames] = {}
 
     def at(self, revision: int, change_id: str) -> Frames:
-        """Return the heartbeat of a stream that was sent everything up to this position."""
+        """Return the heartbeat for a stream that was sent everything up to this position."""
         frames = self._encoded.get((revision, change_id))
         if frames is None:
             beat = Heartbeat(revision=revision, behind=self._behind, change_id=change_id or None)

@@ -1,7 +1,7 @@
-"""ChangeFeed: follows the database, and has the relay pass on what was committed, in order.
+"""ChangeFeed: follows the database and has the relay pass on committed changes in order.
 
-The only reader of `changes` for the live stream. What this server itself committed it is told, and
-has passed on where it is the very next change; all else it reads. Knows no request and no
+The only reader of `changes` for the live stream. Commits of this server are handed to it directly
+and passed on if they are the next change; it reads everything else. Knows no request and no
 connection (docs/protocol.md sections 2 and 4).
 """
 
@@ -42,11 +42,11 @@ from slm.server.tasks.supervisor import Supervisor
 logger = logging.getLogger(__name__)
 
 SETTLE_SECONDS: Final = 5.0
-"""How long a write's answer waits for the feed; many writers at once make it queue."""
+"""How long a write's response waits for the feed; with many concurrent writers the feed queues."""
 
 
 class CannotRenewEpoch(FeedTrouble):
-    """The database lost changes, and cannot be written to."""
+    """The database lost changes and cannot be written to."""
 
     def __init__(self, detail: str) -> None:
         super().__init__(
@@ -56,22 +56,22 @@ class CannotRenewEpoch(FeedTrouble):
 
 
 class OnStandby(FeedTrouble):
-    """What was read was passed on, and may be old: another server takes the writes."""
+    """Everything read was passed on, but it may be old: another server takes the writes."""
 
     def __init__(self) -> None:
         super().__init__("the database is a standby: it takes no writes and may be behind")
 
 
 class ChangeFeed:
-    """Follows the database: woken by a write, and looking by itself once every poll interval.
+    """Follows the database: wakes up for each write, and polls once per poll interval.
 
     Args:
-        database: read only, but for a new epoch when the revision fell.
-        catalog: moved by this feed's relay alone.
-        hub: begun at the catalog's revision; its outbox is given every change.
+        database: only read, except to set a new epoch when changes were lost.
+        catalog: updated only by this feed's relay.
+        hub: started at the catalog's revision; its outbox receives every change.
         tokens: replaced when the database's tokens have changed.
-        settings: poll_interval_seconds and behind_after_seconds count here.
-        metrics: told how old each change was.
+        settings: uses poll_interval_seconds and behind_after_seconds.
+        metrics: records how old each change was.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class ChangeFeed:
         self._last_answer = self._last_good_look = float("-inf")
         self._told_behind = False
         self._trouble: str | None = None
-        # Looks are counted as they begin; `_good_look` is the last one that ended well.
+        # Polls are numbered as they start; `_good_look` is the last one that succeeded.
         self._polls = self._good_look = self._failed_looks = 0
         self._wake = asyncio.Event()
         self._following = (supervisor or Supervisor()).task("feed", self._follow)
@@ -114,47 +114,48 @@ class ChangeFeed:
         return self._catalog.epoch
 
     def hides(self, view: View, agent_id: str) -> bool:
-        """Whether a view does not see this agent now: neither by its patterns nor as default."""
+        """Whether a view cannot see this agent now, neither by its patterns nor as the default."""
         return not view.sees(agent_id, agent_id == self._catalog.default_id)
 
     @property
     def held(self) -> Position:
-        """The position up to which everything was passed on, and which change is there."""
+        """The position up to which everything was passed on, with the id of its change."""
         return self._relay.held
 
     @property
     def replay_limit(self) -> int:
-        """More changes than this are not sent one by one: a snapshot is smaller."""
+        """Above this many changes a client gets a snapshot instead, because it is smaller."""
         return far_behind(len(self._catalog))
 
     @property
     def trouble(self) -> str | None:
-        """Why the last look was not a good one, in a sentence; None where it was."""
+        """Why the last poll failed, in one sentence; None if it succeeded."""
         return self._trouble
 
     @property
     def database_answers(self) -> bool:
-        """Whether the database was read recently, whatever became of what was read."""
+        """Whether the database was read recently, even if the result could not be used."""
         now = asyncio.get_running_loop().time()
         return now - self._last_answer <= self._behind_after_seconds
 
     @property
     def seconds_since_look(self) -> float:
-        """How long ago everything in the database had been passed on."""
+        """How many seconds ago everything in the database had been passed on."""
         return asyncio.get_running_loop().time() - self._last_good_look
 
     @property
     def current(self) -> bool:
-        """Whether everything that a recent look found was passed on (protocol section 4).
+        """Whether everything found by a recent poll was passed on (protocol section 4).
 
-        A database that has become read-only, such as a standby, may be behind another one.
+        False for a database that has become read-only, such as a standby: it may lag behind
+        another.
         """
         recent = self.seconds_since_look <= self._behind_after_seconds
         return recent and not self._database.read_only
 
     @property
     def running(self) -> bool:
-        """Whether the feed is at work."""
+        """Whether the feed is running."""
         return self._following.running
 
     @property
@@ -162,51 +163,51 @@ class ChangeFeed:
         return self._tokens.version
 
     async def start(self) -> None:
-        """Load everything, start the hub there, and begin to follow.
+        """Load everything, start the hub at that revision, and start following the database.
 
         Raises:
             DatabaseUnavailable: the database does not answer.
         """
         self._loop = asyncio.get_running_loop()
         self._with_timeline = await self._tells_timeline()
-        while not self.epoch:  # a look that finds the database elsewhere makes a new epoch first
+        while not self.epoch:  # a poll that finds the database has moved sets a new epoch first
             await self._poll()
         self._hub.start(self.position, self.epoch, self._catalog.change_id)
         self.follow()
 
     def follow(self) -> None:
-        """Follow the database from where the catalog is; `start` does it, and who has stopped."""
+        """Follow the database from the catalog's position; called by `start`, or after `stop`."""
         self._following.start()
 
     async def stop(self) -> None:
-        """Stop following."""
+        """Stop following the database."""
         await self._following.stop()
 
     def wake(self) -> None:
-        """Look at the database now rather than at the next poll."""
+        """Poll the database now instead of at the next interval."""
         self._wake.set()
 
     def hear(self, revision: int | None) -> None:
-        """Take a notification of the database; one of a revision that is here wakes nobody."""
+        """Handle a database notification. Ignores revisions that are already applied."""
         if revision is None or revision > self.position:
             self.wake()
 
     async def passed(self, revision: int, timeout: float) -> bool:
-        """Wait until the catalog holds `revision`; return whether it does within `timeout` s."""
+        """Wait up to `timeout` seconds for `revision`; return whether the catalog has it."""
         if self.position >= revision:
             return True
         self.wake()
         return await self._moved.until(lambda: self.position >= revision, timeout)
 
     async def settled(self, revision: int, change_id: str | None = None) -> bool:
-        """Wait for a revision that is known to be committed; return whether the catalog has it.
+        """Wait for a committed revision to be passed on; return whether the catalog has it.
 
         Gives up when the database cannot be read, or does not answer for `SETTLE_SECONDS`.
 
         Args:
             revision: the revision.
-            change_id: which change it is. Where another one of that revision was passed on, such
-                as one that a failover lost, only a look at the database tells, and is waited for.
+            change_id: the change's id. If a different change was passed on under that revision,
+                such as one lost in a failover, waits for a poll of the database to settle it.
         """
 
         def passed() -> bool:
@@ -225,13 +226,13 @@ class ChangeFeed:
         return passed() or (self._good_look > looks and self.position >= revision)
 
     async def look_again(self, timeout: float) -> None:
-        """Wait at most `timeout` seconds for a good look that begins from now on."""
+        """Wait at most `timeout` seconds for a successful poll that starts after this call."""
         self.wake()
         looks = self._polls
         await self._moved.until(lambda: self._good_look > looks, timeout)
 
     async def horizon(self) -> Horizon:
-        """Return the state row as it is now.
+        """Return the current state row.
 
         Raises:
             DatabaseUnavailable: the database does not answer.
@@ -239,7 +240,7 @@ class ChangeFeed:
         return await self._database.read(read_horizon)
 
     async def read(self, since: int, limit: int, upto: int) -> ChangePage:
-        """Return at most `limit` changes after `since`, none after `upto`, for a replay.
+        """Return up to `limit` changes after `since` and not after `upto`, for a replay.
 
         Raises:
             DatabaseUnavailable: the database does not answer.
@@ -272,8 +273,8 @@ class ChangeFeed:
                     await self._wake.wait()
 
     async def _poll(self) -> None:
-        """Read what is new in one transaction and pass it on; it counts once all of it is done."""
-        # Before the read: what is read is at least as new as this.
+        """Read what is new in one transaction and pass it on; succeeds only as a whole."""
+        # Taken before the read, so what is read is at least as new as this.
         looked_at = asyncio.get_running_loop().time()
         self._polls += 1
         look, held, tokens_version = self._polls, self._relay.held, self._tokens_version
@@ -286,7 +287,7 @@ class ChangeFeed:
         )
         news = await self._database.read(read)
         self._last_answer = looked_at
-        # First, so that tokens are current even if the rest fails.
+        # Tokens first, so that they are current even if the rest fails.
         self._take_tokens(news, looked_at, tokens_version)
         if news.agents is not None and held == self._relay.held:
             news = replace(news, lost=news.lost or self._relay.differs(news))
@@ -297,8 +298,8 @@ class ChangeFeed:
         if news.changes:
             await failpoints.reach_async("before_push")
         if held != self._relay.held:
-            # What was committed here was faster. Where that is all there was, the look is over:
-            # under steady writes each would otherwise ask for the next.
+            # A local commit overtook this poll. If that was all the news, the poll is done:
+            # otherwise, under steady writes, each poll would request another.
             rest = self._relay.rest(news)
             if rest is None:
                 self.wake()
@@ -319,14 +320,14 @@ class ChangeFeed:
         self._tokens.confirm(news.horizon.tokens_version, asked_at)
 
     def committed(self, written: Written) -> None:
-        """Take what this server has just committed; called in the thread that did."""
+        """Take a commit of this server; called in the thread that committed."""
         loop = self._loop
         failpoints.reach("after_commit")
         if loop is not None:
             failpoints.reach_then("before_push", loop, self._take, written, loop.time())
 
     def _take(self, written: Written, committed_at: float) -> None:
-        """Pass on what was committed here if it is what comes next; else the next look does."""
+        """Pass on a local commit if it is the next change; otherwise leave it to the next poll."""
         self._relay.note_commit(written, committed_at)
         if not self.running or not self._relay.comes_next(written):
             self.wake()
@@ -338,7 +339,7 @@ class ChangeFeed:
             self.wake()
 
     async def _make_epoch_anew(self, news: News, held: Position) -> None:
-        """Give the database a new epoch: it may not have what positions of the old one name."""
+        """Set a new epoch: the database may lack what positions of the old epoch refer to."""
         fresh = secrets.token_hex(8)
         try:
             made = await self._database.run(
@@ -360,7 +361,7 @@ class ChangeFeed:
         elif isinstance(error, FeedTrouble):
             trouble = str(error)
         else:
-            # The class alone: a driver's text may hold what was read.
+            # Only the class name: a driver's error text may contain data it read.
             trouble = f"the feed failed: {type(error).__name__}"
         if trouble != self._trouble:
             self._trouble = trouble

@@ -1,8 +1,7 @@
-"""The hub: everyone who listens, and the task that writes what is committed to each connection.
+"""The hub: all subscribers, and the task that writes committed changes to each connection.
 
-What is to be written is in its outbox, what waits for slow readers in its buffers. Knows no
-database and no request; how bytes reach a peer is the business of a `Sink` (docs/protocol.md
-section 4).
+Its outbox holds what is to be written, its buffers track what slow readers have not read. Knows no
+database and no request; a `Sink` delivers the bytes (docs/protocol.md section 4).
 """
 
 from __future__ import annotations
@@ -29,18 +28,18 @@ from slm.server.tasks.supervisor import Supervisor
 logger = logging.getLogger(__name__)
 
 ONE_TURN: Final = 1000
-"""A broadcast to no more than these is one turn of the loop, some ten milliseconds."""
+"""A broadcast to up to this many streams takes one turn of the loop, about ten milliseconds."""
 
 YIELD_EVERY: Final = 200
-"""In a larger one everyone else in the loop has a turn after so many writes.
+"""In larger broadcasts, the event loop runs other tasks after this many writes.
 
-An answer to a GET needs two or three of them, and a write takes some 15 microseconds.
+Answering a GET takes two or three such turns; one write takes about 15 microseconds.
 """
 
 
 @dataclass
 class HubCounts:
-    """What `/metrics` tells of the hub."""
+    """What `/metrics` reports about the hub."""
 
     frames: int = 0
     evicted: int = 0
@@ -49,22 +48,22 @@ class HubCounts:
 
 
 class Hub:
-    """All connections, and the one task that writes the committed changes to the live ones.
+    """All connections, and the one task that writes committed changes to the live ones.
 
-    A live subscriber has been sent everything up to `head`; a burst of changes becomes one write a
-    connection.
+    A live subscriber has been sent everything up to `head`. A burst of changes becomes one write
+    per connection.
 
     Args:
-        on_pushed: told how long after its commit a change was written to every live stream.
-        on_written: told when a broadcast is written.
+        on_pushed: called with how long after its commit a change was written to every live stream.
+        on_written: called when a broadcast has been written.
 
     Attributes:
         outbox: what is to be broadcast.
-        buffers: what waits for slow readers, and its limits.
-        head: the last revision that was taken out of the outbox; whoever reached it can join.
-        epoch: the epoch that `head` belongs to.
-        head_id: which change `head` is.
-        is_behind: asked for each heartbeat; set by the feed.
+        buffers: what slow readers have not read yet, and the limits.
+        head: the last revision taken from the outbox; a subscriber at the head can join.
+        epoch: the epoch of `head`.
+        head_id: the change id of `head`.
+        is_behind: called for each heartbeat; set by the feed.
         counts: for `/metrics`.
     """
 
@@ -85,10 +84,10 @@ class Hub:
         self._on_pushed, self._on_written = on_pushed, on_written
         self.heartbeat_seconds = settings.heartbeat_seconds
         self.buffers = Buffers(settings.buffer_bytes, settings.buffer_total_bytes, self._evict)
-        # Asked after each write to each stream.
+        # Checked after each write to each stream.
         self._held = self.buffers.held
         self._connections: set[Subscriber] = set()
-        # In the order of joining, which is nearly that of memory.
+        # In join order, which is close to memory order.
         self._live: dict[Subscriber, None] = {}
         self._beat = asyncio.Event()
         self._moved = Pulse()
@@ -100,10 +99,10 @@ class Hub:
             supervisor.task("heartbeats", self._heartbeats),
         ]
 
-    # --- its life ---
+    # --- start and stop ---
 
     def start(self, revision: int, epoch: str, change_id: str = "") -> None:
-        """Begin at the catalog's revision."""
+        """Start at the catalog's revision."""
         self.head, self.epoch, self.head_id = revision, epoch, change_id
         self.outbox.start(revision, epoch)
         self._observer.moved(revision, restarted=True)
@@ -111,7 +110,7 @@ class Hub:
             task.start()
 
     async def stop(self) -> None:
-        """Stop sending; connections that are left are cut."""
+        """Stop sending; remaining connections are cut."""
         for task in self._tasks:
             await task.stop()
         for subscriber in list(self._connections):
@@ -119,11 +118,11 @@ class Hub:
 
     @property
     def running(self) -> bool:
-        """Whether both tasks are at work."""
+        """Whether both tasks are running."""
         return all(task.running for task in self._tasks)
 
     async def close_streams(self, seconds: float) -> None:
-        """Close every connection with 1012, spread over `seconds`: not all return at once."""
+        """Close all connections with 1012, over `seconds` so that not all return at once."""
         self._closing = True
         subscribers = list(self._connections)
         pause = seconds / len(subscribers) if subscribers else 0
@@ -140,12 +139,12 @@ class Hub:
     def attach(
         self, sink: Sink, view: View = EVERYTHING, token_id: int | None = None
     ) -> Subscriber:
-        """Take a connection in; it hears nothing before it subscribes.
+        """Register a connection; it is sent nothing until it subscribes.
 
         Args:
             sink: where its frames go.
             view: what its token may see.
-            token_id: whose token it is.
+            token_id: the id of its token.
         """
         subscriber = Subscriber(sink, view, token_id)
         self._connections.add(subscriber)
@@ -154,32 +153,32 @@ class Hub:
         return subscriber
 
     def detach(self, subscriber: Subscriber) -> None:
-        """Forget a connection that is gone."""
+        """Remove a closed connection."""
         self._connections.discard(subscriber)
         self._leave(subscriber)
         self.buffers.measure(subscriber)
         self._observer.left(subscriber)
 
     def subscribers(self) -> list[Subscriber]:
-        """Return everyone who is connected, for the fleet view and `/metrics`."""
+        """Return all connected subscribers, for the fleet view and `/metrics`."""
         return list(self._connections)
 
     def live_count(self) -> int:
         """Return how many streams are live."""
         return len(self._live)
 
-    # --- the way into the live stream ---
+    # --- joining the live stream ---
 
     def begin(
         self, subscriber: Subscriber, revision: int, epoch: str, change_id: str | None = None
     ) -> None:
-        """Say `subscribed`: what follows starts after `revision`.
+        """Send `subscribed`: what follows starts after `revision`.
 
         Args:
             subscriber: the connection.
-            revision: the position that it stands at.
-            epoch: of the position.
-            change_id: which change is there; None: that of the head.
+            revision: the position it starts from.
+            epoch: the epoch of that position.
+            change_id: the change id of that position; None for the head's.
         """
         subscriber.position, subscriber.epoch = revision, epoch
         subscriber.change_id = self.head_id if change_id is None else change_id
@@ -194,12 +193,12 @@ class Hub:
         self.send(subscriber, Frames((protocol.encode(message),), revision))
 
     def is_at(self, revision: int, epoch: str, change_id: str | None) -> bool:
-        """Whether the head is this very position; without an id, of this number and epoch."""
+        """Whether the head is exactly this position; without an id, compares revision and epoch."""
         here = (revision, epoch) == (self.head, self.epoch)
         return here and change_id in (None, self.head_id)
 
     def join(self, subscriber: Subscriber) -> bool:
-        """Make the subscriber live if it has everything up to the head; one step of the loop."""
+        """Make the subscriber live if it is at the head; takes one step of the event loop."""
         if not self.is_at(subscriber.position, subscriber.epoch, subscriber.change_id):
             return False
         if subscriber in self._connections and not self._closing:
@@ -208,7 +207,7 @@ class Hub:
         return True
 
     def resync(self, subscriber: Subscriber, reason: ResyncReason) -> None:
-        """Tell one subscriber to take a snapshot, and make it live from the head on."""
+        """Tell one subscriber to fetch a snapshot, and make it live from the head."""
         if not subscriber.epoch:
             self.begin(subscriber, self.head, self.epoch)
         self._move_to_head(subscriber)
@@ -220,15 +219,15 @@ class Hub:
         subscriber.change_id = self.head_id
 
     async def reached(self, revision: int, epoch: str, timeout: float) -> bool:
-        """Wait until the stream is at `revision` of `epoch`; return whether it is in time."""
+        """Wait until the stream reaches `revision` of `epoch`; return whether it does in time."""
         return await self._moved.until(
             lambda: self.epoch == epoch and self.head >= revision, timeout
         )
 
     async def can_go_on(self, at: Position, timeout: float) -> bool:
-        """Wait until the stream is at a position or beyond it, or gets another epoch.
+        """Wait until the stream is at or past a position, or has another epoch.
 
-        Return whether it is in time.
+        Returns whether that happens in time.
         """
         before = self.epoch
         return await self._moved.until(
@@ -241,9 +240,10 @@ class Hub:
         )
 
     def send(self, subscriber: Subscriber, frames: Frames) -> bool:
-        """Write to one subscriber and move its position; return whether it is still there.
+        """Write to one subscriber and advance its position; return whether it is still connected.
 
-        A reader that leaves more than its buffer waiting is closed with 1013: it costs only itself.
+        A reader that leaves more than its buffer unread is closed with 1013; others are not
+        affected.
         """
         try:
             waiting = subscriber.sink.push(frames)
@@ -263,14 +263,14 @@ class Hub:
         return self.buffers.account(subscriber, waiting)
 
     def beat_now(self) -> None:
-        """Send a heartbeat at once: `behind` has changed."""
+        """Send a heartbeat now, because `behind` has changed."""
         self._beat.set()
 
     # --- the two tasks ---
 
     async def _broadcast(self) -> None:
         if self._broadcasting:
-            # The task was ended in the middle of one and started again.
+            # The task was ended in the middle of a broadcast and restarted.
             self._send_everyone_back()
         while True:
             while self.outbox:
@@ -289,11 +289,11 @@ class Hub:
 
     @property
     def is_writing(self) -> bool:
-        """Whether changes are on their way to the live streams."""
+        """Whether changes are being written to the live streams."""
         return self._broadcasting
 
     def _send_everyone_back(self) -> None:
-        """Close the live streams, which resume without a gap: it is unknown who has the change."""
+        """Close the live streams: which have the change is unknown. They resume without a gap."""
         self._broadcasting = False
         self._on_written()
         for subscriber in list(self._live):
@@ -308,10 +308,10 @@ class Hub:
             await self._broadcast_frames(*item)
 
     async def _broadcast_frames(self, frames: Frames, changes: Sequence[CommittedChange]) -> None:
-        # Before the first write: whoever joins from here on must already have these.
+        # Before the first write: anyone who joins from now on must already have these changes.
         self.head, self.head_id = frames.head, frames.head_id
         self._observer.moved(frames.head)
-        # One encoding for each view that there is.
+        # Encode once for each distinct view.
         limited: dict[View, Frames] = {}
         pushing = tracing.begin_joined("slm.push", changes[-1].traceparent)
         async for some in _in_turns(self._live):
@@ -338,7 +338,8 @@ class Hub:
         async for some in _in_turns(self._live):
             for subscriber in some:
                 if subscriber.live:
-                    # Right after `subscribed` a resync would be taken for the answer to `since`.
+                    # Directly after `subscribed`, a resync would be taken for the answer to
+                    # `since`.
                     self.send(subscriber, beats.at(subscriber.position, subscriber.change_id))
                     self._move_to_head(subscriber)
                     self._send_resync(subscriber, restart.reason)
@@ -364,7 +365,7 @@ class Hub:
             beats = Heartbeats(behind=self.is_behind())
             async for some in _in_turns(self._connections):
                 for subscriber in some:
-                    # During a replay too: the position is what this connection was sent.
+                    # Also during a replay: the position is what this connection has been sent.
                     if subscriber.epoch:
                         self.send(subscriber, beats.at(subscriber.position, subscriber.change_id))
                 self.buffers.keep_to_total()
@@ -372,7 +373,7 @@ class Hub:
     # --- limits ---
 
     def expel(self, subscriber: Subscriber, reason: str, code: int = 1008) -> None:
-        """Close a stream whose token is not valid any more, or cannot be checked."""
+        """Close a stream whose token is no longer valid or cannot be checked."""
         self._leave(subscriber)
         subscriber.sink.end(code, reason)
 
@@ -381,7 +382,7 @@ class Hub:
         self._live.pop(subscriber, None)
 
     def _evict(self, subscriber: Subscriber) -> bool:
-        """Send a slow reader nothing more; return whether it was here at all."""
+        """Stop sending to a slow reader; return whether it was still connected."""
         if subscriber not in self._connections:
             return False
         self.counts.evicted += 1
@@ -390,7 +391,7 @@ class Hub:
 
 
 async def _in_turns(subscribers: Collection[Subscriber]) -> AsyncIterator[list[Subscriber]]:
-    """Yield those who are there now, all or some at a time, and between them to the loop."""
+    """Yield the current subscribers, all at once or in groups, yielding to the loop in between."""
     everyone = list(subscribers)
     at_a_time = YIELD_EVERY if len(everyone) > ONE_TURN else ONE_TURN
     for start in range(0, len(everyone), at_a_time):

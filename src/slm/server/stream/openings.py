@@ -1,7 +1,6 @@
-"""Streams on their way from handshake to live: how many at once, and how tokens share the places.
+"""Limits how many streams are being opened at once and shares the slots between tokens.
 
-Knows no socket; who holds a place is any hashable value
-(docs/decisions/0026-accepting-pauses.md).
+Knows no socket; a slot can be held by any hashable value (docs/decisions/0026-accepting-pauses.md).
 """
 
 from __future__ import annotations
@@ -14,22 +13,22 @@ from typing import Final
 from slm.errors import Overloaded
 
 SILENT_SECONDS: Final = 1.0
-"""How long a peer that was let in holds its place without subscribing."""
+"""How long an accepted peer keeps its slot without subscribing."""
 
 WAIT_SECONDS: Final = 5.0
-"""How long a handshake waits for a place before it is answered 503."""
+"""How long a handshake waits for a slot before it is answered with 503."""
 
 
 class Openings:
-    """Places for streams that are being opened.
+    """Slots for streams that are being opened.
 
-    One token holds half of them at most, so that it cannot keep the others out; its further
-    handshakes wait, and tokens take turns. A token whose streams are let in and then say nothing
-    has nobody waiting: its further handshakes are told to come back.
+    One token holds at most half of the slots, so it cannot lock the others out; its further
+    handshakes wait, and tokens take turns. If a token's accepted streams never subscribe, its
+    further handshakes don't wait: they are told to retry later.
 
     Args:
-        limit: how many streams may be on their way at once.
-        seconds: how long the rest of the way may take, once a peer has subscribed.
+        limit: how many streams may be opening at once.
+        seconds: how long the rest of the opening may take once a peer has subscribed.
     """
 
     def __init__(self, limit: int, seconds: float) -> None:
@@ -40,7 +39,7 @@ class Openings:
         self._share = (limit + 1) // 2
         self._held: dict[Hashable, int] = {}
         self._total = 0
-        # In the order of their turns; nobody waits in an empty queue.
+        # In order of their turns; a key without waiters has no queue.
         self._waiting: OrderedDict[Hashable, deque[asyncio.Future[None]]] = OrderedDict()
         self._silent: dict[Hashable, int] = {}
 
@@ -53,14 +52,14 @@ class Openings:
         return self._total
 
     def when_free(self, call: Callable[[], None]) -> None:
-        """Call this from now on when a place was given back and nobody waits for it."""
+        """Call this from now on whenever a slot is released and nobody is waiting for it."""
         self._on_free = call
 
     async def place(self, key: Hashable) -> Opening:
-        """Take a place, at once or when this key's turn comes.
+        """Take a slot, at once or when this key's turn comes.
 
         Raises:
-            Overloaded: too many wait already, or none came in time.
+            Overloaded: too many are waiting already, or no slot became free in time.
         """
         if key in self._waiting or not self._may_take(key):
             await self._turn(key)
@@ -69,11 +68,11 @@ class Openings:
         return Opening(self, key)
 
     def give_back(self, key: Hashable, *, was_silent: bool) -> None:
-        """Give a place back.
+        """Release a slot.
 
         Args:
-            key: who held it.
-            was_silent: whether the stream did not become live.
+            key: the holder.
+            was_silent: whether the stream failed to become live.
         """
         silent = self._silent.pop(key, 0) + (1 if was_silent else -1)
         if silent > 0:
@@ -121,7 +120,7 @@ class Openings:
                 del self._waiting[key]
 
     def _pass_on(self) -> None:
-        """Give free places to those who wait, one to each key in turn."""
+        """Give free slots to those waiting, one per key in turn."""
         skipped = 0
         while skipped < len(self._waiting) and self._total < self._limit:
             key, queue = next(iter(self._waiting.items()))
@@ -138,7 +137,7 @@ class Openings:
 
 
 class Opening:
-    """One stream's place; it is given back when the stream is live, or after a time-out."""
+    """One stream's slot, released when the stream is live or after a timeout."""
 
     __slots__ = ("_key", "_openings", "_timer")
 
@@ -149,7 +148,7 @@ class Opening:
         self._timer = loop.call_later(openings.silent_seconds, self._is_late)
 
     def subscribed(self) -> None:
-        """Note that the peer has subscribed; the rest is the server's work."""
+        """Note that the peer has subscribed; the rest is up to the server."""
         openings = self._openings
         if openings is not None:
             self._timer.cancel()
@@ -157,7 +156,7 @@ class Opening:
             self._timer = loop.call_later(openings.seconds, self._is_late)
 
     def end(self, *, was_silent: bool = False) -> None:
-        """Give the place back, once."""
+        """Release the slot; only the first call has an effect."""
         self._timer.cancel()
         openings, self._openings = self._openings, None
         if openings is not None:

@@ -1,6 +1,6 @@
-"""Outbox: what is committed and not yet written to the streams, in order, each change encoded once.
+"""Outbox: committed changes that are not yet written to the streams, each encoded once.
 
-Filled by the feed and emptied by the hub's broadcast, so a slow broadcast never holds up the feed.
+The feed fills it and the hub's broadcast empties it, so a slow broadcast never delays the feed.
 Knows no connection.
 """
 
@@ -20,7 +20,7 @@ ResyncReason = Literal["compacted", "epoch", "ahead", "forked", "far-behind"]
 
 @dataclass(frozen=True)
 class Restart:
-    """From here on another epoch counts, or a hole was found: everyone takes a snapshot."""
+    """From here on there is a new epoch, or changes are missing: everyone fetches a snapshot."""
 
     epoch: str
     revision: int
@@ -29,7 +29,7 @@ class Restart:
 
 
 class Write(NamedTuple):
-    """Changes that go out together, and their frames."""
+    """Changes that are sent together, with their frames."""
 
     frames: Frames
     changes: list[CommittedChange]
@@ -40,8 +40,8 @@ class Outbox:
 
     Attributes:
         filled: set when something was queued.
-        committed_at: when the changes that wait here were committed, where this server did it.
-        changes: how many changes were queued.
+        committed_at: the commit times of queued changes that this server committed.
+        changes: how many changes were queued in total.
     """
 
     def __init__(self) -> None:
@@ -49,7 +49,7 @@ class Outbox:
         self.committed_at: dict[int, float] = {}
         self.changes = 0
         self._items: deque[tuple[CommittedChange, str] | Restart] = deque()
-        # The last revision that was queued, and which changes the last ones were.
+        # The last queued revision, and the ids of the most recent changes.
         self._head = 0
         self._epoch = ""
         self._ids: dict[int, str] = {}
@@ -58,19 +58,20 @@ class Outbox:
         return len(self._items)
 
     def start(self, revision: int, epoch: str) -> None:
-        """Begin after a revision."""
+        """Start after a revision."""
         self._head, self._epoch = revision, epoch
 
     def publish(self, changes: Iterable[CommittedChange]) -> None:
         """Queue committed changes, in order, all or none.
 
-        What is in the queue already is left out: a feed that failed after this comes again. Where
-        it has other changes of these numbers then, as after a failover, everyone takes a snapshot.
+        Skips changes that are already queued, because a feed that failed afterwards sends them
+        again. If those revisions now have different changes, as after a failover, everyone fetches
+        a snapshot.
         """
         changes = list(changes)
         if not changes:
             return
-        # A feed begins where it has passed all before on.
+        # A feed starts where everything before has been passed on.
         known = {r: i for r, i in self._ids.items() if r >= changes[0].revision}
         self._ids = known | {change.revision: change.change_id for change in changes}
         if any(self._ids[revision] != known[revision] for revision in known):
@@ -88,7 +89,7 @@ class Outbox:
         self.filled.set()
 
     def restart(self, epoch: str, revision: int, reason: ResyncReason, change_id: str = "") -> None:
-        """Send everyone to a snapshot: another epoch counts, or changes are missing."""
+        """Send everyone to a snapshot, because of a new epoch or missing changes."""
         self.committed_at.clear()
         self._items.append(Restart(epoch, revision, reason, change_id))
         self._head, self._epoch = revision, epoch
@@ -96,7 +97,7 @@ class Outbox:
         self.filled.set()
 
     def take(self) -> Restart | Write:
-        """Return what is written next: a restart, or as many changes as fit into one write."""
+        """Return what to write next: a restart, or as many changes as fit into one write."""
         texts: list[str] = []
         changes: list[CommittedChange] = []
         size = 0
@@ -116,6 +117,6 @@ class Outbox:
         return Write(Frames(tuple(texts), changes[-1].revision, changes[-1].change_id), changes)
 
     def seconds_since_commit(self, changes: Iterable[CommittedChange], now: float) -> list[float]:
-        """Return how long ago those of the changes were committed that this server committed."""
+        """Return the age in seconds of those changes that this server committed."""
         times = (self.committed_at.pop(change.revision, None) for change in changes)
         return [now - at for at in times if at is not None]

@@ -1,7 +1,7 @@
-"""Relay: passes committed changes on: moves the catalog and queues the frames for the streams.
+"""Relay: passes on committed changes: updates the catalog and queues frames for the streams.
 
-In the loop alone, each time in one step. Knows no database and no connection; the feed decides what
-is passed on (docs/protocol.md sections 2 and 4).
+Runs only in the event loop, one step per call. Knows no database and no connection; the feed
+decides what is passed on (docs/protocol.md sections 2 and 4).
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ from slm.server.tasks.condition import Pulse
 logger = logging.getLogger(__name__)
 
 REMEMBERED: Final = 1000
-"""For how many revisions it is remembered which change was passed on."""
+"""For how many revisions the relay remembers which change it passed on."""
 
 
 class FeedTrouble(Exception):
-    """Why the feed does not go on; the text is for the log and for /readyz."""
+    """Why the feed cannot continue; the text is for the log and /readyz."""
 
 
 class CannotPassOn(FeedTrouble):
-    """A change was read but cannot be passed on, so nothing after it is either."""
+    """A change was read but cannot be passed on, so later changes cannot be either."""
 
     def __init__(self, revision: int, error: Exception) -> None:
-        # The class alone: the text may hold what is in the change.
+        # Only the class name: the text may contain parts of the change.
         super().__init__(f"change {revision} cannot be passed on: {type(error).__name__}")
 
 
 class Relay:
-    """The only one to move the catalog.
+    """The only component that updates the catalog.
 
     Args:
-        catalog: moved after the outbox has the frames.
-        outbox: given every change.
-        traces: by revision, the trace of a write of this server; emptied as they are passed on.
-        metrics: told how old each change was.
+        catalog: updated after the frames are in the outbox.
+        outbox: receives every change.
+        traces: the trace of each write by this server, by revision; removed once passed on.
+        metrics: records how old each change was.
 
     Attributes:
         moved: fired whenever changes were passed on.
@@ -59,24 +59,24 @@ class Relay:
         self._outbox = outbox
         self._traces = traces
         self._metrics = metrics
-        # Which change each of the last revisions was.
+        # The change ids of the most recent revisions.
         self._ids: dict[int, str] = {}
-        # Set while the catalog was loaded anew and the streams are not told yet.
+        # Set while the catalog has been reloaded but the streams have not been notified yet.
         self._resync_due: ResyncReason | None = None
 
     @property
     def held(self) -> Position:
-        """The position up to which everything was passed on, and which change is there."""
+        """The position up to which everything was passed on, with the id of its change."""
         return Position(self._catalog.revision, self._catalog.epoch, self._catalog.change_id)
 
     def has_passed(self, revision: int, change_id: str) -> bool:
-        """Whether this very change was passed on, not long ago."""
+        """Whether this exact change was passed on recently."""
         return self._ids.get(revision) == change_id
 
     def comes_next(self, written: Written) -> bool:
-        """Whether a write's changes are what comes next, committed on top of what is held.
+        """Whether a write's changes come next, directly after the held position.
 
-        A database that lost that, or that was given another, has another change there.
+        They don't if the database lost that position or has a different change there.
         """
         held = self.held
         return (
@@ -87,15 +87,15 @@ class Relay:
         )
 
     def note_commit(self, written: Written, committed_at: float) -> None:
-        """Note when a change that is still to be passed on was committed here."""
+        """Note when a change that is not yet passed on was committed here."""
         held = self.held
         if written.epoch == held.epoch and written.revision > held.revision:
             self._outbox.committed_at[written.revision] = committed_at
 
     def differs(self, news: News) -> bool:
-        """Whether an agent is another one than was passed on, though no later change made it.
+        """Whether an agent differs from what was passed on without a later change to explain it.
 
-        So a loss shows where the row of the position itself was compacted away.
+        This detects a loss even if the row of the held position was compacted away.
         """
         held = self.held
         return news.horizon.epoch == held.epoch and any(
@@ -104,7 +104,7 @@ class Relay:
         )
 
     def rest(self, news: News) -> Sequence[CommittedChange] | None:
-        """Return what a look that was overtaken still has to pass on; None: it is of no use."""
+        """Return what an overtaken poll still has to pass on, or None if it is useless."""
         held = self.held
         if news.agents is not None or news.horizon.epoch != held.epoch:
             return None
@@ -117,7 +117,7 @@ class Relay:
         return rest
 
     def pass_on(self, news: News) -> None:
-        """Move the catalog at once, then queue the frames; one step of the loop."""
+        """Update the catalog, then queue the frames, in one step of the event loop."""
         if news.agents is not None:
             if self._catalog.epoch:
                 self._resync_due = news.resync_reason(self.held)
@@ -135,10 +135,10 @@ class Relay:
             self.advance(news.changes)
 
     def advance(self, changes: Sequence[CommittedChange]) -> None:
-        """Move over the changes that come next, as far as they can be passed on.
+        """Apply the changes that come next, as far as they can be passed on.
 
         Raises:
-            CannotPassOn: one of them cannot be; those before it are.
+            CannotPassOn: a change cannot be passed on; those before it were.
         """
         try:
             self._step(changes)
@@ -150,8 +150,8 @@ class Relay:
 
     def _step(self, changes: Sequence[CommittedChange]) -> None:
         changes = self._with_traces(changes)
-        # Queued first: should the encoding fail, neither has moved and the next look tries again.
-        # Nothing is sent before this step of the loop is over.
+        # Queue first: if encoding fails, neither has moved and the next poll tries again.
+        # Nothing is sent before this step of the event loop ends.
         with tracing.joined("slm.feed", changes[-1].traceparent):
             self._outbox.publish(changes)
         self._catalog.apply(changes, changes[-1].revision)
@@ -166,12 +166,12 @@ class Relay:
             del self._ids[next(iter(self._ids))]
 
     def _with_traces(self, changes: Sequence[CommittedChange]) -> Sequence[CommittedChange]:
-        """Return the changes with the traces that they were made in, where this server did it."""
+        """Return the changes, each with the trace of its write if this server made it."""
         traces = self._traces
         if not traces:
             return changes
         traced = [replace(change, traceparent=traces.get(change.revision)) for change in changes]
-        # What is older was passed on, or never committed.
+        # Older entries were passed on already, or were never committed.
         head = changes[-1].revision
         for revision in [each for each in list(traces) if each <= head]:
             traces.pop(revision, None)

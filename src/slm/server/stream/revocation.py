@@ -1,6 +1,6 @@
-"""Ends the streams and waits of tokens that were revoked or have expired.
+"""Ends the streams and waiting requests of tokens that were revoked or have expired.
 
-The table of tokens is kept up to date by others; this looks at who is still inside. Knows no
+The token table is kept up to date elsewhere; this checks the tokens that are in use. Knows no
 database and no HTTP (docs/protocol.md section 4).
 """
 
@@ -17,14 +17,14 @@ from slm.server.stream.hub import Hub
 from slm.server.tasks.supervisor import Supervisor
 
 LOOK_EVERY_SECONDS: Final = 0.25
-"""With the feed's poll of a second, a revoked token is out well within two."""
+"""With the feed's one-second poll, a revoked token is removed well within two seconds."""
 
 
 class Doorkeeper:
-    """Looks at the token of every open stream and every request that may wait.
+    """Checks the token of every open stream and of every request that may wait.
 
-    Each time that other tokens come into force, and by the clock: a token also expires while the
-    database is away.
+    It checks whenever the set of tokens changes, and also by the clock, because a token can expire
+    while the database is unavailable.
     """
 
     def __init__(self, tokens: TokenTable, hub: Hub, supervisor: Supervisor | None = None) -> None:
@@ -35,19 +35,19 @@ class Doorkeeper:
         tokens.on_replaced.append(self.evaluate)
 
     async def start(self) -> None:
-        """Begin to look."""
+        """Start checking."""
         self._task.start()
 
     async def stop(self) -> None:
-        """Stop looking."""
+        """Stop checking."""
         await self._task.stop()
 
     @contextlib.asynccontextmanager
     async def while_it_counts(self, caller: Caller) -> AsyncIterator[None]:
-        """Run the block for as long as the token counts; what it waits for then is cancelled.
+        """Run the block while the token is valid; cancel whatever it awaits once the token is not.
 
         Raises:
-            Unauthorized: the token does not count any more, or does not by the end of the block.
+            Unauthorized: the token is no longer valid, or stops being valid before the block ends.
         """
         inside = self._inside.setdefault(caller.token_id, set())
         limit = asyncio.timeout(None)
@@ -66,9 +66,9 @@ class Doorkeeper:
         self._tokens.require(caller)
 
     def evaluate(self) -> None:
-        """Close each stream, and end each wait, whose token does not count any more.
+        """Close each stream and cancel each wait that belongs to a token that is no longer valid.
 
-        Once nobody can know which tokens count, all streams are closed (1013).
+        If the server can no longer tell which tokens are valid, it closes all streams (1013).
         """
         outdated = self._tokens.is_outdated
         gone: dict[int, str | None] = {}
@@ -88,7 +88,7 @@ class Doorkeeper:
                 now = asyncio.get_running_loop().time()
                 for limit in inside:
                     limit.reschedule(now)
-                # Each only once: one that is ending already must not be cancelled again.
+                # Only once: a wait that is already ending must not be cancelled again.
                 inside.clear()
 
     async def _keep_looking(self) -> None:

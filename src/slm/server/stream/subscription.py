@@ -1,7 +1,8 @@
-"""The way of one subscriber from its `subscribe` to the live stream.
+"""Brings one subscriber from its `subscribe` message into the live stream.
 
-Replays what it missed, page by page, each waiting for its socket to drain, then joins the hub in
-one step of the loop with no second buffer (docs/protocol.md section 4, points 1 and 4).
+Replays the missed changes page by page, waiting for the socket to drain after each write, and then
+joins the hub in one step of the event loop, without a second buffer (docs/protocol.md section 4,
+points 1 and 4).
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ async def open_stream(
 ) -> None:
     """Answer `subscribed` and bring the subscriber into the live stream.
 
-    Where that cannot be done the connection is closed with 1013, so that the client comes back.
+    If that is not possible, the connection is closed with 1013 so that the client reconnects.
     """
     subscriber.client = wanted.client
     try:
         await _open(subscriber, wanted, hub, feed, settings)
     except ProblemError:
-        # The database is away: what was missed cannot be told now.
+        # The database is unavailable, so the missed changes cannot be replayed now.
         subscriber.sink.end(1013, "the changes cannot be read now")
     except Exception as error:
         logger.error("a stream failed with %s", type(error).__name__)
@@ -50,20 +51,21 @@ async def _open(
     at = Position(wanted.since, wanted.epoch, wanted.change_id)
     seconds = settings.min_revision_wait_seconds
     while not hub.is_at(*at):
-        # Read before `subscribed` is said: only then is it known where the stream can start.
-        # Not beyond the head: frames never go ahead of the catalog.
+        # Read before sending `subscribed`: only then do we know where the stream can start.
+        # Never past the head: frames must not be ahead of the catalog.
         upto = hub.head
         page = await feed.read(at.revision, settings.replay_page, upto=upto)
         reason = _not_resumable(at, page, upto, feed.replay_limit)
         if reason is not None:
             if reason not in ("compacted", "far-behind"):
-                # This replica may not have noticed yet; it should name a position that is there.
+                # This replica may not have noticed yet; the resync must name a position that
+                # exists.
                 await feed.look_again(seconds)
                 await hub.reached(feed.position, feed.epoch, seconds)
             hub.resync(subscriber, reason)
             return
         if hub.epoch != at.epoch or not page.changes:
-            # The database has that position, so this replica will too.
+            # The database has that position, so this replica will reach it too.
             feed.wake()
             if not await hub.can_go_on(at, seconds):
                 subscriber.sink.end(1013, "this replica is behind")
@@ -83,7 +85,7 @@ async def _open(
 
 
 def _not_resumable(at: Position, page: ChangePage, upto: int, limit: int) -> ResyncReason | None:
-    """Say why the database itself cannot resume there, or None where it can."""
+    """Return why the database cannot resume from this position, or None if it can."""
     horizon = page.horizon
     if horizon.epoch != at.epoch:
         return "epoch"

@@ -1,1 +1,1 @@
-"""Background tasks and taking turns in one event loop. Knows nothing of SLM."""
+"""Background tasks, and sharing one event loop fairly. Knows nothing about SLM."""

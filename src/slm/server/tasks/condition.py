@@ -1,4 +1,4 @@
-"""Waiting for something that moves, within one loop. Knows nothing of what it is."""
+"""Waiting for a change within one event loop. Does not know what changes."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Callable
 
 
 class Pulse:
-    """Wakes whoever waits each time that something moved, so that they look again."""
+    """Wakes all waiters whenever something changed, so that they check again."""
 
     def __init__(self) -> None:
         self._waiters: set[asyncio.Future[None]] = set()
 
     def fire(self) -> None:
-        """Wake everyone who waits."""
+        """Wake all waiters."""
         waiters, self._waiters = self._waiters, set()
         for waiter in waiters:
             if not waiter.done():

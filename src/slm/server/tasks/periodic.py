@@ -1,6 +1,6 @@
-"""PeriodicTask: work that is done at the start and then once every interval, such as a compaction.
+"""PeriodicTask: work done at startup and then once per interval, such as a compaction.
 
-Knows no work: what is done is a function, which says itself what it did.
+Does not know the work: it is a function, which does its own logging.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ logger = logging.getLogger(__name__)
 
 
 class PeriodicTask:
-    """One kind of work, again and again in the background; a failure waits for the next time.
+    """Repeats one kind of work in the background; a failed run is retried at the next interval.
 
     Args:
-        name: what it is called in logs and in `/readyz`.
-        work: does it once.
-        interval_seconds: how long to rest after it.
-        supervisor: of the server's tasks.
+        name: its name in logs and in `/readyz`.
+        work: does the work once.
+        interval_seconds: the pause after each run.
+        supervisor: the supervisor of the server's tasks.
     """
 
     def __init__(
@@ -38,11 +38,11 @@ class PeriodicTask:
         self._task = supervisor.task(name, self._run, needed=False)
 
     async def start(self) -> None:
-        """Begin; the work is done for the first time at once."""
+        """Start; the first run is immediate."""
         self._task.start()
 
     async def stop(self) -> None:
-        """Stop; a transaction under way is committed or rolled back as a whole."""
+        """Stop; an open transaction is committed or rolled back as a whole."""
         await self._task.stop()
 
     async def _run(self) -> None:
@@ -52,6 +52,6 @@ class PeriodicTask:
             except ProblemError as error:
                 logger.warning("%s: %s", self._name, error.detail)
             except Exception as error:
-                # The class alone: a driver's text may hold what was read.
+                # Only the class name: a driver's error text may contain data it read.
                 logger.error("%s failed: %s", self._name, type(error).__name__)
             await asyncio.sleep(self._interval_seconds)

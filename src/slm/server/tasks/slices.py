@@ -1,4 +1,4 @@
-"""Walks over many things that let the rest of the event loop run in between."""
+"""Iterates over many items while letting the rest of the event loop run in between."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from typing import Any, Final, TypeVar
 _T = TypeVar("_T")
 
 SLICE_SECONDS: Final = 0.005
-"""How long one turn of the loop may take of such a walk."""
+"""How long one turn of the event loop may take during such an iteration."""
 
 _SORTED_AT_ONCE: Final = 1000
 
 Steps = Generator[None, None, _T]
-"""Work in small steps, each ended by a bare `yield`; returns what comes of it."""
+"""Work in small steps, each ended by a bare `yield`; returns the result."""
 
 
 async def in_slices(items: Iterable[_T], seconds: float = SLICE_SECONDS) -> AsyncIterator[_T]:
-    """Yield each item; after every `seconds` of work the loop has a turn."""
+    """Yield each item; after every `seconds` of work, let the event loop run."""
     until = time.monotonic() + seconds
     for item in items:
         yield item
@@ -30,7 +30,7 @@ async def in_slices(items: Iterable[_T], seconds: float = SLICE_SECONDS) -> Asyn
 
 
 async def sliced(steps: Steps[_T]) -> _T:
-    """Do work whose steps are small, with a turn for the loop in between as `in_slices` has it."""
+    """Do stepwise work, letting the event loop run in between as `in_slices` does."""
     results: list[_T] = []
     async for _ in in_slices(_collecting(steps, results)):
         pass
@@ -38,7 +38,7 @@ async def sliced(steps: Steps[_T]) -> _T:
 
 
 def at_once(steps: Steps[_T]) -> _T:
-    """Do the same work in one turn of the loop."""
+    """Do stepwise work in one turn of the event loop."""
     results: list[_T] = []
     for _ in _collecting(steps, results):
         pass

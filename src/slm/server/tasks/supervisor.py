@@ -1,7 +1,7 @@
-"""Keeps the server's background tasks alive: one that ends is logged, backed off and started again.
+"""Keeps the server's background tasks alive: logs one that ends and restarts it with backoff.
 
-Every task that lives as long as the server is one of these; `tests/server/test_supervisor.py` walks
-the sources for others. Knows no task's work.
+Every task that lives as long as the server is supervised here; `tests/server/test_supervisor.py`
+searches the source for others. Does not know what a task does.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ FIRST_BACKOFF_SECONDS: Final = 0.05
 MAX_BACKOFF_SECONDS: Final = 5.0
 
 STEADY_SECONDS: Final = 2.0
-"""A task that has run for so long since it was started again counts as well."""
+"""After a restart, a task that has run for this long is steady again."""
 
 DOWN_SECONDS: Final = 3.0
-"""A needed task that has been restarting for longer makes `/readyz` red."""
+"""A needed task that has been restarting for longer makes `/readyz` fail."""
 
 
 @dataclass(frozen=True)
 class TaskState:
-    """What `/readyz` and `/metrics` say of one task.
+    """What `/readyz` and `/metrics` report about one task.
 
     Attributes:
         name: such as `feed`.
         needed: whether the server is not ready without it.
-        running: whether it runs; False also while it keeps ending soon after each start.
+        running: whether it runs; also False while it keeps ending soon after each start.
         restarting_seconds: how long it has not run steadily.
-        restarts: how many times it was started again.
-        last_error: the class of what last ended it; empty where nothing did.
+        restarts: how many times it was restarted.
+        last_error: the class of the last error that ended it; empty if there was none.
     """
 
     name: str
@@ -48,11 +48,11 @@ class TaskState:
 
 
 class SupervisedTask:
-    """One task that is started again whenever it ends before `stop`.
+    """A task that is restarted whenever it ends before `stop`.
 
     Args:
-        name: what it is called in logs and in `/readyz`; the task itself is `slm-NAME`.
-        work: makes the coroutine, anew for each start; it must not rely on having ended in order.
+        name: its name in logs and in `/readyz`; the asyncio task is named `slm-NAME`.
+        work: creates the coroutine, once per start; it must not rely on the last run's cleanup.
         needed: whether the server is not ready without it.
     """
 
@@ -73,23 +73,23 @@ class SupervisedTask:
 
     @property
     def stopped(self) -> bool:
-        """Whether it is meant to be at rest: before `start` and after `stop`."""
+        """Whether it should not be running: before `start` and after `stop`."""
         return self._stopping
 
     @property
     def running(self) -> bool:
-        """Whether the task is at work now."""
+        """Whether the task is running now."""
         return self._task is not None and not self._task.done()
 
     def start(self) -> None:
-        """Begin; does nothing where it has begun."""
+        """Start; does nothing if already started."""
         if self._stopping:
             self._stopping = False
             self._failing_since = None
             self._begin()
 
     def cancel(self) -> None:
-        """End the task for good, without waiting for it."""
+        """End the task permanently, without waiting for it."""
         self._stopping = True
         if self._again is not None:
             self._again.cancel()
@@ -98,14 +98,14 @@ class SupervisedTask:
             self._task.cancel()
 
     async def stop(self) -> None:
-        """End the task for good and wait for it."""
+        """End the task permanently and wait for it."""
         self.cancel()
         task, self._task = self._task, None
         if task is not None:
             await asyncio.gather(task, return_exceptions=True)
 
     def state(self) -> TaskState:
-        """Return how it is now."""
+        """Return its current state."""
         now = asyncio.get_running_loop().time()
         self._note_steady(now)
         failing = self._failing_since
@@ -126,8 +126,8 @@ class SupervisedTask:
         self._task.add_done_callback(self._ended)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        """Start it again in a moment: also after a return or a stray cancellation."""
-        # Asked for in any case, or asyncio logs the exception whole, with what its text holds.
+        """Restart the task after a delay, even if it returned or was cancelled unexpectedly."""
+        # Always retrieve it, or asyncio logs the whole exception, including data in its text.
         error = None if task.cancelled() else task.exception()
         if self._stopping or task is not self._task:
             return
@@ -143,13 +143,13 @@ class SupervisedTask:
             self._failing_since = loop.time()
         self.restarts += 1
         self.last_error = what
-        # Not at one moment on every server whose database went.
+        # Spread out, so that servers that lost the same database don't retry at one moment.
         delay = random.uniform(self._backoff / 2, self._backoff)  # noqa: S311 - jitter, no secret # nosec B311
         self._backoff = min(2 * self._backoff, MAX_BACKOFF_SECONDS)
         self._again = loop.call_later(delay, self._begin)
 
     def _note_steady(self, now: float) -> None:
-        """Forget the failures of a task that has run long enough since."""
+        """Reset the backoff once the task has run for long enough."""
         if self._failing_since is None or now - self._began_at < STEADY_SECONDS or self._again:
             return
         logger.info("the task %s runs again, after %d starts", self.name, self.restarts)
@@ -158,7 +158,7 @@ class SupervisedTask:
 
 
 class Supervisor:
-    """All background tasks of one server, by name."""
+    """All background tasks of a server, by name."""
 
     def __init__(self) -> None:
         self._tasks: dict[str, SupervisedTask] = {}
@@ -166,18 +166,18 @@ class Supervisor:
     def task(
         self, name: str, work: Callable[[], Coroutine[Any, Any, None]], *, needed: bool = True
     ) -> SupervisedTask:
-        """Return a new task, which `states` reports from now on; nothing runs yet.
+        """Create a task and include it in `states` from now on; does not start it.
 
         Args:
-            name: what it is called.
-            work: makes its coroutine, anew for each start.
+            name: its name.
+            work: creates its coroutine, once per start.
             needed: whether the server is not ready without it.
         """
         made = self._tasks[name] = SupervisedTask(name, work, needed=needed)
         return made
 
     def states(self) -> list[TaskState]:
-        """Return how each task is that was started and not stopped."""
+        """Return the state of each task that was started and not stopped."""
         return [task.state() for task in self._tasks.values() if not task.stopped]
 
     @property
@@ -191,6 +191,6 @@ class Supervisor:
 
 
 def _at(error: BaseException | None) -> str:
-    """Return where in the sources an error was raised; its own text may hold what was read."""
+    """Return where in the source an error was raised; its text may contain data that was read."""
     frames = traceback.extract_tb(error.__traceback__) if error is not None else []
     return f" in {frames[-1].name}, line {frames[-1].lineno}" if frames else ""

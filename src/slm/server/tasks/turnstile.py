@@ -1,4 +1,4 @@
-"""Turnstile: lets a crowd through a few a turn of the event loop, so that others come in between.
+"""Turnstile: admits waiting callers a few per turn of the event loop, so that others get turns.
 
 Knows neither requests nor keys.
 """
@@ -12,16 +12,16 @@ from collections.abc import Callable
 from typing import Final
 
 AT_A_TURN: Final = 4
-"""How many get through in one turn of the loop; a read of keys takes about a millisecond of it."""
+"""How many are admitted per turn of the loop; a read of keys takes about a millisecond of it."""
 
 MOST_A_TURN: Final = 16
-"""How many at most, where turns are long: the crowd has half of the loop, whatever else runs."""
+"""The maximum when turns are long: waiting callers get half of the loop, whatever else runs."""
 
 _SECONDS_EACH: Final = 0.001
 
 
 class Turnstile:
-    """Whoever comes alone goes straight through; a crowd goes in the order of its coming."""
+    """A single caller passes at once; a crowd passes in order of arrival."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -34,7 +34,7 @@ class Turnstile:
         return len(self._waiting)
 
     async def enter(self) -> None:
-        """Return once it is this one's turn."""
+        """Return when it is the caller's turn."""
         loop = asyncio.get_running_loop()
         if self._turn is None:
             self._places, self._turn_began = AT_A_TURN, self._clock()

@@ -1,1 +1,1 @@
-"""Sockets, HTTP, TLS and WebSockets, below the application."""
+"""Sockets, HTTP, TLS and WebSockets, beneath the application."""

@@ -1,7 +1,7 @@
 """Accepts connections as fast as the server can handle them, and no faster.
 
-Instead of asyncio's own accepting, which logs an error for each place in its backlog while there is
-no descriptor, and never waits. Knows no protocol (docs/decisions/0026-accepting-pauses.md).
+Replaces asyncio's accept loop, which never pauses and, without free descriptors, logs an error for
+each slot of its backlog. Knows no protocol (docs/decisions/0026-accepting-pauses.md).
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from typing import Final
 from slm.server.transport.connections import Connections
 
 AT_ONCE: Final = 64
-"""How many are accepted in one turn of the loop, and after each pause."""
+"""How many are accepted per turn of the event loop, and after each pause."""
 
 PAUSE_SECONDS: Final = 0.1
-"""How long a pause lasts at most: plain HTTP comes in the same way."""
+"""The maximum length of a pause; it also delays plain HTTP."""
 
 LOG_EVERY_SECONDS: Final = 1.0
 
 TLS_AT_ONCE: Final = 100
-"""How many TLS handshakes may have begun within the last pause; each is a millisecond of work."""
+"""How many TLS handshakes may start within one pause; each takes about a millisecond of work."""
 
 _NO_ROOM: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
@@ -34,15 +34,15 @@ logger = logging.getLogger(__name__)
 
 
 class Acceptor:
-    """Accepts from one listening socket.
+    """Accepts connections from one listening socket.
 
     Args:
         listener: bound and listening; closed by `close`.
-        factory: makes the protocol of a connection.
-        connections: how many there may be.
-        is_busy: whether more streams are being opened than should be.
-        tls: the context of TLS, where it is spoken.
-        handshake_seconds: how long a TLS handshake may take, and the end of TLS.
+        factory: creates a connection's protocol.
+        connections: the table that limits how many there may be.
+        is_busy: whether too many streams are being opened.
+        tls: the TLS context, if TLS is used.
+        handshake_seconds: how long a TLS handshake, and a TLS shutdown, may take.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Acceptor:
                 task.cancel()
 
     def get_on(self) -> None:
-        """End the pause, if there is one: the server is less busy."""
+        """End the pause, if any, because the server is less busy."""
         if self._pause is not None and not self._closed and not self._busy():
             self._pause.cancel()
             self._end_pause()
@@ -121,7 +121,7 @@ class Acceptor:
         try:
             await self._loop.connect_accepted_socket(self._factory, accepted, **tls)  # type: ignore[arg-type]
         except OSError as error:
-            # Such as no TLS, or none in time: the peer's fault, not worth a log line.
+            # For example no TLS, or none in time: the peer's fault, not worth a log line.
             logger.debug("a connection was not established: %s", type(error).__name__)
             accepted.close()
         except asyncio.CancelledError:

@@ -1,6 +1,6 @@
-"""Every open connection of a server: how many there may be, and which one makes room for another.
+"""All open connections of a server: how many are allowed, and which one is closed for another.
 
-Knows no route and no token; a connection says by itself whether one was shown on it
+Knows no route and no token; a connection itself says whether a token was shown on it
 (docs/decisions/0025-who-makes-room.md).
 """
 
@@ -12,23 +12,23 @@ from collections.abc import Collection, Iterator
 from typing import Final, Protocol
 
 KEPT_FOR_HTTP: Final = 256
-"""How many connections no stream may take: an operator must get in while the streams are full."""
+"""Connections reserved from streams: operators must get in while the streams are full."""
 
 KEPT_DESCRIPTORS: Final = 100
-"""How many descriptors are kept for files, the database and connections about to be closed."""
+"""How many descriptors are reserved for files, the database and connections being closed."""
 
 UNLIMITED: Final = 1_000_000
-"""The limit where nobody sets one."""
+"""The limit if none is set."""
 
 LOOK_AT_ONCE: Final = 500
-"""After how many connections everyone else in the loop has a turn."""
+"""After this many connections, other tasks in the event loop get a turn."""
 
 TOKEN_SHOWN: Final = "slm.token_shown"  # noqa: S105 - the name of a flag
-"""The key of a request's `scope["state"]` that says that it carried a valid token."""
+"""The key in a request's `scope["state"]` that says that it carried a valid token."""
 
 
 class HttpConnection(Protocol):
-    """A connection that speaks plain HTTP, or nothing yet."""
+    """A connection that speaks plain HTTP, or has not sent anything yet."""
 
     @property
     def is_stranger(self) -> bool:
@@ -36,21 +36,21 @@ class HttpConnection(Protocol):
 
     @property
     def is_idle(self) -> bool:
-        """Whether no request is under way."""
+        """Whether no request is in progress."""
 
     def is_stuck(self, now: float) -> bool:
-        """Say whether the peer has stopped reading what it was answered."""
+        """Return whether the peer has stopped reading its responses."""
 
     def cut(self) -> None:
-        """Close it now, and throw away what waits."""
+        """Close the connection now and discard what is waiting."""
 
 
 def connection_limit(wanted: int | None, open_files: int | None) -> int:
     """Return how many connections a server may have.
 
     Args:
-        wanted: what the operator set; None: as many as there are descriptors for.
-        open_files: how many files the process may have open; None: any number.
+        wanted: the operator's setting; None for as many as there are descriptors.
+        open_files: how many files the process may have open; None if unlimited.
     """
     most = UNLIMITED if open_files is None else open_files - KEPT_DESCRIPTORS
     return max(2, most if wanted is None else min(wanted, most))
@@ -63,8 +63,8 @@ class Connections:
         limit: how many may be open at once.
 
     Attributes:
-        arriving: the connections on their way there, such as in a TLS handshake, the oldest first.
-        max_streams: how many of them may be streams.
+        arriving: connections being opened, such as in a TLS handshake, the oldest first.
+        max_streams: how many of the connections may be streams.
     """
 
     def __init__(self, limit: int = UNLIMITED) -> None:
@@ -79,14 +79,14 @@ class Connections:
     def __len__(self) -> int:
         return len(self._open) + len(self.arriving) - len(self._cut)
 
-    # --- what connections tell ---
+    # --- called by connections ---
 
     def begins_http(self, connection: HttpConnection) -> None:
         """Note a new connection."""
         self._http[connection] = asyncio.get_running_loop().time()
 
     def ends_http(self, connection: HttpConnection) -> None:
-        """Note that a connection is closed, or becomes a stream."""
+        """Note that a connection was closed or becomes a stream."""
         self._http.pop(connection, None)
         self._cut.discard(connection)
 
@@ -94,17 +94,17 @@ class Connections:
 
     @property
     def http(self) -> int:
-        """How many speak plain HTTP."""
+        """The number of plain HTTP connections."""
         return len(self._http)
 
     @property
     def has_too_many_streams(self) -> bool:
-        """Whether the streams, and the connections that are becoming one, are over their limit."""
+        """Whether streams, including those being opened, exceed their limit."""
         return len(self._open) - len(self._http) > self.max_streams
 
     @property
     def can_take_one_more(self) -> bool:
-        """Whether there is room, or a connection that can make some."""
+        """Whether there is a free slot, or a connection that can be closed for one."""
         return len(self) < self.limit or self._dispensable() is not None
 
     def make_room(self) -> None:
@@ -113,7 +113,7 @@ class Connections:
             self.close_one()
 
     def close_one(self) -> None:
-        """Close the oldest that has shown no valid token, or else the oldest that is idle."""
+        """Close the oldest that has shown no valid token, or else the oldest idle one."""
         found = self._dispensable()
         if isinstance(found, asyncio.Task):
             self.arriving.pop(found, None)
@@ -137,11 +137,11 @@ class Connections:
     # --- peers that do not read ---
 
     def watch(self, connections: Collection[object], every_seconds: float) -> None:
-        """Count these, and cut the peers that do not read what they are answered, from now on.
+        """Count these connections and cut peers that do not read their responses, from now on.
 
         Args:
-            connections: every one whose transport is there, streams included; uvicorn's own set.
-            every_seconds: how often it is looked for such peers.
+            connections: all that have a transport, including streams; uvicorn's own set.
+            every_seconds: how often to check for such peers.
         """
         self._open = connections
         self._look_later(every_seconds)
@@ -151,7 +151,7 @@ class Connections:
         self._timer = loop.call_later(every_seconds, self._tick, list(self._http), every_seconds)
 
     def stop_watching(self) -> None:
-        """Stop watching them."""
+        """Stop watching the connections."""
         if self._timer is not None:
             self._timer.cancel()
 

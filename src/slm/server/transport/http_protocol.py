@@ -1,7 +1,7 @@
 """uvicorn's protocol class for HTTP, with limits on what a peer may send.
 
-`uvicorn.Config(http=…)` takes a class; this subclasses the pinned version's. Knows no agent and no
-token, only bytes, limits and timers. The other class, for WebSockets, is in `ws_handshake`.
+`uvicorn.Config(http=…)` takes a class; this subclasses that of the pinned version. Knows no agent
+and no token, only bytes, limits and timers. The WebSocket class is in `ws_handshake`.
 """
 
 from __future__ import annotations
@@ -25,27 +25,27 @@ if sys.platform == "linux":
     import termios
 
 MAX_HEADERS: Final = 100
-"""How many header fields a request may have; past 128 the WebSocket parser would answer nothing."""
+"""The maximum number of header fields; above 128 the WebSocket parser would not answer at all."""
 
 LINGER_SECONDS: Final = 2.0
-"""How long a refused peer may go on sending before its connection is cut.
+"""How long a rejected peer may keep sending before its connection is cut.
 
-Closing with unread bytes sends a reset, which can overtake the answer that says why.
+Closing with unread bytes sends a reset, which can overtake the response that explains why.
 """
 
 
 READ_AT_LEAST_BYTES: Final = 4096
-"""How much of an answer a peer must read in the time that a head may take."""
+"""How much of a response a peer must read within the time limit for a request head."""
 
 PIECE_BYTES: Final = 2048
-"""How much is parsed at once: what is behind it waits while requests wait to be answered."""
+"""How much is parsed at once; the rest waits while requests are waiting for a response."""
 
 MAX_WAITING_REQUESTS: Final = 8
-"""How many requests of one connection wait to be answered before it is read on."""
+"""How many requests on a connection may wait for a response before reading pauses."""
 
 
 class _Flow(FlowControl):
-    """uvicorn's flow control, which reads on only when all that was read is parsed."""
+    """uvicorn's flow control, but resumes reading only when everything read has been parsed."""
 
     is_held = False
 
@@ -55,13 +55,13 @@ class _Flow(FlowControl):
 
 
 class HttpProtocol(HttpToolsProtocol):
-    """HTTP/1.1 with a limit on the request's head and on the time that head and body may take.
+    """HTTP/1.1 with limits on the size of the head and on the time for head and body.
 
-    Without the first an upgrade with large headers hangs for ever, since the WebSocket parser never
-    answers it; without the second a peer that sends half a header or half a body keeps its
-    connection for ever. What stands around the chunks of a body is limited as a head is: the parser
-    would keep a trailer of any size. A peer that does not read its answers is cut, and requests
-    that were sent ahead are not read ahead.
+    Without the first, an upgrade with large headers hangs forever, since the WebSocket parser never
+    answers it; without the second, a peer that sends half a head or half a body keeps its
+    connection forever. Chunk framing and trailers have the same limit as a head, because the parser
+    would keep a trailer of any size. A peer that does not read its responses is cut, and pipelined
+    requests are not read ahead.
     """
 
     max_header_bytes = 8192
@@ -84,21 +84,21 @@ class HttpProtocol(HttpToolsProtocol):
     _waits_since = 0.0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Start the clock of the first request's head."""
+        """Start the timer for the first request's head."""
         super().connection_made(transport)
         self.flow = _Flow(transport)
         self.table.begins_http(self)
         self._expect_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop every clock."""
+        """Stop all timers."""
         self.table.ends_http(self)
         self._stop_header_timer()
         self._unread = b""
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Feed the parser, unless the peer was refused; what it still sends is thrown away."""
+        """Feed the parser; discard the data if the peer was rejected."""
         if self._refused or self.parser is None:
             return
         self._unset_keepalive_if_required()
@@ -117,7 +117,7 @@ class HttpProtocol(HttpToolsProtocol):
             self._expect_head()
 
     def _feed(self, data: bytes) -> None:
-        """Parse piece by piece, as far as the requests are answered; the rest waits."""
+        """Parse in pieces, as fast as requests are answered; the rest waits."""
         view, start = memoryview(data), 0
         while start < len(data) and len(self.pipeline) < MAX_WAITING_REQUESTS:
             piece = view[start : start + PIECE_BYTES]
@@ -130,8 +130,8 @@ class HttpProtocol(HttpToolsProtocol):
                 if self._should_upgrade():
                     self._upgrade()
                     return
-                # Any other upgrade, such as curl's h2c, is ignored (RFC 9110 section 7.8), and
-                # what follows it is HTTP/1.1 like all the rest.
+                # Any other upgrade, such as curl's h2c, is ignored (RFC 9110 section 7.8), and what
+                # follows it is plain HTTP/1.1.
                 start += upgrade.args[0] - len(piece)
             if self._head_bytes > self.max_header_bytes and (self._in_head or self._in_body):
                 self._refuse(431)
@@ -144,16 +144,16 @@ class HttpProtocol(HttpToolsProtocol):
     def _upgrade(self) -> None:
         self._stop_header_timer()
         if not self.is_idle or self.flow.write_paused:
-            # An answer of before would come between the frames.
+            # An earlier response would end up between the frames.
             self._refuse(400)
             return
         self.table.ends_http(self)
         self.handle_websocket_upgrade()
-        # The parser holds this object and is held by it: cut, both are freed at once.
+        # The parser and this object refer to each other; breaking the cycle frees both at once.
         self.parser = None  # type: ignore[assignment]
 
     def on_response_complete(self) -> None:
-        """Go on with what was sent ahead."""
+        """Continue with pipelined requests."""
         self._answers += 1
         super().on_response_complete()
         if self._unread:
@@ -161,26 +161,26 @@ class HttpProtocol(HttpToolsProtocol):
             self.flow.resume_reading()
 
     def resume_writing(self) -> None:
-        """Note that the peer reads."""
+        """Note that the peer is reading."""
         self._resumed += 1
         super().resume_writing()
 
-    # --- what `Connections` asks ---
+    # --- called by `Connections` ---
 
     @property
     def is_stranger(self) -> bool:
-        """Whether no request here has carried a valid token."""
+        """Whether no request on this connection has carried a valid token."""
         if not self._knows_token and self.scope is not None:
             self._knows_token = self.scope["state"].get(TOKEN_SHOWN, False)
         return not self._knows_token
 
     @property
     def is_idle(self) -> bool:
-        """Whether no request is under way."""
+        """Whether no request is in progress."""
         return self.cycle is None or self.cycle.response_complete
 
     def is_stuck(self, now: float) -> bool:
-        """Say whether the peer has read next to nothing of its answers for too long."""
+        """Return whether the peer has read next to nothing of its responses for too long."""
         waiting = unsent(self.transport)
         progress = (self._answers, self._resumed)
         reads = progress != self._progress or waiting <= self._waited_for - READ_AT_LEAST_BYTES
@@ -189,13 +189,13 @@ class HttpProtocol(HttpToolsProtocol):
         return bool(waiting) and now - self._waits_since >= self.header_timeout_seconds
 
     def cut(self) -> None:
-        """Close it now, and throw away what waits."""
+        """Close the connection now and discard what is waiting."""
         self.transport.abort()
 
-    # --- what the parser calls ---
+    # --- called by the parser ---
 
     def on_message_begin(self) -> None:
-        """Count a new head."""
+        """Start counting a new head."""
         self._knows_token = not self.is_stranger
         super().on_message_begin()
         self._in_head = True
@@ -207,24 +207,24 @@ class HttpProtocol(HttpToolsProtocol):
         super().on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Count a header field; a trailer counts too."""
+        """Count a header field, including trailers."""
         self._count(len(name) + len(value) + 4)
         if len(self.headers) >= MAX_HEADERS:
             self._count(self.max_header_bytes)
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        """Stop the clock: what follows is the body."""
+        """Stop the timer: the body follows."""
         version = self.parser.get_http_version()
         hosts = sum(1 for name, _ in self.headers if name == b"host")
-        # RFC 9112 sections 2.3 and 3.2: who reads one of two hosts otherwise is led astray.
+        # RFC 9112 sections 2.3 and 3.2: two hosts could be interpreted differently further on.
         if version not in ("1.0", "1.1") or hosts > 1 or (version == "1.1" and not hosts):
             raise ValueError("no HTTP/1.1 request")
         if self.parser.should_upgrade() and any(
             name == b"transfer-encoding" or (name == b"content-length" and value != b"0")
             for name, value in self.headers
         ):
-            # The parser takes the body for what follows the upgrade: for requests, or for frames.
+            # The parser would treat the body as data after the upgrade: as requests, or as frames.
             raise ValueError("an upgrade with a body")
         self._in_head, self._in_body = False, True
         self._head_bytes = 0
@@ -232,26 +232,26 @@ class HttpProtocol(HttpToolsProtocol):
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
-        """Take a piece of the body; its size is the application's to limit."""
+        """Handle part of the body; the application limits its size."""
         self._head_bytes = 0
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        """Wait for the next request, if the connection is kept."""
+        """Wait for the next request if the connection is kept alive."""
         self._in_head, self._in_body = True, False
         self._head_bytes = 0
         self._stop_header_timer()
         super().on_message_complete()
 
     def shutdown(self) -> None:
-        """Close when idle, else after the answer under way."""
+        """Close if idle, otherwise after the current response."""
         self._stop_header_timer()
         super().shutdown()
 
     def _count(self, size: int) -> None:
         self._field_bytes += size
         if self._field_bytes > self.max_header_bytes:
-            # Inside a callback of the parser this ends the parsing.
+            # Inside a parser callback, this ends the parsing.
             raise ValueError("the request's head is over the limit")
 
     def _expect_head(self) -> None:
@@ -265,7 +265,7 @@ class HttpProtocol(HttpToolsProtocol):
             self.transport.close()
 
     def _body_is_late(self) -> None:
-        """Cut the connection: the request is answered already, or waits for its body in vain."""
+        """Cut the connection: the request was answered already, or its body never came."""
         self._header_timer = None
         self.transport.abort()
 
@@ -275,17 +275,17 @@ class HttpProtocol(HttpToolsProtocol):
             self._header_timer = None
 
     def _refuse(self, status: int) -> None:
-        """Answer with a problem and close, reading on for a moment so that the answer arrives."""
+        """Respond with a problem and close, reading briefly so that the response arrives."""
         if self._refused:
             return
         self._refused = True
         self._stop_header_timer()
         if self.cycle is not None and not self.cycle.response_complete:
             if self.pipeline or not self._in_body or self.cycle.response_started:
-                # An earlier request of the same connection is still being answered.
+                # An earlier request on the same connection is still being answered.
                 self.transport.abort()
                 return
-            # The body of this very request: nobody else will answer it.
+            # The body of this very request, which nothing else will answer.
             self.cycle.disconnected = True
             self.cycle.message_event.set()
         code, title = REFUSALS[status]
@@ -312,23 +312,23 @@ REFUSALS: Final = {
     408: ("request-timeout", "The request's head did not come in time"),
     431: ("header-fields-too-large", "The request's head is too large"),
 }
-"""What the parser itself refuses, by status: the problem's code and title."""
+"""The problem code and title for each status with which the parser itself rejects a request."""
 
 
 def end_writing(transport: asyncio.WriteTransport) -> None:
-    """Say that nothing more comes, where the transport can; a peer that is gone already is cut."""
+    """Signal the end of writing where the transport can; cut a peer that is already gone."""
     if not transport.can_write_eof() or transport.is_closing():
         return
     try:
         transport.write_eof()
     except OSError:
-        # The peer has reset the connection, and the loop has not read of it yet.
+        # The peer reset the connection, and the loop has not noticed yet.
         transport.abort()
 
 
 def unsent(transport: asyncio.Transport) -> int:
-    """Return how many bytes wait for the peer, on Linux those in the kernel included."""
-    # Of TLS only what is encrypted: its session tickets wait for the first answer.
+    """Return how many bytes wait for the peer; on Linux, including those in the kernel."""
+    # With TLS, only encrypted bytes: its session tickets wait for the first response.
     waiting = (beneath_tls(transport) or transport).get_write_buffer_size()
     ours = transport.get_extra_info("socket")
     if sys.platform == "linux" and ours is not None and ours.fileno() >= 0:
@@ -338,13 +338,13 @@ def unsent(transport: asyncio.Transport) -> int:
 
 
 def beneath_tls(transport: asyncio.Transport) -> asyncio.WriteTransport | None:
-    """Return the transport that carries the bytes of a TLS one, and what it has not sent yet."""
+    """Return the transport that carries a TLS transport's bytes and buffers what is unsent."""
     found = getattr(getattr(transport, "_ssl_protocol", None), "_transport", None)
     return found if isinstance(found, asyncio.WriteTransport) else None
 
 
 def unsent_bytes_of(transport: asyncio.Transport) -> Callable[[], int]:
-    """Return what tells how many bytes wait for the peer, those that TLS has encrypted too."""
+    """Return a function that counts the bytes waiting for the peer, encrypted ones included."""
     beneath = beneath_tls(transport)
     if beneath is None:
         return transport.get_write_buffer_size
@@ -358,9 +358,10 @@ def http_protocol(
     """Return the HTTP protocol class with these limits, for `uvicorn.Config(http=…)`.
 
     Args:
-        max_header_bytes: how large a request's head may be.
-        header_timeout_seconds: how long a head, a body, or the reading of an answer may take.
-        table: where its connections are entered; none: one of its own, without a limit.
+        max_header_bytes: the maximum size of a request's head.
+        header_timeout_seconds: how long receiving a head or a body, or reading a response, may
+            take.
+        table: where connections are registered; None for a table of its own without a limit.
     """
     limits = {
         "max_header_bytes": max_header_bytes,

@@ -1,4 +1,4 @@
-"""What a server process sets for itself: no dumps of its memory, and an interpreter for a loop."""
+"""Process-wide settings of a server: no memory dumps, and an interpreter tuned for the loop."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from typing import Final
 _PR_SET_DUMPABLE: Final = 4
 
 COLLECT_AFTER: Final = (10_000, 5, 3)
-"""How many new objects make the cyclic collector look at the youngest, and so on (`gc`).
+"""How many new objects trigger a collection of the youngest generation, and so on (`gc`).
 
-Each stream that opens is a hundred objects that last: with Python's 700 the collector took half of
-the time of accepting it. What closed streams leave behind for it is then some ten megabytes.
+Each opened stream creates about a hundred lasting objects: with Python's 700, the collector took
+half of the time for accepting it. Garbage from closed streams then reaches about ten megabytes.
 """
 
 
 SWITCH_SECONDS: Final = 0.0005
 """How long a thread that decrypts keys may keep the event loop waiting for the interpreter.
 
-With Python's 5 ms the loop lost that at each of its writes while a snapshot was being made.
+With Python's 5 ms, the loop lost that much at each write while a snapshot was being made.
 """
 
 
 def tune_interpreter() -> None:
-    """Have the cyclic collector look less often, and threads give way to the event loop sooner.
+    """Make the cyclic collector run less often and threads yield to the event loop sooner.
 
-    Of the whole process, so only for one that is a server and nothing else, once it is started:
-    what the start has made is never looked at again.
+    Affects the whole process, so only for a process that is nothing but a server, after startup:
+    objects created until then are never examined again.
     """
     sys.setswitchinterval(SWITCH_SECONDS)
     gc.collect()
@@ -38,12 +38,12 @@ def tune_interpreter() -> None:
 
 
 def forbid_core_dumps() -> None:
-    """Let no crash write this memory to a disk, and no other process of this user read it.
+    """Prevent crashes from writing memory to disk and other processes of this user from reading it.
 
-    It holds decrypted keys for moments.
+    The memory holds decrypted keys for moments.
 
-    RLIMIT_CORE covers core files; on Linux PR_SET_DUMPABLE also covers a core handler behind a pipe
-    and ptrace (prctl(2)). Where the platform has neither, nothing happens.
+    RLIMIT_CORE covers core files; on Linux, PR_SET_DUMPABLE also covers core handlers behind a pipe
+    and ptrace (prctl(2)). On platforms with neither, this does nothing.
     """
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
@@ -55,9 +55,9 @@ def forbid_core_dumps() -> None:
 
 
 def raise_open_files() -> None:
-    """Let this process open as many files as the system's hard limit allows; each stream is one.
+    """Raise the open-file limit to the system's hard limit; each stream needs one descriptor.
 
-    The usual soft limit of 1,024 is there for programs that call select(2).
+    The usual soft limit of 1,024 exists for programs that call select(2).
     """
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
@@ -67,7 +67,7 @@ def raise_open_files() -> None:
 
 
 def open_files_limit() -> int | None:
-    """Return how many files this process may have open; None where there is no limit to tell."""
+    """Return how many files this process may have open; None if there is no known limit."""
     with contextlib.suppress(ImportError, OSError):
         import resource
 

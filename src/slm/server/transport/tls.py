@@ -1,6 +1,6 @@
-"""The server's TLS: its certificate, reloaded while it serves, and whom it asks for one.
+"""The server's TLS: its certificate, reloadable while serving, and client certificates.
 
-Reads certificate files and holds the one context; knows no socket and no route.
+Reads certificate files and holds the only context; knows no socket and no route.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ logger = logging.getLogger(__name__)
 
 
 class ServerTls:
-    """The TLS context of a server.
+    """A server's TLS context.
 
     Args:
         cert: the certificate chain in PEM.
         key: the private key in PEM.
-        client_ca: certificates in PEM; whoever connects must show one signed by these (mTLS).
+        client_ca: CA certificates in PEM; clients must present a certificate signed by one (mTLS).
     """
 
     def __init__(self, cert: Path, key: Path, client_ca: Path | None = None) -> None:
@@ -31,7 +31,7 @@ class ServerTls:
         self._context: ssl.SSLContext | None = None
 
     def context(self) -> ssl.SSLContext:
-        """Return the context, made at the first call.
+        """Return the context, creating it on the first call.
 
         Raises:
             StartupError: a file cannot be used; the message names it.
@@ -41,14 +41,15 @@ class ServerTls:
         return self._context
 
     def reload(self) -> None:
-        """Read the files again; connections from now on get the new certificate.
+        """Read the files again; new connections get the new certificate.
 
-        Where one cannot be used, the old certificate stays and the log says why. A client CA is
-        added to those trusted before; to distrust one takes a restart.
+        If a file cannot be used, the old certificate stays and the log says why. A new client CA is
+        trusted in addition to the earlier ones; removing one requires a restart.
         """
         context = self.context()
         try:
-            # In a context of its own first: half a change would leave the server with nothing.
+            # Try in a separate context first: a half-applied change would leave the server
+            # unusable.
             self._made()
             self._load(context)
         except StartupError as error:
@@ -75,7 +76,7 @@ class ServerTls:
                     f"The TLS file {path} cannot be used: {_reason(error, 'it is no file')}."
                 ) from None
         try:
-            # An empty password, or OpenSSL would ask for one on the terminal.
+            # With an empty password, OpenSSL does not prompt for one on the terminal.
             context.load_cert_chain(self._cert, self._key, password="")  # nosec B106
         except OSError as error:
             raise StartupError(
@@ -94,5 +95,5 @@ class ServerTls:
 
 
 def _reason(error: OSError, otherwise: str) -> str:
-    # ssl.SSLError is an OSError whose text is OpenSSL's.
+    # ssl.SSLError is an OSError with OpenSSL's text.
     return otherwise if isinstance(error, ssl.SSLError) else (error.strerror or otherwise)

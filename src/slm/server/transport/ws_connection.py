@@ -1,4 +1,4 @@
-"""A WebSocket after its handshake, small, since a server holds thousands.
+"""A WebSocket after its handshake; kept small, since a server holds thousands.
 
 The handshake is in `ws_handshake`. Knows no agent, no token and no message's meaning, only bytes
 and turns (RFC 6455; docs/decisions/0009-frames-go-to-the-transport.md).
@@ -23,60 +23,60 @@ except ImportError:  # pragma: no cover - where it has no wheel
     from websockets.utils import apply_mask
 
 SHORT_BYTES: Final = 4096
-"""A longer message, or one in pieces, is worth a parser of its own."""
+"""A longer or fragmented message needs a full parser."""
 
 CLOSE_SECONDS: Final = 10.0
-"""How long a peer may take to answer a close frame, at most."""
+"""How long a peer may take to answer a close frame."""
 
 TURN_FRAMES: Final = 64
-"""After so many frames of one peer everyone else in the loop has a turn."""
+"""After this many frames from one peer, other tasks get a turn."""
 
 PIECE_BYTES: Final = 1024
-"""How much the library's parser is fed at once: it takes all the frames of what it is fed."""
+"""How much the library's parser gets at once; it parses all frames in what it is given."""
 
 BURST: Final = 1000
 PER_SECOND: Final = 500
 FRAME_BYTES: Final = 16 * 1024
-"""How many frames a peer may send at once, and a second; so many bytes count as one more.
+"""A peer may send `BURST` frames at once, then `PER_SECOND`; `FRAME_BYTES` count as one more.
 
-One that sends more is read as slowly as that. A backend that acks is at ten a second.
+A peer that sends more is read only at that rate. A backend that acks sends ten per second.
 """
 
 RECKON_AT: Final = 32
-"""After so many the time is looked at."""
+"""After this much, the time is checked."""
 
 PONGS_WAIT_BYTES: Final = 16 * 1024
-"""One that reads nothing gets no pongs beyond these (RFC 6455 section 5.5.3)."""
+"""A peer that reads nothing gets no pongs beyond this many bytes (RFC 6455 section 5.5.3)."""
 
 _TEXT, _PING, _PONG = 0x81, 0x89, 0x8A
 """The first byte of a whole message in one frame, a ping and a pong (RFC 6455 section 5.2)."""
 
 
 class Listener(Protocol):
-    """Who hears what a peer says."""
+    """Receives what a peer sends."""
 
     def heard(self, message: str | bytes) -> None:
-        """Take one message, text or binary."""
+        """Handle one message, text or binary."""
 
     def gone(self) -> None:
-        """Hear, once, that no more will come: the connection ended, or is ending."""
+        """Called once when no more messages will come: the connection has ended or is ending."""
 
 
 class WebSocketConnection(asyncio.Protocol):
-    """One WebSocket after its handshake; the order of `push` is the order on the wire.
+    """A WebSocket after its handshake; the order of `push` is the order on the wire.
 
-    What nearly all peers send, a short message in one frame or a pong, is read here; for anything
-    else the library's parser is made, and kept until the connection ends.
+    What nearly all peers send, a short message in one frame or a pong, is parsed here. For anything
+    else the library's parser is created and kept until the connection ends.
 
     Args:
-        transport: of the open connection; not read from before `listen`.
-        keepalive: who pings the peer.
-        connections: all that the server has; this one is in it as long as it is open.
+        transport: the open connection; not read before `listen`.
+        keepalive: pings the peer.
+        connections: the server's set of connections; contains this one while it is open.
         max_message_bytes: a longer message ends the connection (1009).
 
     Attributes:
         transport: where the frames go.
-        closed: whether a close frame has gone out, after which nothing may.
+        closed: whether a close frame was sent, after which nothing may be sent.
     """
 
     # There are thousands, and a broadcast visits each.
@@ -118,19 +118,19 @@ class WebSocketConnection(asyncio.Protocol):
         self._timer: asyncio.TimerHandle | None = None
         self._go_on: asyncio.TimerHandle | None = None
         self._on_waiting: Callable[[int], object] | None = None
-        # How many bytes wait for the peer; bound once, since each push asks.
+        # Returns the bytes waiting for the peer; bound once, since each push calls it.
         self._unsent = unsent_bytes_of(transport)
         self._spent = 0.0
         self._credit = float(BURST)
         self._credit_at = 0.0
 
     def listen(self, listener: Listener, on_waiting: Callable[[int], object] | None = None) -> None:
-        """Begin to hear the peer, and to ping it; once, before anything is read.
+        """Start receiving from the peer and pinging it; called once, before anything is read.
 
         Args:
-            listener: who hears it.
-            on_waiting: called with how many bytes wait for the peer after it was sent anything
-                but a push, and when much of what it sent waits here.
+            listener: receives the messages.
+            on_waiting: called with the number of bytes waiting for the peer after anything other
+                than a push was sent to it, and when much of what it sent is waiting here.
         """
         self._listener = listener
         self._on_waiting = on_waiting
@@ -142,15 +142,15 @@ class WebSocketConnection(asyncio.Protocol):
     # --- sending ---
 
     def push(self, frames: Encoded) -> int:
-        """Write without waiting; return how many bytes wait for the peer, -1 once it is closed."""
-        # One that was reset is closing until the loop's next turn, and may be told much until then.
+        """Write without waiting; return how many bytes wait for the peer, or -1 if it is closed."""
+        # After a reset it is closing until the loop's next turn; much could be written until then.
         if self.closed or self.transport.is_closing():
             return -1
         self.transport.write(frames.encoded)
         return self._unsent()
 
     def _answer(self, data: bytes) -> None:
-        """Write a frame of our own, as only this does, and account for it."""
+        """Write a frame of our own and account for it; nothing else writes one."""
         if data and not self.transport.is_closing():
             self.transport.write(data)
             waiting = self._unsent()
@@ -158,7 +158,7 @@ class WebSocketConnection(asyncio.Protocol):
                 self._on_waiting(waiting)
 
     def waiting_bytes(self) -> int:
-        """Return how many bytes wait for the peer to read, or of what it sends for the rest."""
+        """Return how many bytes wait for the peer to read, or were received and await the rest."""
         held = self._parser.held_bytes if self._parser is not None else 0
         return self._unsent() + len(self._unread) + held
 
@@ -168,7 +168,7 @@ class WebSocketConnection(asyncio.Protocol):
             await self._writable.wait()
 
     def end(self, code: int, reason: str = "") -> None:
-        """Send a close frame; cut the connection when the peer does not answer it in time."""
+        """Send a close frame; cut the connection if the peer does not answer in time."""
         if self.closed or self.transport.is_closing():
             return
         parser = self._parser_from_now_on()
@@ -179,36 +179,36 @@ class WebSocketConnection(asyncio.Protocol):
         self._send_of(parser)
 
     def abort(self) -> None:
-        """Cut the connection, throwing away what waits."""
+        """Cut the connection and discard what is waiting."""
         self.closed = True
         self._unread = b""
         self._keepalive.forget(self)
         self.transport.abort()
 
     def ping(self, frame: bytes) -> None:
-        """Write a ping, unless this is closing."""
+        """Write a ping, unless the connection is closing."""
         if not self.closed and not self.transport.is_closing():
             self._answer(frame)
 
     def shutdown(self) -> None:
-        """Close as a restarting server does (1012); uvicorn calls it."""
+        """Close like a restarting server (1012); called by uvicorn."""
         self.end(1012, "restarting")
 
-    # --- reading; the transport calls these ---
+    # --- reading; called by the transport ---
 
     def data_received(self, data: bytes) -> None:
-        """Take what the peer sent, as far as its turn goes."""
+        """Process what the peer sent, as far as its turn allows."""
         self._unread = self._unread + data if self._unread else data
         if self._go_on is None:
             self._take_turn()
 
     def eof_received(self) -> None:
-        """End when the peer will send no more."""
+        """End the connection, because the peer will send no more."""
         if not self.closed:
             self._close(LINGER_SECONDS)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Let go of everything."""
+        """Release everything."""
         self.closed = True
         self._keepalive.forget(self)
         self._connections.discard(self)
@@ -221,11 +221,11 @@ class WebSocketConnection(asyncio.Protocol):
         self._say_gone()
 
     def pause_writing(self) -> None:
-        """Note that much waits for the peer."""
+        """Note that much is waiting for the peer."""
         self._writable = asyncio.Event()
 
     def resume_writing(self) -> None:
-        """Note that most of it was read."""
+        """Note that the peer has read most of it."""
         if self._writable is not None:
             self._writable.set()
             self._writable = None
@@ -233,7 +233,7 @@ class WebSocketConnection(asyncio.Protocol):
     # --- turns ---
 
     def _take_turn(self) -> None:
-        """Take some frames; where more are there, or there were too many, reading waits."""
+        """Process some frames; reading pauses if more are there or the peer sent too many."""
         data = self._unread
         start = frames = 0
         if self._parser is None:
@@ -242,7 +242,7 @@ class WebSocketConnection(asyncio.Protocol):
             frames += self._read(self._parser, data[start : start + PIECE_BYTES])
             start += PIECE_BYTES
         self._unread = b"" if start >= len(data) or self.transport.is_closing() else data[start:]
-        # A read costs something too, whatever it brings.
+        # A read has a cost of its own, whatever it contains.
         self._spent += frames + start / FRAME_BYTES + 0.1
         if self._spent >= RECKON_AT or frames >= TURN_FRAMES:
             self._reckon()
@@ -250,7 +250,7 @@ class WebSocketConnection(asyncio.Protocol):
             self._note_held()
 
     def _reckon(self) -> None:
-        """Read no more for a while if the peer sent too much, or until the others had a turn."""
+        """Pause reading if the peer sent too much, or until the others had a turn."""
         loop = asyncio.get_running_loop()
         now = loop.time()
         credit = min(BURST, self._credit + (now - self._credit_at) * PER_SECOND) - self._spent
@@ -269,10 +269,10 @@ class WebSocketConnection(asyncio.Protocol):
         if self._unread:
             self._take_turn()
 
-    # --- the short way ---
+    # --- the fast path ---
 
     def _read_short(self, data: bytes) -> tuple[int, int]:
-        """Take whole short messages, pings and pongs; the parser takes anything else from there.
+        """Process whole short messages, pings and pongs; the parser takes over at anything else.
 
         Returns:
             How far it read, and how many frames there were.
@@ -325,7 +325,7 @@ class WebSocketConnection(asyncio.Protocol):
         if self._listener is not None and not self.closed:
             self._listener.heard(message)
 
-    # --- the library's way ---
+    # --- the library's parser ---
 
     def _parser_from_now_on(self) -> Parser:
         if self._parser is None:
@@ -333,9 +333,9 @@ class WebSocketConnection(asyncio.Protocol):
         return self._parser
 
     def _read(self, parser: Parser, data: bytes) -> int:
-        """Have the parser read; return how many frames there were."""
+        """Run the parser; return how many frames there were."""
         if parser.parser_exc is not None:
-            return 0  # It was told so already, and what it still sends is thrown away.
+            return 0  # It was told why already; what it still sends is discarded.
         parser.receive_data(data)
         if parser.parser_exc is not None:
             self._fail(parser)
@@ -366,14 +366,14 @@ class WebSocketConnection(asyncio.Protocol):
             self._hear(whole)
 
     def _answer_close(self, parser: Parser) -> None:
-        """Answer the peer's close, or take its answer to ours; one that reads nothing is cut."""
+        """Answer the peer's close, or handle its answer to ours; cut a peer that does not read."""
         self._send_of(parser)
         self.transport.close()
         if not self.closed:
             self._close()
 
     def _fail(self, parser: Parser) -> None:
-        """Tell why (1002, 1007, 1009) and end, reading on for a moment so that it arrives."""
+        """Close with the reason (1002, 1007, 1009), reading briefly so that it arrives."""
         self._send_of(parser)
         end_writing(self.transport)
         if not self.closed:
@@ -391,7 +391,7 @@ class WebSocketConnection(asyncio.Protocol):
         self._timer = loop.call_later(
             min(seconds, self._keepalive.timeout_seconds), self.transport.abort
         )
-        # Later: whoever closed it may be walking over all connections.
+        # Later, because the caller may be iterating over all connections.
         loop.call_soon(self._say_gone)
 
     def _say_gone(self) -> None:
