@@ -89,7 +89,7 @@ class Settings(BaseSettings):
         writes_burst: how many of them at once.
         streams_per_token: how many streams one token may have open on this server; without it, any
             number.
-        waits_per_token: how many requests with `?wait=` one token may have under way on this
+        waits_per_token: how many requests with `?wait=` one token may have running on this
             server.
         max_connections: how many connections may be open at once, 256 of them reserved for plain
             HTTP; without it, the limit of open files less 100.

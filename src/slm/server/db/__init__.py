@@ -1,1 +1,1 @@
-"""One way to the database."""
+"""Access to the database."""

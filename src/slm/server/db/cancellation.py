@@ -1,7 +1,7 @@
-"""Transactions, each between the loop that waits for it and the thread that runs it.
+"""Transactions, each shared by the loop that waits for it and the thread that runs it.
 
-Knows neither SQL nor an engine. It exists so that a transaction that was given up is not committed
-afterwards, and so that a network that swallows everything does not hold a thread for ever.
+Knows neither SQL nor an engine. It ensures that a transaction that was given up is not committed
+afterwards, and that a network that drops every packet does not hold a thread forever.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ T = TypeVar("T")
 
 
 class HasSocket(Protocol):
-    """A driver's connection that goes over a network."""
+    """A driver's connection over a network."""
 
     def fileno(self) -> int:
         """Return the descriptor of its socket."""
 
 
 class Attempt:
-    """Whoever comes first decides: the loop that gives it up, or the thread that commits.
+    """One transaction: the loop gives it up or the thread commits it, whichever comes first.
 
     Args:
-        seconds: after how long it may not be committed any more, even by a process that was
-            stopped meanwhile; None: it may always.
+        seconds: the time after which it may no longer be committed, even by a process that was
+            suspended meanwhile; None: no limit.
 
     Attributes:
         seconds: the same.
         late: it was given up.
-        entered: its thread has taken it up.
+        entered: its thread has started on it.
         begun: one of its statements was run.
         committing: its commit has begun, so nobody can say that nothing was changed.
     """
@@ -57,14 +57,14 @@ class Attempt:
     # --- the loop ---
 
     def give_up(self, future: asyncio.Future[Any]) -> None:
-        """Wait no longer; a thread that hangs on a dead network is freed."""
+        """Stop waiting; a thread that hangs on a dead network is freed."""
         with self._lock:
             self.late = True
             self._cut()
         future.cancel()
 
     def cut(self) -> None:
-        """End the connection under way, so that its thread comes back and does not begin anew."""
+        """End the current connection, so that its thread returns and does not start again."""
         with self._lock:
             self.late = True
             self._cut()
@@ -72,10 +72,10 @@ class Attempt:
     # --- the thread ---
 
     def check(self) -> None:
-        """Raise where it was given up; nothing may begin then.
+        """Raise if it was given up; then nothing may begin.
 
         Raises:
-            DatabaseUnavailable: it was.
+            DatabaseUnavailable: it was given up.
         """
         overdue = self._deadline is not None and time.monotonic() > self._deadline
         if self.late or overdue:
@@ -83,16 +83,16 @@ class Attempt:
 
     @property
     def seconds_left(self) -> float | None:
-        """How long it may still take, a little at least; None: as long as it takes."""
+        """How many seconds it may still take, at least a little; None: no limit."""
         return None if self._deadline is None else max(0.001, self._deadline - time.monotonic())
 
     def hold(self, connection: HasSocket | sqlite3.Connection | None) -> None:
-        """Say which connection is in use; None: none any more, another may use it next."""
+        """Set the connection in use; None: it is no longer in use, and others may use it next."""
         with self._lock:
             self._connection = connection
 
     def begin_commit(self) -> None:
-        """Raise, and so roll back, where it was given up; from here on it cannot be."""
+        """Raise, and so roll back, if it was given up; after this it cannot be given up."""
         with self._lock:
             self.check()
             self.committing = True
@@ -102,7 +102,7 @@ class Attempt:
         if connection is None:
             return
         if isinstance(connection, sqlite3.Connection):
-            # A commit is one append and its fsync: to wait for it is to know how it ended.
+            # A commit is one append and its fsync: waiting for it shows how it ended.
             if not self.committing:
                 connection.interrupt()
             return
@@ -110,10 +110,10 @@ class Attempt:
 
 
 class Attempts:
-    """All transactions of one database that somebody waits for.
+    """All transactions of one database that someone waits for.
 
     Attributes:
-        timeout_seconds: how long each may take; None: as long as it takes, as a migration may.
+        timeout_seconds: how long each may take; None: no limit, as for a migration.
     """
 
     def __init__(self) -> None:
@@ -122,16 +122,16 @@ class Attempts:
         self._giving_up: asyncio.TimerHandle | None = None
 
     def begin(self, seconds: float | None = None) -> Attempt:
-        """Return a new one, which may take `seconds` at most where others may take longer."""
+        """Return a new one; `seconds` limits it further than `timeout_seconds`, if shorter."""
         limits = [each for each in (seconds, self.timeout_seconds) if each is not None]
         return Attempt(min(limits, default=None))
 
     async def outcome(self, attempt: Attempt, running: Future[T]) -> T:
-        """Wait for what the thread returns, for as long as the attempt may take.
+        """Wait for the thread's result, for as long as the attempt may take.
 
         Raises:
             DatabaseUnavailable: it was given up.
-            OutcomeUnknown: it was given up while it committed.
+            OutcomeUnknown: it was given up during its commit.
         """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = asyncio.wrap_future(running)
@@ -158,12 +158,12 @@ class Attempts:
             if running.done():
                 over()
             else:
-                # Whoever waited went, but on a silent network the thread hangs: it is still to be
-                # cut, by the timer or by `cut_all`, or it never comes back.
+                # Nobody waits any more, but on a dead network the thread hangs: the timer or
+                # `cut_all` must still cut it, or it never returns.
                 running.add_done_callback(lambda _: _in_loop(loop, over))
 
     def give_up_in(self, seconds: float) -> None:
-        """By then each is over or is given up, and new ones are given up at once."""
+        """After this time give up those still running, and new ones at once."""
         self._giving_up = asyncio.get_running_loop().call_later(seconds, self._give_up)
 
     def _give_up(self) -> None:
@@ -172,7 +172,7 @@ class Attempts:
             attempt.give_up(future)
 
     def cut_all(self) -> None:
-        """End those that are left; nobody waits for them any more."""
+        """End the ones that are left; nobody waits for them any more."""
         if self._giving_up is not None:
             self._giving_up.cancel()
         for attempt in list(self._waited_for):
@@ -181,7 +181,7 @@ class Attempts:
 
 def shut_down(connection: HasSocket) -> None:
     """End a connection, whatever waits on it; its driver notices and closes it."""
-    # The socket is not closed: its number belongs to the driver.
+    # Do not close the socket: its descriptor belongs to the driver.
     with (
         contextlib.suppress(Exception),
         socket.socket(fileno=os.dup(connection.fileno())) as own,
@@ -190,6 +190,6 @@ def shut_down(connection: HasSocket) -> None:
 
 
 def _in_loop(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
-    """Call it in the loop, unless that has ended."""
+    """Call it in the loop, unless the loop has ended."""
     with contextlib.suppress(RuntimeError):
         loop.call_soon_threadsafe(call)

@@ -1,8 +1,8 @@
-"""The types of columns, reading whatever another program may have put there.
+"""The types of columns, which read whatever another program may have stored there.
 
-SQLite keeps any value in any column, and whoever can write to a database may alter a row. One such
-row must hide no other, so what cannot be read becomes something of the right type: bytes become
-text, and what is no time becomes 1970, at which a token has expired. Knows no table.
+SQLite keeps any value in any column, and anyone who can write to a database may alter a row. One
+such row must not hide the others, so an unreadable value becomes one of the right type: bytes
+become text, and an invalid time becomes 1970, when every token has expired. Knows no table.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ T = TypeVar("T")
 EPOCH_START: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
 _EPOCH: Final = re.compile(r"[0-9A-Za-z._-]{1,64}")
-"""An epoch stands in headers and ETags."""
+"""An epoch appears in headers and ETags."""
 
 UNREADABLE: Final = (ValueError, TypeError, OverflowError, RecursionError, OSError)
-"""What reading a value of another kind raises."""
+"""What reading a value of the wrong type raises."""
 
 
 def text_of(value: Any) -> str:
@@ -42,7 +42,7 @@ def time_of(value: Any) -> datetime:
     """Return a stored time; without a zone it is UTC, as CURRENT_TIMESTAMP and we write it.
 
     Raises:
-        ValueError, TypeError, OverflowError, OSError: it is none (`UNREADABLE`).
+        ValueError, TypeError, OverflowError, OSError: it is not a time (`UNREADABLE`).
     """
     if isinstance(value, int | float):
         return datetime.fromtimestamp(value, UTC)
@@ -51,7 +51,7 @@ def time_of(value: Any) -> datetime:
 
 
 def require_state(*numbers: object, epoch: str = "0") -> None:
-    """Refuse what is no number or epoch in the row of `state`: nothing can go on from there.
+    """Refuse an invalid number or epoch in the row of `state`: nothing can continue from there.
 
     Raises:
         DatabaseUnavailable: another program wrote it.
@@ -93,9 +93,9 @@ def _readable_number(value: Any) -> float | None:
 
 
 def tolerant_times() -> Any:
-    """Return the driver's reader of PostgreSQL's times that also reads those Python has none for.
+    """Return a driver's loader of PostgreSQL times that also reads those Python cannot represent.
 
-    `infinity`, and years beyond 9999, become the last time that there is; those before Christ 1970.
+    `infinity`, and years beyond 9999, become the latest possible time; those before Christ, 1970.
     """
     from psycopg import DataError
     from psycopg.types.datetime import TimestamptzLoader
@@ -113,26 +113,26 @@ def tolerant_times() -> Any:
 
 
 class StoredString(String):
-    """A VARCHAR. PostgreSQL has a type of its own for it, and keeps nothing else there."""
+    """A VARCHAR. PostgreSQL has its own type for it, and stores nothing else there."""
 
     def result_processor(self, dialect: Dialect, _: object) -> Callable[[Any], Any]:
-        """Return what makes text of a value that was read."""
+        """Return the function that converts a stored value to text."""
         return _readable_text
 
 
 class StoredText(Text):
-    """A TEXT; as `StoredString`."""
+    """A TEXT; like `StoredString`."""
 
     def result_processor(self, dialect: Dialect, _: object) -> Callable[[Any], Any]:
-        """Return what makes text of a value that was read."""
+        """Return the function that converts a stored value to text."""
         return _readable_text
 
 
 class StoredDouble(Double[float]):
-    """Seconds, or another number that is finite."""
+    """Seconds, or another finite number."""
 
     def result_processor(self, dialect: Dialect, _: object) -> Callable[[Any], Any]:
-        """Return what makes a finite number of a value that was read."""
+        """Return the function that converts a stored value to a finite number."""
         return _readable_number
 
 
@@ -142,7 +142,7 @@ class _SqliteTime(DATETIME):
 
 
 class StoredTime(TypeDecorator[datetime]):
-    """A time, in UTC and with its zone on both engines."""
+    """A time, in UTC and with its time zone on both engines."""
 
     impl = DateTime(timezone=True)
     cache_ok = True

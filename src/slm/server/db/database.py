@@ -1,7 +1,7 @@
 """The database: runs one plain function as one transaction, in one hop to a thread.
 
-Knows no rule about agents. How SQLite and PostgreSQL are opened is in `engines`, the tables in
-`tables`, what an error of theirs means in `errors`.
+Knows no rule about agents. `engines` opens SQLite and PostgreSQL, `tables` has the tables, and
+`errors` interprets their errors.
 """
 
 from __future__ import annotations
@@ -41,27 +41,27 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 LONG_READERS: Final = 2
-"""How many long reads run at once, each on a connection of its own."""
+"""How many long reads run at once, each on its own connection."""
 
 LONG_READS: Final = 32
-"""How many may be under way, those that wait included."""
+"""How many long reads may be running or waiting."""
 
 
 class Database:
-    """One database, SQLite or PostgreSQL, behind one verb: run a function as one transaction.
+    """One database, SQLite or PostgreSQL, with one operation: run a function as one transaction.
 
     Args:
         url: `sqlite:///…` or `postgresql+psycopg://…`.
         lock_timeout_seconds: how long a transaction waits for a lock, and an opening for a file.
-        idle_in_transaction_seconds: after this PostgreSQL ends a transaction that says nothing: a
-            stopped replica holds the state row, and every other writer would wait for it.
-        pool_size: how many transactions run at once on PostgreSQL; SQLite has one.
+        idle_in_transaction_seconds: after this PostgreSQL ends an idle transaction: a suspended
+            replica holds the state row, and every other writer would wait for it.
+        pool_size: how many transactions run at once on PostgreSQL; SQLite runs one.
 
     Attributes:
         traces: by revision, the trace of a write that the feed has not passed on yet.
-        unwritable: why the last write failed where the database can be read and not written, such
-            as a standby or a full disk; None where it did not.
-        read_only: whether that is because it is read-only; there may be a newer one elsewhere.
+        unwritable: why the last write failed if the database can be read but not written, such as
+            a standby or a full disk; None if it did not fail.
+        read_only: whether the reason is that it is read-only; a newer one may exist elsewhere.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class Database:
 
     @property
     def name(self) -> str:
-        """What to call this database in a message: the file, or the URL without its password."""
+        """The name of this database in messages: the file, or the URL without its password."""
         if self.dialect == "sqlite":
             return self.url.database or ":memory:"
         hosts = self.url.query.get("host", ())
@@ -104,19 +104,19 @@ class Database:
 
     @property
     def path(self) -> Path | None:
-        """The SQLite file, where there is one."""
+        """The SQLite file, if there is one."""
         return sqlite_path(self.url) if self.dialect == "sqlite" else None
 
     def answer_within(self, seconds: float) -> None:
-        """From now on give a transaction up that takes longer, such as on a lost network."""
+        """From now on give up transactions that take longer, such as on a lost network."""
         self._attempts.timeout_seconds = seconds
 
     def give_up_in(self, seconds: float) -> None:
-        """For a server that stops: by then each transaction is over, or is given up."""
+        """For a server that stops: after this time give up every transaction that is not over."""
         self._attempts.give_up_in(seconds)
 
     async def open(self) -> None:
-        """Open the database; a SQLite file that is not there is made, readable by us alone.
+        """Open the database; a missing SQLite file is created, readable only by us.
 
         Raises:
             StartupError: it cannot be used; one sentence says why.
@@ -136,7 +136,7 @@ class Database:
         lanes = [lane for lane in (self._long, self._main) if lane is not None]
         self._main = self._long = None
         self._attempts.cut_all()
-        # The one that writes comes last: it folds the WAL into the file.
+        # The lane that writes comes last: it folds the WAL into the file.
         for lane in lanes:
             await asyncio.to_thread(lane.close)
         if self._file is not None:
@@ -150,13 +150,13 @@ class Database:
         Args:
             fn: a plain function; it must not keep the connection. On PostgreSQL it runs under READ
                 COMMITTED, so a writer locks the state row first.
-            committed: given what `fn` returned, in its thread, once that is durable; its exceptions
-                are suppressed.
+            committed: called in the same thread with what `fn` returned, once that is durable; its
+                exceptions are suppressed.
 
         Raises:
-            DatabaseUnavailable: the database is away, or a lock was not had in time.
+            DatabaseUnavailable: the database is unreachable, or a lock was not obtained in time.
             InsufficientStorage: its disk is full.
-            OutcomeUnknown: the connection was lost while committing.
+            OutcomeUnknown: the connection was lost during the commit.
         """
         attempt, lane = self._attempts.begin(), self._lane()
         work = functools.partial(self._transaction, lane, fn, False, attempt, committed)
@@ -165,10 +165,10 @@ class Database:
     async def read(self, fn: Callable[[Connection], T]) -> T:
         """Run `fn`, which only reads, on one consistent view of the whole database.
 
-        It may be run twice: again where the connection was lost under it.
+        It may be run twice, if the connection is lost the first time.
 
         Raises:
-            DatabaseUnavailable: the database is away.
+            DatabaseUnavailable: the database is unreachable.
         """
         attempt, lane = self._attempts.begin(), self._lane()
         work = functools.partial(self._transaction, lane, fn, True, attempt)
@@ -177,19 +177,19 @@ class Database:
     async def read_long(self, fn: Callable[[Connection], T], *, seconds: float | None = None) -> T:
         """Run `fn`, which only reads and may take long, beside the writers: none waits for it.
 
-        It has connections of its own, `LONG_READERS` at most, and sees one consistent view. For a
-        page of the history or the audit, an export, a check of the whole chain; not for what a
-        write must see. Where SQLite cannot have a second connection (`Engines`) it runs
-        between the writes, so it is to be short even then: ask for pages.
+        It has its own connections, at most `LONG_READERS`, and sees one consistent view. Use it for
+        a page of the history or the audit, an export, or a check of the whole chain; not for what a
+        write must see. If SQLite cannot have a second connection (`Engines`) it runs between the
+        writes, so keep it short even then: ask for pages.
 
         Args:
             fn: a plain function; it must not keep the connection. It may be run twice.
-            seconds: after this it is interrupted, the time it waited for its turn included; None:
-                as long as any transaction.
+            seconds: the time after which it is interrupted, including the wait for its turn; None:
+                the same as for any transaction.
 
         Raises:
-            Overloaded: too many wait already, or its turn did not come in time.
-            DatabaseUnavailable: it took too long, or the database is away.
+            Overloaded: too many are waiting already, or its turn did not come in time.
+            DatabaseUnavailable: it took too long, or the database is unreachable.
         """
         if self._long_reads >= LONG_READS:
             raise Overloaded("Too many long reads are under way. Try again.")
@@ -215,12 +215,12 @@ class Database:
     async def copy_into(self, path: Path) -> None:
         """Write a consistent copy of a SQLite database into an empty file, while it is in use.
 
-        No writer waits for it, unless SQLite cannot have a second connection (`Engines`). The
-        copy is also made where the file was removed: it is what is left of it.
+        No writer waits for it, unless SQLite cannot have a second connection (`Engines`). It works
+        even if the file was removed: the copy is then all that is left of it.
 
         Raises:
             InsufficientStorage: the disk is full.
-            DatabaseUnavailable: it cannot be read or written.
+            DatabaseUnavailable: the database cannot be read or the copy cannot be written.
         """
         lane = self._lane()
         async with self._copying:
@@ -241,7 +241,7 @@ class Database:
     def _leave_wal(self, lane: Lane) -> None:
         lane.outside("PRAGMA journal_mode=DELETE")
         if self._file is not None:
-            # SQLite let go of the file, and others are still to be kept out.
+            # SQLite released the file, but other processes must still be kept out.
             self._file.hold(self._lock_timeout_seconds)
             self._file.note()
 
@@ -259,10 +259,10 @@ class Database:
             except DBAPIError as error:
                 if not error.connection_invalidated or (attempt.begun and not read_only):
                     raise
-                # It died in the pool: not one statement was run; that costs nothing, where a ping
-                # before each transaction is a round trip. Or under a read, which changed nothing,
-                # such as when this process stood still and PostgreSQL ended the transaction. Once
-                # more, on a new one.
+                # Try once more, on a new connection. The old one died in the pool before any
+                # statement ran (a retry is free, whereas a ping before each transaction is a round
+                # trip), or during a read, which changed nothing, such as when this process was
+                # suspended and PostgreSQL ended the transaction.
                 return self._once(lane, fn, read_only, attempt, committed)
         except (DBAPIError, PoolTimeout, sqlite3.Error) as error:
             problem = problem_of(error, committing=attempt.committing)
@@ -273,7 +273,7 @@ class Database:
             raise problem from error
 
     def _note_unwritable(self, error: Exception, problem: ProblemError) -> None:
-        """Remember a database that can be read and not written, until a write succeeds again."""
+        """Remember that the database can be read but not written, until a write succeeds again."""
         read_only = is_read_only(error)
         if not read_only and not isinstance(problem, InsufficientStorage):
             return
@@ -282,7 +282,7 @@ class Database:
         self.unwritable, self.read_only = problem.detail, read_only
 
     async def try_writing(self) -> None:
-        """Write something that changes nothing, to see whether the database takes writes again.
+        """Write without changing anything, to see whether the database accepts writes again.
 
         Raises:
             DatabaseUnavailable: it does not.
@@ -307,7 +307,7 @@ class Database:
         if file is not None:
             file.check()
         if file is not None and lane is self._main:
-            # The lane of one thread, and the only one that writes.
+            # This lane has one thread, and is the only one that writes.
             file.check_content()
             try:
                 return self._begun(lane, fn, read_only, attempt, committed)
@@ -329,17 +329,17 @@ class Database:
             if self.dialect == "postgresql":
                 connection.info["attempt"] = attempt
                 if read_only:
-                    # READ COMMITTED would let each statement see another revision.
+                    # READ COMMITTED could show each statement a different revision.
                     connection.execution_options(
                         isolation_level="REPEATABLE READ", postgresql_readonly=True
                     )
                 else:
-                    # SQLAlchemy leaves False behind, which begins READ WRITE even where the
-                    # operator has made the database read-only.
+                    # SQLAlchemy leaves False, which begins READ WRITE even if the operator has made
+                    # the database read-only.
                     connection.connection.dbapi_connection.read_only = None  # type: ignore[union-attr]
             with contextlib.closing(connection.begin()) as transaction:
                 if lane is self._long and self.dialect == "postgresql":
-                    # A cut connection alone would have PostgreSQL work on, for nobody.
+                    # If only the connection were cut, PostgreSQL would keep working for nobody.
                     left = round(attempt.seconds_left * 1000) if attempt.seconds_left else 0
                     connection.exec_driver_sql(f"SET LOCAL statement_timeout = {left}")
                 result = fn(connection)
@@ -358,11 +358,11 @@ class Database:
         try:
             file.check()
         except DatabaseUnavailable as error:
-            # It is in a file that no name stands for any more.
+            # It was committed to a file that no longer has a name.
             raise OutcomeUnknown(error.detail) from None
 
     def _open(self) -> None:
-        """Make the engines and look at the database once."""
+        """Create the engines and access the database once."""
         assert self._main is not None and self._long is not None  # noqa: S101, PT018 - for mypy
         try:
             engines = open_engines(
@@ -384,7 +384,7 @@ class Database:
                         self.name,
                     )
             if self._file is not None and self._long.engine is not None:
-                # Opened later, it might find another file under the name, or none.
+                # Opened later, it might find another file with this name, or none.
                 with self._long.engine.begin() as connection:
                     connection.exec_driver_sql("SELECT count(*) FROM sqlite_master")
         except (SQLAlchemyError, sqlite3.Error) as error:

@@ -1,4 +1,4 @@
-"""What an error of SQLite's or PostgreSQL's means: to a caller, or to whoever starts the server.
+"""What SQLite's and PostgreSQL's errors mean, to a caller or to whoever starts the server.
 
 Knows result codes and SQLSTATEs; runs no statement.
 """
@@ -33,11 +33,11 @@ _PERCENT: Final = (
 
 
 class DatabaseHeld(StartupError):
-    """Another process has the SQLite file."""
+    """Another process holds the SQLite file."""
 
     @classmethod
     def of(cls, name: str) -> DatabaseHeld:
-        """Return the one sentence about the file of this name."""
+        """Return the error for the file with this name."""
         return cls(
             f"Another process holds {name}: a SQLite database has one server; stop the other,"
             " or use PostgreSQL."
@@ -45,15 +45,15 @@ class DatabaseHeld(StartupError):
 
 
 def why_not_opened(error: SQLAlchemyError | sqlite3.Error, name: str) -> StartupError:
-    """Return one sentence on why a database cannot be opened.
+    """Return an error that says in one sentence why a database cannot be opened.
 
     Args:
-        error: of the first statement on it.
-        name: what to call it, without a password.
+        error: the error of the first statement.
+        name: the database's name in messages, without a password.
     """
     cause = getattr(error, "orig", None) or error
     if not isinstance(cause, sqlite3.Error):
-        # libpq's own words: they name host, user and reason, and no password.
+        # libpq's own message: it names host, user and reason, but no password.
         words = str(cause).strip().splitlines() or [type(cause).__name__]
         if "pooling mode" in words[0]:
             return behind_a_pooler(name)
@@ -72,11 +72,11 @@ def why_not_opened(error: SQLAlchemyError | sqlite3.Error, name: str) -> Startup
 
 
 def problem_of(error: SQLAlchemyError | sqlite3.Error, *, committing: bool) -> ProblemError | None:
-    """Return what a database error means to a caller, or None where it is a fault of ours.
+    """Return what a database error means to a caller, or None if it is our own fault.
 
     Args:
         error: SQLAlchemy's, or the driver's own.
-        committing: the commit was under way, so that nobody knows whether it happened.
+        committing: whether the commit was running, so that nobody knows whether it happened.
     """
     if isinstance(error, PoolTimeout):
         return DatabaseUnavailable("Every connection to the database is in use.")
@@ -86,7 +86,7 @@ def problem_of(error: SQLAlchemyError | sqlite3.Error, *, committing: bool) -> P
     return _postgresql_problem(error, cause, committing)
 
 
-# For a connection that was refused libpq has no SQLSTATE, only words; pgbouncer's come last.
+# For a refused connection libpq has no SQLSTATE, only text; pgbouncer's come last.
 _FULL: Final = (
     *("too many clients", "too many connections", "remaining connection slots"),
     "no more connections allowed",
@@ -94,13 +94,13 @@ _FULL: Final = (
 
 
 def is_full(error: DBAPIError) -> bool:
-    """Say whether PostgreSQL refused a connection because it has as many as it takes."""
+    """Return whether PostgreSQL refused a connection because all of its connections are in use."""
     words = str(error.orig)
     return any(each in words for each in _FULL)
 
 
 def is_read_only(error: Exception) -> bool:
-    """Say whether a write failed because the database, or its file, is read-only."""
+    """Return whether a write failed because the database, or its file, is read-only."""
     cause = getattr(error, "orig", error)
     if isinstance(cause, sqlite3.Error):
         return primary_code(cause) == sqlite3.SQLITE_READONLY
@@ -126,12 +126,12 @@ _SQLITE_AWAY: Final = frozenset(
 def _sqlite_problem(cause: sqlite3.Error, committing: bool) -> ProblemError | None:
     code = primary_code(cause)
     if code == sqlite3.SQLITE_INTERRUPT:
-        # By `Attempt`, when its time was over.
+        # Interrupted by `Attempt` when its time was over.
         return DatabaseUnavailable("The database did not answer in time.")
     if code == sqlite3.SQLITE_FULL:
         return InsufficientStorage()
     if code == sqlite3.SQLITE_IOERR and committing:
-        # The commit may be in the WAL and only its fsync have failed.
+        # The commit may be in the WAL, and only its fsync may have failed.
         return OutcomeUnknown()
     return DatabaseUnavailable() if code in _SQLITE_AWAY else None
 
@@ -156,7 +156,7 @@ def _postgresql_problem(
         )
     if state == "25006":
         return DatabaseUnavailable("The database is read-only.")
-    # 25P03 idle in transaction, 40 try again, 53 out of resources.
+    # 25P03 idle in transaction, 40 retry, 53 out of resources.
     if state == "25P03" or state[:2] in ("40", "53", "57"):
         return DatabaseUnavailable()
     if isinstance(error, DBAPIError) and (error.connection_invalidated or state[:2] == "08"):
@@ -167,7 +167,7 @@ def _postgresql_problem(
 
 
 def is_altered(error: Exception) -> bool:
-    """Say whether a row of ours is missing, or one is in the way that this server did not write."""
+    """Return whether a row of ours is missing, or another program's row is in the way."""
     return isinstance(
         error,
         (IntegrityError, DataError, NoResultFound, MultipleResultsFound, sqlite3.IntegrityError),

@@ -1,4 +1,4 @@
-"""Lane: some threads of a database and the connections that they use.
+"""Lane: some threads of a database and the connections they use.
 
 Knows no transaction and no table.
 """
@@ -26,20 +26,20 @@ from slm.server.db.errors import is_full, problem_of
 T = TypeVar("T")
 
 ASK_AGAIN_SECONDS: Final = 0.2
-"""How soon PostgreSQL is asked again for a connection when it had no more."""
+"""How soon PostgreSQL is asked again for a connection when it had none left."""
 
 
 class Lane:
     """Threads and their connections.
 
     Args:
-        workers: how many threads there are at most.
-        name: theirs.
-        wait_seconds: how long a thread waits for a connection where the server has no more.
+        workers: the largest number of threads.
+        name: the threads' name.
+        wait_seconds: how long a thread waits for a connection if the server has none left.
 
     Attributes:
         wait_seconds: the same.
-        engine: None before it is opened, where there is none, and after it was closed.
+        engine: None before it is opened, if there is none, and after it was closed.
     """
 
     def __init__(self, workers: int, name: str, wait_seconds: float) -> None:
@@ -55,7 +55,7 @@ class Lane:
             engine.dispose()
 
     def submit(self, work: Callable[[], T]) -> Future[T]:
-        """Have one of the threads do it.
+        """Run it in one of the threads.
 
         Raises:
             DatabaseUnavailable: the lane is closed.
@@ -68,17 +68,17 @@ class Lane:
             raise _closed() from None
 
     async def run(self, work: Callable[[], T]) -> T:
-        """Have one of the threads do it, and wait for as long as it takes."""
+        """Run it in one of the threads, and wait for as long as it takes."""
         return await asyncio.wrap_future(self.submit(work))
 
     # --- in a thread ---
 
     def connect(self) -> Connection:
-        """Return a connection; where the server has no more of them, wait for one of ours.
+        """Return a connection; if the server has none left, wait for one of ours.
 
         Raises:
             DatabaseUnavailable: the lane is closed.
-            DBAPIError: there is none.
+            DBAPIError: no connection was available.
         """
         engine = self.engine
         if engine is None:
@@ -90,7 +90,7 @@ class Lane:
             except DBAPIError as error:
                 if not is_full(error) or time.monotonic() > until:
                     raise
-            # Until one of ours comes back, or PostgreSQL may have one more.
+            # Until one of ours is returned, or PostgreSQL may have another.
             pool, again_at = engine.pool, time.monotonic() + ASK_AGAIN_SECONDS
             while isinstance(pool, QueuePool) and not pool.checkedin():
                 if time.monotonic() > min(again_at, until):
@@ -99,7 +99,7 @@ class Lane:
 
     @contextlib.contextmanager
     def sqlite(self) -> Iterator[sqlite3.Connection]:
-        """Give SQLite's own connection, outside a transaction; its errors become problems."""
+        """Yield SQLite's own connection, outside a transaction; its errors become problems."""
         if self.engine is None:
             raise _closed()
         try:
@@ -115,12 +115,12 @@ class Lane:
             raise problem from error
 
     def outside(self, statement: str, *parameters: str) -> None:
-        """Run one of SQLite's statements that work outside a transaction only."""
+        """Run an SQLite statement that only works outside a transaction."""
         with self.sqlite() as connection:
             connection.execute(statement, parameters)
 
     def copy_into(self, path: Path) -> None:
-        """Copy a SQLite database into an empty file, in small steps beside whoever writes it."""
+        """Copy a SQLite database into an empty file, in small steps, without blocking writers."""
 
         def go_on() -> None:
             if self.engine is None:

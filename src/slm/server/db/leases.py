@@ -1,4 +1,4 @@
-"""The leases of the server processes of one database: who is live, and which keys each one has.
+"""The leases of a database's server processes: which are live, and which keys each one has.
 
 On SQLite there is one process, which holds the file, so its row needs no renewal. Knows no agent.
 """
@@ -23,12 +23,12 @@ from slm.server.db.database import Database
 from slm.server.db.tables import REPLICAS
 
 KEEP_LAPSED_SECONDS: Final = 3600.0
-"""For how long the lapsed lease of a server is kept."""
+"""How long the expired lease of a server is kept."""
 
 _ASK_AGAIN_SECONDS: Final = 0.05
 
 _NOW: Final[dict[str, Any]] = {
-    # The database's clock: the one that all replicas share.
+    # The database's clock, which all replicas share.
     "sqlite": text("SELECT (julianday('now') - 2440587.5) * 86400.0"),
     "postgresql": select(func.extract("epoch", func.clock_timestamp()).cast(Double)),
 }
@@ -39,11 +39,11 @@ class ReplicaInfo:
     """One server process, as it last reported.
 
     Attributes:
-        id: random, anew at each start.
+        id: random, new at each start.
         name: host and process id.
         fingerprints: the encryption keys that it has.
         seconds_since_seen: how long ago it reported.
-        live: whether its lease has not run out.
+        live: whether its lease is still valid.
     """
 
     id: str
@@ -57,10 +57,10 @@ class Lease:
     """This process's row in `replicas`.
 
     Args:
-        database: of all the replicas.
-        lease_seconds: after how long without a word this process counts as gone.
-        fingerprints: returns those of the encryption keys that this process has.
-        tokens_version: returns that of the tokens in force here; by default -1, of none.
+        database: the database of all the replicas.
+        lease_seconds: after how long without a report this process is considered gone.
+        fingerprints: returns the fingerprints of this process's encryption keys.
+        tokens_version: returns the tokens_version applied here; by default -1, for none.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Lease:
         self._reported: tuple[str, ...] | None = None
 
     async def renew(self) -> None:
-        """Report that this process is live, its keys, and which tokens it has in force.
+        """Report that this process is live, its keys, and which version of the tokens it applies.
 
         Raises:
             DatabaseUnavailable: the database does not answer.
@@ -97,13 +97,13 @@ class Lease:
                 "tokens_version": self._tokens_version(),
             }
             if connection.dialect.name == "sqlite":
-                # Whoever held the file before is gone.
+                # The previous holder of the file is gone.
                 connection.execute(delete(REPLICAS).where(REPLICAS.c.id != self.id))
             mine = update(REPLICAS).where(REPLICAS.c.id == self.id).values(values)
             if not connection.execute(mine).rowcount:
                 connection.execute(insert(REPLICAS).values(id=self.id, **values))
-            # Gone for good: it never comes back under this id. Until then it says when a server
-            # that died was there, for receipts.
+            # Gone for good: a server never returns under the same id. Until then the row shows
+            # when a server that died was there, for receipts.
             old = now - max(100 * self._lease_seconds, KEEP_LAPSED_SECONDS)
             connection.execute(delete(REPLICAS).where(REPLICAS.c.seen_at < old))
 
@@ -111,22 +111,22 @@ class Lease:
         self._reported = fingerprints
 
     async def give_up(self) -> None:
-        """Take the row away, at an orderly stop."""
+        """Remove the row, at a clean stop."""
         mine = delete(REPLICAS).where(REPLICAS.c.id == self.id)
         await self._database.run(lambda connection: connection.execute(mine) and None)
 
     async def unconfirmed(
         self, version: int, *, wait_seconds: float, heard_within_seconds: float
     ) -> list[str] | None:
-        """Return the other processes that do not have the tokens of `version` in force yet.
+        """Return the other processes that do not apply the tokens of `version` yet.
 
         Args:
             version: a tokens_version.
             wait_seconds: how long the live ones have to confirm it.
-            heard_within_seconds: one that was not heard for longer serves nobody any more.
+            heard_within_seconds: a process silent for longer than this no longer serves anyone.
 
         Returns:
-            Their names; None where the database could not say.
+            Their names; None if the database could not answer.
         """
         if self._database.dialect == "sqlite":
             return []
@@ -152,7 +152,7 @@ class Lease:
 
 
 def replicas(connection: Connection, lease_seconds: float) -> list[ReplicaInfo]:
-    """Return the processes that reported, the live ones and those whose lease ran out."""
+    """Return the processes that reported, both live ones and those with an expired lease."""
     now = database_time(connection)
     alone = connection.dialect.name == "sqlite"
     return [
@@ -168,15 +168,16 @@ def replicas(connection: Connection, lease_seconds: float) -> list[ReplicaInfo]:
 
 
 def is_live(seen_at: float, now: float, lease_seconds: float) -> bool:
-    """Say whether a lease has not run out.
+    """Return whether a lease is still valid.
 
-    One of the future has: the database's clock was set back, and whoever lives has reported since.
+    One too far in the future is not: the database's clock was set back, and any live process has
+    reported since.
     """
     return abs(now - seen_at) <= lease_seconds
 
 
 def _fingerprints(text: str) -> tuple[str, ...]:
-    """Return the stored list; one that was altered names no key that anybody has."""
+    """Return the stored list; if it was altered, it names no key that anyone has."""
     try:
         names = json.loads(text)
     except UNREADABLE:

@@ -1,7 +1,7 @@
-"""The state row: which revision, epoch and versions the database is at.
+"""The state row: the database's current revision, epoch and versions.
 
-Every write locks this row before any other, so that writes take turns on any number of replicas and
-what a write reads here holds until it commits. Only this module changes the row
+Every write locks this row before any other, so that writes take turns across any number of
+replicas, and what a write reads here stays true until it commits. Only this module changes the row
 (tests/server/test_state.py). Knows no agent, token or key.
 """
 
@@ -17,8 +17,8 @@ from slm.server.db.engines.listener import CHANNEL
 from slm.server.db.statements import Prepared
 from slm.server.db.tables import STATE
 
-# What an unprivileged role may ask on PostgreSQL: which cluster this is, and how often a standby of
-# it was promoted. A standby has none to tell, and an LSN of its own it cannot name.
+# What an unprivileged role may ask PostgreSQL: which cluster this is, and how often one of its
+# standbys was promoted. A standby can report neither this nor an LSN of its own.
 TIMELINE: Final = (
     "(SELECT CASE WHEN pg_is_in_recovery() THEN NULL ELSE"
     " (SELECT system_identifier FROM pg_control_system())::text || '/'"
@@ -30,12 +30,12 @@ class Head(NamedTuple):
     """The state row after a write took its revision.
 
     Attributes:
-        revision: the one taken.
-        epoch: it belongs to.
-        keyring_version: of the encryption keys.
-        tokens_version: of the tokens.
-        before_id: the change id of the revision before.
-        change_id: of the change that is made at this revision.
+        revision: the revision taken.
+        epoch: the epoch it belongs to.
+        keyring_version: the version of the encryption keys.
+        tokens_version: the version of the tokens.
+        before_id: the change id of the previous revision.
+        change_id: the id of the change made at this revision.
     """
 
     revision: int
@@ -50,10 +50,10 @@ class Locked(NamedTuple):
     """The state row, which nobody else changes until the transaction ends.
 
     Attributes:
-        revision: of the last change.
-        floor: of the last change that was removed.
-        keyring_version: of the encryption keys.
-        tokens_version: of the tokens.
+        revision: the revision of the last change.
+        floor: the revision of the last change that was removed.
+        keyring_version: the version of the encryption keys.
+        tokens_version: the version of the tokens.
         head_id: the change id of `revision`.
     """
 
@@ -70,7 +70,7 @@ _NEXT: Final = (
     .where(STATE.c.id == 1)
     .values(
         revision=STATE.c.revision + 1,
-        # An assignment reads what was there before it.
+        # An assignment reads the old value.
         before_id=STATE.c.head_id,
         head_id=bindparam("change_id"),
     )
@@ -84,13 +84,13 @@ _HEAD: Final = (
 )
 _NEXT_REVISION: Final = {
     "sqlite": Prepared(_NEXT.returning(*_HEAD)),
-    # The wake-up for every replica: part of the transaction, so that it is sent on commit alone,
-    # and of the statement, so that it costs no round trip.
+    # The wake-up for every replica: part of the transaction, so that it is sent only on commit,
+    # and part of the statement, so that it costs no round trip.
     "postgresql": Prepared(
         _NEXT.returning(*_HEAD, func.pg_notify(CHANNEL, cast(STATE.c.revision, Text)))
     ),
 }
-# SQLite has the lock by its BEGIN IMMEDIATE.
+# On SQLite, BEGIN IMMEDIATE has taken the lock.
 _LOCK: Final = (
     select(
         STATE.c.revision,
@@ -121,12 +121,12 @@ def next_revision(connection: Connection) -> Head:
 
 
 def take_revisions(connection: Connection, revision: int, *, head_id: str, before_id: str) -> None:
-    """Go to a revision several further on, where the row is locked already."""
+    """Move to a revision several further on, in a row that is already locked."""
     _set(connection, revision=revision, head_id=head_id, before_id=before_id)
 
 
 def new_change_id() -> str:
-    """Return the random id of a change that is about to be made."""
+    """Return a random id for a change that is about to be made."""
     return secrets.token_hex(8)
 
 
@@ -134,7 +134,7 @@ def bump_tokens(connection: Connection) -> tuple[int, int]:
     """Lock the state row and let every replica see that the tokens changed.
 
     Returns:
-        The tokens_version from now on, and the one before.
+        The new tokens_version, and the previous one.
     """
     step = _step()
     raised = (
@@ -142,7 +142,7 @@ def bump_tokens(connection: Connection) -> tuple[int, int]:
     )
     statement: Any = raised.returning(STATE.c.tokens_version)
     if connection.dialect.name == "postgresql":
-        # With no revision: there is none, and a replica that has them all must look even so.
+        # Without a revision: there is none, and a replica that has every revision must look too.
         statement = raised.returning(STATE.c.tokens_version, func.pg_notify(CHANNEL, ""))
     version: int = connection.execute(statement).one()[0]
     return version, version - step
@@ -154,17 +154,17 @@ def bump_keyring(connection: Connection) -> None:
 
 
 def move_floor(connection: Connection, floor: int, floor_id: str) -> None:
-    """Record that the changes up to `floor`, whose id is given, are removed."""
+    """Record that the changes up to `floor`, which has this id, are removed."""
     _set(connection, floor=floor, floor_id=floor_id)
 
 
 def begin_epoch(connection: Connection) -> None:
-    """Begin a new epoch: what clients hold of this database counts no more."""
+    """Start a new epoch: what clients hold of the old one is no longer valid."""
     _set(connection, epoch=new_epoch())
 
 
 def renew(connection: Connection, before: str, *, epoch: str | None, timeline: str | None) -> None:
-    """Set the epoch, the timeline or both, where the epoch is still the one `before`."""
+    """Set the epoch, the timeline or both, if the epoch is still `before`."""
     given = {"epoch": epoch, "timeline": timeline}
     values = {name: value for name, value in given.items() if value is not None}
     if values:
@@ -172,19 +172,19 @@ def renew(connection: Connection, before: str, *, epoch: str | None, timeline: s
 
 
 def new_epoch() -> str:
-    """Return the random name of a new epoch."""
+    """Return a random name for a new epoch."""
     return secrets.token_hex(8)
 
 
 def write_nothing(connection: Connection) -> None:
-    """Write the row as it is: it shows whether the database takes writes."""
+    """Write the row unchanged: this shows whether the database accepts writes."""
     _set(connection, floor=STATE.c.floor)
 
 
 def has_moved(connection: Connection) -> bool:
-    """Say whether the database runs elsewhere than its epoch was made: that epoch is over.
+    """Return whether the database runs elsewhere than its epoch was made: that epoch is over.
 
-    Only PostgreSQL tells, and only where it was asked before.
+    Only PostgreSQL shows this, and only if it was asked before.
     """
     if connection.execute(select(STATE.c.timeline)).scalar_one() is None:
         return False
@@ -199,7 +199,7 @@ def _set(connection: Connection, **values: Any) -> None:
 def _step() -> int:
     """Return by how much a change raises a version.
 
-    At random: where a failover lost the last changes, those that follow it do not come to the same
-    number, which would stand for what a server knows already.
+    Random: after a failover that lost the last changes, later ones must not reach the same number,
+    which a server would take for the version it already has.
     """
     return 1 + secrets.randbelow(1 << 20)

@@ -1,7 +1,7 @@
 """Prepared: a Core statement compiled once, for what every write does.
 
-Core's own way from an `execute` to the driver is long: a write that comes to an idle server spends
-most of its transaction there. Knows no table.
+Core's own path from `execute` to the driver is long: a write to an idle server spends most of its
+transaction there. Knows no table.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ _NOTHING: Final[Mapping[str, Any]] = {}
 
 
 class Prepared:
-    """One statement; on SQLite its text and its types' conversions are worked out at the first run.
+    """One statement; on SQLite its text and type conversions are worked out on the first run.
 
-    On PostgreSQL a statement is a round trip, beside which Core's way is short, and Core also knows
-    what a lost connection is: there it is run as any other. What comes back is not converted, so a
-    column whose type would have to be is none for this.
+    On PostgreSQL Core runs it as usual: a statement is a round trip, which takes longer than Core
+    does, and Core recognises a lost connection. Results are not converted, so do not use this for a
+    column with a type that needs it.
 
     Args:
-        statement: whose values are all bound by name; the same names each time.
+        statement: all its values are bound by name; the names are the same each time.
     """
 
     def __init__(self, statement: Executable) -> None:
@@ -54,7 +54,7 @@ class Prepared:
         return rows
 
     def run_each(self, connection: Connection, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Run it once for each row, in one round trip where there is a network.
+        """Run it once for each row, in a single round trip over a network.
 
         Raises:
             sqlite3.Error: it failed on SQLite.
@@ -81,7 +81,7 @@ def _compile(
 
 
 def _bind(compiled: SQLCompiler, name: str, dialect: Dialect, values: Mapping[str, Any]) -> _Bind:
-    """Return what takes the value of one placeholder out of those given, as the driver takes it."""
+    """Return a function that picks one placeholder's value and converts it for the driver."""
     convert = compiled.binds[name].type.dialect_impl(dialect).bind_processor(dialect)
     if name not in values:
         fixed = compiled.params[name]

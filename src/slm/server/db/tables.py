@@ -1,6 +1,6 @@
 """The tables.
 
-Declares only; opens no connection. Tables and columns: docs/protocol.md sections 1 and 2.
+Only declares them; opens no connection. Tables and columns: docs/protocol.md sections 1 and 2.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ class Base(DeclarativeBase):
 
 
 class AgentRow(Base):
-    """One agent; the columns up to `updated_at` are those of a table that is adopted.
+    """One agent; the columns up to `updated_at` are those of an adopted table.
 
-    `llm_options` is text and not JSON: PostgreSQL would accept less than a SQLite file may hold,
-    and JSONB would reorder what is passed on as it is.
+    `llm_options` is text and not JSON: PostgreSQL would accept less than a SQLite file can hold,
+    and JSONB would reorder what is passed on unchanged.
     """
 
     __tablename__ = "agents"
@@ -71,7 +71,7 @@ class AgentRow(Base):
     llm_options: Mapped[str] = mapped_column(StoredText, server_default="{}")
     revision: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
     api_key_revision: Mapped[int | None] = mapped_column(BigInteger)
-    # Of an adopted token that no key opened yet: the proof that it may still be bound (adopt.py).
+    # For an adopted token that no key decrypted yet: proof that it may be bound (adoption.py).
     key_state: Mapped[str | None] = mapped_column(StoredText)
 
     __table_args__ = (
@@ -91,9 +91,9 @@ class AgentRow(Base):
 class ChangeRow(Base):
     """One committed change: the feed and the history (docs/protocol.md section 2).
 
-    `agent` is the JSON of `schemas.Agent`, without the key; for a delete, the agent as it was.
-    `change_id` is random: another commit of the same revision, such as one made after a failover
-    that lost this one, has another.
+    `agent` is the JSON of `schemas.Agent`, without the key; for a delete, the agent before it.
+    `change_id` is random: another commit with the same revision, such as one made after a failover
+    that lost this one, has another id.
     """
 
     __tablename__ = "changes"
@@ -108,7 +108,7 @@ class ChangeRow(Base):
     created_at: Mapped[datetime] = mapped_column(StoredTime())
     change_id: Mapped[str] = mapped_column(StoredString(16), server_default="")
 
-    # Each filter of the history with the order of its pages (server/pages.py).
+    # One index for each filter of the history, in the order of its pages (db/pages.py).
     __table_args__ = (
         Index("ix_changes_agent_id_revision", "agent_id", "revision"),
         Index("ix_changes_actor_revision", "actor", "revision"),
@@ -119,15 +119,15 @@ class StateRow(Base):
     """The one row that every writer locks first, so that revision order is commit order.
 
     Attributes:
-        revision: that of the last committed change.
-        floor: changes up to here may be gone; `since` below it cannot be resumed.
-        epoch: the random id of this life of the database.
+        revision: the revision of the last committed change.
+        floor: changes up to here may be gone; a `since` below it cannot be resumed.
+        epoch: the random id of the current epoch.
         tokens_version: rises with each change of `tokens`, so that every replica notices one.
         keyring_version: the same for `encryption_keys`.
         head_id: the change id of `revision`.
-        before_id: that of the revision before it.
-        floor_id: that of `floor`, whose row is gone.
-        timeline: the PostgreSQL cluster and its timeline that this epoch was made on.
+        before_id: the change id of the previous revision.
+        floor_id: the change id of `floor`, which no longer has a row.
+        timeline: the PostgreSQL cluster and timeline that this epoch was made on.
     """
 
     __tablename__ = "state"
@@ -145,7 +145,7 @@ class StateRow(Base):
 
 
 class TokenRow(Base):
-    """One bearer token; of the token itself only the digest is kept.
+    """One bearer token; only the token's digest is stored.
 
     `agents` is null, or the JSON list of patterns that limits what the token can see.
     """
@@ -166,10 +166,10 @@ class TokenRow(Base):
 
 
 class EncryptionKeyRow(Base):
-    """What the database knows of an encryption key: its name, and a token that only it opens.
+    """What the database stores of an encryption key: its name, and a token that only it decrypts.
 
-    `retired_at`: pruned; its name stays, so that a server that is still given the key does not take
-    it for a new one.
+    `retired_at`: when it was pruned; its name stays, so that a server still configured with the key
+    does not take it for a new one.
     """
 
     __tablename__ = "encryption_keys"
@@ -182,9 +182,9 @@ class EncryptionKeyRow(Base):
 
 
 class AuditRow(Base):
-    """Who did what, to which agent, when and from where; each row's hash holds the one before.
+    """Who did what, to which agent, when and from where; each row's hash covers the one before.
 
-    `at` is text, since the hash is over what is stored, and the two engines keep times differently.
+    `at` is text, since the hash covers what is stored, and the two engines store times differently.
     """
 
     __tablename__ = "audit"
@@ -206,12 +206,12 @@ class AuditRow(Base):
 
 
 class AuditHeadRow(Base):
-    """The one row that says where the audit's chain ends; locked by whoever appends to it.
+    """The one row that says where the audit's chain ends; locked to append to the audit.
 
-    Not in `state`, since a key read would then wait for every write, and hold it up.
+    Not in `state`: a key read would then wait for every write, and delay it.
 
     Attributes:
-        cut_seq, cut_hash: the last row that was removed after its export; the chain begins there.
+        cut_seq, cut_hash: the last row that was removed after its export; the chain starts there.
         cut_seal: both, sealed by the active encryption key, which is not in the database.
     """
 
@@ -229,7 +229,7 @@ class ReplicaRow(Base):
     """One server process that serves this database: a lease, and the encryption keys it has.
 
     `seen_at` is seconds since 1970 by the database's clock, the only one that replicas share;
-    `tokens_version` is that of the tokens it has in force.
+    `tokens_version` is the version of the tokens that it applies.
     """
 
     __tablename__ = "replicas"
@@ -242,14 +242,14 @@ class ReplicaRow(Base):
 
 
 class BackendRow(Base):
-    """What one replica tells the others of some of its backends (`fleet/replication_rows.py`).
+    """What a replica reports to the others about some backends (`fleet/replication_rows.py`).
 
     Attributes:
-        id: the batch; of an older version a backend, or empty where the row says how far the
+        id: the batch; in rows of an older version a backend, or empty if the row says how far the
             replica's stream has come.
-        seq: counts the replica's transactions, so that others read what is new alone.
+        seq: counts the replica's transactions, so that others read only what is new.
         data: JSON.
-        connected: false in a replica's last word.
+        connected: false in a replica's last report.
         written_at: seconds since 1970 by the database's clock.
     """
 
@@ -284,8 +284,8 @@ AUDIT_HEAD: Final = _table(AuditHeadRow)
 REPLICAS: Final = _table(ReplicaRow)
 BACKENDS: Final = _table(BackendRow)
 
-# Without SQLAlchemy's types: they raise on what another program may have put into a SQLite column
-# (a text date, 'true'), and one such row must not take the whole list down.
+# Without SQLAlchemy's types: they raise on what another program may have stored in a SQLite column
+# (a text date, 'true'), and one such row must not break the whole list.
 SELECT_AGENTS: Final = select(*(type_coerce(c, NullType()).label(c.name) for c in AGENTS.c))
 """Every agent, as `agent_of` takes it; add a `where` or `order_by`."""
 

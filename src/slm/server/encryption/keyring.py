@@ -1,8 +1,8 @@
 """The encryption keys that this process has: where they come from, and which one is active.
 
-A process has keys from SLM_ENCRYPTION_KEYS, from the command SLM_ENCRYPTION_KEY_COMMAND, or from
-the data directory; the database names the active one by its fingerprint and never holds a key.
-Knows no API key and no HTTP.
+A process gets its keys from SLM_ENCRYPTION_KEYS, from the command SLM_ENCRYPTION_KEY_COMMAND, or
+from the data directory; the database names the active one by its fingerprint and never contains a
+key. Knows no API key and no HTTP.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _VERSION: Final = select(STATE.c.keyring_version).where(STATE.c.id == 1)
 
 
 class KeySource(enum.StrEnum):
-    """Where this process has its encryption keys from."""
+    """Where this process gets its encryption keys from."""
 
     ENVIRONMENT = "environment"
     COMMAND = "command"
@@ -55,21 +55,21 @@ class KeySource(enum.StrEnum):
 
 @dataclass(frozen=True)
 class KeysAtHand:
-    """What a source gave; a file may have given nothing yet."""
+    """The keys that a source returned; a file may contain none yet."""
 
     source: KeySource
     keys: Sequence[SecretStr]
 
 
 def read_keys(settings: Settings, notes: list[str] | None = None) -> KeysAtHand:
-    """Return the encryption keys that the settings lead to; a file that is not there has none.
+    """Return the encryption keys that the settings specify; a missing file means no keys.
 
     Args:
-        settings: encryption_keys, encryption_key_command and data_dir count here.
-        notes: gets a sentence where the file can be read by other users.
+        settings: encryption_keys, encryption_key_command and data_dir are used.
+        notes: gets a sentence if other users can read the file.
 
     Raises:
-        StartupError: they cannot be read, or are no Fernet keys; the message has none of them.
+        StartupError: they cannot be read, or are not Fernet keys; the message has none of them.
     """
     if settings.encryption_keys is not None:
         text = settings.encryption_keys.get_secret_value()
@@ -90,7 +90,7 @@ def read_keys(settings: Settings, notes: list[str] | None = None) -> KeysAtHand:
 
 
 def key_file(settings: Settings) -> Path:
-    """Return where the data directory's keys are."""
+    """Return the path of the data directory's keys."""
     return settings.data_dir / KEY_FILE
 
 
@@ -104,7 +104,7 @@ def _parsed(text: str, name: str) -> list[SecretStr]:
 
 
 def _environment(wanted: Sequence[str]) -> dict[str, str]:
-    """Return what the command gets: what any program needs, and what the operator names."""
+    """Return the command's environment: what any program needs, and what the operator names."""
 
     def is_wanted(name: str) -> bool:
         if name.upper().startswith(_SECRET_PREFIXES):
@@ -132,7 +132,7 @@ def _output_of(command: str, seconds: float, environment: Mapping[str, str]) -> 
     except subprocess.TimeoutExpired:
         why = f"it took longer than {seconds:g} s"
     except subprocess.CalledProcessError as error:
-        # What it printed may hold a key.
+        # Its output may contain a key.
         why = f"it ended with {error.returncode}"
     except UnicodeDecodeError:
         why = "what it prints is not text"
@@ -142,13 +142,13 @@ def _output_of(command: str, seconds: float, environment: Mapping[str, str]) -> 
 
 
 def register(connection: Connection, vault: Vault, who: Who) -> list[str]:
-    """Tell the database of each key that it does not know yet; none becomes active by it.
+    """Add each key that the database does not know yet; this makes no key active.
 
-    Where it knows of none the first one does, and the others count as older than it: a rotation
-    never goes on to them by itself.
+    If the database knows none, the first one becomes active, and the others are treated as older: a
+    rotation never moves to them by itself.
 
     Returns:
-        What needs the operator's attention: a key that is given and was pruned.
+        What needs the operator's attention: a configured key that was pruned.
     """
     known = {
         row.fingerprint: row
@@ -177,13 +177,13 @@ def register(connection: Connection, vault: Vault, who: Who) -> list[str]:
 
 
 class Keyring:
-    """The vault of this process, kept at what the database says of the keys.
+    """This process's vault, kept in line with what the database says about the keys.
 
-    A write calls `follow` in its own transaction, which holds the state row. So from the commit on
-    that makes a key the active one, no row is encrypted with another one, on any replica.
+    A write calls `follow` in its own transaction, which holds the state row. So once a key has been
+    made active and committed, no replica encrypts a row with another one.
 
     Args:
-        vault: whose keys are replaced and activated here.
+        vault: its keys are replaced and activated here.
         read: reads the keys from their source again; may raise StartupError.
     """
 
@@ -194,10 +194,10 @@ class Keyring:
         self._lock = threading.Lock()
 
     def follow(self, connection: Connection, version: int | None = None) -> None:
-        """Make the key active that the database names; costs nothing while nothing has changed.
+        """Activate the key that the database names; costs nothing while nothing has changed.
 
         Args:
-            connection: of the transaction whose rows are encrypted or decrypted next.
+            connection: of the transaction in which rows are encrypted or decrypted next.
             version: the state row's keyring_version in this transaction; None: it is read here.
 
         Raises:
@@ -210,14 +210,14 @@ class Keyring:
 
     async def load(self) -> None:
         """Read the source again, whatever the database knows."""
-        # Not in the database's thread: a command may take its time.
+        # Not in the database's thread: a command may be slow.
         await asyncio.to_thread(self._reload)
 
     async def refresh(self, database: Database) -> None:
-        """Read the source again where the database knows of a key that is not here.
+        """Read the source again if the database knows of a key that is missing here.
 
         Raises:
-            EncryptionKeyMissing: the active key is not there either.
+            EncryptionKeyMissing: the active key is missing there too.
             DatabaseUnavailable: the database does not answer.
         """
         known, active, version = await database.read(_known)
@@ -247,7 +247,7 @@ class Keyring:
 
 
 def _known(connection: Connection) -> tuple[set[str], str, int]:
-    """Return the keys that are not pruned, the active one, and the version this was true at."""
+    """Return the keys that are not pruned, the active one, and the version that this applies to."""
     wanted = select(ENCRYPTION_KEYS.c.fingerprint).where(ENCRYPTION_KEYS.c.retired_at.is_(None))
     known = set(connection.execute(wanted).scalars())
     return (
@@ -258,7 +258,7 @@ def _known(connection: Connection) -> tuple[set[str], str, int]:
 
 
 def newest_inactive(connection: Connection) -> str | None:
-    """Return the fingerprint of the key that a rotation would go on to, or None without one."""
+    """Return the fingerprint of the key that a rotation would move to, or None if there is none."""
     rows = connection.execute(
         select(ENCRYPTION_KEYS).where(ENCRYPTION_KEYS.c.retired_at.is_(None))
     ).all()

@@ -1,7 +1,7 @@
-"""Goes on to another encryption key without a gap: add, rotate, re-encrypt, prune.
+"""Moves to another encryption key without a gap: add, rotate, re-encrypt, prune.
 
 The database names the active key and no replica ever encrypts with another one (`Keyring.follow`),
-so each step can be broken off anywhere and run again. Knows no HTTP.
+so each step can be interrupted anywhere and run again. Knows no HTTP.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ class KeyInfo:
     """One encryption key, as the database knows it.
 
     Attributes:
-        fingerprint: its name, which says nothing about it.
+        fingerprint: its name, which reveals nothing about it.
         is_active: whether it encrypts.
-        created_at: since when the database knows of it.
-        retired_at: since when it is pruned; None: it is not.
+        created_at: when it was added to the database.
+        retired_at: when it was pruned; None if it was not.
         rows: how many agents' keys need it.
         here: whether this replica has it.
     """
@@ -71,12 +71,12 @@ class KeyInfo:
 
 @dataclass(frozen=True)
 class KeyStatus:
-    """All keys, all replicas.
+    """All keys and all replicas.
 
     Attributes:
-        source: where this replica has its keys from.
-        keys: in the order in which the database came to know them.
-        unreadable: how many agents' keys none of this replica's keys opens.
+        source: where this replica gets its keys from.
+        keys: in the order in which they were added to the database.
+        unreadable: how many agents' keys none of this replica's keys decrypts.
         replicas: every server process that reported.
     """
 
@@ -88,10 +88,11 @@ class KeyStatus:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a re-encryption has come.
+    """How far a re-encryption has got.
 
     Attributes:
-        last_id: the row it has come to; where the next step goes on. None: it is through.
+        last_id: the last row it has processed, after which the next step continues. None: it is
+            complete.
         changed: how many rows this step re-encrypted.
     """
 
@@ -117,7 +118,7 @@ class KeyRotation:
 
     @property
     def source(self) -> KeySource:
-        """Where this replica has its keys from."""
+        """Where this replica gets its keys from."""
         if self._settings.encryption_keys is not None:
             return KeySource.ENVIRONMENT
         if self._settings.encryption_key_command is not None:
@@ -125,7 +126,7 @@ class KeyRotation:
         return KeySource.FILE
 
     async def status(self) -> KeyStatus:
-        """Count which key every row needs; in pages, so that nobody waits for it."""
+        """Count which key every row needs; in pages, so that nobody has to wait for it."""
         rows, unreadable = await self._count()
 
         def read(connection: Connection) -> tuple[Sequence[Any], list[ReplicaInfo]]:
@@ -150,14 +151,14 @@ class KeyRotation:
         return KeyStatus(self.source, infos, unreadable, processes)
 
     async def add(self, *, who: Who) -> str:
-        """Make a key in the data directory, with which this server can decrypt; return its name.
+        """Create a key in the data directory, which this server can decrypt with; return its name.
 
-        Keys from the environment or a command are added there, by the operator.
+        If keys come from the environment or a command, the operator adds them there.
 
         Raises:
             Conflict: the keys are not in the data directory.
         """
-        # Before the file is touched, which no transaction undoes.
+        # Before the file is touched, which no transaction can undo.
         await self._database.read(who.require_counts)
         if self.source is not KeySource.FILE:
             raise Conflict(
@@ -166,14 +167,14 @@ class KeyRotation:
         made = Vault.generate_key()
         name = fingerprint(made.get_secret_value())
         async with self._file_lock:
-            # The file first: a key that the database knows of is never one that is lost.
+            # The file first: a key that the database knows of must never be lost.
             self._vault.replace(await asyncio.to_thread(self._rewrite, lambda keys: [*keys, made]))
         await self._register(who)
         await self._lease.renew()
         return name
 
     async def _register(self, who: Who) -> None:
-        """Tell the database of every key that is here and new to it."""
+        """Add every key of this server that the database does not know yet."""
 
         def work(connection: Connection) -> None:
             _lock_state(connection, who)
@@ -182,11 +183,11 @@ class KeyRotation:
         await self._database.run(work)
 
     async def rotate(self, wanted: str | None, *, who: Who) -> str:
-        """Make a key the active one: from the commit on it encrypts every write, everywhere.
+        """Make a key active: once committed, it encrypts every write on every replica.
 
         Args:
             wanted: its fingerprint; None: the newest, or the active one again if there is none.
-            who: who asks for it.
+            who: who requests it.
 
         Returns:
             The fingerprint of the active key.
@@ -195,7 +196,7 @@ class KeyRotation:
             KeysNotReady: a live replica does not have it, or the database does not know it. The
                 other replicas read their keys again within a third of their lease.
         """
-        # A command may print a key by now that nobody has seen yet.
+        # The command may print a new key by now.
         await self._keyring.load()
         await self._register(who)
         await self._lease.renew()
@@ -226,12 +227,12 @@ class KeyRotation:
         return name
 
     async def reencrypt(self, after_id: int, limit: int, *, who: Who) -> Progress:
-        """Re-encrypt some rows under the active key, leaving their revisions as they are.
+        """Re-encrypt some rows under the active key, without changing their revisions.
 
         Args:
             after_id: rows up to here are done.
-            limit: how many rows to look at, in one short transaction.
-            who: who asks for it.
+            limit: how many rows to process, in one short transaction.
+            who: who requests it.
         """
 
         def work(connection: Connection) -> Progress:
@@ -267,7 +268,7 @@ class KeyRotation:
         rows, unreadable = await self._count()
         elsewhere = sorted(unretired - set(self._vault.fingerprints))
         if elsewhere and unreadable:
-            # What they open cannot be counted here.
+            # The rows that need them cannot be counted here.
             raise KeysNotReady(
                 f"{unreadable} stored keys cannot be read here, and this server does not have the"
                 f" encryption key {', '.join(elsewhere)}; give it to this server first."
@@ -300,7 +301,7 @@ class KeyRotation:
         return names
 
     async def _drop_from_file(self) -> None:
-        """Leave in the file only what is not retired; a key nobody knows of yet stays."""
+        """Keep in the file only what is not retired, including keys that nobody knows of yet."""
         retired = await self._database.read(
             lambda connection: set(
                 connection.execute(
@@ -329,7 +330,7 @@ class KeyRotation:
         return after
 
     async def _count(self) -> tuple[Counter[str], int]:
-        """Return how many rows need each key, and how many no key of this replica opens."""
+        """Return how many rows need each key, and how many no key of this replica decrypts."""
         rows: Counter[str] = Counter()
         unreadable, after_id = 0, 0
         while True:
@@ -341,7 +342,7 @@ class KeyRotation:
             if len(found) < _PAGE:
                 break
             after_id = found[-1].id
-        # One of them seals the cut of the audit.
+        # One of them seals the audit's cut.
         seal = (await self._database.read(ends)).seal
         if seal is not None and (name := self._vault.key_of(seal)) is not None:
             rows[name] += 1
@@ -349,10 +350,10 @@ class KeyRotation:
 
 
 def _lock_state(connection: Connection, who: Who) -> int:
-    """Lock the state row and return the key ring's version; whoever asks must still be allowed to.
+    """Lock the state row and return the key ring's version; the caller must still be authorized.
 
     Raises:
-        Unauthorized: the token does not count any more.
+        Unauthorized: the token is no longer valid.
     """
     locked = state.lock(connection)
     who.require_counts(connection, locked.tokens_version)

@@ -1,7 +1,7 @@
 """Text kept in memory encrypted under a random key of this process.
 
-A core dump, a heap that is read or a page that is swapped out shows ciphertext, but for the moment
-of an answer. Knows no database and no agent.
+A core dump, a heap dump or a swapped-out page shows ciphertext, except in the moment of a
+response. Knows no database and no agent.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 MAX_BYTES: Final = 32 * 1024 * 1024
 _NONCE_BYTES: Final = 12
 _ENTRY_BYTES: Final = 300
-"""What an entry takes besides its text: two objects and its place in the table."""
+"""What an entry takes besides its text, in bytes: two objects and its place in the table."""
 
 
 class Sealer:
-    """Seals bytes under a key that this process made and that ends with it."""
+    """Seals bytes under a key that this process generated and that is gone when it ends."""
 
     def __init__(self) -> None:
         self._cipher = AESGCM(os.urandom(32))
-        # The key is used by this object alone, so a number that never repeats is enough.
+        # Only this object uses the key, so a number that never repeats is enough.
         self._numbers = itertools.count()
 
     def seal(self, plain: bytes, name: bytes) -> bytes:
-        """Return it sealed; only the same name opens it again."""
+        """Return it sealed; it can only be opened under the same name."""
         nonce = next(self._numbers).to_bytes(_NONCE_BYTES, "big")
         return nonce + self._cipher.encrypt(nonce, plain, name)
 
@@ -35,16 +35,16 @@ class Sealer:
         """Return what was sealed under this name.
 
         Raises:
-            InvalidTag: it is another's, or was altered.
+            InvalidTag: it was sealed under another name, or altered.
         """
         return self._cipher.decrypt(sealed[:_NONCE_BYTES], sealed[_NONCE_BYTES:], name)
 
 
 class SealedTexts:
-    """A table of sealed texts, bounded in bytes: when it is full it begins anew.
+    """A table of sealed texts, limited in bytes: when it is full it starts again from empty.
 
     Args:
-        max_bytes: what it may take.
+        max_bytes: the most bytes it may take.
     """
 
     def __init__(self, max_bytes: int = MAX_BYTES) -> None:
@@ -57,12 +57,12 @@ class SealedTexts:
         return len(self._texts)
 
     def get(self, name: bytes) -> str | None:
-        """Return the text of this name, or None."""
+        """Return the text with this name, or None."""
         sealed = self._texts.get(name)
         return None if sealed is None else self._sealer.open(sealed, name).decode()
 
     def put(self, name: bytes, text: str) -> None:
-        """Keep a text; one that is larger than the table is not kept."""
+        """Store a text; one that is larger than the table is not stored."""
         sealed = self._sealer.seal(text.encode(), name)
         size = len(sealed) + _ENTRY_BYTES
         if size > self._max_bytes:

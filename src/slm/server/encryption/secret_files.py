@@ -1,6 +1,6 @@
-"""The data directory, and files in it that hold a secret: written whole, once, for us alone.
+"""The data directory, and the secret files in it: written whole, once, and private.
 
-`slm.common.files` says which files and folders may be used at all. Knows nothing of what the
+`slm.common.files` decides which files and folders may be used at all. Does not know what the
 secrets are for.
 """
 
@@ -17,10 +17,10 @@ from slm.errors import StartupError
 
 
 def make_data_dir(path: Path) -> None:
-    """Make the data directory, for us alone, if it is not there.
+    """Create the data directory, for our account only, if it is missing.
 
     Raises:
-        StartupError: it cannot be made or written to, or another account has a hand in it.
+        StartupError: it cannot be created or written to, or another account can change it.
     """
     try:
         files.make_folder(path)
@@ -37,7 +37,7 @@ def make_data_dir(path: Path) -> None:
 
 
 def check_database_file(path: Path) -> None:
-    """Refuse a SQLite file, or what lies beside it, in which another account has a hand.
+    """Refuse a SQLite file if another account owns or can write it or the files next to it.
 
     Raises:
         StartupError: it, its journal or its folder belongs to another account or can be written by
@@ -59,16 +59,16 @@ def check_database_file(path: Path) -> None:
 
 
 def create_private(path: Path) -> BinaryIO:
-    """Make and open a file of mode 0600; FileExistsError where there is one, or a link."""
+    """Create and open a file with mode 0600; FileExistsError if a file or link is there."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     return os.fdopen(os.open(path, flags, 0o600), "wb")
 
 
 def write_private(path: Path, content: str) -> None:
-    """Write a new file of mode 0600, whole or not at all; never over one that is there.
+    """Write a new file with mode 0600, whole or not at all; never replaces an existing one.
 
     Raises:
-        StartupError: it cannot be written, or is there already.
+        StartupError: it cannot be written, or exists already.
     """
     unfinished = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
@@ -78,7 +78,7 @@ def write_private(path: Path, content: str) -> None:
                 file.write(content.encode("ascii"))
                 file.flush()
                 os.fsync(file.fileno())
-            # A link fails where the name is taken; a rename would replace what is there.
+            # A link fails if the name is taken; a rename would replace what is there.
             os.link(unfinished, path, follow_symlinks=False)
         finally:
             unfinished.unlink()
@@ -88,10 +88,10 @@ def write_private(path: Path, content: str) -> None:
 
 
 def replace_private(path: Path, content: str) -> None:
-    """Write a file of mode 0600 in the place of the one that is there; never half of it.
+    """Replace a file by one with mode 0600; never writes half of it.
 
     Raises:
-        StartupError: it cannot be written; what was there is as it was.
+        StartupError: it cannot be written; the old file is unchanged.
     """
     unfinished = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
@@ -109,12 +109,12 @@ def replace_private(path: Path, content: str) -> None:
 
 
 def sync_directory(path: Path) -> None:
-    """Make the names in a directory survive a power cut."""
+    """Make the names in a directory survive a power failure."""
     sync_file(path)
 
 
 def sync_file(path: Path) -> None:
-    """Make what was written to a file survive a power cut."""
+    """Make what was written to a file survive a power failure."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -123,10 +123,10 @@ def sync_file(path: Path) -> None:
 
 
 def read_private(path: Path, notes: list[str]) -> str | None:
-    """Return a secret file's text without its white space, or None where there is no such file.
+    """Return a secret file's text without surrounding white space, or None if there is no file.
 
     Raises:
-        StartupError: it cannot be read, or another account has a hand in it.
+        StartupError: it cannot be read, or another account can change it.
     """
     try:
         content, mode = files.read_own(path)

@@ -1,7 +1,7 @@
 """The vault encrypts API keys, each bound to the one place that it may be sent to.
 
 Knows no database: it is given tokens and bindings and keeps neither. Fernet has no associated data,
-so what a key is bound to lies inside the plaintext and is checked on the way out
+so the binding of a key is part of the plaintext and is checked on decryption
 (docs/protocol.md section 3, "A key is bound to where it may be sent").
 """
 
@@ -21,7 +21,7 @@ from slm.common.environment import tidied
 from slm.errors import ConfigurationError, KeyUndecryptable
 from slm.server.encryption.sealed import SealedTexts
 
-# Starts with a control character, which no API key holds: a bare key never looks like a bound one.
+# Starts with a control character, which no API key has: a bare key never looks like a bound one.
 _BOUND: Final = b"\x01slm-key-1\x01"
 _CHECK: Final = b"\x01slm-check-1\x01"
 _SEAL: Final = b"\x01slm-seal-1\x01"
@@ -32,7 +32,7 @@ class KeyBinding:
     """The one place a key may be sent to.
 
     Attributes:
-        agent_id: the agent whose key it is.
+        agent_id: the agent that the key belongs to.
         provider: its `llm_provider`.
         origin: `slm.endpoints.origin` of provider and endpoint.
     """
@@ -45,11 +45,11 @@ class KeyBinding:
 class Vault:
     """Encrypts with the first key, decrypts with any.
 
-    Its keys can be changed while it is in use (`replace`, `activate`): one call sees either all the
+    Its keys can be changed while it is in use (`replace`, `activate`): a call sees either all the
     old ones or all the new ones.
 
-    A stored key that was decrypted once is kept in memory, sealed under a key of this process, for
-    this ciphertext and binding alone: a thousand backends that fetch it cost one Fernet decryption.
+    A stored key that was decrypted once is kept in memory, sealed under a key of this process, only
+    for this ciphertext and binding: a thousand backends that fetch it cost one Fernet decryption.
 
     Args:
         keys: Fernet keys (32 bytes in URL-safe base64), the active one first.
@@ -67,18 +67,18 @@ class Vault:
 
     @property
     def fingerprints(self) -> tuple[str, ...]:
-        """One for each key, in order; the first is that of the active key."""
+        """One fingerprint for each key, in order; the first is the active key's."""
         return tuple(self._ring)
 
     def replace(self, keys: Sequence[SecretStr | str]) -> None:
-        """Have these keys from now on; the active one stays the active one if it is among them.
+        """Use these keys from now on; the active one stays active if it is among them.
 
         Raises:
             ConfigurationError: there is no key, or one is not a Fernet key; nothing has changed.
         """
         ring, active = _ring_of(keys), self.fingerprints[0]
         self._ring = _with_first(ring, active) if active in ring else ring
-        # After the ring: what a call of before decrypts goes into the one that is dropped here.
+        # After the ring: an earlier call still writes what it decrypts to the table dropped here.
         self._opened = SealedTexts()
 
     def activate(self, name: str) -> bool:
@@ -89,7 +89,7 @@ class Vault:
         return True
 
     def has(self, keys: Sequence[SecretStr | str]) -> bool:
-        """Say whether these are the keys it has, in whatever order."""
+        """Return whether these are the keys it has, in any order."""
         return {fingerprint(_text(key)) for key in keys} == set(self._ring)
 
     @staticmethod
@@ -98,7 +98,7 @@ class Vault:
         return SecretStr(Fernet.generate_key().decode())
 
     def encrypt(self, key: SecretStr, binding: KeyBinding) -> str:
-        """Return a ciphertext that gives the key back for this binding alone."""
+        """Return a ciphertext that can only be decrypted for this binding."""
         plain = {
             "agent_id": binding.agent_id,
             "provider": binding.provider,
@@ -111,7 +111,7 @@ class Vault:
         """Return the key of a bound ciphertext.
 
         Raises:
-            KeyUndecryptable: no key of this vault opens it, it is not bound, or bound elsewhere.
+            KeyUndecryptable: no key of this vault decrypts it, or it is unbound or bound elsewhere.
         """
         opened = self._opened
         name = hashlib.sha256(
@@ -136,13 +136,13 @@ class Vault:
         return str(data["key"])
 
     def decrypt_unbound(self, ciphertext: str) -> SecretStr:
-        """Return the key of a ciphertext that holds the bare key, as a table not made by us has it.
+        """Return the key of a ciphertext that contains the bare key, as in a table not made by us.
 
-        For adoption alone (docs/protocol.md section 1): such a ciphertext says nothing of where its
-        key may be sent, so serving it would let whoever edits an endpoint collect the key.
+        For adoption only (docs/protocol.md section 1): such a ciphertext does not say where its key
+        may be sent, so serving it would let anyone who edits an endpoint collect the key.
 
         Raises:
-            KeyUndecryptable: no key of this vault opens it, or it is no bare key.
+            KeyUndecryptable: no key of this vault decrypts it, or it is not a bare key.
         """
         plain = self._plaintext(ciphertext)
         if plain.startswith((_BOUND, _CHECK, _SEAL)):
@@ -156,11 +156,11 @@ class Vault:
         return SecretStr(text)
 
     def seal(self, text: str) -> str:
-        """Return a ciphertext that only the active key makes, and that holds this text."""
+        """Return a ciphertext of this text, which only the active key can make."""
         return self._active.encrypt(_SEAL + text.encode()).decode()
 
     def unseal(self, ciphertext: str) -> str | None:
-        """Return the text of such a ciphertext; None: no key of this vault made it."""
+        """Return the text of such a ciphertext; None if no key of this vault made it."""
         try:
             plain = self._plaintext(ciphertext)
         except KeyUndecryptable:
@@ -168,11 +168,11 @@ class Vault:
         return plain[len(_SEAL) :].decode() if plain.startswith(_SEAL) else None
 
     def make_check_of(self, name: str) -> str:
-        """Return a ciphertext that tells later whether the key of this fingerprint is here."""
+        """Return a ciphertext that shows later whether the key with this fingerprint is here."""
         return self._ring[name].encrypt(_CHECK).decode()
 
     def opens_check(self, ciphertext: str) -> bool:
-        """Say whether one of the keys made this check ciphertext."""
+        """Return whether one of the keys made this check ciphertext."""
         try:
             return hmac.compare_digest(self._plaintext(ciphertext), _CHECK)
         except KeyUndecryptable:
@@ -181,7 +181,7 @@ class Vault:
     def key_of(self, ciphertext: str) -> str | None:
         """Return the fingerprint of the key that a bound ciphertext or a seal needs, if it is here.
 
-        Any other ciphertext needs none: it is refused whatever opens it.
+        Any other ciphertext needs none: it is refused whatever key decrypts it.
         """
         for name, fernet in self._ring.items():
             try:
@@ -192,10 +192,10 @@ class Vault:
         return None
 
     def reencrypt(self, ciphertext: str) -> str | None:
-        """Return the same plaintext under the active key, binding and all.
+        """Return the same plaintext, including its binding, encrypted under the active key.
 
-        None where there is nothing to do: it is under the active key, not bound, or no key of this
-        vault opens it.
+        None if there is nothing to do: it is under the active key, is not bound, or no key of this
+        vault decrypts it.
         """
         if self.key_of(ciphertext) in (None, self.fingerprints[0]):
             return None
@@ -213,7 +213,7 @@ class Vault:
 
 
 def _ring_of(keys: Sequence[SecretStr | str]) -> dict[str, Fernet]:
-    """Return the keys by fingerprint, in order; never changed afterwards, only replaced."""
+    """Return the keys by fingerprint, in order; replaced as a whole, never modified."""
     if not keys:
         raise ConfigurationError("an encryption key is needed")
     try:
@@ -234,12 +234,12 @@ def _text(key: SecretStr | str) -> str:
 
 
 def fingerprint(key: str) -> str:
-    """Return a short name of a Fernet key that says nothing about it."""
+    """Return a short name for a Fernet key that reveals nothing about it."""
     return hashlib.sha256(b"slm fernet key:" + key.strip().encode()).hexdigest()[:16]
 
 
 def parse_keys(text: str) -> list[SecretStr]:
-    """Return the keys of a list separated by commas or white space, as SLM_ENCRYPTION_KEYS has."""
+    """Return the keys in a list separated by commas or white space, as in SLM_ENCRYPTION_KEYS."""
     return [SecretStr(tidied(part)) for part in text.replace(",", " ").split()]
 
 

@@ -1,1 +1,1 @@
-"""What runs at the start and by the clock. Knows neither stream nor fleet."""
+"""What runs at the start and periodically. Knows neither stream nor fleet."""

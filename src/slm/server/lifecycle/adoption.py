@@ -1,7 +1,7 @@
-"""Takes rows of `agents` that were not written by us into the life of this database.
+"""Adopts rows of `agents` that another program wrote: gives them revisions and binds their keys.
 
-Runs once, inside the transaction of the first migration, and later only for keys that no key opened
-yet (docs/protocol.md section 1, "Adoption"). Knows no file and no setting.
+Runs once, inside the transaction of the first migration, and later only for keys that no key
+has decrypted yet (docs/protocol.md section 1, "Adoption"). Knows no file and no setting.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from slm.server.db.tables import AGENTS, CHANGES, SELECT_AGENTS, utc_now
 from slm.server.encryption.vault import KeyBinding, Vault
 
 ACTOR: Final = "slm"
-"""Who makes the changes of a start."""
+"""The author of the changes that a start makes."""
 
 _UPDATE: Final = (
     update(AGENTS)
@@ -42,8 +42,8 @@ class Adoption:
 
     Attributes:
         rows: how many rows got their first revision.
-        bound: the agents whose key was re-encrypted for its place.
-        kept: the agents whose stored key no given key opens.
+        bound: the agents with a key that was re-encrypted for its place.
+        kept: the agents with a stored key that none of the given keys decrypts.
     """
 
     rows: int = 0
@@ -52,17 +52,17 @@ class Adoption:
 
 
 def adopt(connection: Connection, vault: Vault, *, first_time: bool) -> Adoption:
-    """Give every row that has none a revision and a change, and bind what keys can be bound.
+    """Give a revision and a change to every row without one, and bind the keys that can be bound.
 
     Args:
-        connection: in a transaction that holds the state row, or that takes it here first.
-        vault: the keys that were given; the first encrypts.
-        first_time: the table was taken over just now. Only then may a bare token be bound unasked:
-            later, whoever writes to the database could put an old one beside an endpoint of theirs.
+        connection: in a transaction that holds the state row, or that locks it here first.
+        vault: the keys that were given; the first one encrypts.
+        first_time: the table was adopted just now. Only then may a bare token be bound unasked:
+            later, anyone who writes to the database could put an old one next to their endpoint.
     """
     found = Adoption()
-    # With its lock: while one replica starts the others write on, and a revision read without it
-    # would be put back over theirs.
+    # With its lock: while one replica starts the others keep writing, and a revision read without
+    # it would overwrite theirs.
     before, *_, last_id = state.lock(connection)
     rows = connection.execute(
         SELECT_AGENTS.where((AGENTS.c.revision == 0) | AGENTS.c.key_state.is_not(None)).order_by(
@@ -99,7 +99,7 @@ def adopt(connection: Connection, vault: Vault, *, first_time: bool) -> Adoption
 
 
 def _bind_key(values: dict[str, Any], vault: Vault, found: Adoption, *, may_bind: bool) -> bool:
-    """Bind the row's key if it may be and can be; return whether the row changed by it."""
+    """Bind the row's key if allowed and possible; return whether that changed the row."""
     agent = agent_of(values)
     if not agent.has_api_key:
         return False
@@ -128,9 +128,9 @@ def _bind_key(values: dict[str, Any], vault: Vault, found: Adoption, *, may_bind
 
 
 def _mark(token: str, vault: Vault, binding: KeyBinding) -> str:
-    """Return the proof that this very token was adopted for this place.
+    """Return the proof that exactly this token was adopted for this place.
 
-    Encrypted, so that nobody who can only write to the database can make one.
+    Encrypted, so that write access to the database alone is not enough to make one.
     """
     return vault.encrypt(SecretStr(_digest(token)), binding)
 

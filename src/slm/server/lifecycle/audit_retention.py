@@ -1,7 +1,7 @@
-"""Removes old entries of the audit, once they were exported (SLM_AUDIT_KEEP_DAYS).
+"""Removes old audit entries once they were exported (SLM_AUDIT_KEEP_DAYS).
 
-The chain then begins at a cut: the number and hash of the last row that was removed, sealed by the
-active encryption key, which somebody who can only write to the database does not have. Any replica
+The chain then starts at a cut: the number and hash of the last row that was removed, sealed by the
+active encryption key, which someone who can only write to the database does not have. Any replica
 may trim at any time; the state row's lock makes them take turns.
 """
 
@@ -28,7 +28,7 @@ from slm.server.security.audit_reader import EXPORTED, ends, entries_after, expo
 logger = logging.getLogger(__name__)
 
 BATCH: Final = 500
-"""How many entries go in one transaction; writers wait for the state row meanwhile."""
+"""The most entries removed in one transaction; writers wait for the state row meanwhile."""
 
 CUT: Final = "audit.cut"
 
@@ -36,11 +36,11 @@ _PAUSE_SECONDS: Final = 0.02
 
 
 async def trim(database: Database, keyring: Keyring, *, keep_days: int) -> int:
-    """Remove what is older and was exported; return how many entries.
+    """Remove entries that are older and were exported; return how many.
 
     Raises:
         Conflict: the chain is broken there, or is not the one that was exported.
-        DatabaseUnavailable: the database does not answer; the batches before are done.
+        DatabaseUnavailable: the database does not answer; earlier batches are done.
     """
     before = (utc_now() - timedelta(days=keep_days)).isoformat(timespec="microseconds")
     upto = await database.read(exported_upto)
@@ -61,7 +61,7 @@ async def trim(database: Database, keyring: Keyring, *, keep_days: int) -> int:
 
 
 def note_exported(connection: Connection, head: Link, who: Who) -> None:
-    """Record that everything up to this row is in a file of the operator's.
+    """Record that everything up to this row is in a file of the operator.
 
     Raises:
         Conflict: the audit has no such row.
@@ -73,7 +73,7 @@ def note_exported(connection: Connection, head: Link, who: Who) -> None:
 
 
 def _batch(connection: Connection, *, keyring: Keyring, upto: Link, before: str) -> int:
-    """Move the cut by at most BATCH rows and remove what is under it, both or neither."""
+    """Move the cut by at most BATCH rows and remove the rows below it, both or neither."""
     keyring.follow(connection, state.lock(connection).keyring_version)
     if link_at(connection, upto.seq) != upto:
         raise Conflict("the exported entries are not those in the audit; nothing more is removed.")
@@ -82,7 +82,7 @@ def _batch(connection: Connection, *, keyring: Keyring, upto: Link, before: str)
     old = list(itertools.takewhile(lambda entry: str(entry.at) < before, entries))
     walk = Walk(cut)
     if not walk.go(old):
-        # What was altered is evidence.
+        # Altered rows are evidence.
         raise Conflict(f"entry {walk.at.seq + 1}: {walk.reason}; nothing more is removed.")
     if old:
         connection.execute(delete(AUDIT).where(AUDIT.c.seq <= walk.at.seq))

@@ -1,7 +1,7 @@
-"""Copies a SQLite database while it is in use, and puts such a copy back in its place.
+"""Copies a SQLite database while it is in use, and restores such a copy.
 
-A restored database is another life of it: it gets a new epoch, so that no client goes on from a
-position that was never reached there (docs/protocol.md section 2).
+Restoring starts a new epoch, so that no client continues from a position that was never reached
+there (docs/protocol.md section 2).
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ _BESIDE = ("-wal", "-journal", "-shm")
 
 
 async def backup(database: Database, path: Path) -> None:
-    """Write a consistent copy of the database to a new file of mode 0600, while it serves.
+    """Write a consistent copy of the database to a new file with mode 0600, while the server runs.
 
-    The copy holds tokens' digests and encrypted API keys, and not the encryption key.
+    The copy contains the tokens' digests and encrypted API keys, but not the encryption key.
 
     Raises:
-        InvalidRequest: the file is there already, cannot be written, or the database is not SQLite.
-        InsufficientStorage: the disk is full; no file is left.
+        InvalidRequest: the file exists or cannot be written, or the database is not SQLite.
+        InsufficientStorage: the disk is full; no file is left behind.
     """
     if database.dialect != "sqlite":
         raise InvalidRequest("This backup is for SQLite; use pg_dump for PostgreSQL.")
@@ -52,7 +52,7 @@ async def backup(database: Database, path: Path) -> None:
         try:
             await database.copy_into(unfinished)
             await asyncio.to_thread(sync_file, unfinished)
-            # A link fails where the name was taken meanwhile; a rename would replace it.
+            # A link fails if the name was taken meanwhile; a rename would replace the file.
             os.link(unfinished, path, follow_symlinks=False)
         finally:
             _remove(unfinished)
@@ -64,21 +64,21 @@ async def backup(database: Database, path: Path) -> None:
 
 
 async def restore(settings: Settings, path: Path, *, create: bool = False) -> list[str]:
-    """Put a backup in the place of the database, with a new epoch; the server must be stopped.
+    """Replace the database by a backup, with a new epoch; the server must be stopped.
 
-    The database that was there is kept beside it as `….before-restore-<n>`.
+    The previous database is kept next to it as `….before-restore-<n>`.
 
     Args:
         settings: where the database is.
         path: the backup.
-        create: whether to go on where no database is yet.
+        create: whether to continue if there is no database yet.
 
     Returns:
         What was done, and what needs the operator's attention.
 
     Raises:
-        StartupError: the server runs, no database is there and `create` is not set, or the file is
-            no SLM database of a known version.
+        StartupError: the server is running, there is no database and `create` is not set, or the
+            file is not an SLM database of a known version.
     """
     target = Database(settings.url, lock_timeout_seconds=settings.lock_timeout_seconds)
     place = target.path
@@ -108,7 +108,7 @@ async def restore(settings: Settings, path: Path, *, create: bool = False) -> li
 
 
 def _copy(source: Path, to: Path) -> None:
-    """Copy a database file, with the WAL of one that was not closed, readable by us alone."""
+    """Copy a database file, with the WAL if it was not closed, readable only by us."""
     for beside in ("", "-wal"):
         part = Path(f"{source}{beside}")
         if beside and not part.exists():
@@ -128,7 +128,7 @@ def _remove(path: Path) -> None:
 
 
 async def _renew(copy: Path, source: Path, settings: Settings) -> list[str]:
-    """Check that the copy is whole and ours, and give it a new epoch."""
+    """Check that the copy is intact and ours, and give it a new epoch."""
 
     def work(connection: Connection) -> list[str]:
         if connection.execute(text("PRAGMA quick_check")).scalar_one() != "ok":
@@ -167,9 +167,9 @@ def _key_note(connection: Connection, settings: Settings) -> list[str]:
 
 @contextlib.asynccontextmanager
 async def _locked(target: Database) -> AsyncIterator[bool]:
-    """Hold the database that is there, so that no server opens it; give whether it could be opened.
+    """Hold the existing database, so that no server opens it; yield whether it could be opened.
 
-    A damaged one, or none, is held by nobody.
+    Nothing holds a damaged or missing one.
     """
     place = target.path
     try:
@@ -193,16 +193,16 @@ async def _locked(target: Database) -> AsyncIterator[bool]:
 
 
 def _keep(place: Path, is_whole: bool) -> Path | None:
-    """Give the database that is there a second name, and take away what lies beside it."""
+    """Give the existing database a second name, and move away the files next to it."""
     if not place.exists():
         return None
     number = 1
     while (kept := place.with_name(f"{place.name}.before-restore-{number}")).exists():
         number += 1
-    # A link, so that the name never stands for nothing: a server starting now would make a new one.
+    # A link, so that the name always exists: a server starting now would create a new database.
     os.link(place, kept)
     for beside in () if is_whole else _BESIDE:
-        # Of a database that cannot be opened; SQLite would take them for the new one's.
+        # They belong to a database that cannot be opened; SQLite would take them for the new one's.
         with contextlib.suppress(FileNotFoundError):
             Path(f"{place}{beside}").rename(f"{kept}{beside}")
     return kept

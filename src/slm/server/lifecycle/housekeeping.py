@@ -1,6 +1,6 @@
-"""What a server does by itself now and then: its lease, its keys, and when tokens were used.
+"""A server's periodic work: its lease, its keys, and when tokens were last used.
 
-Each of these can fail without harm and is tried again; none is in the way of a request.
+Each of these may fail without harm and is tried again; none blocks a request.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ _TRY_AGAIN_SECONDS: Final = 1.0
 
 
 class Caretaker:
-    """Renews the lease, keeps up with the key ring, tries the stored keys, notes tokens' use.
+    """Renews the lease, follows the key ring, tries the stored keys, and saves tokens' last use.
 
     Attributes:
-        keys_usable: whether this replica has the encryption key that is in use.
+        keys_usable: whether this replica has the active encryption key.
         lease: this process's row among the replicas.
     """
 
@@ -62,13 +62,13 @@ class Caretaker:
         self._task = (supervisor or Supervisor()).task("caretaker", self._keep_house)
 
     async def start(self) -> None:
-        """Take the lease and try every stored key, then go on in the background."""
+        """Take the lease and try every stored key, then continue in the background."""
         await self._renew()
         await self._check_keys()
         self._task.start()
 
     async def stop(self) -> None:
-        """Stop, and give the lease up, so that no rotation waits for this process."""
+        """Stop, and give up the lease, so that no rotation waits for this process."""
         await self._task.stop()
         with contextlib.suppress(ProblemError):
             await self._note_used()
@@ -84,11 +84,11 @@ class Caretaker:
                     await self._confirm.wait()
             try:
                 if self._confirm.is_set():
-                    # Somebody waits to hear that a revoked token is refused here, too.
+                    # Someone is waiting to hear that a revoked token is refused here, too.
                     self._confirm.clear()
                     await self.lease.renew()
                 if self._database.unwritable is not None:
-                    # Plain reads say that they may be old until it is known to take writes.
+                    # Until the database accepts writes, plain reads say that they may be stale.
                     await self._database.try_writing()
                 if loop.time() < due:
                     continue
@@ -103,11 +103,11 @@ class Caretaker:
             except ProblemError as error:
                 logger.debug("not now: %s", error.code)
             except Exception as error:
-                # The class alone: a driver's text may hold what was read.
+                # Only the class: a driver's message may contain what was read.
                 logger.error("the caretaker failed with %s", type(error).__name__)
 
     async def _renew(self) -> None:
-        """Keep up with the key ring, then report: a report is of keys that are here already."""
+        """Follow the key ring, then report: a report only names keys that are here already."""
         try:
             await self._keyring.refresh(self._database)
             usable = True

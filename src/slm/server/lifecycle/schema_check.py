@@ -1,8 +1,8 @@
-"""Refuses a SQLite file whose schema could act by itself.
+"""Refuses a SQLite file with a schema that could act by itself.
 
-A file that is adopted or restored may come from anybody. A trigger could add a token at our next
-write, a view or a virtual table could answer for a table of ours. The server makes none of these,
-so a file that has one is refused before anything is read from it. Knows no row.
+A file that is adopted or restored may come from anyone. A trigger could add a token at our next
+write, and a view or a virtual table could stand in for one of our tables. The server creates none
+of these, so a file with one is refused before anything is read from it. Knows no row.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from slm.server.db.tables import Base
 _VERSION_TABLE: Final = "alembic_version"
 _OURS: Final = frozenset(Base.metadata.tables) | {_VERSION_TABLE}
 _HIDDEN_COLUMN: Final = 1
-"""From here on table_xinfo's `hidden` means a virtual table's or a generated column."""
+"""From this value on, table_xinfo's `hidden` means a virtual table's or a generated column."""
 _AN_EXPRESSION: Final = -2
-"""index_xinfo's `cid` of what is no column."""
+"""index_xinfo's `cid` for an expression, which is not a column."""
 
 
 def refuse_odd_schema(connection: Connection, name: str) -> None:
-    """Accept ordinary tables and indices alone.
+    """Accept only ordinary tables and indices.
 
     Args:
         connection: to a SQLite database; others are left alone.
-        name: what to call it in a message.
+        name: the database's name in messages.
 
     Raises:
-        StartupError: it holds something else; the sentence names it.
+        StartupError: it contains something else; the message names it.
     """
     if connection.dialect.name != "sqlite":
         return
@@ -49,7 +49,7 @@ def refuse_odd_schema(connection: Connection, name: str) -> None:
 
 
 def _check_table(connection: Connection, name: str, table: str) -> None:
-    """The table is one of ours, so its name may stand in a statement as it is."""
+    """Check a table of ours; its name may therefore be put into a statement as it is."""
     for column in connection.exec_driver_sql(f'PRAGMA table_xinfo("{table}")'):
         if column.hidden >= _HIDDEN_COLUMN:
             _refuse(name, f"the generated column {_shown(column.name)} of {table}")

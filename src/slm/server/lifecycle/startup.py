@@ -1,7 +1,7 @@
-"""Makes a database ready to serve: migrated, adopted, with its keys checked and its first tokens.
+"""Makes a database ready to serve: migrated, adopted, its keys checked and its first tokens made.
 
 One transaction under one lock, so that a start that fails or is killed leaves nothing half done.
-Says where a secret was written, never what it holds.
+Says where a secret was written, never what it is.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ FIRST_TOKENS: Final = (
 )
 MIGRATIONS: Final = Path(__file__).parents[1] / "db" / "migrations"
 
-# Any number that nobody else takes; and how long one process waits for another's migration.
+# Any number that nobody else uses; and how long one process waits for another's migration.
 _ADVISORY_LOCK: Final = 0x51_4D_0001
 _MIGRATION_WAIT_SECONDS: Final = 60
 
@@ -58,12 +58,12 @@ _NEEDED: Final = frozenset(c.name for c in AGENTS.c) - {
 
 @dataclass(frozen=True)
 class PreparedDatabase:
-    """A database that can be served.
+    """A database that is ready to serve.
 
     Attributes:
         database: open.
         vault: with the active encryption key first.
-        notes: sentences for the operator: what was made, and where; what needs their attention.
+        notes: sentences for the operator: what was created and where, and what needs attention.
     """
 
     database: Database
@@ -72,7 +72,7 @@ class PreparedDatabase:
 
 
 async def prepare(settings: Settings) -> PreparedDatabase:
-    """Open the database and make it ready; on an empty data directory make everything it needs.
+    """Open the database and make it ready; in an empty data directory create everything it needs.
 
     Raises:
         StartupError: it cannot be done; one sentence says why.
@@ -86,8 +86,8 @@ async def prepare(settings: Settings) -> PreparedDatabase:
         make_data_dir(settings.data_dir)
     if database.path is not None:
         check_database_file(database.path)
-    # A command may take its time, so it runs before anything is locked, and beside the loop, which
-    # hears a signal meanwhile.
+    # A command may be slow, so it runs before anything is locked, and outside the loop, which can
+    # receive a signal meanwhile.
     at_hand = await asyncio.to_thread(read_keys, settings)
     await database.open()
     try:
@@ -135,11 +135,11 @@ def _config(connection: Connection) -> Config:
 
 
 def is_ours(connection: Connection, name: str) -> bool:
-    """Say whether our migrations ran here before; refuse what they cannot be run on.
+    """Return whether our migrations ran here before; refuse a database they cannot run on.
 
     Raises:
-        StartupError: a newer version made it, its table `agents` has other columns, or it holds
-            what acts by itself, such as a trigger.
+        StartupError: a newer version made it, its table `agents` has other columns, or it contains
+            something that acts by itself, such as a trigger.
     """
     refuse_odd_schema(connection, name)
     script = ScriptDirectory.from_config(_config(connection))
@@ -162,7 +162,7 @@ def is_ours(connection: Connection, name: str) -> bool:
 
 
 def migrate(connection: Connection, revision: str = "head") -> None:
-    """Bring the tables to this version's, in the transaction of the connection.
+    """Migrate the tables to this version, in the transaction of the connection.
 
     Args:
         connection: in a transaction.
@@ -175,21 +175,21 @@ def migrate(connection: Connection, revision: str = "head") -> None:
 
 
 def keys_at_hand(settings: Settings) -> list[SecretStr]:
-    """Return the encryption keys that a start would use, or none where it would make one."""
+    """Return the encryption keys that a start would use, or none if it would create one."""
     return list(read_keys(settings).keys)
 
 
 def _own_keys(
     connection: Connection, database: Database, settings: Settings, notes: list[str]
 ) -> list[SecretStr]:
-    """Return the keys of the data directory; make one for a SQLite file that holds no API key."""
+    """Return the data directory's keys; create one for a SQLite file that contains no API key."""
     if database.dialect != "sqlite":
         raise StartupError(
             "An encryption key is needed: set SLM_ENCRYPTION_KEYS, the same on every server of"
             " this database, or SLM_ENCRYPTION_KEY_COMMAND."
         )
     path = key_file(settings)
-    # Under the database's lock: another server may have made the file just now.
+    # Under the database's lock: another server may have created the file just now.
     keys = read_keys(settings, notes).keys
     if keys:
         return list(keys)
@@ -234,7 +234,7 @@ def _checked_vault(
             f"The encryption key is the wrong one: this database uses the key with the fingerprint"
             f" {active.fingerprint}, given was {', '.join(names)}."
         )
-    # The first start; or the generated key was lost together with nothing that needs it.
+    # The first start; or the generated key was lost, and nothing needs it.
     vault = Vault(keys)
     connection.execute(delete(ENCRYPTION_KEYS))
     return vault
@@ -261,7 +261,7 @@ def _names(agent_ids: Sequence[str]) -> str:
 
 
 def _first_tokens(connection: Connection, data_dir: Path) -> list[str]:
-    """Make the two tokens of a database that has none; return what to say of it."""
+    """Make the two tokens of a database that has none; return notes about them."""
     if connection.execute(select(func.count()).select_from(TOKENS)).scalar_one():
         return []
     make_data_dir(data_dir)
@@ -271,7 +271,7 @@ def _first_tokens(connection: Connection, data_dir: Path) -> list[str]:
         token = read_private(path, notes)
         if token is None:
             token = tokens.mint().get_secret_value()
-            # Before the commit: a start killed in between finds the file and takes its token.
+            # Before the commit: after a start killed in between, the next uses the file's token.
             write_private(path, token + "\n")
         elif not tokens.is_well_formed(token):
             raise StartupError(f"{path} holds no token of SLM; move it away and start again.")

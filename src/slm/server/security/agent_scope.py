@@ -1,4 +1,4 @@
-"""What a token can see and write: everything, or the agents that its patterns name.
+"""What a token can see and write: everything, or the agents that match its patterns.
 
 Pure rules over literal agent_ids; knows no database and no HTTP (docs/protocol.md section 4,
 point 8, and `slm tokens create --agents`).
@@ -16,10 +16,10 @@ MAX_PATTERN_LENGTH: Final = 128
 
 @dataclass(frozen=True)
 class View:
-    """The agents that a token is limited to, fixed for the token's life.
+    """The agents that a token is limited to, fixed for the token's lifetime.
 
     Attributes:
-        patterns: agent_ids in which `*` stands for any text, nothing else has a meaning; None is
+        patterns: agent_ids in which `*` stands for any text and nothing else is special; None means
             no limit.
     """
 
@@ -31,20 +31,20 @@ class View:
         return self.patterns is not None
 
     def covers(self, agent_id: str) -> bool:
-        """Whether the patterns name this agent: it may be written."""
+        """Return whether the patterns match this agent, so that it may be written."""
         return self.patterns is None or any(matches(p, agent_id) for p in self.patterns)
 
     def sees(self, agent_id: str, is_default: bool) -> bool:
-        """Whether this agent may be read: the default always may."""
+        """Return whether this agent may be read: the default agent always may."""
         return is_default or self.covers(agent_id)
 
     def to_text(self) -> str | None:
-        """Return it as it is stored."""
+        """Return it in its stored form."""
         return None if self.patterns is None else json.dumps(self.patterns)
 
     @classmethod
     def from_text(cls, text: str | None) -> View:
-        """Return the view that was stored; what cannot be read sees the default alone."""
+        """Return the stored view; one that cannot be read sees only the default agent."""
         if text is None:
             return EVERYTHING
         try:
@@ -61,10 +61,10 @@ EVERYTHING: Final = View()
 
 
 def matches(pattern: str, agent_id: str) -> bool:
-    """Whether `agent_id` is what `pattern` says, `*` being any text, even none.
+    """Return whether `agent_id` matches `pattern`, in which `*` is any text, even none.
 
-    Not fnmatch: its `[` and `?` may stand in an adopted id. Takes linear time: each part between
-    two asterisks is found at the first place where it fits.
+    Not fnmatch: its `[` and `?` may occur in an adopted id. Takes linear time: each part between
+    two asterisks is matched at the first place where it fits.
     """
     first, *others = pattern.split("*")
     if not others:
@@ -82,10 +82,10 @@ def matches(pattern: str, agent_id: str) -> bool:
 
 
 def parse_patterns(texts: list[str]) -> View:
-    """Return the view for patterns as they were given.
+    """Return the view for patterns given by a user.
 
     Raises:
-        ValueError: there is none, too many, or one that can match nothing; the text says which.
+        ValueError: there are none, too many, or one can match nothing; the text says which.
     """
     if not texts or len(texts) > MAX_PATTERNS:
         raise ValueError(f"must be 1 to {MAX_PATTERNS} patterns")

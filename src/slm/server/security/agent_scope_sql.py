@@ -19,11 +19,11 @@ _LIKE_SPECIAL = re.compile(r"[\\%_]")
 def sees(
     view: View, default_id: str | None, column: ColumnElement[str], dialect: str
 ) -> ColumnElement[bool] | None:
-    """Return the condition that a row's agent may be seen; None where every agent may.
+    """Return the condition that a row's agent may be seen; None if every agent may.
 
     Args:
-        view: whose view.
-        default_id: the agent that is the default now.
+        view: the token's view.
+        default_id: the current default agent.
         column: the row's agent_id.
         dialect: `sqlite` or `postgresql`.
     """
@@ -42,13 +42,13 @@ def sees(
         if dialect == "postgresql":
             conditions.append(text.like(like(pattern), escape="\\"))
         else:
-            # SQLite's LIKE takes `a` for `A`.
+            # SQLite's LIKE matches `a` with `A`.
             conditions.append(text.op("GLOB", is_comparison=True)(glob(pattern)))
     return or_(*conditions) if conditions else false()
 
 
 def glob(pattern: str) -> str:
-    """Return a pattern for SQLite's GLOB, which gives `?` and `[` a meaning too."""
+    """Return a pattern for SQLite's GLOB, where `?` and `[` are special too."""
     return _GLOB_SPECIAL.sub(r"[\g<0>]", pattern)
 
 

@@ -1,7 +1,7 @@
 """The audit: who did what, to which agent, when and from where, as a chain of hashes.
 
-`append` is part of the caller's transaction, so what cannot be recorded does not happen. Holds no
-secret: a detail names fields, never their values. Knows no HTTP.
+`append` is part of the caller's transaction, so what cannot be recorded does not happen. Contains
+no secret: a detail names fields, never their values. Knows no HTTP.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ _MOST: Final = 2**62
 _LAST_ROW: Final = func.coalesce(
     select(func.max(AUDIT.c.seq)).where(AUDIT.c.seq <= _MOST).scalar_subquery(), 0
 )
-# The head, which is locked. One that another program altered must not keep everything from being
-# recorded: then the last row counts, and `verify` finds where it was altered.
+# Updates and locks the head. If another program altered it, recording must still work: then the
+# last row is used instead, and `verify` finds where it was altered.
 _NEXT: Final = Prepared(
     update(AUDIT_HEAD)
     .where(AUDIT_HEAD.c.id == 1)
@@ -81,8 +81,8 @@ class Who:
     Attributes:
         actor: the token's name.
         address: the peer's IP address; None for what the server does by itself.
-        caller: the token, which must still count when the transaction is under way; None for what
-            the server does by itself.
+        caller: the token, which must still be valid during the transaction; None for what the
+            server does by itself.
     """
 
     actor: str
@@ -90,10 +90,10 @@ class Who:
     caller: Caller | None = field(default=None, compare=False)
 
     def require_counts(self, connection: Connection, tokens_version: int | None = None) -> None:
-        """Refuse what a token does that was revoked meanwhile; see `Caller.require_counts`.
+        """Refuse the request if the token was revoked meanwhile; see `Caller.require_counts`.
 
         Raises:
-            Unauthorized: it does not count any more.
+            Unauthorized: it is no longer valid.
         """
         if self.caller is not None:
             self.caller.require_counts(connection, tokens_version)
@@ -106,8 +106,8 @@ class AuditEvent:
     Attributes:
         who: who does it, and from where.
         action: `agent.create`, `key.read`, `token.revoke`, …
-        agent_id: the agent that it is about; None for another thing or for all of them.
-        detail: what else; names and numbers, never a value that may be secret.
+        agent_id: the agent concerned; None for something else or for all agents.
+        detail: anything else; names and numbers, never a value that may be secret.
     """
 
     who: Who
@@ -117,16 +117,16 @@ class AuditEvent:
 
 
 def append(connection: Connection, event: AuditEvent) -> None:
-    """Record an event within the caller's transaction; the last thing it does before it commits.
+    """Record an event within the caller's transaction, as the last thing before it commits.
 
-    The row that is locked here orders all appends, so the chain has one end on any number of
-    replicas. It is always locked last, after `state`, so nobody waits in a circle.
+    The row locked here orders all appends, so the chain has one end on any number of replicas. It
+    is always locked last, after `state`, so there are no deadlocks.
     """
     append_all(connection, (event,))
 
 
 def append_all(connection: Connection, events: Sequence[AuditEvent]) -> None:
-    """Record several events, in their order; as `append`, with one look at the chain's end."""
+    """Record several events, in order; like `append`, with one look at the chain's end."""
     if not events:
         return
     last, stored = the_row(_NEXT.run(connection, {"count": len(events)}))
@@ -151,11 +151,11 @@ def append_all(connection: Connection, events: Sequence[AuditEvent]) -> None:
 
 
 def reseal(connection: Connection, reencrypt: Callable[[str], str | None]) -> bool:
-    """Seal the cut by the active encryption key, where another one did; return whether.
+    """Seal the cut with the active encryption key if another one sealed it; return whether it did.
 
     Args:
         connection: inside a transaction that writes.
-        reencrypt: returns the seal under the active key; None where there is nothing to do.
+        reencrypt: returns the seal under the active key; None if there is nothing to do.
     """
     seal = connection.execute(select(AUDIT_HEAD.c.cut_seal)).scalar_one_or_none()
     renewed = None if seal is None else reencrypt(seal)
@@ -169,8 +169,8 @@ class AuditLog:
     """Reads the audit and checks its chain.
 
     Args:
-        database: where it is.
-        unseal: opens the seal of a cut, None where it is none; by default no cut counts.
+        database: where it is stored.
+        unseal: opens a cut's seal, or returns None if it is not one; by default no cut is accepted.
     """
 
     def __init__(
@@ -180,10 +180,10 @@ class AuditLog:
         self._unseal = unseal
 
     async def record(self, event: AuditEvent) -> None:
-        """Record an event in a transaction of its own, for what writes nothing else.
+        """Record an event in its own transaction, for actions that write nothing else.
 
         Raises:
-            DatabaseUnavailable: it cannot be recorded, so it must not be done.
+            DatabaseUnavailable: it cannot be recorded, so the action must not happen.
             InsufficientStorage: the same.
         """
 
@@ -202,34 +202,34 @@ class AuditLog:
         agent_id: str | None = None,
         action: str | None = None,
     ) -> list[ChainEntry]:
-        """Return the newest entries first, those of a seq below `before`.
+        """Return entries with a seq below `before`, newest first.
 
         Args:
-            before: where the page before ended.
+            before: where the previous page ended.
             limit: how many.
             actor: only what this token did.
-            agent_id: only what was about this agent.
-            action: only this, or with a trailing dot every action that begins so.
+            agent_id: only what concerned this agent.
+            action: only this action, or with a trailing dot every action that starts with it.
         """
         wanted = AuditFilter(before, actor, agent_id, action)
         return (await self.page(wanted, limit)).entries
 
     async def page(self, wanted: AuditFilter, limit: int) -> EntryPage:
-        """Return at most `limit` entries, the newest first, and where the next page starts.
+        """Return at most `limit` entries, newest first, and where the next page starts.
 
-        A page may be short, even empty, and still have a following one: it looks at a bounded
-        number of rows, whatever the filter.
+        A page may be short, even empty, and still have a following one: each page examines a
+        bounded number of rows, whatever the filter.
 
         Raises:
             DatabaseUnavailable: the database does not answer, or not in time.
-            Overloaded: too many such reads are under way.
+            Overloaded: too many such reads are running.
         """
         return await self._database.read_long(
             lambda connection: entry_page(connection, wanted, limit)
         )
 
     async def _when_free(self, fn: Callable[[Connection], T]) -> T:
-        """Run one step of a long walk; where others read, it waits for its turn."""
+        """Run one step of a long walk; if others are reading, it waits for its turn."""
         for _ in range(_TRIES):
             with contextlib.suppress(Overloaded):
                 return await self._database.read_long(fn)
@@ -239,10 +239,10 @@ class AuditLog:
     async def export_page(
         self, after: int | None, upto: int | None, *, everything: bool = False
     ) -> ExportedPage:
-        """Return some entries in the chain's order, from where the last export ended.
+        """Return some entries in the order of the chain, from where the last export ended.
 
         Raises:
-            Conflict: the audit has no row `after`, or not any more.
+            Conflict: the audit has no row `after`, or no longer has it.
             DatabaseUnavailable: the database does not answer.
         """
         return await self._database.read_long(
@@ -250,13 +250,13 @@ class AuditLog:
         )
 
     async def verify(self, expect: str | None = None) -> Verdict:
-        """Walk the whole chain in pages and say whether it is what was written.
+        """Check the whole chain in pages and say whether it is as it was written.
 
-        Whoever can write to the database can also compute a new chain. A head noted elsewhere tells
-        that, too.
+        Someone who can write to the database can also compute a new chain. Comparing with a head
+        that was noted elsewhere detects that, too.
 
         Args:
-            expect: a `seq:hash` that an earlier verify gave; it must still be in the chain.
+            expect: the `seq:hash` from an earlier verify; it must still be in the chain.
         """
         noted = None if expect is None else parse_link(expect)
         cut, head, seal = await self._database.read(ends)
@@ -272,7 +272,7 @@ class AuditLog:
             entries = entries_after(connection, walk.at.seq, head.seq, WALK_PAGE)
             if not entries:
                 walk.reason = "a row is missing"
-            # Hashed here, in the database's thread: a million rows are seconds of work.
+            # Hashed here, in the database's thread: a million rows take seconds.
             return bool(entries) and walk.go(entries)
 
         while walk.at.seq < head.seq:

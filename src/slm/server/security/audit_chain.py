@@ -1,6 +1,6 @@
-"""The audit's chain: what a row holds, and the hash that binds it to the row before.
+"""The audit's chain: what a row contains, and the hash that binds it to the previous row.
 
-Pure rules over values; knows no database, so that an exported file is checked by the same ones.
+Pure rules over values; knows no database, so that exported files are checked by the same rules.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Final, NamedTuple
 from slm.server.strict_json import whole_number
 
 GENESIS: Final = "0" * 64
-"""What stands for the hash before the first row."""
+"""Stands for the hash before the first row."""
 
 
 @dataclass(frozen=True)
 class ChainEntry:
-    """One row of the audit, as it is read."""
+    """One row of the audit, as it was read."""
 
     seq: int
     at: str
@@ -31,19 +31,19 @@ class ChainEntry:
     hash: str
 
     def hash_after(self, before: str) -> str:
-        """Return the hash that this row must have after the row whose hash is `before`."""
+        """Return the hash that this row must have after a row with the hash `before`."""
         told = (self.seq, self.at, self.actor, self.action, self.agent_id, self.address)
         text = json.dumps([before, *told, self.detail], ensure_ascii=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
     def wrong_after(self, seq: int, before: str) -> str:
-        """Return in what way this is not the row that follows `seq`; empty where it is."""
+        """Return why this is not the row that follows `seq`; empty if it is."""
         if self.seq != seq + 1:
             return "a row is missing"
         try:
             whole = self.hash_after(before) == self.hash
         except TypeError:
-            # SQLite keeps bytes in a column of text.
+            # SQLite stores bytes even in a text column.
             whole = False
         return "" if whole else "the row was altered"
 
@@ -69,9 +69,9 @@ class Verdict:
         rows: how many rows the chain has up to its head, or up to where it breaks.
         head: `seq:hash` of the last row; noted elsewhere, it proves later that nothing before it
             was altered.
-        broken_at: the first row that is not what was written there; None where all are.
-        reason: in what way; empty where nothing is wrong.
-        cut: `seq:hash` of the last row that was exported and removed; None where none was.
+        broken_at: the first row that is not as it was written; None if all are.
+        reason: why; empty if nothing is wrong.
+        cut: `seq:hash` of the last row that was exported and removed; None if none was.
     """
 
     rows: int
@@ -90,11 +90,11 @@ _OTHER_HEAD: Final = "the chain was rewritten: it does not have the noted head"
 
 
 class Walk:
-    """Goes along the chain, row by row, and stops at the first one that is wrong.
+    """Follows the chain row by row and stops at the first one that is wrong.
 
     Args:
-        start: what the first row follows.
-        noted: a link that the chain must hold, if it comes so far.
+        start: the link before the first row.
+        noted: a link that the chain must contain, if it gets that far.
     """
 
     def __init__(self, start: Link, noted: Link | None = None) -> None:
@@ -121,7 +121,7 @@ class Walk:
         return True
 
     def verdict(self, broken_at: int | None = None, reason: str = "") -> Verdict:
-        """Return what was found; without arguments, at the row after the last right one."""
+        """Return the result; without arguments, the chain ends after the last correct row."""
         if self.reason:
             broken_at, reason = self.at.seq + 1, self.reason
         cut = None if self.start == START else str(self.start)
@@ -129,7 +129,7 @@ class Walk:
 
 
 def parse_link(text: str) -> Link | None:
-    """Return the link of `seq:hash`; None where it is none."""
+    """Return the link in `seq:hash`; None if the text is not one."""
     number, _, digest = text.partition(":")
     seq = whole_number(number)
     return None if seq is None else Link(seq, digest)

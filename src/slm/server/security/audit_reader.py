@@ -1,6 +1,6 @@
 """Reads the audit: pages of it by filter, and the walk along its whole chain.
 
-Knows the tables; what a chain is, is the rule of `audit_chain`. Writes nothing.
+Knows the tables; `audit_chain` defines what a chain is. Writes nothing.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ EXPORTED: Final = "audit.export"
 """The action of the row that records an export."""
 
 WALK_PAGE: Final = 500
-"""How many rows are read and hashed at once while the chain is walked."""
+"""How many rows are read and hashed at once when the chain is checked."""
 
 READ_ALL: Final = "key.read_all"
-"""What a snapshot with keys is recorded as; its detail lists the agents whose keys it held."""
+"""The action of a snapshot with keys; its detail lists the agents whose keys it contained."""
 
 _COLUMNS: Final = [AUDIT.c[name] for name in ChainEntry.__dataclass_fields__]
 _MAX_ACTIONS: Final = 100
@@ -33,13 +33,13 @@ _MAX_ACTIONS: Final = 100
 
 @dataclass(frozen=True)
 class AuditFilter:
-    """Which entries are asked for.
+    """Which entries to return.
 
     Attributes:
-        before: those of a seq below it; None: from the newest.
+        before: only entries with a lower seq; None: from the newest.
         actor: only what this token did.
-        agent_id: only what was about this agent, snapshots that held its key included.
-        action: only this, or with a trailing dot every action that begins so.
+        agent_id: only what concerned this agent, including snapshots that contained its key.
+        action: only this action, or with a trailing dot every action that starts with it.
     """
 
     before: int | None = None
@@ -49,14 +49,14 @@ class AuditFilter:
 
 
 class EntryPage(NamedTuple):
-    """Entries, the newest first, and the `before` of the next page; None where there is none."""
+    """Entries, newest first, and the `before` of the next page; None if there is none."""
 
     entries: list[ChainEntry]
     following: int | None
 
 
 class Ends(NamedTuple):
-    """Where the chain begins and ends now, and the seal of its beginning."""
+    """Where the chain currently begins and ends, and the seal of its beginning."""
 
     cut: Link
     head: Link
@@ -75,7 +75,7 @@ def entry_page(connection: Connection, wanted: AuditFilter, limit: int) -> Entry
         page = read_page(connection, window, each, _characters, examined)
         rows += page.rows
         edge = max(edge, page.last or 0)
-    # What lies below where one of them ended is not known to be the next newest.
+    # Below the point where one window ended, another of its rows may come first.
     rows = sorted((row for row in rows if row.seq >= edge), key=lambda row: -row.seq)
     if len(rows) > limit:
         rows = rows[:limit]
@@ -84,7 +84,7 @@ def entry_page(connection: Connection, wanted: AuditFilter, limit: int) -> Entry
 
 
 class ExportedPage(NamedTuple):
-    """Entries in order: what they follow, the audit's head, and the `after` of the next page."""
+    """Entries in order: the link before them, the audit's head, and the next page's `after`."""
 
     after: Link
     entries: list[ChainEntry]
@@ -93,7 +93,7 @@ class ExportedPage(NamedTuple):
 
 
 def exported_upto(connection: Connection) -> Link | None:
-    """Return the last row that was exported, as the newest export says; None: there was none."""
+    """Return the last row that was exported, by the newest export; None if there was none."""
     for entry in entry_page(connection, AuditFilter(action=EXPORTED), 1).entries:
         try:
             return parse_link(str(json.loads(entry.detail)["head"]))
@@ -105,10 +105,10 @@ def exported_upto(connection: Connection) -> Link | None:
 def export_page(
     connection: Connection, after: int | None, upto: int | None, *, everything: bool
 ) -> ExportedPage:
-    """Return the entries after a row, without one from where the last export ended.
+    """Return the entries after a row, or by default after the end of the last export.
 
     Raises:
-        Conflict: the audit has no such row, or not any more.
+        Conflict: the audit has no such row, or no longer has it.
     """
     cut, head, _ = ends(connection)
     if after is not None:
@@ -132,14 +132,14 @@ def ends(connection: Connection) -> Ends:
 
 
 def _link(seq: object, digest: object) -> Link:
-    """Return a link; where somebody altered its type, one that no chain has."""
+    """Return a link; if someone altered its type, a link that no chain has."""
     if isinstance(seq, int) and isinstance(digest, str):
         return Link(seq, digest)
     return Link(-1, "")
 
 
 def link_at(connection: Connection, seq: int) -> Link | None:
-    """Return the row of this number, or the cut; None where there is neither."""
+    """Return the row with this number, or the cut; None if neither exists."""
     cut = ends(connection).cut
     if seq == cut.seq:
         return cut
@@ -148,13 +148,13 @@ def link_at(connection: Connection, seq: int) -> Link | None:
 
 
 def entries_after(connection: Connection, seq: int, upto: int, limit: int) -> list[ChainEntry]:
-    """Return the next rows of the chain, in its order; at least one where there is one."""
+    """Return the next rows of the chain, in order; at least one if there is one."""
     window = Window(AUDIT, AUDIT.c.seq, seq, upto)
     return [_entry(row) for row in read_page(connection, window, limit, _characters).rows]
 
 
 def _windows(connection: Connection, wanted: AuditFilter, upto: int) -> list[Window]:
-    """Return what to read: one window, or for the beginning of an action one for each action."""
+    """Return the windows to read: one, or for the start of an action one for each action."""
     columns = AUDIT.c
     given: list[tuple[ColumnElement[str], str]] = [
         (column, value)
@@ -174,7 +174,7 @@ def _windows(connection: Connection, wanted: AuditFilter, upto: int) -> list[Win
     filters = [_filter(column, text) for column, text in others]
     windows = [_window(upto, (first, value), *filters)]
     if wanted.agent_id is not None and _includes(wanted.action, READ_ALL):
-        # A snapshot's row names its agents in the detail.
+        # A snapshot's row names its agents in its detail.
         named = _names(connection, wanted.agent_id)
         windows.append(_window(upto, (columns.action, READ_ALL), *filters, named))
     return windows
@@ -187,14 +187,14 @@ def _window(
 
 
 def _includes(wanted: str | None, action: str) -> bool:
-    """Say whether a filter by action lets this one through."""
+    """Return whether a filter by action includes this one."""
     if wanted is None or wanted == action:
         return True
     return wanted.endswith(".") and action.startswith(wanted)
 
 
 def _names(connection: Connection, agent_id: str) -> ColumnElement[bool]:
-    """Whether the detail has this agent in a list: its name, and then no colon."""
+    """Whether the detail has this agent in a list: its name without a colon after it."""
     find = func.strpos if connection.dialect.name == "postgresql" else func.instr
     name = json.dumps(agent_id, ensure_ascii=True)
     return (find(AUDIT.c.detail, f"{name},") > 0) | (find(AUDIT.c.detail, f"{name}]") > 0)
@@ -202,13 +202,13 @@ def _names(connection: Connection, agent_id: str) -> ColumnElement[bool]:
 
 def _filter(column: ColumnElement[str], value: str) -> ColumnElement[bool]:
     if column is AUDIT.c.action and value.endswith("."):
-        # Not LIKE: SQLite's takes `a` for `A`.
+        # Not LIKE: in SQLite it matches `a` with `A`.
         return func.substr(column, 1, len(value)) == value
     return opaque(column) == value
 
 
 def _actions(connection: Connection) -> list[str]:
-    """Return every action that is in the audit, each by one step into the index."""
+    """Return every action in the audit, each by one step in the index."""
     least = select(func.min(AUDIT.c.action))
     actions = select(least.scalar_subquery().label("action")).cte("actions", recursive=True)
     more = least.where(AUDIT.c.action > actions.c.action).scalar_subquery()

@@ -1,6 +1,6 @@
-"""How often somebody may do something: token buckets by address and by token, in bounded memory.
+"""Rate limits: token buckets by address and by token, in bounded memory.
 
-Knows no HTTP and no token; who asks is any hashable value, and the clock is monotonic.
+Knows no HTTP and no token; a key is any hashable value, and the clock is monotonic.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ class Rate:
 
 
 class TokenBuckets:
-    """One token bucket for each key, as many as `max_keys`; who was idle longest is forgotten.
+    """One token bucket for each key, at most `max_keys`; the one idle longest is forgotten.
 
-    A bucket that was forgotten is a full one: under an attack from more addresses than `max_keys`
-    the limit gets looser, and memory never grows.
+    A forgotten bucket is a full one: under an attack from more addresses than `max_keys` the limit
+    gets looser, but memory never grows.
 
     Args:
-        rate: what each key may do.
-        max_keys: how many are remembered.
-        clock: seconds that never go back.
+        rate: how much each key may do.
+        max_keys: how many keys are remembered.
+        clock: returns seconds that never go backwards.
     """
 
     def __init__(
@@ -40,14 +40,14 @@ class TokenBuckets:
         self.rate = rate
         self._max_keys = max_keys
         self._clock = clock
-        # Of each key what was left, and when; the one used last is at the end.
+        # For each key what was left, and when; the most recently used is at the end.
         self._levels: OrderedDict[Hashable, tuple[float, float]] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._levels)
 
     def take(self, key: Hashable) -> float:
-        """Take one; return 0, or after how many seconds there will be one to take."""
+        """Take one; return 0, or the number of seconds until there is one to take."""
         now = self._clock()
         level, since = self._levels.get(key, (self.rate.burst, now))
         level = min(self.rate.burst, level + (now - since) * self.rate.per_second)
@@ -66,11 +66,11 @@ class TokenBuckets:
         """Take one.
 
         Args:
-            key: who it is.
+            key: who takes it.
             what: the clause that says what there was too much of.
 
         Raises:
-            TooManyRequests: there is none to take; it says after how many seconds.
+            TooManyRequests: there is none to take; it says after how many seconds there will be.
         """
         wait = self.take(key)
         if wait:
@@ -80,7 +80,7 @@ class TokenBuckets:
 
 
 class Gauge:
-    """How many of something each key has at once, such as open streams; none is remembered at 0."""
+    """How many of something each key has now, such as open streams; keys with 0 are not stored."""
 
     def __init__(self, limit: int | None) -> None:
         self._limit = limit
@@ -102,9 +102,9 @@ class Gauge:
 
 
 def network_of(address: str | None) -> str:
-    """Return whose bucket an address fills: its own, or for IPv6 its /64.
+    """Return the key of the bucket for an address: the address itself, or for IPv6 its /64.
 
-    One machine has a whole /64 to pick its addresses from.
+    One machine has a whole /64 to choose its addresses from.
     """
     try:
         parsed = ipaddress.ip_address((address or "").partition("%")[0])

@@ -1,7 +1,7 @@
-"""The table of tokens: creates, lists and revokes them, each with its row in the audit.
+"""The table of tokens: creates, lists and revokes them, each with its audit row.
 
-A new token is returned once and only its digest is kept. Knows no HTTP; who may do this is decided
-at the door.
+A new token is returned once and only its digest is stored. Knows no HTTP; the routes check who may
+do this.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ _SELECT: Final = select(
 
 @dataclass(frozen=True)
 class TokenInfo:
-    """What is known of a token; not the token.
+    """What is known about a token, without the token itself.
 
     Attributes:
-        id: the number it is revoked by.
-        name: the actor of whatever it does; unique among the tokens that count.
+        id: the number to revoke it by.
+        name: the actor of whatever it does; unique among the valid tokens.
         scopes: what it may do.
         view: the agents it is limited to.
-        created_at: since when it is there.
+        created_at: when it was created.
         expires_at: after this it is refused; None: never.
-        revoked_at: since when it is refused; None: it is not.
-        last_used_at: about when it was last used; None: not yet.
+        revoked_at: when it was revoked; None: it was not.
+        last_used_at: roughly when it was last used; None: not yet.
     """
 
     id: int
@@ -69,12 +69,12 @@ class TokenInfo:
 
 @dataclass(frozen=True)
 class TokenWritten:
-    """A token as it is after a write.
+    """A token after a write.
 
     Attributes:
-        token: what is known of it.
+        token: what is known about it.
         version: the tokens_version from which a replica knows of it.
-        known: every token that counts from then on.
+        known: every token that is valid from then on.
     """
 
     token: TokenInfo
@@ -86,8 +86,8 @@ class TokenStore:
     """Creates, lists and revokes tokens; other replicas notice through the state row.
 
     Args:
-        database: where the tokens are.
-        tokens: what this server's doors ask; it knows of each write before that is answered.
+        database: where the tokens are stored.
+        tokens: what this server checks tokens with; it has each write before that is answered.
     """
 
     def __init__(self, database: Database, tokens: TokenTable) -> None:
@@ -103,10 +103,10 @@ class TokenStore:
         expires_in_seconds: int | None = None,
         who: Who,
     ) -> tuple[TokenWritten, SecretStr]:
-        """Make a token and return it, the one time that it can be seen.
+        """Create a token and return it, the only time that it can be seen.
 
         Raises:
-            Conflict: another token that counts has this name.
+            Conflict: another valid token has this name.
         """
         token = mint()
         now = utc_now()
@@ -134,7 +134,7 @@ class TokenStore:
         return await self._write(work), token
 
     async def all(self) -> list[TokenInfo]:
-        """Return every token that ever was, in the order in which they were made."""
+        """Return every token ever created, in order of creation."""
         return await self._database.read(_all)
 
     async def revoke(self, token_id: int, *, who: Who) -> TokenWritten:
@@ -164,14 +164,14 @@ class TokenStore:
         return await self._write(work)
 
     async def _write(self, work: Callable[[Connection], TokenWritten]) -> TokenWritten:
-        """Run the transaction and put what it left in force here, whatever the feed is at."""
+        """Run the transaction and apply its tokens here, whatever state the feed is in."""
         asked_at = time.monotonic()
         written = await self._database.run(work)
         self._tokens.take(written.known, asked_at)
         return written
 
     async def note_used(self, used: Mapping[int, datetime]) -> None:
-        """Write down when tokens were last used; of several replicas the latest counts."""
+        """Save when tokens were last used; of several replicas' times the latest is kept."""
 
         def work(connection: Connection) -> None:
             for token_id, at in sorted(used.items()):
@@ -195,10 +195,10 @@ def _notice(connection: Connection, who: Who) -> int:
     """Lock the state row, as every writer does first, and let every replica see the change.
 
     Raises:
-        Unauthorized: the token of whoever asks does not count any more.
+        Unauthorized: the caller's token is no longer valid.
     """
     version, before = state.bump_tokens(connection)
-    # The version before: this very transaction raised it.
+    # The previous version: this transaction itself raised it.
     who.require_counts(connection, before)
     return version
 

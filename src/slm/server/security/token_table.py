@@ -1,8 +1,8 @@
 """Who calls and what they may do: bearer tokens and scopes, from a table in memory.
 
-In memory, so that plain reads go on when the database is away, for a bounded time. Whatever writes
-or hands out a key asks the database itself, in its own transaction (`Caller.require_counts`). Knows
-agents by their names alone (docs/protocol.md section 3).
+In memory, so that plain reads continue for a limited time when the database is unreachable.
+Whatever writes or returns a key asks the database itself, in its own transaction
+(`Caller.require_counts`). Knows agents only by their names (docs/protocol.md section 3).
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ GONE: Final = "The token is unknown, expired or revoked; `slm tokens create` mak
 
 @dataclass(frozen=True)
 class Caller:
-    """A token that is known, as its row in the database describes it.
+    """A known token, as its row in the database describes it.
 
     Attributes:
         token_id: the row's id.
-        name: what the token is called; the actor of its writes.
+        name: the token's name; the actor of its writes.
         scopes: what it may do, each literally; `admin` does not imply the others.
         expires_at: after this it is refused; None: never.
         view: the agents that it can see and write.
@@ -55,26 +55,26 @@ class Caller:
 
     @property
     def sees_fleet(self) -> bool:
-        """Whether it may know of every backend, as GET /api/fleet tells them."""
+        """Whether it may know of every backend, as GET /api/fleet lists them."""
         return "config:read" in self.scopes and not self.view.is_limited
 
     @property
     def has_expired(self) -> bool:
-        """Whether its time is over, by this server's clock."""
+        """Whether it has expired, by this server's clock."""
         return self.expires_at is not None and self.expires_at <= datetime.now(UTC)
 
     def require_counts(self, connection: Connection, tokens_version: int | None = None) -> None:
-        """Refuse a token that was revoked or has expired since it was let in.
+        """Refuse a token that was revoked or has expired since it was admitted.
 
-        Called first in every transaction that writes or hands out a key. Costs nothing while no
-        token has changed: then the database's version is the one the token was read at.
+        Called first in every transaction that writes or returns a key. Costs nothing while no token
+        has changed: the database's version is then the one the token was read at.
 
         Args:
             connection: of that transaction.
             tokens_version: the state row's, as this transaction sees it; None: it is read here.
 
         Raises:
-            Unauthorized: it does not count any more.
+            Unauthorized: it is no longer valid.
         """
         if tokens_version is None:
             tokens_version = connection.execute(_VERSION).scalar_one()
@@ -87,23 +87,23 @@ class Caller:
             raise Unauthorized(GONE)
 
     def require(self, scope: str) -> None:
-        """Refuse a caller whose token has not this scope.
+        """Refuse a caller whose token lacks this scope.
 
         Raises:
-            Forbidden: it has not.
+            Forbidden: the token lacks the scope.
         """
         if scope not in self.scopes:
             raise Forbidden(f"The token lacks the scope {scope}.")
 
     def require_writable(self, agent_id: str, *, makes_default: bool = False) -> None:
-        """Refuse a write that a limited token may not make, whether the agent is there or not.
+        """Refuse a write that a limited token may not make, whether or not the agent exists.
 
         Args:
-            agent_id: the agent that is written.
+            agent_id: the agent to write.
             makes_default: whether the write would make it the default, which is everyone's.
 
         Raises:
-            Forbidden: the agent is not among the token's, or it would become the default.
+            Forbidden: the token does not cover the agent, or the agent would become the default.
         """
         if not self.view.covers(agent_id):
             raise Forbidden("The token is limited to other agents.")
@@ -112,17 +112,17 @@ class Caller:
 
 
 class TokenTable:
-    """Every token that counts, by digest.
+    """Every valid token, by digest.
 
     Args:
         callers: the tokens.
         version: the tokens_version that they were read at.
-        max_age_seconds: for how long the table is relied on without a look at the database.
+        max_age_seconds: how long the table is trusted without reading the database.
 
     Attributes:
-        version: that of the tokens in force here.
-        used: when each token was last used, since somebody last took note of it.
-        on_replaced: called each time after other tokens came into force.
+        version: the version of the tokens applied here.
+        used: when each token was last used, since this was last saved.
+        on_replaced: called each time the tokens were replaced.
     """
 
     def __init__(
@@ -145,22 +145,22 @@ class TokenTable:
 
     @property
     def age_seconds(self) -> float:
-        """How long ago the database last said that these are the tokens."""
+        """How long ago the database last confirmed that these are the tokens."""
         return time.monotonic() - self._seen_at
 
     @property
     def is_outdated(self) -> bool:
-        """Whether a token may have been revoked too long ago for this table to be relied on."""
+        """Whether a token may have been revoked too long ago for this table to be trusted."""
         return self.age_seconds > self._max_age_seconds
 
     def take(self, found: TokenTable, asked_at: float, asked_version: int | None = None) -> None:
-        """Put what was read from the database in force, unless something newer is.
+        """Apply what was read from the database, unless something newer is applied.
 
         Args:
             found: what was read.
             asked_at: when the reading began (`time.monotonic`).
-            asked_version: the version in force when it began. Where that still is in force, `found`
-                counts even if its version is lower: the database was restored.
+            asked_version: the version applied when it began. If that is still so, `found` is
+                applied even if its version is lower: the database was restored.
         """
         if found.version > self.version or asked_version == self.version:
             self._callers, self._by_id = found._callers, found._by_id
@@ -170,15 +170,15 @@ class TokenTable:
                 call()
 
     def confirm(self, version: int, asked_at: float) -> None:
-        """Note that the database was at this version when it was asked."""
+        """Record that the database had this version when it was asked."""
         if version == self.version:
             self._seen_at = max(self._seen_at, asked_at)
 
     def caller(self, token: str) -> Caller | None:
-        """Return whose token this is, or None where it is unknown, revoked or expired."""
+        """Return the caller with this token, or None if it is unknown, revoked or expired."""
         wanted = digest(token)
         caller = self._callers.get(wanted)
-        # The look-up is by digest, so its timing says nothing of the token; this makes it plain.
+        # The lookup is by digest, so its timing reveals nothing about the token; this makes sure.
         if caller is None or not hmac.compare_digest(caller.digest, wanted):
             return None
         now = datetime.now(UTC)
@@ -188,7 +188,7 @@ class TokenTable:
         return caller
 
     def require(self, caller: Caller) -> None:
-        """Refuse a caller that was let in before and whose token does not count any more.
+        """Refuse a caller that was admitted before if its token is no longer valid.
 
         Raises:
             Unauthorized: it was revoked or has expired.
@@ -197,12 +197,12 @@ class TokenTable:
             raise Unauthorized(GONE)
 
     def name_of(self, token_id: int | None) -> str:
-        """Return what a token is called; one that does not count any more has no name."""
+        """Return a token's name; empty if the token is no longer valid."""
         caller = None if token_id is None else self._by_id.get(token_id)
         return "" if caller is None else caller.name
 
     def why_gone(self, token_id: int) -> str | None:
-        """Say why this token does not count any more, or None where it does."""
+        """Return why this token is no longer valid, or None if it is."""
         caller = self._by_id.get(token_id)
         if caller is None:
             return "token revoked"
@@ -213,7 +213,7 @@ class TokenTable:
 
         Raises:
             Unauthorized: there is no such header, or no token of ours in it.
-            DatabaseUnavailable: the table is too old to be relied on.
+            DatabaseUnavailable: the table is too old to be trusted.
         """
         token = bearer_token(headers)
         if token is None:
@@ -230,7 +230,7 @@ class TokenTable:
 
 
 def bearer_token(headers: Headers) -> str | None:
-    """Return the token of `Authorization: Bearer …` (RFC 6750), or None where there is none."""
+    """Return the token of `Authorization: Bearer …` (RFC 6750), or None if there is none."""
     values = headers.getlist("authorization")
     if len(values) != 1:
         return None
@@ -249,7 +249,7 @@ def read_tokens(connection: Connection, version: int | None = None) -> TokenTabl
         version: the tokens_version of this transaction; None: it is read here.
 
     Raises:
-        DatabaseUnavailable: there is not one.
+        DatabaseUnavailable: there are none.
     """
     at = connection.execute(_VERSION).scalar_one() if version is None else version
     rows = connection.execute(
@@ -275,6 +275,6 @@ def read_tokens(connection: Connection, version: int | None = None) -> TokenTabl
         for row in rows
     ]
     if not callers:
-        # There always is one. The version says nothing of those that come after this look.
+        # There always is one. The version says nothing about those that appear after this look.
         raise DatabaseUnavailable("The database has no tokens, as in the middle of a restore.")
     return TokenTable(callers, at)

@@ -1,7 +1,7 @@
-"""Keeps the table of tokens up to date whatever becomes of the feed.
+"""Keeps the table of tokens up to date whatever happens to the feed.
 
-The feed's looks bring the tokens along. Where they do not come in time (a broken catalog, a load of
-everything that takes long), this looks at the tokens alone. Knows no HTTP and no agent.
+The feed normally reads the tokens too. If it does not do so in time (a broken catalog, a slow load
+of everything), this reads only the tokens. Knows no HTTP and no agent.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ logger = logging.getLogger(__name__)
 
 
 class TokenWatch:
-    """Looks at the database's tokens once nobody has for a poll interval.
+    """Reads the database's tokens once nobody has for a poll interval.
 
     Args:
-        database: read only.
-        tokens: the table that the doors ask.
-        poll_interval_seconds: how old the table may get before this looks.
+        database: only read.
+        tokens: the table that requests are checked against.
+        poll_interval_seconds: how old the table may get before this reads.
         supervisor: keeps the watch alive.
     """
 
@@ -45,7 +45,7 @@ class TokenWatch:
         self._task = (supervisor or Supervisor()).task("token-watch", self._watch)
 
     async def start(self) -> None:
-        """Begin to watch."""
+        """Start watching."""
         self._task.start()
 
     async def stop(self) -> None:
@@ -53,7 +53,7 @@ class TokenWatch:
         await self._task.stop()
 
     async def poll(self) -> None:
-        """Read the tokens if they have changed, and put them in force.
+        """Read the tokens if they have changed, and apply them.
 
         Raises:
             DatabaseUnavailable: the database does not answer.
@@ -74,7 +74,7 @@ class TokenWatch:
         interval = self._poll_interval_seconds
         while True:
             await asyncio.sleep(interval / 4)
-            # A healthy feed looks as often, so there is nothing to do.
+            # A healthy feed reads as often, so there is nothing to do.
             if self._tokens.age_seconds < interval * 1.25:
                 continue
             try:
@@ -82,5 +82,5 @@ class TokenWatch:
             except ProblemError as error:
                 logger.debug("the tokens cannot be read now: %s", error.code)
             except Exception as error:
-                # The class alone: a driver's text may hold what was read.
+                # Only the class: a driver's message may contain what was read.
                 logger.error("the watch of the tokens failed with %s", type(error).__name__)

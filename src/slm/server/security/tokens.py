@@ -1,4 +1,4 @@
-"""Bearer tokens: how one is made, what is kept of it, and which scopes there are.
+"""Bearer tokens: how they are made, what is stored of them, and which scopes exist.
 
 Pure: knows no database and no HTTP. Only the digest of a token is ever stored.
 """
@@ -16,7 +16,7 @@ SCOPES: Final = ("config:read", "key:read", "agents:write", "admin")
 """Every scope that a token can have (docs/protocol.md section 3)."""
 
 BACKEND_SCOPES: Final = ("config:read", "key:read")
-"""What a backend needs, and no more."""
+"""What a backend needs, and nothing more."""
 
 OPERATOR_SCOPES: Final = ("config:read", "agents:write", "admin")
 """What the first start's admin.token has: everything but reading keys."""
@@ -31,14 +31,14 @@ def mint() -> SecretStr:
 
 
 def is_well_formed(token: str) -> bool:
-    """Say whether the text looks like a token that `mint` made."""
+    """Return whether the text looks like a token from `mint`."""
     return _FORM.fullmatch(token) is not None
 
 
 def digest(token: str) -> str:
     """Return what is stored of a token: its SHA-256 in hexadecimal.
 
-    A plain hash is enough: with 256 random bits there is nothing to guess. Text that no token can
-    be, lone surrogates included, has a digest too, one that no stored token has.
+    A plain hash is enough: with 256 random bits there is nothing to guess. Text that cannot be a
+    token, including lone surrogates, has a digest too, but one that no stored token has.
     """
     return hashlib.sha256(token.encode("utf-8", "surrogatepass")).hexdigest()

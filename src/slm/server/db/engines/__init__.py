@@ -1,1 +1,1 @@
-"""What is particular to SQLite and to PostgreSQL."""
+"""What is specific to SQLite and to PostgreSQL."""

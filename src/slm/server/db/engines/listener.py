@@ -1,6 +1,6 @@
-"""Hears PostgreSQL's NOTIFY and wakes the feed; the table is the truth, this only says "look".
+"""Receives PostgreSQL's NOTIFY and wakes the feed; a notification only says "look at the table".
 
-Knows a channel and a number, no change and no agent. Whatever it misses, the feed's poll finds.
+Knows a channel and a number, no change and no agent. What it misses, the feed finds by polling.
 """
 
 from __future__ import annotations
@@ -20,29 +20,29 @@ from slm.server.tasks.supervisor import FIRST_BACKOFF_SECONDS, MAX_BACKOFF_SECON
 logger = logging.getLogger(__name__)
 
 CHANNEL: Final = "slm_changes"
-"""A commit that others should look at; the payload is the new revision, or empty."""
+"""Notifies of a commit that others should look at; the payload is the new revision, or empty."""
 
 CHECK_SECONDS: Final = 15.0
-"""How often the database is asked whether it is still there."""
+"""How often the listener checks that the database is still there."""
 
 ANSWER_SECONDS: Final = 5.0
-"""How long it has to answer that."""
+"""How long the database has to answer that check."""
 
 _BIGINT_DIGITS: Final = 19
 
 
 class ChangeListener:
-    """One connection that listens, connected again whenever it is lost.
+    """One connection that listens, reconnected whenever it is lost.
 
     Args:
         url: the database's URL.
-        wake: called with the revision that a notification names; with None where one may have been
-            missed: after each connecting, and for a payload that is no number.
-        others: what to call with the payload of a notification of another channel.
+        wake: called with the revision that a notification names, or with None if one may have been
+            missed: after each connect, and for a payload that is not a number.
+        others: what to call with the payload of a notification on another channel.
 
     Attributes:
-        connections: how many times it has begun to listen.
-        listening: whether it listens now.
+        connections: how many times it has started to listen.
+        listening: whether it is listening now.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class ChangeListener:
         self._following = (supervisor or Supervisor()).task("listener", self._run, needed=False)
 
     async def start(self) -> None:
-        """Begin to listen in the background; a database that is away is tried again."""
+        """Start to listen in the background; an unreachable database is tried again."""
         self._following.start()
 
     async def stop(self) -> None:
@@ -71,13 +71,13 @@ class ChangeListener:
     async def _run(self) -> None:
         import psycopg
 
-        # What SQLAlchemy would connect with, so that every option of the URL counts here too.
+        # What SQLAlchemy would connect with, so that every option of the URL applies here too.
         _, given = self._url.get_dialect()().create_connect_args(self._url)
         options: dict[str, Any] = dict(given) | {
             "autocommit": True,
             "client_encoding": "utf8",
             "connect_timeout": 5,
-            # A listener only waits: without these it would never notice a peer that vanished.
+            # A listener only waits: without these it would never notice that a peer vanished.
             "keepalives_idle": 5,
             "keepalives_interval": 2,
             "keepalives_count": 3,
@@ -90,7 +90,7 @@ class ChangeListener:
                 await self._listen(psycopg.AsyncConnection, options)
             except (psycopg.Error, OSError) as error:
                 if self.listening or connections == self.connections == 0:
-                    # The class alone: libpq's words may hold the connection string.
+                    # Only the class: libpq's message may contain the connection string.
                     logger.warning(
                         "not listening to the database (%s); the feed polls", type(error).__name__
                     )
@@ -110,13 +110,13 @@ class ChangeListener:
             self.listening = True
             if self.connections > 1:
                 logger.info("listening to the database again")
-            # Only now: a change committed before the LISTEN is found by this look, one after it
-            # by its notification.
+            # Only now: this look finds a change committed before the LISTEN; a later one sends a
+            # notification.
             self._wake(None)
             while True:
                 async for note in connection.notifies(timeout=CHECK_SECONDS):
                     self._hear(note.channel, note.payload)
-                # A relay between may keep the connection alive and pass nothing on.
+                # A relay in between may keep the connection alive and pass nothing on.
                 loop = asyncio.get_running_loop()
                 silent = loop.call_later(ANSWER_SECONDS, shut_down, connection)
                 try:
@@ -124,12 +124,12 @@ class ChangeListener:
                 finally:
                     silent.cancel()
         finally:
-            # A broken connection may raise on its way out, and has nothing left to say.
+            # A broken connection may raise when closed, and has nothing more to say.
             with contextlib.suppress(Exception):
                 await connection.close()
 
     def _hear(self, channel: str, payload: str) -> None:
-        """Take one notification. Whoever may connect can send any: none ends the listening."""
+        """Handle one notification. Anyone who can connect can send one: none ends the listening."""
         try:
             if channel in self._others:
                 self._others[channel](payload)
@@ -138,13 +138,13 @@ class ChangeListener:
         except Exception as error:
             cause = (channel, type(error).__name__)
             if cause not in self._refused:
-                # Once for each cause: anybody who can send one can send a million.
+                # Log each cause once: anyone who can send one can send a million.
                 self._refused.add(cause)
                 logger.error("a notification on %s failed with %s; it is ignored", *cause)
 
 
 def _revision(payload: str) -> int | None:
-    """Return the revision that a payload names; None where it is not one of PostgreSQL's bigint."""
+    """Return the revision in a payload; None if it is not a PostgreSQL bigint."""
     if not (payload.isascii() and payload.isdigit() and len(payload) <= _BIGINT_DIGITS):
         return None
     return int(payload)

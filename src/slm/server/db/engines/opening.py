@@ -1,4 +1,4 @@
-"""How SQLite and PostgreSQL are opened: the manners of each, set once for every connection."""
+"""Opens SQLite and PostgreSQL, and sets the options of each once for every connection."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from slm.server.db.errors import primary_code
 logger = logging.getLogger(__name__)
 
 MIN_SQLITE: Final = (3, 35, 0)
-"""The first SQLite that has RETURNING."""
+"""The first SQLite version with RETURNING."""
 
 
 WAL_BYTES: Final = 64 * 2**20
-"""How large the WAL stays once everything in it was copied into the database."""
+"""How large the WAL stays once all of it was copied into the database."""
 
 
 _ANOTHER_SESSION: Final = ("26000", "42P05")
-"""A prepared statement that is not there, or is there already: the session is not ours alone."""
+"""A prepared statement is missing, or exists already: the session is not ours alone."""
 
 _READ_ONLY: Final = "25006"
 
 
 def sqlite_path(url: URL) -> Path | None:
-    """Return the file that a SQLite URL names; None where it is in memory."""
+    """Return the file that a SQLite URL names; None if it is in memory."""
     return Path(url.database) if url.database not in (None, "", ":memory:") else None
 
 
@@ -48,11 +48,11 @@ _NO_SHARED_MEMORY: Final = (
 
 @dataclass(frozen=True)
 class Engines:
-    """The two ways into one database.
+    """The two ways to access a database.
 
     Attributes:
-        writing: for every transaction but long reads; on SQLite its one connection.
-        reading: for long reads, beside those; None where SQLite cannot have a second connection:
+        writing: for every transaction except long reads; on SQLite its one connection.
+        reading: for long reads, beside those; None if SQLite cannot have a second connection:
             in memory, or on a file system without shared memory.
     """
 
@@ -73,15 +73,15 @@ def open_engines(
 
     Args:
         url: `sqlite:///…` or `postgresql+psycopg://…`.
-        file: what holds a SQLite file.
+        file: holds a SQLite file.
         lock_timeout_seconds: how long a statement waits for a lock, and an opening for a file.
-        idle_in_transaction_seconds: after this PostgreSQL ends a transaction that says nothing.
-        writers: how many connections there are for anything but long reads; SQLite has one.
+        idle_in_transaction_seconds: after this PostgreSQL ends an idle transaction.
+        writers: how many connections there are for anything except long reads; SQLite has one.
         readers: how many there are for long reads.
 
     Raises:
         StartupError: there is no driver, SQLite is too old, or the file cannot be opened.
-        sqlite3.Error: it is no database, or damaged.
+        sqlite3.Error: the file is not a database, or is damaged.
     """
     if url.get_backend_name() == "sqlite":
         return sqlite_engines(url, file, lock_timeout_seconds=lock_timeout_seconds, readers=readers)
@@ -98,7 +98,7 @@ def open_engines(
 
 
 def for_writes(url: URL) -> URL:
-    """Of several hosts mean the one that takes writes, unless the URL says otherwise."""
+    """Choose, of several hosts, the one that accepts writes, unless the URL says otherwise."""
     hosts = url.query.get("host", "")
     several = "," in hosts or not isinstance(hosts, str)
     if not several or "target_session_attrs" in url.query:
@@ -109,17 +109,17 @@ def for_writes(url: URL) -> URL:
 def sqlite_engines(
     url: URL, file: SqliteFile | None, *, lock_timeout_seconds: float, readers: int
 ) -> Engines:
-    """Open a SQLite file, which from then on no other process can open.
+    """Open a SQLite file; from then on no other process can open it.
 
     Args:
         url: `sqlite:///…`.
-        file: what holds it; None where it is in memory. One that is not there is made.
-        lock_timeout_seconds: how long opening waits for another process to let go of the file.
+        file: holds it; None if it is in memory. A missing file is created.
+        lock_timeout_seconds: how long opening waits for another process to release the file.
         readers: how many connections may read beside the one that writes.
 
     Raises:
         StartupError: this SQLite is too old, or the file cannot be opened.
-        sqlite3.Error: it is no database, or damaged.
+        sqlite3.Error: the file is not a database, or is damaged.
     """
     if sqlite3.sqlite_version_info < MIN_SQLITE:
         raise StartupError(f"SQLite {sqlite3.sqlite_version} is too old; 3.35 or newer is needed.")
@@ -133,8 +133,8 @@ def sqlite_engines(
     except sqlite3.OperationalError as error:
         if primary_code(error) not in _NO_SHARED_MEMORY:
             raise
-        # No shared memory there, as on some network file systems: the index of the WAL is in the
-        # memory of the one connection, which then is the only one.
+        # No shared memory, as on some network file systems: the WAL's index is in the memory of
+        # this connection, so there can be no other.
         shared = False
         connection = _writer(str(path), lock_timeout_seconds, shared=False)
     file.hold(lock_timeout_seconds)
@@ -145,27 +145,27 @@ def sqlite_engines(
 
 
 def _writer(path: str, timeout: float, *, shared: bool) -> sqlite3.Connection:
-    # In one thread at a time, which need not be the one that opened it.
+    # Used by one thread at a time, not necessarily the one that opened it.
     connection = sqlite3.connect(path, timeout=timeout, check_same_thread=False)
     try:
-        # The driver opens deferred transactions by itself, which lose updates; we begin.
+        # The driver would open deferred transactions, which lose updates; we begin them ourselves.
         connection.isolation_level = None
-        # Text that is not UTF-8 would otherwise fail the whole SELECT.
+        # Otherwise text that is not UTF-8 would fail the whole SELECT.
         connection.text_factory = _decoded
         for pragma in (
-            # Before the first access: only then is the WAL's index in the memory of the connection.
+            # Before the first access: only then is the WAL's index in the connection's memory.
             f"locking_mode={'NORMAL' if shared else 'EXCLUSIVE'}",
             "journal_mode=WAL",
             "synchronous=FULL",
             "foreign_keys=ON",
-            # A file may come from anybody: its schema may call nothing that does something.
+            # A file may come from anyone: its schema must not call anything with side effects.
             "trusted_schema=OFF",
-            # A WAL that grew beside a long read or a backup gives the place back.
+            # A WAL that grew during a long read or a backup shrinks again.
             f"journal_size_limit={WAL_BYTES}",
         ):
             connection.execute(f"PRAGMA {pragma}").fetchall()
         # The first access: it takes the lock that `SqliteFile.hold` makes exclusive, and fails
-        # where there is no shared memory.
+        # without shared memory.
         connection.execute("BEGIN IMMEDIATE")
         connection.execute("COMMIT")
     except BaseException:
@@ -178,7 +178,7 @@ def _sqlite_engine(url: URL, connection: sqlite3.Connection) -> Engine:
     engine = create_engine(
         url, poolclass=StaticPool, hide_parameters=True, creator=lambda: connection
     )
-    # The dialect's own place for it: a listener would have every statement look for listeners.
+    # The dialect's own hook: an event listener would make every statement look for listeners.
     engine.dialect.do_begin = _begin_immediate  # type: ignore[method-assign,assignment]
     return engine
 
@@ -212,13 +212,13 @@ def _sqlite_reading_engine(url: URL, path: Path, readers: int) -> Engine:
 def postgresql_engine(
     url: URL, *, lock_timeout_seconds: float, idle_in_transaction_seconds: float, pool_size: int
 ) -> Engine:
-    """Return an engine with a pool whose connections give up in bounded time.
+    """Return an engine with a pool of connections that give up in bounded time.
 
     Args:
         url: `postgresql+psycopg://…`.
         lock_timeout_seconds: how long a statement waits for a lock, and a call for a connection.
-        idle_in_transaction_seconds: after this PostgreSQL ends a transaction that says nothing.
-        pool_size: how many connections there are at most.
+        idle_in_transaction_seconds: after this PostgreSQL ends an idle transaction.
+        pool_size: the largest number of connections.
 
     Raises:
         StartupError: there is no driver.
@@ -233,9 +233,9 @@ def postgresql_engine(
             isolation_level="READ COMMITTED",
             connect_args={
                 "connect_timeout": 5,
-                # Whatever a role, a database or PGCLIENTENCODING has set.
+                # Overrides what a role, a database or PGCLIENTENCODING has set.
                 "client_encoding": "utf8",
-                # A peer that vanished without a word is given up in about ten seconds.
+                # A peer that vanished silently is given up in about ten seconds.
                 "keepalives_idle": 5,
                 "keepalives_interval": 2,
                 "keepalives_count": 3,
@@ -265,7 +265,7 @@ def postgresql_engine(
     def _failed(context: ExceptionContext) -> None:
         state = getattr(context.original_exception, "sqlstate", None)
         if state in _ANOTHER_SESSION or state == _READ_ONLY:
-            # The next connection may be to a session, or a host, that can.
+            # The next connection may reach a session, or a host, that works.
             context.is_disconnect = True
             context.invalidate_pool_on_disconnect = False
         if state in _ANOTHER_SESSION:
@@ -285,7 +285,7 @@ def postgresql_engine(
 
 
 def _once_a_minute(sentence: str) -> Callable[[], None]:
-    """Return what logs the sentence, unless it did within the last minute."""
+    """Return a function that logs the sentence at most once a minute."""
     told_at = float("-inf")
 
     def tell() -> None:

@@ -1,6 +1,6 @@
-"""What a PostgreSQL must be for this server: in UTF-8, and with sessions of its own.
+"""Checks that PostgreSQL suits this server: UTF-8, and a session for each connection.
 
-Asks on connections that it is given; opens none.
+Uses connections that it is given; opens none.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from slm.errors import StartupError
 
 
 def behind_a_pooler(name: str) -> StartupError:
-    """Return the sentence for a pooler that gives each transaction another session."""
+    """Return the error for a pooler that gives each transaction another session."""
     return StartupError(
         f"The database {name} is behind a connection pooler in transaction or statement mode; SLM"
         " needs sessions of its own (LISTEN, time-outs, prepared statements): set pool_mode ="
@@ -22,12 +22,12 @@ def behind_a_pooler(name: str) -> StartupError:
 
 
 def refuse_unfit(one: Any, other: Any, name: str) -> None:
-    """Refuse a database that is not in UTF-8, or that stands behind a pooler of transactions.
+    """Refuse a database that is not in UTF-8, or is behind a pooler in transaction mode.
 
     Args:
-        one: a connection of psycopg's, outside a transaction.
-        other: another one, made beside it.
-        name: of the database, without a password.
+        one: a psycopg connection, outside a transaction.
+        other: another one, opened beside it.
+        name: the database's name in messages, without a password.
 
     Raises:
         StartupError: one sentence says what to do.
@@ -44,10 +44,10 @@ def refuse_unfit(one: Any, other: Any, name: str) -> None:
 
 
 def _shares_sessions(one: Any, other: Any) -> bool:
-    """Say whether two connections are given PostgreSQL's sessions in turn.
+    """Return whether two connections take turns with PostgreSQL's sessions.
 
-    While the other is in a transaction, it has either the session that was the first one's, or,
-    where sessions go round, the first one now has another.
+    While the other is in a transaction, either it has what was the first one's session, or, if
+    sessions rotate, the first one now has another.
     """
     mark = secrets.token_hex(8)
     one.execute("SELECT set_config('slm.session', %s, false)", (mark,))

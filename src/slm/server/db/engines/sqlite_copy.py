@@ -1,7 +1,7 @@
-"""Copies a SQLite database in small steps, from one consistent view, beside whoever writes it.
+"""Copies a SQLite database in small steps, from one consistent view, without blocking writers.
 
-Knows two files and no table. A step reads a megabyte, and what was written goes to the disk bit by
-bit: a whole copy at once would have the next commit's fsync wait for hundreds of megabytes.
+Knows two files and no table. Each step reads a megabyte, and the copy is flushed to disk bit by
+bit: otherwise the fsync of the next commit would wait for hundreds of megabytes.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ def copy_in_steps(
 
     Args:
         source: reads the database; nobody else uses it meanwhile.
-        path: the file, which is there.
-        go_on: called after each step; what it raises ends the copy.
+        path: the file, which exists.
+        go_on: called after each step; if it raises, the copy ends.
 
     Raises:
-        sqlite3.Error: it cannot be read or written.
-        OSError: it cannot be made durable.
+        sqlite3.Error: the database cannot be read or the copy cannot be written.
+        OSError: the copy cannot be made durable.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     steps = 0
@@ -46,10 +46,10 @@ def copy_in_steps(
 
     try:
         with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as target:
-            # A copy that breaks off is thrown away, and we sync it ourselves.
+            # An interrupted copy is thrown away, and we sync it ourselves.
             for pragma in ("journal_mode=OFF", "synchronous=OFF", "locking_mode=EXCLUSIVE"):
                 target.execute(f"PRAGMA {pragma}").fetchall()
-            # One view from here to the end: else a write in between would begin the copy anew.
+            # One view from here to the end: otherwise a write in between would restart the copy.
             source.execute("BEGIN")
             try:
                 source.execute("SELECT count(*) FROM sqlite_master").fetchall()

@@ -1,6 +1,6 @@
-"""SqliteFile: holds a SQLite file for this process alone, and tells when it is not there any more.
+"""SqliteFile: holds a SQLite file for this process alone, and notices when it disappears.
 
-Knows paths, locks and inodes; runs no statement. Why is in
+Knows paths, locks and inodes; runs no statement. The reasons are in
 docs/decisions/0028-a-reader-beside-the-writer.md.
 """
 
@@ -26,13 +26,13 @@ logger = logging.getLogger(__name__)
 
 _SHARED_FIRST: Final = 0x40000002
 _SHARED_SIZE: Final = 510
-"""The bytes that every SQLite locks before it reads (https://sqlite.org/lockingv3.html)."""
+"""The bytes that every SQLite process locks before it reads (https://sqlite.org/lockingv3.html)."""
 
 _HEADER: Final = 100
 """The bytes of SQLite's header (https://sqlite.org/fileformat2.html)."""
 
 _held: set[tuple[int, int]] = set()
-"""The files of this process, by device and inode: its own locks do not keep itself out."""
+"""The files of this process, by device and inode: a process is not kept out by its own locks."""
 
 _held_lock: Final = threading.Lock()
 
@@ -41,7 +41,7 @@ class SqliteFile:
     """One file that this process holds from `hold` until `release`.
 
     Args:
-        path: of the database; its folder is there.
+        path: the database file; its folder exists.
     """
 
     def __init__(self, path: Path) -> None:
@@ -55,14 +55,14 @@ class SqliteFile:
         self._is_changed = False
 
     def make(self) -> None:
-        """Make the file with mode 0600 if it is not there; SQLite gives its WAL the same mode.
+        """Create the file with mode 0600 if it is missing; SQLite gives its WAL the same mode.
 
         Raises:
             DatabaseHeld: this process has it open.
             StartupError: it cannot be opened for writing.
         """
         with _held_lock:
-            # Before it is opened: to close it would drop every lock that this process has on it.
+            # Before it is opened: closing it would drop every lock that this process has on it.
             if _identity_of(self._path) in _held:
                 raise DatabaseHeld.of(str(self._path))
             try:
@@ -80,16 +80,16 @@ class SqliteFile:
             _held.add(self._identity)
 
     def hold(self, seconds: float) -> None:
-        """Keep every other process out, from reading too; call it once SQLite has read the file.
+        """Keep every other process out, even from reading; call it once SQLite has read the file.
 
-        SQLite's own lock on these bytes is this process's as well, and goes on being so as long as
-        the connection is in WAL mode.
+        SQLite's own lock on these bytes also belongs to this process, and stays as long as the
+        connection is in WAL mode.
 
         Args:
-            seconds: how long to wait for another process that reads.
+            seconds: how long to wait for another process that is reading.
 
         Raises:
-            DatabaseHeld: another process has it.
+            DatabaseHeld: another process holds it.
         """
         if fcntl is None or self._descriptor is None:
             return
@@ -106,14 +106,14 @@ class SqliteFile:
                 return
 
     def check(self) -> None:
-        """Make sure that what is open is what the path names; costs two calls of `stat`.
+        """Check that the open file is still the one at the path; costs two calls of `stat`.
 
         Raises:
-            DatabaseUnavailable: the file, or its WAL, was removed or another was put in its place.
+            DatabaseUnavailable: the file or its WAL was removed or replaced.
         """
         wal = _identity_of(self._wal)
         if self._wal_identity is None:
-            # Before the first write there need not be one.
+            # Before the first write there may be none.
             self._wal_identity = wal
         if _identity_of(self._path) != self._identity or wal != self._wal_identity:
             self._tell_gone()
@@ -124,14 +124,14 @@ class SqliteFile:
         self._is_gone = False
 
     def note(self) -> None:
-        """Note how the file is now, after a transaction of ours: nobody else writes to it."""
+        """Record the file's state after a transaction of ours: nobody else writes to it."""
         if hasattr(os, "pread"):
             self._noted = self._content()
 
     def check_content(self) -> None:
-        """Make sure that nobody wrote into the file, or cut it, since `note`.
+        """Check that nobody wrote to the file or truncated it since `note`.
 
-        Not while another thread of ours may be writing.
+        Do not call it while another of our threads may be writing.
 
         Raises:
             DatabaseUnavailable: somebody did: what is written now might be lost with the file.
@@ -139,7 +139,7 @@ class SqliteFile:
         if self._noted is None:
             return
         now = self._content()
-        # A WAL that grew is a commit; one that shrank lost some.
+        # A WAL that grew means a commit; one that shrank has lost some.
         if now[:2] == self._noted[:2] and now[2] >= self._noted[2]:
             self._is_changed = False
             return
@@ -177,7 +177,7 @@ class SqliteFile:
             )
 
     def release(self) -> None:
-        """Let go of the file; call it after its last connection was closed."""
+        """Release the file; call it after its last connection was closed."""
         descriptor, self._descriptor = self._descriptor, None
         if descriptor is not None:
             os.close(descriptor)
@@ -188,9 +188,9 @@ class SqliteFile:
 
 
 def _identity_of(path: str | Path) -> tuple[int, int] | None:
-    """Return what a path names, or None where that is nothing, or cannot be seen."""
+    """Return the identity of what is at a path; None if it is missing or inaccessible."""
     try:
-        # Twice a transaction, and a Path costs more than the call.
+        # Runs twice per transaction, and a Path costs more than the call.
         return _identity(os.stat(path))  # noqa: PTH116
     except OSError:
         return None
