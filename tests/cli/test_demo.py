@@ -101,6 +101,7 @@ async def started(places: dict[str, str], *arguments: str, until: str) -> tuple[
     return process, shown
 
 
+@pytest.mark.documents
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 async def test_it_can_be_stopped_anywhere(places: dict[str, str], number: signal.Signals) -> None:
     """Ctrl-C, SIGTERM or a closed terminal: no process and no file of it is left."""
@@ -116,6 +117,7 @@ async def test_it_can_be_stopped_anywhere(places: dict[str, str], number: signal
     assert files_of(places) == []
 
 
+@pytest.mark.documents
 async def test_the_commands_that_it_prints_work(places: dict[str, str], tmp_path: Path) -> None:
     """With --stay everything goes on running, and each printed line does what it says."""
     process, shown = await started(places, "--stay", until="agents show")

@@ -100,7 +100,7 @@ def _forget(fleet: Fleet) -> Awaitable[Any]:
 WALKS: dict[str, Callable[[Fleet], Awaitable[Any]]] = {
     "the fleet view": lambda fleet: fleet.described(),
     "a receipt": lambda fleet: receipt_of(SUBJECT, fleet.shown()),
-    "a receipt that waits": lambda fleet: fleet.wait(SUBJECT, 60.0),
+    "a receipt that waits": lambda fleet: fleet.wait(SUBJECT, 0.3),
     "a question to one of them": _find,
     "forgetting who is gone": _forget,
 }
@@ -174,7 +174,7 @@ async def test_who_answers_while_all_are_looked_at_is_not_waited_for(
     fleet.moved(2)
     clock: Iterator[float] = (float(number) for number in range(1 << 30))
     monkeypatch.setattr(slices, "time", SimpleNamespace(monotonic=lambda: next(clock)))
-    waiting = asyncio.create_task(fleet.wait(SUBJECT, 60.0))
+    waiting = asyncio.create_task(fleet.wait(SUBJECT, 0.3))
     for each in made:
         await asyncio.sleep(0)
         fleet.acked(each, Ack(ack=2))

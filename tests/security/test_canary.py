@@ -27,7 +27,7 @@ from aiohttp import web
 from cryptography.fernet import Fernet
 
 import slm
-from slm import SLMClient
+from slm import SLMClient, Timings
 from slm.errors import SLMError
 from slm.llm import LLMInterface, RetrySettings
 from slm.server.agents.schemas import AgentCreate, AgentUpdate
@@ -472,7 +472,8 @@ async def test_a_broken_answer_of_the_slm_is_not_told(
     try:
         await web.TCPSite(runner, "127.0.0.1", 0).start()
         url = f"http://127.0.0.1:{runner.addresses[0][1]}"
-        async with SLMClient(url, token="slm_x", start_timeout=0.2) as client:
+        quick = Timings(close_timeout_seconds=0.1, request_timeout_seconds=1.0)
+        async with SLMClient(url, token="slm_x", start_timeout=0.2, timings=quick) as client:
             assert client._follower.sync is not None
             connection = client._follower.sync._connection
             for ask in (

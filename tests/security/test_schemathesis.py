@@ -74,6 +74,7 @@ async def _schemathesis(server: InLoopServer, token: str, folder: Path) -> tuple
     return process.returncode, out.decode() + err.decode()
 
 
+@pytest.mark.documents
 @pytest.mark.timeout(300)
 async def test_the_api_does_what_its_document_says(tmp_path: Path) -> None:
     """Generated requests, valid and not, with and without the token, one by one and in chains."""
