@@ -1,6 +1,6 @@
-"""Live LLM configuration for every agent a company runs: the public names, nothing else.
+"""Live LLM configuration for every agent a company runs: only the public names.
 
-Each name is loaded when it is first used, so that `import slm` costs next to nothing.
+Each name is loaded on first use, so that `import slm` costs next to nothing.
 """
 
 from __future__ import annotations

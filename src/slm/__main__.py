@@ -1,4 +1,4 @@
-"""`python -m slm`: the same as the command `slm`."""
+"""`python -m slm`: the same as the `slm` command."""
 
 from slm.cli import main
 

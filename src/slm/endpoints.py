@@ -1,7 +1,7 @@
-"""Where a provider may be reached: default endpoints, the one canonical URL of each, its origin.
+"""Where a provider may be reached: default endpoints, canonical URLs and origins.
 
-Pure rules about URLs; knows no HTTP client and resolves no name. Which addresses are refused:
-`slm.common.addresses`.
+Pure rules about URLs; knows no HTTP client and resolves no name. `slm.common.addresses` has the
+forbidden addresses.
 """
 
 from __future__ import annotations
@@ -41,41 +41,41 @@ DEFAULT_ENDPOINTS: Final[dict[str, str]] = {
     "openai": "https://api.openai.com/v1",
     "anthropic": "https://api.anthropic.com",
 }
-"""The endpoint that a null `llm_endpoint` stands for (docs/protocol.md section 1)."""
+"""The endpoint used if `llm_endpoint` is null (docs/protocol.md section 1)."""
 
 _DEFAULT_PORTS: Final = {"http": 80, "https": 443}
-# Anything else is read in one way here and in another there: some readers take `%2e` for a dot or
-# `\` for a slash, some drop what stands before or after the brackets. So it names no place.
+# Parsers disagree about anything else: some treat `%2e` as a dot or `\` as a slash, some drop text
+# before or after the brackets. It is therefore not a valid location.
 _HOST_AND_PORT: Final = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]*)?")
-# Providers' own routes, which are added to an endpoint. `/models` alone isn't one: an Azure base
-# has it.
+# Providers' own routes, which are added to an endpoint. Not `/models` alone, because an Azure base
+# URL contains it.
 _ROUTES: Final = (
     "/v1/models",
     *("/chat/completions", "/completions", "/responses", "/v1/messages"),
     *("/api/chat", "/api/generate"),
 )
-# What a provider's routes begin with by themselves, though its documents show it with the host;
-# for ollama also where it speaks OpenAI's protocol, which this provider does not.
+# What a provider's routes start with, although its documentation shows it as part of the host; for
+# ollama, also the root of OpenAI's protocol, which this provider does not use.
 _ROOTS: Final[dict[str, tuple[str, ...]]] = {"anthropic": ("/v1",), "ollama": ("/api", "/v1")}
-# Browsers take such a name for an IPv4 address (WHATWG URL, "ends in a number"), resolvers do not.
+# Browsers read such a name as an IPv4 address (WHATWG URL, "ends in a number"), resolvers don't.
 _ENDS_IN_A_NUMBER: Final = re.compile(r"(.*\.)?([0-9]+|0[xX][0-9A-Fa-f]*)")
 
 
 def effective_endpoint(provider: str, endpoint: str | None) -> str | None:
-    """Return the endpoint in force: the given one, else the provider's own, else None."""
+    """Return the endpoint in use: the given one, else the provider's own, else None."""
     return endpoint or DEFAULT_ENDPOINTS.get(provider)
 
 
-# A snapshot asks for thousands of agents, whose endpoints are few.
+# Called for thousands of agents per snapshot, which share few endpoints.
 @functools.lru_cache(maxsize=1024)
 def origin(provider: str, endpoint: str | None) -> str:
     """Return the origin a key would be sent to, as `scheme://host:port` in lower case.
 
     A key is bound to this text (docs/protocol.md section 3), so two spellings of one origin must
-    give one text, and anything unreadable must never equal a readable one.
+    give the same text, and anything unreadable must never equal a readable one.
 
     Args:
-        provider: `ollama`, `openai`, `anthropic`, or whatever an adopted row holds.
+        provider: `ollama`, `openai`, `anthropic`, or whatever an adopted row contains.
         endpoint: the agent's `llm_endpoint`; None means the provider's own.
     """
     url = effective_endpoint(provider, endpoint)
@@ -90,7 +90,7 @@ def origin(provider: str, endpoint: str | None) -> str:
     host = (host or "").rstrip(".").lower()
     if not host or scheme not in _DEFAULT_PORTS or not _is_plain(parts.netloc):
         return f"unreadable:{url}"
-    # Not what a 6to4 or NAT64 address holds: whoever answers there need not be that host.
+    # Not the address embedded in a 6to4 or NAT64 address: another host may answer there.
     address = literal_address(host)
     if address is not None:
         host = f"[{address}]" if address.version == 6 else str(address)
@@ -99,13 +99,13 @@ def origin(provider: str, endpoint: str | None) -> str:
 
 @functools.lru_cache(maxsize=1024)
 def canonical_url(provider: str, endpoint: str | None) -> str | None:
-    """Return the one URL that is given to an SDK, or None where the endpoint cannot be read.
+    """Return the only URL given to an SDK, or None if the endpoint cannot be parsed.
 
-    It begins with `origin`, so that the place that a key is bound to and the place that is
-    connected to are one text: scheme and host in lower case, an address in its usual spelling, the
-    port always there, no dot at the end of the host. SDKs read what is left out in different ways:
-    ollama's takes `HTTP://host` for port 11434. Path and query are kept, but for a root at the end
-    that this provider's routes begin with, such as anthropic's `/v1`.
+    It starts with `origin`, so that a key is bound to exactly the address that is connected to:
+    scheme and host in lower case, addresses in their usual spelling, an explicit port, no dot at
+    the end of the host. SDKs fill in missing parts differently: ollama's uses port 11434 for
+    `HTTP://host`. Path and query are kept, except a trailing root that this provider's routes start
+    with, such as anthropic's `/v1`.
     """
     place = origin(provider, endpoint)
     if not place.startswith(("http://", "https://")):
@@ -120,20 +120,21 @@ def canonical_url(provider: str, endpoint: str | None) -> str | None:
 
 
 def _is_plain(netloc: str) -> bool:
-    """Say whether every reader of URLs takes the same host and port from it."""
+    """Return whether every URL parser reads the same host and port."""
     return _HOST_AND_PORT.fullmatch(netloc) is not None
 
 
 def refused_endpoint(url: str, *, stored: bool = False) -> str | None:
-    """Say in one clause why `url` may not be an `llm_endpoint`, or None when it may.
+    """Return, in one clause, why `url` may not be an `llm_endpoint`, or None if it may.
 
-    The clause never holds the URL, which may carry a secret by mistake.
-    The rule: docs/protocol.md section 1, row `llm_endpoint`.
+    The clause never includes the URL, which may contain a secret by mistake. For the rule see
+    docs/protocol.md section 1, row `llm_endpoint`.
 
     Args:
         url: the endpoint.
-        stored: it was saved before; `canonical_url` makes one reading of what is refused today only
-            because several readings exist, such as a dot at the end of the host.
+        stored: it was saved earlier; then accept what is rejected today only because it is
+            ambiguous, such as a dot at the end of the host, since `canonical_url` makes it
+            unambiguous.
     """
     if len(url) > 256:
         return "is longer than 256 characters"
@@ -175,7 +176,7 @@ def _ambiguous(host: str, address: IPAddress | None) -> str | None:
 
 
 def _unusable(url: str, path: str) -> str | None:
-    """Say why no request could be made of it, though it names a place."""
+    """Return why no request can be sent to it, although it names a location."""
     if "?" in url:
         return "holds a query; an endpoint is the URL that paths are added to"
     if "//" in path:
@@ -189,20 +190,21 @@ def _unusable(url: str, path: str) -> str | None:
 
 @dataclass(frozen=True)
 class EndpointPolicy:
-    """What a deployment allows beyond the rules that always hold.
+    """A deployment's settings on top of the rules that always apply.
 
     Attributes:
-        strict: refuse what is not a public address: loopback, private and shared ranges.
-        allow: hosts, addresses and networks that are let through even so; never a metadata address.
+        strict: reject all but public addresses: no loopback, private or shared ranges.
+        allow: hosts, addresses and networks that are allowed nevertheless; never a metadata
+            address.
     """
 
     strict: bool = False
     allow: tuple[str, ...] = ()
 
     def refused(self, provider: str, endpoint: str | None) -> str | None:
-        """Say in one clause why this agent's endpoint may not be saved, or None when it may.
+        """Return, in one clause, why this agent's endpoint may not be saved, or None if it may.
 
-        A name is not resolved here; `refused_address` judges what it resolved to, when it is used.
+        Names are not resolved here; `refused_address` judges the resolved address when it is used.
 
         Args:
             provider: the agent's `llm_provider`.
@@ -223,10 +225,10 @@ class EndpointPolicy:
         return None if address is None else self.refused_address(address)
 
     def refused_address(self, address: IPAddress, host: str = "") -> str | None:
-        """Say why a request may not go to this address, or None when it may.
+        """Return why a request may not go to this address, or None if it may.
 
         Args:
-            address: where the request would go.
+            address: the address to connect to.
             host: the name that resolved to it.
         """
         always = refused_address(address)
@@ -250,10 +252,10 @@ class EndpointPolicy:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> EndpointPolicy:
-        """Return what SLM_ENDPOINTS and SLM_ENDPOINT_ALLOW say.
+        """Return the policy set by SLM_ENDPOINTS and SLM_ENDPOINT_ALLOW.
 
         Raises:
-            ValueError: one of them makes no sense.
+            ValueError: one of them is invalid.
         """
         mode = (variable("SLM_ENDPOINTS", environment) or "open").lower()
         if mode not in ("open", "strict"):
@@ -262,10 +264,10 @@ class EndpointPolicy:
 
 
 def parse_allowed(text: str) -> tuple[str, ...]:
-    """Return the hosts, addresses and networks of a list separated by commas.
+    """Return the hosts, addresses and networks in a comma-separated list.
 
     Raises:
-        ValueError: one has a slash and is no network.
+        ValueError: one has a slash and is not a network.
     """
     places = [part.rstrip(".").lower() for part in listed(text)]
     for place in places:

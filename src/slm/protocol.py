@@ -1,7 +1,7 @@
 """The WebSocket messages of docs/protocol.md section 4 as tagged types, encoded and parsed.
 
-Pure: no I/O, no clock. A reader ignores fields and message types that it does not know; a message
-of a known type and the wrong shape is a `ProtocolError`, which never holds the message's text.
+Pure: no I/O, no clock. Readers ignore unknown fields and message types; a message of a known type
+with the wrong shape is a `ProtocolError`, which never includes the message's text.
 """
 
 from __future__ import annotations
@@ -30,29 +30,29 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 CHANNEL: Final = "agent_config"
-"""The only channel there is."""
+"""The only channel."""
 
 MAX_FRAME_BYTES: Final = 64 * 1024
-"""The largest message a client may send, acks apart."""
+"""The maximum size of a client's message, except acks."""
 
 MAX_ACK_BYTES: Final = 1024 * 1024
 
 MAX_REASON: Final = 1024
-"""The most characters that say why something is not in force."""
+"""The maximum length of a reason why something is not in use."""
 
 MAX_NAMED: Final = 10_000
-"""The most agents that an ack may name as not in force."""
+"""The maximum number of agents that an ack may report as not in use."""
 
 MAX_STEPS: Final = 64
-"""The most steps that an explanation may have."""
+"""The maximum number of steps in an explanation."""
 
 Traceparent = Annotated[str, Field(max_length=128)]
-"""The trace that a change was made in, where it is traced (W3C Trace Context)."""
+"""The trace in which a change was made, if it was traced (W3C Trace Context)."""
 
 Revision = Annotated[StrictInt, Field(ge=0, le=2**63 - 1)]
 
-# What a client says is stored, shown and passed on: every text of it, keys included, is one of
-# these. The pattern refuses NUL; with any constraint pydantic refuses lone surrogates as well.
+# A client's texts are stored, shown and passed on, so each of them, including dict keys, is one of
+# these. The pattern rejects NUL; with any constraint, pydantic also rejects lone surrogates.
 Name = Annotated[str, Field(max_length=128, pattern=WITHOUT_NUL)]
 ShortText = Annotated[str, Field(max_length=255, pattern=WITHOUT_NUL)]
 Reason = Annotated[str, Field(max_length=MAX_REASON, pattern=WITHOUT_NUL)]
@@ -60,7 +60,7 @@ Text = Annotated[str, Field(max_length=4096, pattern=WITHOUT_NUL)]
 Integer = Annotated[StrictInt, Field(ge=-(2**63), le=2**63 - 1)]
 
 ChangeId = Annotated[str, Field(max_length=128, pattern=WITHOUT_NUL)]
-"""Tells the change of a revision from any other of that number, such as after a failover."""
+"""Distinguishes a revision's change from another with the same number, as after a failover."""
 
 
 class _Message(BaseModel):
@@ -77,7 +77,7 @@ _M = TypeVar("_M", bound=_Message)
 
 
 def _few(named: Any) -> Any:
-    """Refuse more names than an ack may have, before each of them is looked at."""
+    """Reject more names than an ack may have, before checking each of them."""
     if isinstance(named, dict) and len(named) > MAX_NAMED:
         raise ValueError("names too many agents")
     return named
@@ -87,7 +87,7 @@ def _few(named: Any) -> Any:
 
 
 class ClientInfo(_Message):
-    """Who subscribes, as the fleet view shows it."""
+    """The subscribing client, as shown in the fleet view."""
 
     name: Name | None = None
     instance: Name | None = None
@@ -98,7 +98,7 @@ class ClientInfo(_Message):
 
 
 class Subscribe(_Message):
-    """Ask for live changes; with `since`, its epoch and its id, for every change after it first."""
+    """Request live changes; with `since`, its epoch and id, first every change after it."""
 
     subscribe: Literal["agent_config"]
     since: Revision | None = None
@@ -108,14 +108,14 @@ class Subscribe(_Message):
 
 
 class NotInForce(_Message):
-    """Why a revision that was received is not what the backend uses."""
+    """Why the backend does not use a revision that it received."""
 
     revision: Revision
     reason: Reason
 
 
 class Ack(_Message):
-    """Everything up to `ack` was received; the full state, each time."""
+    """Everything up to `ack` was received; the full state each time."""
 
     ack: Revision
     not_in_force: Annotated[dict[Text, NotInForce], BeforeValidator(_few)] = Field(
@@ -125,9 +125,10 @@ class Ack(_Message):
 
 
 class ExplainedStep(_Message):
-    """What one step of the chain says; never a key, only where one came from.
+    """The result of one step of the chain; never a key, only its source.
 
-    `answers`: whether this step gave the answer. `said`: in words, and why it was passed over.
+    `answers`: whether this step was used. `said`: its result in words, including why it was
+    skipped.
     """
 
     step: Annotated[str, Field(max_length=32, pattern=WITHOUT_NUL)]
@@ -144,9 +145,9 @@ class ExplainedStep(_Message):
 
 
 class Explanation(_Message):
-    """How a client resolves an agent now: every step of the chain, and how it stands to its SLM.
+    """How a client resolves an agent now: every step of the chain, and the client's status.
 
-    `answered_by` names the step, or is null where resolving raises `error`.
+    `answered_by` names the step used, or is null if resolving raises `error`.
     """
 
     agent_id: Text
@@ -160,7 +161,7 @@ class Explanation(_Message):
 
 
 class Explained(_Message):
-    """The answer to `Explain` of the same id."""
+    """The answer to the `Explain` with the same id."""
 
     explained: Name
     report: Explanation
@@ -173,9 +174,9 @@ ClientMessage = Subscribe | Ack | Explained
 
 
 class Subscribed(_Message):
-    """The first answer: what follows starts after `revision`; a heartbeat every `heartbeat` s.
+    """The first answer: the stream starts after `revision`, with a heartbeat every `heartbeat` s.
 
-    `head`: who has been told everything up to it is live.
+    `head`: a client that has received everything up to it is live.
     """
 
     type: Literal["subscribed"] = "subscribed"
@@ -199,7 +200,7 @@ class AgentChanged(_Message):
 
 
 class AgentDeleted(_Message):
-    """An agent is gone, or left what the token may see."""
+    """An agent was deleted, or is no longer visible to the token."""
 
     type: Literal["agent_deleted"] = "agent_deleted"
     agent_id: str
@@ -209,7 +210,7 @@ class AgentDeleted(_Message):
 
 
 class Resync(_Message):
-    """`since` cannot be resumed: take a snapshot at `revision` or later."""
+    """`since` cannot be resumed: fetch a snapshot at `revision` or later."""
 
     type: Literal["resync"] = "resync"
     revision: Revision
@@ -219,7 +220,7 @@ class Resync(_Message):
 
 
 class Heartbeat(_Message):
-    """The stream is alive and whole up to `revision`; `behind`: the database is out of sight."""
+    """The stream is alive and complete up to `revision`; `behind`: the database is unreachable."""
 
     type: Literal["heartbeat"] = "heartbeat"
     revision: Revision
@@ -228,7 +229,7 @@ class Heartbeat(_Message):
 
 
 class Explain(_Message):
-    """Say how you resolve this agent; a client that does not know the question ignores it."""
+    """Explain how you resolve this agent; clients that don't know the question ignore it."""
 
     type: Literal["explain"] = "explain"
     id: str
@@ -236,7 +237,7 @@ class Explain(_Message):
 
 
 class Error(_Message):
-    """The last message was not understood; the stream goes on."""
+    """The last message was not understood; the stream continues."""
 
     type: Literal["error"] = "error"
     code: str
@@ -254,12 +255,12 @@ def _is_none(message: _Message, name: str) -> bool:
 
 
 def storable(text: str, limit: int = 4096) -> str:
-    """Return a text as a message may hold it: cut, with what cannot be stored replaced."""
+    """Return a text that a message may contain: shortened, with unstorable characters replaced."""
     return text[:limit].encode(errors="replace").decode().replace("\x00", "\ufffd")
 
 
 def encode(message: ServerMessage | ClientMessage) -> str:
-    """Return the message as one line of JSON; fields that are None and optional are left out."""
+    """Return the message as one line of JSON, without optional fields that are None."""
     if isinstance(message, Subscribe):
         return message.model_dump_json(exclude_none=True)
     if isinstance(message, Ack | Explained | Explain | Error):
@@ -268,11 +269,11 @@ def encode(message: ServerMessage | ClientMessage) -> str:
 
 
 def parse_server_message(text: str) -> ServerMessage | None:
-    """Return what the server sent, or None for a type that this version does not know.
+    """Return the server's message, or None for a type that this version does not know.
 
     Raises:
         NotJSON: it is not JSON.
-        ProtocolError: it is not a JSON object with a `type`, or not of that type's shape.
+        ProtocolError: it is not a JSON object with a `type`, or has the wrong shape for its type.
     """
     try:
         return _any_server_message().validate_json(text)
@@ -280,7 +281,7 @@ def parse_server_message(text: str) -> ServerMessage | None:
         first = _first(error)
         match first["type"]:
             case "union_tag_invalid" if isinstance(_json_object(text)["type"], str):
-                return None  # of a later version
+                return None  # from a later version
             case "json_invalid":
                 raise NotJSON("a message is not JSON") from None
             case "union_tag_invalid" | "union_tag_not_found":
@@ -293,20 +294,20 @@ def parse_server_message(text: str) -> ServerMessage | None:
 
 @functools.cache
 def _any_server_message() -> TypeAdapter[ServerMessage]:
-    from pydantic import TypeAdapter  # here: who imports slm need not wait for it
+    from pydantic import TypeAdapter  # here, so that importing slm is fast
 
     return TypeAdapter(Annotated[ServerMessage, Field(discriminator="type")])
 
 
 def parse_client_message(text: str) -> ClientMessage | None:
-    """Return what a client sent, or None where it is nothing that this version knows.
+    """Return the client's message, or None if this version does not know its type.
 
     Raises:
         NotJSON: it is not JSON.
-        ProtocolError: it is not a JSON object, or not of the contract's shape, or has a `since`
-            without an epoch, or holds what cannot be stored: NUL, a lone surrogate, a number
-            beyond 64 bits or one that is not finite.
-        UnclearAnswer: the same, of an answer to `Explain`.
+        ProtocolError: it is not a JSON object, violates the protocol, has a `since` without an
+            epoch, or contains what cannot be stored: NUL, a lone surrogate, a number beyond 64 bits
+            or a non-finite one.
+        UnclearAnswer: the same, for an answer to `Explain`.
     """
     data = _json_object(text)
     if "subscribe" in data:
@@ -325,7 +326,7 @@ def _explained(data: dict[str, Any]) -> Explained:
     try:
         return Explained.model_validate(data)
     except ValidationError as error:
-        # Names of fields and numbers of steps alone: nothing in it has names of a client's own.
+        # Only field names and step numbers: nothing here contains a name chosen by a client.
         place = ".".join(map(str, _first(error)["loc"]))
         question = data["explained"] if isinstance(data["explained"], str) else None
         text = f"a message of type Explained is not of the contract's shape at {place}"
@@ -338,7 +339,7 @@ def _json_object(text: str) -> dict[str, Any]:
     except (json.JSONDecodeError, RecursionError):
         raise NotJSON("a message is not JSON") from None
     except ValueError:
-        # A number has more digits than Python converts; the rest may still be no JSON.
+        # A number has more digits than Python converts; the rest may still not be JSON.
         if not _is_json(text):
             raise NotJSON("a message is not JSON") from None
         raise ProtocolError("a number in a message is too long") from None

@@ -1,8 +1,8 @@
-"""What travels over REST: the types of each field, and agents as read, with and without their key.
+"""The types of the REST API: each field, and agents as read, with and without their key.
 
-Rules apply on write (`slm.server.agents.schemas`; docs/protocol.md 1 and 3). What is read (`Agent`,
-`LLMConfig`, …) is served as it is stored, since a database made by others may break those rules; so
-the reading models check types alone and ignore fields they do not know.
+Rules apply on write (`slm.server.agents.schemas`; docs/protocol.md 1 and 3). Reads (`Agent`,
+`LLMConfig`, …) return what is stored, since a database created by others may break those rules; so
+the reading models only check types and ignore unknown fields.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ _CONTROLS: Final = frozenset({"Cc", "Cs", "Zl", "Zp"})
 _TURNS: Final = frozenset({"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"})
 _AGENT_ID: Final = re.compile(AGENT_ID_PATTERN.strip("^$"))
 _KEY: Final = re.compile(r"[\x21-\x7e]+")
-# As it stands in a .env file. Base64 has "=" at its end alone.
+# As written in a .env file. Base64 has "=" only at its end.
 _ASSIGNED: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=[^=]")
-# Spaces of every width, the tab, and two that nobody sees; no line break.
+# Spaces of every width, the tab, and two invisible characters; no line break.
 _BLANK: Final = r"[\t \u00a0\u1680\u2000-\u200b\u202f\u205f\u3000\ufeff]+"
 _AROUND: Final = re.compile(rf"\A{_BLANK}|{_BLANK}\Z")
 _QUOTES: Final = "\"'`\u2018\u2019\u201c\u201d"
@@ -51,9 +51,9 @@ def _printable(text: str) -> str:
 
 
 def _without_controls(text: str) -> str:
-    """Refuse what steers a terminal or breaks a line; other scripts need joiners and wide spaces.
+    """Reject control characters and line breaks; other scripts need joiners and wide spaces.
 
-    Of the format characters only those that turn the direction of what follows count.
+    Of the format characters, only those that change the text direction are rejected.
     """
     for char in text:
         if unicodedata.category(char) in _CONTROLS or unicodedata.bidirectional(char) in _TURNS:
@@ -62,7 +62,7 @@ def _without_controls(text: str) -> str:
 
 
 def check_storable(text: str) -> str:
-    """Refuse what a database or a UTF-8 encoder cannot take: NUL and lone surrogates."""
+    """Reject what a database or a UTF-8 encoder cannot store: NUL and lone surrogates."""
     if "\x00" in text:
         raise ValueError("holds a NUL character")
     try:
@@ -136,7 +136,7 @@ def _agent_id(text: str) -> str:
 
 
 def _trimmed(value: Any) -> Any:
-    """Drop the blanks at both ends that come with what is pasted; a line break is refused later."""
+    """Strip blanks that come from pasting; line breaks are rejected later."""
     return _AROUND.sub("", value) if isinstance(value, str) else value
 
 
@@ -178,23 +178,23 @@ Comment = Annotated[
 
 
 class _Read(BaseModel):
-    """What the server answers: types checked, rules not, unknown fields ignored."""
+    """A server response: checks types but no rules, and ignores unknown fields."""
 
     model_config = ConfigDict(
         extra="ignore",
         hide_input_in_errors=True,
         frozen=True,
         protected_namespaces=(),
-        # Built when first used: a backend that imports this uses few of them.
+        # Built on first use: a backend that imports this uses few of them.
         defer_build=True,
     )
 
 
 class AgentConfig(_Read):
-    """The configuration a change frame carries: the llm_* fields without the key, and flags.
+    """The configuration in a change frame: the llm_* fields without the key, and flags.
 
-    `api_key_revision` is the revision at which the key was last set, null with no key; a client
-    whose held key is of another revision fetches it over HTTPS.
+    `api_key_revision` is the revision at which the key was last set, null without a key; a client
+    that holds a key of a different revision fetches the new one over HTTPS.
     """
 
     llm_provider: str
@@ -218,17 +218,17 @@ class LLMConfig(AgentConfig):
 
 
 class LLMConfigWithKey(LLMConfig):
-    """The answer of GET /api/agents/{agent_id}/llm and a row of GET /api/snapshot.
+    """The response of GET /api/agents/{agent_id}/llm, and a row of GET /api/snapshot.
 
-    `key_error` is `undecryptable` where there is a key that cannot be decrypted or that belongs to
-    another place; `llm_api_key` is then null, which is not the same as "no key".
+    `key_error` is `undecryptable` if there is a key that cannot be decrypted or that belongs to a
+    different origin; `llm_api_key` is then null, which is not the same as "no key".
     """
 
     llm_api_key: SecretStr | None = None
     key_error: str | None = None
 
     def to_wire(self) -> dict[str, Any]:
-        """Return the JSON object with the key in plain text; only keyed answers may use it."""
+        """Return the JSON object with the key in plain text; only for responses with keys."""
         data = self.model_dump(mode="json", exclude={"llm_api_key", "key_error"})
         data["llm_api_key"] = self.llm_api_key and self.llm_api_key.get_secret_value()
         if self.key_error is not None:
@@ -237,7 +237,7 @@ class LLMConfigWithKey(LLMConfig):
 
 
 class Agent(LLMConfig):
-    """An agent as every plain read answers it: all columns but the key (docs/protocol.md 3)."""
+    """An agent as returned by every plain read: all columns except the key (docs/protocol.md 3)."""
 
     id: int
     name: str
@@ -247,7 +247,7 @@ class Agent(LLMConfig):
 
 
 class AgentList(_Read):
-    """The answer of GET /api/agents."""
+    """The response of GET /api/agents."""
 
     agents: list[Agent]
     total: int
@@ -256,9 +256,9 @@ class AgentList(_Read):
 
 
 class Snapshot(_Read):
-    """The answer of GET /api/snapshot: all that a backend needs to start, at one revision.
+    """The response of GET /api/snapshot: all that a backend needs to start, at one revision.
 
-    `change_id` tells the change of that revision from any other of its number.
+    `change_id` distinguishes that revision's change from another with the same number.
     """
 
     revision: int
@@ -268,9 +268,9 @@ class Snapshot(_Read):
 
 
 class Change(_Read):
-    """One row of the history: what an agent became, who did it, when and why.
+    """One row of the history: the agent after a change, who made it, when and why.
 
-    `agent` is the whole agent without its key; of a delete, as it was.
+    `agent` is the whole agent without its key; for a delete, its last state.
     """
 
     revision: int
@@ -284,10 +284,10 @@ class Change(_Read):
 
 
 class ChangeList(_Read):
-    """The answer of GET /api/changes and GET /api/agents/{agent_id}/history.
+    """The response of GET /api/changes and GET /api/agents/{agent_id}/history.
 
     `floor` is the revision up to which changes may have been compacted away. `next` is where the
-    next page starts, as `since`, or as `upto` of a list whose newest come first; None at the end.
+    next page starts, as `since`, or as `upto` in a list with the newest first; None at the end.
     """
 
     changes: list[Change]

@@ -1,7 +1,7 @@
-"""For the tests of those who use the SDK: a client without an SLM, a network or a thread.
+"""For tests of code that uses the SDK: a client without an SLM, a network or a thread.
 
-The chain, the cache and the errors are the real ones; only where values come from differs. Knows
-nothing of the server.
+The chain, the cache and the errors are real; only the source of the values differs. Knows nothing
+about the server.
 """
 
 from __future__ import annotations
@@ -47,14 +47,13 @@ class FakeSLMClient(SLMClient):
         >>> client.resolve_now("billing").llm_model
         'gpt-4.1'
 
-    It is live from the start; `disconnect` makes it what a client is whose SLM is away. A change is
-    in force when `set_agent` returns, and plain callbacks have been called by then. Callbacks that
-    are coroutines run in the event loop in which the change is made, or to their end where there is
-    none.
+    It is live from the start; `disconnect` simulates an unreachable SLM. When `set_agent` returns,
+    the change is in use and plain callbacks have been called. Coroutine callbacks run in the event
+    loop in which the change is made or, without one, to completion.
 
     Args:
-        agents: the fields of each agent, by its name; the agent `default` is there in any case.
-        strict: as of `SLMClient`.
+        agents: the fields of each agent, by name; the agent `default` always exists.
+        strict: as for `SLMClient`.
     """
 
     def __init__(
@@ -79,19 +78,19 @@ class FakeSLMClient(SLMClient):
         for agent_id, fields in (agents or {}).items():
             self.set_agent(agent_id, **fields)
 
-    # --- what a test does ---
+    # --- called by a test ---
 
     def set_agent(self, agent_id: str, **fields: Any) -> int:
-        """Create an agent or change it, as an operator does; return the change's revision.
+        """Create or change an agent, as an operator does; return the change's revision.
 
         Args:
             agent_id: the agent.
             **fields: what differs: `llm_provider`, `llm_model`, `llm_endpoint`, `llm_api_key`,
-                `llm_timeout`, `llm_temperature`, `llm_max_tokens`, `llm_options`, `is_active`,
-                `is_default`. A new agent has ollama's defaults for the rest.
+            `llm_timeout`, `llm_temperature`, `llm_max_tokens`, `llm_options`, `is_active`,
+            `is_default`. A new agent has ollama's defaults for the rest.
 
         Raises:
-            ConfigurationError: there is no such field, or a value is not of its type.
+            ConfigurationError: there is no such field, or a value has the wrong type.
         """
         unknown = sorted(fields.keys() - _SETTABLE)
         if unknown:
@@ -122,51 +121,51 @@ class FakeSLMClient(SLMClient):
         return revision
 
     def disconnect(self, error: str = "the SLM did not answer") -> None:
-        """Be what a client is whose SLM is away: what is known is served, no longer as live."""
+        """Simulate an unreachable SLM: known configurations are still served, but not as live."""
         self._cache.liveness.set(False)
         self._status, self._error = ClientStatus.DISCONNECTED, error
 
     def reconnect(self) -> None:
-        """Be live again."""
+        """Become live again."""
         self._cache.liveness.set(True)
         self._status, self._error = ClientStatus.LIVE, None
 
-    # --- what the code under test does ---
+    # --- called by the code under test ---
 
     async def connect(self) -> None:
-        """Be live, unless it was disconnected."""
+        """Become live, unless it was disconnected."""
         self.connect_now()
 
     def connect_now(self) -> None:
-        """Be live, unless it was disconnected."""
+        """Become live, unless it was disconnected."""
         if self._status is ClientStatus.CLOSED:
             self.reconnect()
 
     async def close(self) -> None:
-        """Be closed; what is known can still be asked for."""
+        """Close; known configurations can still be read."""
         self.close_now()
 
     def close_now(self) -> None:
-        """Be closed; what is known can still be asked for."""
+        """Close; known configurations can still be read."""
         self._cache.liveness.set(False)
         self._status = ClientStatus.CLOSED
 
     @property
     def status(self) -> ClientStatus:
-        """How this client stands to its SLM."""
+        """How the client is connected."""
         return self._status
 
     @property
     def last_error(self) -> str | None:
-        """What `disconnect` was given; None while all is well."""
+        """The argument of `disconnect`; None if nothing is wrong."""
         return self._error
 
     async def explain(self, agent_id: str) -> Explanation:
-        """Answer as `SLMClient.explain` does."""
+        """Do what `SLMClient.explain` does."""
         return self.explain_now(agent_id)
 
     def explain_now(self, agent_id: str) -> Explanation:
-        """Answer as `SLMClient.explain_now` does."""
+        """Do what `SLMClient.explain_now` does."""
         answer: ResolvedConfig | SLMError
         try:
             answer = self._answered_now(agent_id)
@@ -175,7 +174,7 @@ class FakeSLMClient(SLMClient):
         return explained(self._cache, agent_id, answer, self._status, self._error)
 
     def on_change(self, callback: OnChange) -> Callable[[], None]:
-        """Have `callback(agent_id, config)` called after each change; return how to stop that."""
+        """Call `callback(agent_id, config)` after each change; the result removes it again."""
         self._callbacks.append(callback)
 
         def unsubscribe() -> None:
@@ -185,7 +184,7 @@ class FakeSLMClient(SLMClient):
         return unsubscribe
 
     def register_validator(self, validator: Validator) -> Callable[[], None]:
-        """Have `validator(config)` asked before a change comes into force; return how to stop."""
+        """Call `validator(config)` before a change is used; returns a function that removes it."""
         self._validators.append(validator)
 
         def unregister() -> None:
@@ -195,10 +194,10 @@ class FakeSLMClient(SLMClient):
         return unregister
 
     def in_use(self, config: ResolvedConfig) -> InUse:
-        """Return a context manager that holds the config's key for the length of a call."""
+        """Return a context manager that marks the config's key as in use."""
         return InUse(self._keys, config, self._cache.key_revision, lambda: None)
 
-    # --- inside ---
+    # --- internals ---
 
     async def _answered(self, agent_id: str | None) -> ResolvedConfig:
         return self._answered_now(agent_id)
@@ -250,5 +249,5 @@ def _parsed(row: dict[str, Any]) -> LLMConfigWithKey:
         return _CONFIG.validate_python(row)
     except ValidationError as error:
         wrong = [str(each["loc"][-1]) for each in error.errors(include_input=False)]
-    # Outside the handler: the validation error holds the values, and one may be a key.
+    # Outside the handler: the validation error contains the values, and one may be a key.
     raise ConfigurationError(f"{wrong[0]} is not a value of its type")

@@ -1,7 +1,7 @@
-"""The command `slm`: one file a command group. The only room that sees both server and client.
+"""The `slm` command: one file per command group. The only package that sees server and client.
 
-The base install of the package has the command but not what it is made of, so `main` says how to
-get that; everything else is imported inside it.
+The base install has the command but not its dependencies, so `main` explains how to install them;
+everything else is imported inside it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import sys
 
 
 def main() -> None:
-    """Run the command line and end the process with its exit code (see `slm --help`)."""
+    """Run the command line and exit with its exit code (see `slm --help`)."""
     try:
         from slm.cli.app import run
     except ModuleNotFoundError as error:
@@ -23,6 +23,6 @@ def main() -> None:
         )
         sys.exit(1)
     except KeyboardInterrupt:
-        # Loading takes a second on a busy machine; nobody who gives up wants a traceback of it.
+        # Loading takes a second on a busy machine; no one who interrupts it wants a traceback.
         sys.exit(130)
     sys.exit(run())

@@ -1,7 +1,7 @@
-"""What can be said of an agent on a command line: its options, and how their values are read.
+"""The command-line options that describe an agent, and how their values are parsed.
 
-Knows no server; an API key comes by file, standard input or a hidden prompt, never as an argument,
-which everyone on the machine could read in the list of processes.
+Knows no server. An API key comes from a file, standard input or a hidden prompt, never from an
+argument, which every user on the machine could read in the process list.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _NUMBERS: Final = frozenset(
         *("num_predict", "top_logprobs"),
     ]
 )
-"""Options that every provider that has them takes as a number."""
+"""Options that are numbers for every provider that has them."""
 
 _SHADOWED: Final = {
     "temperature": "--temperature",
@@ -42,7 +42,7 @@ _SHADOWED: Final = {
 
 
 class Clearable(enum.StrEnum):
-    """What can be set to nothing, as it is called on the command line."""
+    """What can be cleared, by its name on the command line."""
 
     DESCRIPTION = "description"
     ENDPOINT = "endpoint"
@@ -163,12 +163,12 @@ KeyStdin = Annotated[
 
 
 def sent(**fields: Any) -> dict[str, Any]:
-    """Return the fields that were given; those left out of a write stay as they are."""
+    """Return the given fields; fields left out of a write stay unchanged."""
     return {name: value for name, value in fields.items() if value is not None}
 
 
 def temperature_sent(field: str, text: str | None) -> dict[str, float | None]:
-    """Return a body's temperature as it was given: a number, null for `none`, or nothing at all."""
+    """Return the temperature as given: a number, null for `none`, or nothing if not given."""
     if text is None:
         return {}
     if text.strip().lower() == "none":
@@ -183,7 +183,7 @@ def temperature_sent(field: str, text: str | None) -> dict[str, float | None]:
 
 
 def merged(options: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
-    """Return the options with each NAME=JSON put in; what is not JSON is text; NAME= removes."""
+    """Apply each NAME=JSON to the options; other text is a string, and NAME= removes one."""
     result = dict(options)
     for assignment in assignments:
         name, equals, text = assignment.partition("=")
@@ -202,7 +202,7 @@ def merged(options: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
 
 
 def note_shadowed(options: Mapping[str, Any]) -> None:
-    """Say which of the provider's options take precedence over a field of the agent."""
+    """Print which of the provider's options take precedence over a field of the agent."""
     for name in _SHADOWED.keys() & options.keys():
         note(f"the option {name} takes precedence over {_SHADOWED[name]} in every request")
 
@@ -211,7 +211,7 @@ def read_key(target: Target, *, prompt: bool, file: Path | None, stdin: bool) ->
     """Return the API key from where the user said it is, or None.
 
     Raises:
-        ConfigurationError: it cannot be read, or would travel in the clear.
+        ConfigurationError: it cannot be read, or would be sent unencrypted.
     """
     if prompt + stdin + (file is not None) > 1:
         raise UsageError("--api-key, --api-key-file and --api-key-stdin exclude each other")

@@ -1,6 +1,6 @@
-"""The command line's side of the REST API: one call, its answer, or the error it stands for.
+"""The command line's REST client: one call, and its response or error.
 
-Knows paths and problems; knows neither options nor how an answer is shown.
+Knows paths and problems; knows neither options nor how a response is displayed.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ OnBytes = Callable[[int, int | None], None]
 
 @dataclass(frozen=True)
 class ApiAnswer:
-    """A success of the server.
+    """A successful response of the server.
 
     Attributes:
         data: the JSON object; empty for 204.
-        revision: what `SLM-Revision` said.
-        epoch: what `SLM-Epoch` said.
+        revision: the value of `SLM-Revision`.
+        epoch: the value of `SLM-Epoch`.
     """
 
     data: dict[str, Any]
@@ -53,7 +53,7 @@ class ApiAnswer:
 
 
 class Api:
-    """A server's REST API for the length of an `async with` block."""
+    """A server's REST API, used in an `async with` block."""
 
     def __init__(self, target: Target, *, timeout_seconds: float = 30.0) -> None:
         self.target = target
@@ -66,7 +66,7 @@ class Api:
             connector=aiohttp.TCPConnector(ssl=tls_context(self.target)),
             proxy=self.target.proxies.full_url(self.target.url),
             timeout=self._timeout,
-            trust_env=False,  # a proxy of the environment would get token and keys
+            trust_env=False,  # the environment's proxy would get token and keys
         )
         return self
 
@@ -81,7 +81,7 @@ class Api:
 
     @property
     def session(self) -> aiohttp.ClientSession:
-        """The session, with token and TLS, for what is not one request and one answer."""
+        """The session, with token and TLS, for anything other than one request and response."""
         assert self._session is not None, "used outside its block"  # noqa: S101
         return self._session
 
@@ -94,19 +94,19 @@ class Api:
         params: Mapping[str, str | int] | None = None,
         if_match: int | str | None = None,
     ) -> ApiAnswer:
-        """Make one request.
+        """Send one request.
 
         Args:
             method: the HTTP method.
             path: from the root, already percent-encoded.
-            body: what to send as JSON.
+            body: sent as JSON.
             params: the query.
-            if_match: the revision that the agent must be at, or the text of its ETag, which names
-                the epoch too (RFC 9110, If-Match).
+            if_match: the revision that the agent must have, or its ETag, which also contains the
+                epoch (RFC 9110, If-Match).
 
         Raises:
-            ProblemError: the server refused; the class and the text are the server's own.
-            SLMUnavailable: nobody answers there, or not as an SLM does.
+            ProblemError: the server's error, with its class and text.
+            SLMUnavailable: nothing answers there, or not as an SLM does.
         """
         headers = {} if if_match is None else {"If-Match": f'"{if_match}"'}
         try:
@@ -134,19 +134,19 @@ class Api:
         return ApiAnswer(data, int(revision), epoch)
 
     async def download(self, method: str, path: str, to: BinaryIO, on_bytes: OnBytes) -> None:
-        """Make one request and write its answer, whatever it holds, into a file.
+        """Send one request and write its response, whatever it contains, to a file.
 
         Args:
             method: the HTTP method.
             path: from the root.
             to: the file, open for writing.
-            on_bytes: told, for each piece, how many bytes came and how many there are in all.
+            on_bytes: called for each piece with its size and the total size.
 
         Raises:
-            ProblemError: the server refused.
-            SLMUnavailable: nobody answers there, or the answer was cut short.
+            ProblemError: the server's error.
+            SLMUnavailable: nothing answers there, or the response was cut short.
         """
-        # A copy of a large database takes as long as it takes; only silence is a failure.
+        # Copying a large database may take any time; only silence is a failure.
         patient = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=300)
         try:
             async with self.session.request(
@@ -161,13 +161,13 @@ class Api:
             raise unreachable(self.target, error) from None
 
     async def agent(self, agent_id: str) -> Agent:
-        """Return the agent of exactly this id; arguments and errors: `agent_and_version`."""
+        """Return the agent with exactly this id; arguments and errors: `agent_and_version`."""
         return (await self.agent_and_version(agent_id))[0]
 
     async def agent_and_version(self, agent_id: str) -> tuple[Agent, str]:
-        """Return the agent of exactly this id, and the value of If-Match that stands for it.
+        """Return the agent with exactly this id, and the If-Match value for it.
 
-        Through the list: the path /api/agents/default answers whichever agent is the default.
+        Uses the list, because the path /api/agents/default returns whichever agent is the default.
 
         Raises:
             AgentNotFound: there is none, or the token cannot see it.
@@ -186,7 +186,7 @@ class Api:
 def call(
     target: Target, method: str, path: str, *, timeout_seconds: float = 30.0, **how: Any
 ) -> ApiAnswer:
-    """Make one request, for a command that needs no other; arguments and errors: `Api.call`."""
+    """Send a command's only request; for arguments and errors see `Api.call`."""
 
     async def once() -> ApiAnswer:
         async with Api(target, timeout_seconds=timeout_seconds) as api:
@@ -196,12 +196,12 @@ def call(
 
 
 def agent_path(agent_id: str) -> str:
-    """Return the path of an agent; an adopted id may hold anything, a slash included."""
+    """Return the path of an agent; an adopted id may contain anything, even a slash."""
     return f"/api/agents/{quote(agent_id, safe='')}"
 
 
 def parsed(model: type[_M], answer: ApiAnswer) -> _M:
-    """Return the answer as the model, or say that it is not of the contract's shape."""
+    """Parse the response as the model, or raise an error that it violates the protocol."""
     try:
         return model.model_validate(answer.data)
     except ValidationError:
@@ -209,12 +209,12 @@ def parsed(model: type[_M], answer: ApiAnswer) -> _M:
 
 
 def tls_context(target: Target) -> ssl.SSLContext | bool:
-    """Return the context that verifies the server's certificate; there is no way not to."""
+    """Return the context that verifies the server's certificate; this cannot be turned off."""
     return TlsFiles(target.ca_file, target.client_cert).context()
 
 
 def unreachable(target: Target, error: BaseException) -> SLMUnavailable:
-    """Return the one sentence for a connection that did not come about or broke."""
+    """Return a one-sentence error for a connection that failed or broke."""
     if isinstance(error, aiohttp.ClientConnectorCertificateError):
         reason = f"its certificate is not accepted ({error.certificate_error}); see --ca-file"
     elif isinstance(error, aiohttp.ClientProxyConnectionError | aiohttp.ClientHttpProxyError):

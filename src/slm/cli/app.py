@@ -1,6 +1,6 @@
-"""The command tree of `slm`, and the one place where an error becomes a line and an exit code.
+"""The command tree of `slm`, and the only place that turns errors into a line and an exit code.
 
-Knows every command group and nothing of what they do.
+Knows every command group and nothing about what they do.
 """
 
 from __future__ import annotations
@@ -95,10 +95,10 @@ def run() -> int:
     """Run the command that sys.argv names and return the process's exit code."""
     output.take_any_text()
     try:
-        # The name, since `python -m slm` would show another in usage lines.
+        # Set the name, because `python -m slm` would show a different one in usage lines.
         code = app(prog_name="slm", standalone_mode=False)
     except TyperException as problem:
-        if problem.format_message():  # without one the help has been shown instead
+        if problem.format_message():  # without a message, the help was shown instead
             output.error(_usage(problem))
         return problem.exit_code
     except typer.Abort:
@@ -111,16 +111,16 @@ def run() -> int:
     except Exception as problem:
         if os.environ.get("SLM_TRACEBACK"):
             raise
-        # Not its text: an exception of a library may hold what it was given.
+        # Not its text: a library's exception may contain the values it was given.
         output.error(f"unexpected {type(problem).__name__}; SLM_TRACEBACK=1 shows where it is from")
         return EXIT_FAILURE
     return int(code or 0)
 
 
 def _usage(problem: TyperException) -> str:
-    """Return the sentence of a usage error, and where to read on.
+    """Return the sentence for a usage error, and where to find help.
 
-    A word that no option takes is not repeated: it may be an API key in the wrong place.
+    An unexpected argument is not repeated: it may be an API key in the wrong place.
     """
     text = problem.format_message()
     if text.startswith("Got unexpected extra argument"):

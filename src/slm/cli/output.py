@@ -1,6 +1,6 @@
-"""How the command line speaks: results to stdout, remarks and errors to stderr, never a traceback.
+"""Output of the command line: results on stdout, notes and errors on stderr, no tracebacks.
 
-On a terminal with colours and as wide as it is; into a pipe plain text, never wrapped or cut.
+On a terminal, uses colours and its width; in a pipe, plain text, never wrapped or cut.
 """
 
 from __future__ import annotations
@@ -33,27 +33,27 @@ _MAX_LINES = 20
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
-# What a terminal obeys rather than shows: control characters, and those that turn the direction.
+# Characters that control a terminal: control characters, and those that change direction.
 _OBEYED: Final = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )
 
 
-# What we write ourselves, for a terminal that has no such character.
+# Replacements for characters of our own that a terminal lacks.
 _PLAINER: Final = {"–": "-", "—": "-", "→": "->", "…": "...", "“": '"', "”": '"', "’": "'"}
 
 
 class UsageError(TyperException):
-    """The command cannot be understood as it was given; the exit code is 2."""
+    """The command is invalid as given; the exit code is 2."""
 
     exit_code = 2
 
 
 def take_any_text() -> None:
-    """Have stdout and stderr take every character, whatever charset they have.
+    """Make stdout and stderr accept every character, whatever their encoding.
 
-    Names, answers of a model and our own dashes would end a command on a Windows pipe or in the
-    POSIX locale. What the charset lacks is written as an escape.
+    Names, model answers and our own dashes would otherwise abort a command in a Windows pipe or the
+    POSIX locale. Characters missing in the encoding are written as escapes.
     """
     codecs.register_error("slm", _written_out)
     for stream, errors in ((sys.stdin, "replace"), (sys.stdout, "slm"), (sys.stderr, "slm")):
@@ -69,70 +69,70 @@ def _written_out(error: UnicodeError) -> tuple[str, int]:
 
 
 def _escaped(char: str) -> str:
-    """Return the character as JSON writes it, which a person can look up, too."""
+    """Return the character's JSON escape, which people can look up too."""
     return json.dumps(char)[1:-1]
 
 
 def _console(*, stderr: bool) -> Console:
     stream = sys.stderr if stderr else sys.stdout
-    # rich would take 80 columns for a pipe and cut what a script wants to read.
+    # rich would use 80 columns in a pipe and cut off what a script wants to read.
     width = None if stream.isatty() else _PIPE_WIDTH
     return Console(stderr=stderr, width=width, highlight=False, soft_wrap=not stream.isatty())
 
 
 def out() -> Console:
-    """Return the console for results; made anew, so that it follows sys.stdout."""
+    """Return the console for results; created each time, so that it follows sys.stdout."""
     return _console(stderr=False)
 
 
 def err() -> Console:
-    """Return the console for remarks, progress and errors."""
+    """Return the console for notes, progress and errors."""
     return _console(stderr=True)
 
 
 def printable(text: str) -> str:
-    """Return the text with the number of each character that would steer the terminal in its place.
+    """Return the text with each control character replaced by its number.
 
-    Names, comments and reasons are written by others: they must not clear a screen, hide a line or
-    write into the clipboard of whoever reads them.
+    Names, comments and reasons are written by others: they must not be able to clear a screen, hide
+    a line or write to the clipboard.
     """
     return _OBEYED.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def escape(text: str) -> str:
-    """Return what others wrote for rich to print as it is, printable and without line breaks."""
+    """Return foreign text, escaped for rich, printable and without line breaks."""
     return _escape_markup(printable(" ".join(text.splitlines())))
 
 
 def one_line(text: str) -> str:
-    """Return the text with every run of white space, line breaks included, as one space."""
+    """Return the text with every run of white space, including line breaks, as one space."""
     return " ".join(text.split())
 
 
 def error(text: str) -> None:
-    """Say in one line on stderr what went wrong."""
+    """Print an error as one line on stderr."""
     err().print(f"[bold red]error:[/] {escape(one_line(text))}")
 
 
 def warning(text: str) -> None:
-    """Say in one line on stderr what should be known though nothing failed."""
+    """Print a warning as one line on stderr."""
     err().print(f"[bold yellow]warning:[/] {escape(one_line(text))}")
 
 
 def say(text: str) -> None:
-    """Print one plain line on stdout, at once, for whoever waits for it."""
+    """Print one plain line on stdout and flush it."""
     print(printable(text), flush=True)
 
 
 def note(text: str) -> None:
-    """Say something by the way, on stderr."""
+    """Print a note on stderr."""
     err().print(f"[dim]{escape(text)}[/]")
 
 
 def print_json(value: Any, *, lines: bool = False) -> None:
-    """Print a value as JSON on stdout: indented, or as one line of a stream of lines."""
+    """Print a value as JSON on stdout: indented, or as a single line if `lines`."""
     indent = None if lines else 2
-    # The same text to whoever parses it.
+    # The same text for every parser.
     text = printable(json.dumps(value, ensure_ascii=False, indent=indent))
     try:
         text.encode(sys.stdout.encoding or "utf-8")
@@ -144,15 +144,15 @@ def print_json(value: Any, *, lines: bool = False) -> None:
 def table(
     columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[str] = ()
 ) -> None:
-    """Print rows under a header; cells may hold rich markup, so escape what others wrote.
+    """Print rows under a header; cells may contain rich markup, so escape foreign text.
 
     Args:
         columns: the headers.
-        rows: one cell a column.
+        rows: one cell per column.
         right: the columns to align to the right.
     """
     console = out()
-    # Only a terminal has a width to keep to: there a long cell is folded, in a pipe never.
+    # Only a terminal has a limited width: long cells are folded there, never in a pipe.
     grid = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
     for name in columns:
         grid.add_column(
@@ -167,7 +167,7 @@ def table(
 
 
 def some(lines: Iterable[str]) -> None:
-    """Print lines that may hold markup, at most 20 of them, and say how many more there are."""
+    """Print up to 20 lines, which may contain markup, and how many more there are."""
     console, everything = out(), list(lines)
     for line in everything[:_MAX_LINES]:
         console.print(f"  {line}", soft_wrap=True)
@@ -176,7 +176,7 @@ def some(lines: Iterable[str]) -> None:
 
 
 def pairs(values: Mapping[str, str]) -> None:
-    """Print names and values one under the other, the values aligned; values may hold markup."""
+    """Print names and aligned values, one pair per line; values may contain markup."""
     width = max(map(len, values), default=0)
     console = out()
     for name, value in values.items():
@@ -184,7 +184,7 @@ def pairs(values: Mapping[str, str]) -> None:
 
 
 def shown(value: Any) -> str:
-    """Return a config value as a person reads it, escaped for rich."""
+    """Return a config value formatted for people and escaped for rich."""
     if value is None or value == {}:
         return "–"
     if isinstance(value, bool):
@@ -196,7 +196,7 @@ def shown(value: Any) -> str:
 
 @contextlib.contextmanager
 def progress(what: str) -> Iterator[None]:
-    """Show on a terminal that something is going on; say nothing in a pipe."""
+    """Show progress on a terminal; print nothing in a pipe."""
     console = err()
     if not console.is_terminal:
         yield
@@ -207,7 +207,7 @@ def progress(what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def transfer(what: str) -> Iterator[Callable[[int, int | None], None]]:
-    """Yield what to tell of each piece (its bytes, and the whole's); a bar on a terminal."""
+    """Yield a callback for each piece (its size, total size); shows a bar on a terminal."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -228,7 +228,7 @@ def transfer(what: str) -> Iterator[Callable[[int, int | None], None]]:
 
 @contextlib.contextmanager
 def steps(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Yield what to tell of each step (how many are done, and of how many); a bar on a terminal."""
+    """Yield a callback for each step (number done, total); shows a bar on a terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     console = err()
     with Progress(

@@ -1,4 +1,4 @@
-"""Reads a list that the server gives in pages, which may be short and still have a next one."""
+"""Reads a paginated list; a page may be short and still have a next one."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from slm.cli.target import Target
 def collect(
     target: Target, path: str, params: dict[str, Any], *, rows: str, cursor: str, limit: int
 ) -> ApiAnswer:
-    """Return the last page's answer with the rows of all pages, `limit` of them at most.
+    """Return the last page's response with the rows of all pages, up to `limit`.
 
     Args:
         target: the server.
-        path: of the list.
-        params: of the first page, without its limit.
-        rows: the name of the rows in the answer.
-        cursor: the parameter that takes an answer's `next`.
-        limit: how many rows.
+        path: the list's path.
+        params: the parameters of the first page, without its limit.
+        rows: the name of the rows in the response.
+        cursor: the parameter that takes a response's `next`.
+        limit: the maximum number of rows.
     """
 
     async def all_pages() -> ApiAnswer:
@@ -34,7 +34,7 @@ def collect(
 async def collect_from(
     api: Api, path: str, params: dict[str, Any], *, rows: str, cursor: str, limit: int
 ) -> ApiAnswer:
-    """Do the same over an open session."""
+    """Do the same with an open session."""
     found: list[Any] = []
     while True:
         answer = await api.call("GET", path, params=params | {"limit": limit - len(found)})
@@ -42,7 +42,7 @@ async def collect_from(
         if not isinstance(page, list):
             return answer
         found += page
-        # An older server has no `next`: its page is never short.
+        # An older server has no `next`, but its pages are never short.
         following = answer.data.get("next")
         if following is None or len(found) >= limit:
             return replace(answer, data=answer.data | {rows: found})

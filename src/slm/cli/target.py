@@ -1,6 +1,6 @@
-"""Which server a command speaks to, and as whom: options, environment, or the directory beside us.
+"""Which server and token a command uses: from options, environment, or a data directory.
 
-Knows where to look and nothing of what is asked there.
+Knows where to look, and nothing about the requests.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from slm.errors import ConfigurationError
 _CONNECT_SECONDS: Final = 2.0
 DEFAULT_URL: Final = "http://127.0.0.1:8760"
 URL_FILE: Final = "server.url"
-"""Written into the data directory by `slm serve` while it runs."""
+"""Written to the data directory by `slm serve` while it runs."""
 
 ADMIN_FILE: Final = "admin.token"
 BACKEND_FILE: Final = "backend.token"
-"""The tokens that the first start writes into the data directory."""
+"""The tokens that the first start writes to the data directory."""
 
 _PANEL: Final = "Which server"
 
 
 def _path(text: str | Path) -> Path:
-    """Return what an option or its variable names; a variable may come in quotes."""
+    """Return the path in an option or its variable; a variable may be quoted."""
     return Path(tidied(str(text)))
 
 
@@ -93,15 +93,15 @@ DEFAULT_DATA_DIR: Final = Path("slm-data")
 
 @dataclass(frozen=True)
 class Target:
-    """A server and the token to show it.
+    """A server and the token for it.
 
     Attributes:
-        url: `http(s)://host:port`, without a slash at the end.
+        url: `http(s)://host:port`, without a trailing slash.
         token: the bearer token.
         ca_file: certificates of a private CA, or None for the system's.
-        found: where url and token were found, for messages.
+        found: where URL and token were found, for messages.
         client_cert: our own certificate, for a server that asks for one.
-        proxies: the proxy on the way, if there is one.
+        proxies: the proxy to the server, if there is one.
     """
 
     url: str
@@ -113,9 +113,9 @@ class Target:
 
     @property
     def is_private(self) -> bool:
-        """Whether nobody on the network can read what is sent: TLS, or this very machine.
+        """Whether no one on the network can read the traffic: TLS, or this same machine.
 
-        Or somebody who knows the network has said so, with SLM_ALLOW_INSECURE.
+        Or whether the user declared the network safe with SLM_ALLOW_INSECURE.
         """
         if self.url.startswith("https://") or is_loopback(self.url):
             return True
@@ -130,20 +130,20 @@ def find(
     *,
     own_token: str = ADMIN_FILE,
 ) -> Target:
-    """Return the server that the options, the environment or the data directory name.
+    """Return the server named by the options, the environment or the data directory.
 
-    The data directory's own token goes to a server on this machine alone, never to an address
-    that came from elsewhere.
+    The data directory's own token is only sent to a server on this machine, never to an address
+    from elsewhere.
 
     Args:
-        url: of the server.
+        url: the server's address.
         token_file: a file that holds the token.
         ca_file: certificates of a private CA.
         data: the data directory of a server on this machine.
-        own_token: which token of the data directory is used where no other is named.
+        own_token: the data directory's token to use if no other is given.
 
     Raises:
-        ConfigurationError: the address is not one, or there is no token.
+        ConfigurationError: the address is invalid, or there is no token.
     """
     address, url_source = _find_url(url, data)
     token, token_source = _find_token(token_file, data / own_token, address)
@@ -155,12 +155,12 @@ def find(
 def at_a_server(
     command: Callable[..., None], *, unless: str | None = None, own_token: str = ADMIN_FILE
 ) -> Callable[..., None]:
-    """Give a command the options that name a server, in place of its argument `target`.
+    """Replace a command's `target` argument with the options that name a server.
 
     Args:
-        command: what is to be called with the `Target` that `find` returns for those options.
-        unless: an argument of the command; where it is given, `target` is None.
-        own_token: which token of the data directory is used where no other is named.
+        command: called with the `Target` that `find` returns for those options.
+        unless: an argument of the command; if it is given, `target` is None.
+        own_token: the data directory's token to use if no other is given.
     """
     options = dict(inspect.signature(find, eval_str=True).parameters)
     del options["own_token"]
@@ -180,13 +180,13 @@ def at_a_server(
 
 
 def _client_cert() -> ClientCert | None:
-    """Return what SLM_CLIENT_CERT and SLM_CLIENT_KEY name; both may be one file."""
+    """Return the files in SLM_CLIENT_CERT and SLM_CLIENT_KEY; both may be the same."""
     cert, key = variable("SLM_CLIENT_CERT"), variable("SLM_CLIENT_KEY")
     return (cert, key) if cert and key else cert or None
 
 
 def is_loopback(url: str) -> bool:
-    """Say whether the URL's host is this machine, by its literal address or as `localhost`."""
+    """Return whether the URL's host is this machine: a loopback address or `localhost`."""
     host = urlsplit(url).hostname or ""
     try:
         return ipaddress.ip_address(host).is_loopback
@@ -213,7 +213,7 @@ def _find_url(given: str | None, data_dir: Path) -> tuple[str, str]:
 
 
 def _first_of(text: str, source: str) -> str:
-    """Return the address; of several, the first where something takes connections."""
+    """Return the address; of several, the first that accepts connections."""
     urls = [_checked_url(part, source) for part in listed(text) or [text]]
     for url in urls if len(urls) > 1 and variable("SLM_PROXY") is None else ():
         parts = urlsplit(url)
@@ -234,7 +234,7 @@ def _checked_url(text: str, source: str) -> str:
     except ValueError:
         usable = False
     if not usable or "@" in url or "?" in url or "#" in url:
-        # Not shown: it may hold a password.
+        # Not shown: it may contain a password.
         raise ConfigurationError(f"{source} is not an address like https://slm.example:8760")
     for route in ROUTES:
         if url.endswith(route):
@@ -261,7 +261,7 @@ def _find_token(given: Path | None, file: Path, url: str) -> tuple[str, str]:
 
 
 def _own_token(file: Path) -> str:
-    """Return the token of a data directory, unless another account could have put it there."""
+    """Return a data directory's token, unless another account could have put it there."""
     try:
         read_own(file)
     except NotTrusted as error:
@@ -269,15 +269,15 @@ def _own_token(file: Path) -> str:
             f"{error}; the token in {file} is not used: name one with --token-file or SLM_TOKEN"
         ) from None
     except OSError:
-        pass  # Reading it raises the better error.
+        pass  # reading it raises the better error
     return read_token(file)
 
 
 def read_token(file: Path) -> str:
-    """Return the token that a file holds.
+    """Return the token in a file.
 
     Raises:
-        ConfigurationError: it cannot be read, or holds nothing.
+        ConfigurationError: the file cannot be read or is empty.
     """
     try:
         token = decoded(read_given(file))
@@ -292,7 +292,7 @@ def read_token(file: Path) -> str:
 
 
 def _checked_token(token: str, source: str) -> str:
-    """Refuse what no header can carry; a token of ours is one word."""
+    """Reject a token that no header can carry; our tokens are one word."""
     if not token.isascii() or not token.isprintable() or " " in token:
         raise ConfigurationError(
             f"{source} holds more than a token: it is one word that begins with slm_"

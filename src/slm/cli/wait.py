@@ -1,6 +1,6 @@
-"""`--wait`: follows a change until every backend has answered, and shows the receipt.
+"""`--wait`: waits for a change until every backend has answered, and shows the receipt.
 
-Knows the route of receipts and how one is shown; knows no agent.
+Knows the receipt route and how a receipt is displayed; knows no agent.
 """
 
 from __future__ import annotations
@@ -54,18 +54,19 @@ WaitLimit = Annotated[
 def finish(
     target: Target, revision: int, wait: bool, limit: float | None, told: dict[str, Any] | None
 ) -> None:
-    """End a command that wrote `revision`: with its receipt, where one was asked for.
+    """End a command that wrote `revision`, with its receipt if requested.
 
     Args:
         target: the server.
-        revision: that of the change.
-        wait: whether `--wait` was said.
-        limit: the seconds of `--wait-limit`, which says `--wait` too.
-        told: what `--json` prints, the receipt apart; None for people, who have read it already.
+        revision: the revision of the change.
+        wait: whether `--wait` was given.
+        limit: the seconds of `--wait-limit`, which implies `--wait`.
+        told: the `--json` output without the receipt; None if the output for people was printed
+            already.
 
     Raises:
-        Exit: with 1, since somebody refused the change or has not answered.
-        SLMError: the receipt cannot be had; the change stands.
+        Exit: with 1, because a backend refused the change or has not answered.
+        SLMError: the receipt is unavailable; the change stands.
     """
     receipt = None
     try:
@@ -114,7 +115,7 @@ def _counts(receipt: dict[str, Any]) -> tuple[int, int]:
 
 
 def _count(receipt: dict[str, Any], kind: str) -> int:
-    """Return how many backends did so, with those that a limited token sees as a number."""
+    """Return the number of such backends, including those a limited token only sees counted."""
     return len(receipt[kind]) + _others(receipt, kind)
 
 
@@ -123,7 +124,7 @@ def _others(receipt: dict[str, Any], kind: str) -> int:
 
 
 def _show(receipt: dict[str, Any]) -> None:
-    """Print a receipt; what keeps it from being whole in full."""
+    """Print a receipt; whatever makes it incomplete is printed in full."""
     applied, total = _counts(receipt)
     backends = "backend" if total == 1 else "backends"
     if not total:

@@ -1,1 +1,1 @@
-"""What the server and the SDK both need, below everything else."""
+"""What both the server and the SDK need, below everything else."""

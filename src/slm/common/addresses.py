@@ -1,4 +1,4 @@
-"""Which IP addresses no request may go to, in every form in which one address holds another.
+"""Which IP addresses no request may go to, in every form in which one can embed another.
 
 Pure rules; knows no URL and resolves no name.
 
@@ -28,9 +28,9 @@ METADATA_NAMES: Final = frozenset(
         "instance-data.ec2.internal",
     }
 )
-"""Names of metadata services; most lead to 169.254.169.254."""
+"""Names of metadata services; most resolve to 169.254.169.254."""
 
-# What is outside the link-local ranges, where all the others are.
+# Only those outside the link-local ranges, which contain all the others.
 _METADATA: Final = tuple(
     ipaddress.ip_network(text)
     for text in (
@@ -59,10 +59,10 @@ _ISATAP: Final = (0x00005EFE, 0x02005EFE)
 
 
 def literal_address(host: str) -> IPAddress | None:
-    """Return the address that `host` spells, in any form a resolver takes, or None for a name.
+    """Return the address that `host` spells, in any form a resolver accepts, or None for a name.
 
-    `http://2852039166/` and `http://0xA9FEA9FE/` reach 169.254.169.254 just as well. Of an
-    IPv4-mapped address the IPv4 one is returned, which is the one that answers.
+    `http://2852039166/` and `http://0xA9FEA9FE/` also reach 169.254.169.254. For an IPv4-mapped
+    address, returns the IPv4 address, which is the one that answers.
     """
     try:
         address = ipaddress.ip_address(host.strip("[]"))
@@ -75,20 +75,20 @@ def literal_address(host: str) -> IPAddress | None:
 
 
 def refused_address(address: IPAddress) -> str | None:
-    """Say why a request may never go to this address, or None when it may.
+    """Return why a request may never go to this address, or None if it may.
 
-    Loopback and private ranges are allowed: that is where an Ollama server lives.
+    Loopback and private ranges are allowed, because that is where an Ollama server runs.
     """
     for meant in _meant(address):
         reason = _metadata(meant) or _no_host(meant)
         if reason is not None:
             return reason
-    # Only such a network knows where it keeps the IPv4 address; most of these are chance.
+    # Only that network knows where the IPv4 address is embedded; most matches are coincidence.
     return next(filter(None, map(_metadata, _in_local_nat64(address))), None)
 
 
 def is_public(address: IPAddress) -> bool:
-    """Say whether the address, and each that it holds, is public."""
+    """Return whether the address, and each that it embeds, is public."""
     return all(
         meant.is_global and (meant.version == 4 or meant in _GLOBAL_UNICAST)
         for meant in _meant(address)
@@ -96,7 +96,7 @@ def is_public(address: IPAddress) -> bool:
 
 
 def held_addresses(address: IPAddress) -> tuple[IPAddress, ...]:
-    """Return the addresses by which this one is judged: what it holds, itself, or both."""
+    """Return the addresses by which this one is judged: the embedded ones, itself, or both."""
     return _meant(address)
 
 
@@ -137,11 +137,11 @@ def _meant(address: IPAddress) -> tuple[IPAddress, ...]:
 
 
 def _in_local_nat64(address: IPAddress) -> tuple[IPAddress, ...]:
-    """Return the IPv4 address at each place where RFC 6052 section 2.2 may put it."""
+    """Return the IPv4 address at each position where RFC 6052 section 2.2 may put it."""
     if isinstance(address, ipaddress.IPv4Address) or address not in _LOCAL_NAT64:
         return ()
     number = int(address)
-    # Bits 64 to 71 are always left out.
+    # Bits 64 to 71 are always skipped.
     packed = (number >> 64 << 56) | (number & ((1 << 56) - 1))
     found = [packed >> shift & 0xFFFFFFFF for shift in (40, 32, 24)]
     return tuple(ipaddress.IPv4Address(value) for value in (*found, number & 0xFFFFFFFF))

@@ -1,6 +1,6 @@
-"""How SLM reads what people write into variables and small files: one rule for both sides.
+"""How SLM reads values that people write into variables and small files; one rule for all.
 
-Shells, editors, `.env` files and orchestrators each leave something around a value: blanks, a line
+Shells, editors, `.env` files and orchestrators each add something around a value: blanks, a line
 break, a pair of quotes, a byte order mark. Knows no variable by name.
 """
 
@@ -14,12 +14,12 @@ from typing import Final
 
 from slm.errors import ConfigurationError
 
-# Editors and browsers leave these; no terminal shows them.
+# Editors and browsers add these; no terminal shows them.
 _UNSEEN: Final = "\ufeff\u200b\u200c\u200d\u200e\u200f\u2060"
 _AROUND: Final = f"[\\s\x00{_UNSEEN}]+"
 _BLANKS: Final = re.compile(rf"\A{_AROUND}|{_AROUND}\Z")
 _QUOTES: Final = {'"': '"', "'": "'", "`": "`", "\u201c": "\u201d", "\u2018": "\u2019"}
-# The longer mark first: that of UTF-32 begins with that of UTF-16.
+# The longer mark first: that of UTF-32 starts with that of UTF-16.
 _MARKS: Final = (
     (codecs.BOM_UTF8, "utf-8"),
     (codecs.BOM_UTF32_LE, "utf-32-le"),
@@ -28,7 +28,7 @@ _MARKS: Final = (
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
 _SERVICE_LINK: Final = re.compile(r"(tcp|udp|sctp)://", re.IGNORECASE)
-# What the kubelet sets beside that for each Service: its address, its ports, and each port's parts.
+# What the kubelet also sets for each Service: its address, ports, and each port's parts.
 _SERVICE_NAME: Final = re.compile(
     r"([A-Z0-9_]+_)?(SERVICE_HOST|SERVICE_PORT(_[A-Z0-9_]+)?|PORT_[0-9]+_(TCP|UDP|SCTP)(_[A-Z]+)?)"
 )
@@ -39,10 +39,10 @@ _FLAGS: Final = {
 
 
 def tidied(text: str) -> str:
-    """Return the text without what is around a value: blanks, invisible characters, its quotes.
+    """Return the value without surrounding blanks, invisible characters or quotes.
 
-    A pair of quotes is taken off only where it holds the whole value: of a command such as
-    `"sh" -c "x"` both ends are quotes, and neither belongs to the other.
+    A pair of quotes is removed only if it encloses the whole value: in a command such as `"sh" -c
+    "x"`, both ends are quotes but do not form a pair.
     """
     while True:
         text = _BLANKS.sub("", text)
@@ -56,16 +56,16 @@ def tidied(text: str) -> str:
 
 
 def listed(text: str) -> list[str]:
-    """Return the values of a list separated by commas, each tidied; what is empty is left out."""
+    """Return the values of a comma-separated list, each tidied, without empty ones."""
     parts = (tidied(part) for part in tidied(text).split(","))
     return [part for part in parts if part]
 
 
 def decoded(content: bytes) -> str:
-    """Return a file's text, tidied; a byte order mark at its start says in which encoding it is.
+    """Return a file's text, tidied; an initial byte order mark determines the encoding.
 
     Raises:
-        UnicodeDecodeError: it is not text; the error holds the content.
+        UnicodeDecodeError: it is not text; the error contains the content.
     """
     for mark, encoding in _MARKS:
         if content.startswith(mark):
@@ -74,18 +74,18 @@ def decoded(content: bytes) -> str:
 
 
 def variable(name: str, environ: Mapping[str, str] | None = None) -> str | None:
-    """Return a variable's value, tidied; None where it is not set, or holds nothing.
+    """Return a variable's value, tidied; None if it is unset or empty.
 
     Args:
         name: its name.
-        environ: the environment; the process's own by default.
+        environ: the environment; by default that of the process.
     """
     value = (os.environ if environ is None else environ).get(name)
     return (value and tidied(value)) or None
 
 
 def flag(name: str, environ: Mapping[str, str] | None = None) -> bool:
-    """Say whether a variable that is 1 or 0 is set to 1.
+    """Return whether a variable that may be 1 or 0 is set to 1.
 
     Raises:
         ConfigurationError: it is neither; the message does not repeat it.
@@ -99,18 +99,18 @@ def flag(name: str, environ: Mapping[str, str] | None = None) -> bool:
 
 
 def is_service_link(text: str) -> bool:
-    """Say whether this is what Kubernetes sets by itself for a Service, such as `tcp://10.0.0.7:80`.
+    """Return whether Kubernetes set this value for a Service, such as `tcp://10.0.0.7:80`.
 
-    For a Service named `slm` each pod of the namespace has SLM_PORT=tcp://…, which nobody chose.
+    For a Service named `slm`, each pod in the namespace gets SLM_PORT=tcp://… automatically.
     """
     return _SERVICE_LINK.match(tidied(text)) is not None
 
 
 def service_variables(prefix: str, environ: Mapping[str, str]) -> list[str]:
-    """Return the names of the variables that Kubernetes sets for Services, in order.
+    """Return the sorted names of the variables that Kubernetes set for Services.
 
     Args:
-        prefix: how they begin, such as `SLM_`.
+        prefix: the start of their names, such as `SLM_`.
         environ: the environment.
     """
     return sorted(

@@ -1,9 +1,9 @@
-"""Which files are trusted: none that another account of this machine owns or can write.
+"""Which files are trusted: none that another account on this machine owns or can write.
 
-The rules hold for root as well, for whom everything can be read. A folder or file of ours belongs
-to us and is writable by nobody else. What is only read may be root's. On the way there, no other
-account may be able to put something else in its place. What was opened is judged, never a name.
-Knows nothing of what the files are for.
+The rules also apply to root, who can read everything. Our own files and folders must belong to us
+and be writable by no one else. Files that are only read may also belong to root. No other account
+may be able to replace anything on the path. Checks apply to the opened file, never to a name. Does
+not know what the files are for.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Final, NoReturn
 from slm.errors import ConfigurationError
 
 MAX_SECRET_BYTES: Final = 64 * 1024
-"""Larger is no token and no key."""
+"""Anything larger is not a token or a key."""
 
 MAX_PEM_BYTES: Final = 4 * 1024 * 1024
 
@@ -44,15 +44,15 @@ _MAX_LINKS: Final = 40
 
 
 class NotTrusted(ConfigurationError):
-    """A file or folder that another account owns or can write; the message says what to do."""
+    """Another account owns or can write a file or folder; the message says what to do."""
 
 
 def make_folder(path: str | os.PathLike[str]) -> None:
-    """Make a folder for us alone, with missing parents, or accept one that is ours already.
+    """Create a folder for us alone, with missing parents, or accept one that is already ours.
 
     Raises:
-        NotTrusted: it, or one on the way to it, is another account's or can be written by one.
-        OSError: it cannot be made; NotADirectoryError where it is no folder.
+        NotTrusted: it, or one on its path, belongs to another account or can be written by one.
+        OSError: it cannot be created; NotADirectoryError if it is not a folder.
     """
     if not _POSIX:
         Path(path).mkdir(parents=True, exist_ok=True)
@@ -68,11 +68,11 @@ def make_folder(path: str | os.PathLike[str]) -> None:
 
 
 def check_own_folder(path: str | os.PathLike[str]) -> None:
-    """Accept a folder that is ours alone.
+    """Check that a folder is ours alone.
 
     Raises:
-        NotTrusted: it, or one on the way to it, is another account's or can be written by one.
-        OSError: it is not there or cannot be looked at.
+        NotTrusted: it, or one on its path, belongs to another account or can be written by one.
+        OSError: it does not exist or cannot be inspected.
     """
     if not _POSIX:
         return
@@ -85,24 +85,24 @@ def check_own_folder(path: str | os.PathLike[str]) -> None:
 
 
 def read_own(path: str | os.PathLike[str], limit: int = MAX_SECRET_BYTES) -> tuple[bytes, int]:
-    """Return the content and the mode of a file that is ours alone, such as `admin.token`.
+    """Return the content and mode of a file that must be ours alone, such as `admin.token`.
 
     Raises:
-        NotTrusted: it is another account's, can be written by one, or is no ordinary file.
-        OSError: it is not there or cannot be read.
+        NotTrusted: it belongs to another account, can be written by one, or is not a regular file.
+        OSError: it does not exist or cannot be read.
     """
     return _read(path, limit, may_be_roots=False)
 
 
 def read_given(path: str | os.PathLike[str], limit: int = MAX_SECRET_BYTES) -> bytes:
-    """Return the content of a file that the operator names and that we only read, such as a token.
+    """Return the content of a file that the operator names and we only read, such as a token.
 
-    It may be root's: so it is where an orchestrator puts it. A descriptor that was handed down to
-    this process (`/dev/fd/63`) is read as it is.
+    It may belong to root, as files mounted by an orchestrator do. A descriptor inherited by this
+    process (`/dev/fd/63`) is read as it is.
 
     Raises:
-        NotTrusted: it is another account's, can be written by one, or is no ordinary file.
-        OSError: it is not there or cannot be read.
+        NotTrusted: it belongs to another account, can be written by one, or is not a regular file.
+        OSError: it does not exist or cannot be read.
     """
     handed = _HANDED_DOWN.fullmatch(os.fspath(path))
     if handed is not None and _POSIX:
@@ -112,11 +112,11 @@ def read_given(path: str | os.PathLike[str], limit: int = MAX_SECRET_BYTES) -> b
 
 
 def check_given(path: str | os.PathLike[str], limit: int = MAX_PEM_BYTES) -> None:
-    """Accept a file that a library opens by its name and only reads, such as a certificate.
+    """Check a file that a library opens by name and only reads, such as a certificate.
 
     Raises:
-        NotTrusted: it is another account's, can be written by one, or is no ordinary file.
-        OSError: it is not there or cannot be read.
+        NotTrusted: it belongs to another account, can be written by one, or is not a regular file.
+        OSError: it does not exist or cannot be read.
     """
     with _opened(path, may_be_roots=True) as (_, status, shown):
         if status.st_size > limit:
@@ -124,17 +124,17 @@ def check_given(path: str | os.PathLike[str], limit: int = MAX_PEM_BYTES) -> Non
 
 
 def check_own_file(path: str | os.PathLike[str]) -> None:
-    """Accept a file that is ours alone, of any size, which a library opens by its name.
+    """Check that a file of any size, which a library opens by name, is ours alone.
 
     Raises:
-        NotTrusted: it is another account's, can be written by one, or is no ordinary file.
-        OSError: it is not there or cannot be read.
+        NotTrusted: it belongs to another account, can be written by one, or is not a regular file.
+        OSError: it does not exist or cannot be read.
     """
     with _opened(path, may_be_roots=False):
         pass
 
 
-# --- inside ---
+# --- internals ---
 
 
 def _read(path: str | os.PathLike[str], limit: int, *, may_be_roots: bool) -> tuple[bytes, int]:
@@ -154,7 +154,7 @@ def _bounded(content: bytes, limit: int, shown: str) -> bytes:
 def _opened(
     path: str | os.PathLike[str], *, may_be_roots: bool
 ) -> Iterator[tuple[int, os.stat_result, str]]:
-    """Open a regular file and judge what was opened."""
+    """Open a regular file and check the opened file."""
     if not _POSIX:
         descriptor = os.open(path, _FILE)
         try:
@@ -163,7 +163,7 @@ def _opened(
             os.close(descriptor)
         return
     with _found(path) as (parent, name, shown):
-        # Before it is opened: opening a device may do something.
+        # Checked before opening, because opening a device may have an effect.
         if not stat.S_ISREG(os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode):
             _refuse(f"{shown} is not an ordinary file")
         descriptor = os.open(name, _FILE, dir_fd=parent)
@@ -178,7 +178,7 @@ def _opened(
                 mode = "go-w" if may_be_roots else "0600"
                 _refuse(f"{shown} can be written by another user: chmod {mode} it")
             if status.st_nlink > 1 and os.fstat(parent).st_mode & _WRITABLE_BY_OTHERS:
-                # In a folder such as /tmp anybody can give a file of ours a second name.
+                # In a folder such as /tmp, anyone can create a hard link to one of our files.
                 _refuse(f"{shown} has another name elsewhere (a hard link): copy it to a new file")
             yield descriptor, status, shown
         finally:
@@ -187,12 +187,12 @@ def _opened(
 
 @contextlib.contextmanager
 def _found(path: str | os.PathLike[str], *, make: bool = False) -> Iterator[tuple[int, str, str]]:
-    """Give the open folder that holds this path's last part, that part, and the path to show.
+    """Yield the open parent folder, the path's last component, and the path to display.
 
-    Each folder on the way is opened and judged, and each link followed only if it is ours or
-    root's, so nobody can exchange what was judged.
+    Opens and checks each folder on the path, and follows a link only if it is ours or root's, so no
+    one can replace what was checked.
     """
-    # Not normalised: after a link, `..` leads elsewhere than the text says.
+    # Not normalised: after a link, `..` is not what the text suggests.
     shown = str(Path.cwd() / path)
     parts = deque(part for part in shown.split("/") if part)
     at, links = Path("/"), 0
@@ -252,15 +252,15 @@ def _judge_own_folder(status: os.stat_result, shown: str) -> None:
 
 
 def _judge_on_the_way(status: os.stat_result, shown: str) -> None:
-    """Accept a folder whose entries only we and root can exchange."""
+    """Accept a folder with entries that only we and root can replace."""
     if status.st_uid not in (os.geteuid(), 0):
         _refuse_owner(shown, status.st_uid)
     if status.st_mode & stat.S_ISVTX or not status.st_mode & _WRITABLE_BY_OTHERS:
         return
     if status.st_mode & stat.S_IWOTH:
         _refuse(f"{shown} can be written by another user: chmod o-w it, or use another folder")
-    # Root's and our group's, as a volume of Kubernetes is; or ours with a group of our own, as
-    # umask 002 makes it.
+    # Root's with our group, such as a Kubernetes volume; or ours with a private group, as with
+    # umask 002.
     ours = _is_our_group(status.st_gid) if status.st_uid == 0 else _is_private(status.st_gid)
     if not ours:
         _refuse(f"{shown} can be written by another user: chmod g-w it, or use another folder")
@@ -271,7 +271,7 @@ def _is_our_group(gid: int) -> bool:
 
 
 def _is_private(gid: int) -> bool:
-    """Whether nobody but us is in this group, as in one that a distribution makes for a user."""
+    """Whether we are the group's only member, as in the group created for each user."""
     import grp
     import pwd
 

@@ -1,6 +1,6 @@
-"""When to try again: how pauses grow, and what an answer's Retry-After asks for.
+"""When to retry: how pauses grow, and what a response's Retry-After asks for.
 
-Waits for nothing, and knows no error.
+Does not wait, and knows no error.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ _MAX_SECONDS: Final = 365 * 86400.0
 
 
 def longest_pause(failures: int, first: float, limit: float) -> float:
-    """Return the longest pause after so many earlier failures: it doubles, up to the limit.
+    """Return the maximum pause after this many failures: it doubles, up to the limit.
 
-    A random part of it is waited (full jitter, as in "Exponential Backoff And Jitter" of the AWS
-    Architecture Blog, 2015), so that those who failed together do not come back together.
+    The caller waits a random part of it (full jitter, as in "Exponential Backoff And Jitter" of the
+    AWS Architecture Blog, 2015), so that clients that failed together do not retry together.
     """
     return min(limit, first * 2.0 ** min(failures, 30))
 
 
 def retry_after_seconds(headers: Mapping[str, str]) -> float | None:
-    """Return how long an answer asks to be left alone (RFC 9110 section 10.2.3).
+    """Return how long a response asks the client to wait (RFC 9110 section 10.2.3).
 
-    A date counts from the answer's own Date, since our clock may be another one. None where nothing
-    is asked, or nothing that makes sense; a year at most.
+    A date is relative to the response's own Date header, since our clock may differ. None if
+    nothing valid is given; at most a year.
 
     Args:
-        headers: the answer's, by name in any case.
+        headers: the response's headers, with case-insensitive names.
     """
     for name, unit in (("retry-after-ms", 1000), ("retry-after", 1)):
         seconds = _number(headers.get(name, "")) / unit
@@ -55,5 +55,5 @@ def _timestamp(date: str) -> float | None:
     try:
         when = parsedate_to_datetime(date)
         return (when if when.tzinfo is not None else when.replace(tzinfo=UTC)).timestamp()
-    except Exception:  # ValueError is the usual one; years and zones overflow in several ways
+    except Exception:  # usually ValueError; years and time zones overflow in several ways
         return None

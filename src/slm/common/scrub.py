@@ -1,6 +1,6 @@
-"""Makes somebody else's words fit to repeat: on one line, without a secret in any encoding.
+"""Makes foreign text safe to repeat: on one line, without a secret in any encoding.
 
-Knows no provider and no protocol. Runs where an error is made, never on the way of an answer.
+Knows no provider and no protocol. Runs only when an error is created, never for an answer.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from typing import Final
 
 HIDDEN: Final = "***"
 PIECE: Final = 8
-"""A piece of the secret of this many characters is hidden, too: texts are cut at either end."""
+"""Pieces of the secret with this many characters are hidden too: texts may be cut anywhere."""
 
 MAX_TEXT: Final = 2048
-"""What is longer is searched for the plain secret alone, but for so many characters at its end."""
+"""Longer text is searched only for the plain secret, except this many characters at its end."""
 
 _ROUNDS: Final = 8
-# One character as HTML, URLs, JSON and other languages spell it, or one that only lays out text.
+# One character as escaped in HTML, URLs, JSON and other languages, or a layout character.
 _ESCAPE: Final = re.compile(
     r"%([0-9a-f]{2})|\\+u\{?0*([0-9a-f]{2})\}?|\\+x([0-9a-f]{2})"
     r"|\\+([0-7]{3})|&#0*([0-9]{2,3});?|&#x0*([0-9a-f]{2});?|&([a-z]{2,8});"
@@ -28,31 +28,31 @@ _ESCAPE: Final = re.compile(
 _NUMBERS: Final = re.compile(r"(?<!\d)\d{1,3}(?:[\s,;|]+\d{1,3}){7,}(?!\d)")
 _MARK: Final = re.compile(r"0x(?=[0-9a-f]{2})")
 _NUMBER: Final = re.compile(r"\d{1,3}")
-# Of letters that are more than one character in lower case, none is in an API key.
+# API keys contain no letters that become several characters in lower case.
 _LOWER: Final = str.maketrans({chr(code): chr(code + 32) for code in range(65, 91)})
 
 Folded = list[tuple[str, int, int]]
 
 
 def one_line(text: str, limit: int = 300) -> str:
-    """Return somebody else's words as one printable line, for an error or a log."""
-    # Cut first: it may be megabytes. In a log it must be no line of its own, nor steer a terminal.
+    """Return foreign text as one printable line, for an error or a log."""
+    # Cut first: it may be megabytes. It must not add log lines or inject terminal sequences.
     text = text[:MAX_TEXT]
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:limit]
 
 
 def scrubbed(text: str, secret: str) -> str:
-    """Return the text with `***` where it repeats the secret or a piece of it.
+    """Return the text with `***` wherever it contains the secret or a piece of it.
 
-    Found are the secret and every piece of 8 or more of its characters: plain, in either case, with
-    line breaks inside, as URLs, JSON, HTML and Python escape it, once or twice over, in hexadecimal
-    and in base64 at any offset, in base64 twice over, in base32, backwards, as a list of numbers,
-    and with signs between its characters. A secret of fewer than 8 characters is hidden where it
-    stands as a word of its own, so that one of a single letter does not take every such letter out.
+    Finds the secret and every piece of 8 or more characters: plain, in either case, with line
+    breaks inside, as escaped (once or twice) by URLs, JSON, HTML and Python, in hexadecimal, in
+    base64 at any offset, in double base64, in base32, backwards, as a list of numbers, and with
+    other signs between its characters. A secret of fewer than 8 characters is hidden only where it
+    is a separate word, so that a single letter is not removed everywhere.
 
     Args:
-        text: somebody else's words.
-        secret: what must not be seen; an empty one hides nothing.
+        text: the foreign text.
+        secret: what must not be visible; an empty one hides nothing.
     """
     if not secret:
         return text
@@ -85,7 +85,7 @@ def _within(folded: Folded, secret: str) -> Iterator[tuple[int, int]]:
     for found in short.finditer(plain) if short is not None else ():
         start, end = found.span()
         before, after = plain[start - 1 : start], plain[end : end + 1]
-        # A word ends at white space, too, which is not in the folded text.
+        # White space also ends a word, but is missing in the folded text.
         apart = start == 0 or folded[start - 1][2] < folded[start][1]
         ends = end == len(folded) or folded[end - 1][2] < folded[end][1]
         if (apart or not before.isalnum()) and (ends or not after.isalnum()):
@@ -97,11 +97,11 @@ def _within(folded: Folded, secret: str) -> Iterator[tuple[int, int]]:
 
 
 def _spaced(folded: Folded, secret: str) -> Iterator[tuple[int, int]]:
-    """Find the secret by its letters and digits alone, whatever stands between these."""
+    """Find the secret by its letters and digits alone, whatever is between them."""
     whole = _fold(secret)
     yield from _runs(folded, PIECE, _pieces(whole[::-1], PIECE), 0, 0)
     kept = [item for item in folded if item[0].isalnum()]
-    # With nothing between them they were found before; `s-k-1` has something between all.
+    # Adjacent ones were found before; `s-k-1` has something between all of them.
     yield from _runs(kept, PIECE, _pieces(_alone(whole), PIECE), 1, 3)
     for length, pieces in _coded(secret.encode()).items():
         yield from _runs(kept, length, pieces, 0, 3)
@@ -116,9 +116,9 @@ def _spaced(folded: Folded, secret: str) -> Iterator[tuple[int, int]]:
 def _runs(
     items: Folded, length: int, pieces: frozenset[str], least: int, most: int
 ) -> Iterator[tuple[int, int]]:
-    """Find the pieces where `least` to `most` characters stand between two of theirs."""
+    """Find pieces with `least` to `most` characters between each two of theirs."""
     text = "".join(char for char, _, _ in items)
-    # How many characters before each one follow each other so closely.
+    # For each character, how many before it are this close together.
     run = 0
     for at in range(len(items)):
         between = items[at][1] - items[at - 1][2] if at else -1
@@ -128,7 +128,7 @@ def _runs(
 
 
 def _coded(raw: bytes) -> dict[int, frozenset[str]]:
-    """Return the pieces of the secret's encodings by their length, letters and digits alone."""
+    """Return the pieces of the secret's encodings by length, only letters and digits."""
     once = _base64(raw)
     codes = [*once, *(twice for each in once for twice in _base64(each.encode()))]
     coded = PIECE * 4 // 3
@@ -141,7 +141,7 @@ def _coded(raw: bytes) -> dict[int, frozenset[str]]:
 
 
 def _numbered(text: str, secret: str) -> Iterator[tuple[int, int]]:
-    """Find the secret as a list of the numbers of its characters."""
+    """Find the secret as a list of its characters' numbers."""
     known = _pieces(secret.translate(_LOWER), PIECE)
     for run in _NUMBERS.finditer(text):
         numbers = list(_NUMBER.finditer(text, *run.span()))
@@ -156,7 +156,7 @@ def _alone(text: str) -> str:
 
 
 def _base64(raw: bytes) -> list[str]:
-    """Return the base64 of the bytes at each offset, without what the bytes beside them change."""
+    """Return the bytes' base64 at each offset, without the characters shared with neighbours."""
     codes = []
     for offset in range(3):
         code = base64.b64encode(b"\0" * offset + raw).decode().rstrip("=")
@@ -165,7 +165,7 @@ def _base64(raw: bytes) -> list[str]:
 
 
 def _searched(secret: str) -> tuple[re.Pattern[str] | None, dict[int, frozenset[str]]]:
-    """Return a short secret as a pattern, or all pieces of a longer one by their length."""
+    """Return a short secret as a pattern, or all pieces of a longer one by length."""
     raw = secret.encode()
     plain = _fold(secret)
     if len(plain) < PIECE:
@@ -192,7 +192,7 @@ def _fold(text: str) -> str:
 
 
 def _folded(chars: Folded) -> Folded:
-    """Undo escapes, case and layout; keep for each character where it stood in the text."""
+    """Undo escapes, case and layout; keep each character's position in the text."""
     for _ in range(_ROUNDS):
         text = "".join(char for char, _, _ in chars)
         folded = []
@@ -208,15 +208,15 @@ def _folded(chars: Folded) -> Folded:
 
 
 def _meaning(match: re.Match[str]) -> str:
-    """Return the character that is meant, in lower case; nothing for one that lays out text."""
+    """Return the unescaped character in lower case; nothing for a layout character."""
     percent, four, two, octal, decimal, hexadecimal, name, slashes, plain = match.groups()
     if plain is not None:
         char = plain
     elif slashes is not None:
-        # Left in until nothing is escaped any more: what comes out beside it may be an escape.
+        # Kept until no escapes are left: with what follows, it may form another escape.
         char = "\\" if slashes[-1] == "\\" else ""
     elif name is not None:
-        # Imported here: it holds every name there is.
+        # Imported here, because it contains every name there is.
         from html import unescape
 
         char = unescape(f"&{name};")[0]

@@ -1,7 +1,7 @@
-"""OpenTelemetry where the application uses it: our spans, and the context that a change carries.
+"""OpenTelemetry, if the application uses it: our spans, and the trace context of changes.
 
-Does nothing unless `opentelemetry` is loaded already, so whoever does not trace pays one look into
-a dict. Names no secret: attributes are names, numbers and revisions. Knows nobody of the package.
+Does nothing unless `opentelemetry` is already loaded, so without tracing it costs one dict lookup.
+Records no secrets: attributes are names, numbers and revisions. Knows no other module.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ _TRACEPARENT: Final = "traceparent"
 
 
 def enabled() -> bool:
-    """Say whether the application has loaded OpenTelemetry."""
+    """Return whether the application has loaded OpenTelemetry."""
     return "opentelemetry.trace" in sys.modules
 
 
 def span(
     name: str, attributes: Attributes | None = None, *, parent: str | None = None
 ) -> AbstractContextManager[Any]:
-    """Return a context manager that is a span while it lasts; its value is the span, or None.
+    """Return a context manager for a span; its value is the span, or None.
 
     Args:
-        name: what happens.
-        attributes: what it happens to; no secret.
-        parent: a `traceparent` (W3C Trace Context) to join; None joins what is current.
+        name: the span's name.
+        attributes: the span's attributes; no secrets.
+        parent: a `traceparent` (W3C Trace Context) to join; None for the current span.
     """
     return _span(name, attributes, parent) if enabled() else contextlib.nullcontext()
 
@@ -39,14 +39,14 @@ def span(
 def joined(
     name: str, parent: str | None, attributes: Attributes | None = None
 ) -> AbstractContextManager[Any]:
-    """Return a span that joins the trace `parent`; nothing where there is none to join."""
+    """Return a span that joins the trace `parent`, or no span without one."""
     if parent is None or not enabled():
         return contextlib.nullcontext()
     return _span(name, attributes, parent)
 
 
 def begin_joined(name: str, parent: str | None) -> Any:
-    """Return a started span of the trace `parent`, to be ended with `end`; None: none to join."""
+    """Return a started span in the trace `parent`, ended with `end`; None without a parent."""
     if parent is None or not enabled():
         return None
     from opentelemetry import trace
@@ -59,7 +59,7 @@ def _span(name: str, attributes: Attributes | None, parent: str | None) -> Itera
     from opentelemetry import trace
 
     tracer = trace.get_tracer(_NAME)
-    # Not recorded by itself: an exception's text may hold what was being handled.
+    # Exceptions are not recorded automatically: their text may contain the data being handled.
     with tracer.start_as_current_span(
         name,
         context=_context_of(parent),
@@ -75,9 +75,9 @@ def _span(name: str, attributes: Attributes | None, parent: str | None) -> Itera
 
 
 def begin(name: str, attributes: Attributes | None = None) -> Any:
-    """Return a started span of a call to another service; None: no tracing.
+    """Return a started span for a call to another service; None without tracing.
 
-    It is nobody's current one and is ended with `end`: a stream ends elsewhere than it begins.
+    It does not become the current span and is ended with `end`, because a stream may end elsewhere.
     """
     if not enabled():
         return None
@@ -89,14 +89,14 @@ def begin(name: str, attributes: Attributes | None = None) -> Any:
 
 
 def end(current: Any, attributes: Attributes | None = None) -> None:
-    """End a span that `begin` returned."""
+    """End a span returned by `begin`."""
     if current is not None:
         current.set_attributes(dict(attributes or {}))
         current.end()
 
 
 def failed(current: Any, error_type: str) -> None:
-    """Mark a span as failed, by the error's name alone."""
+    """Mark a span as failed, with only the error's name."""
     if current is not None:
         from opentelemetry.trace import StatusCode
 
@@ -105,7 +105,7 @@ def failed(current: Any, error_type: str) -> None:
 
 
 def traceparent() -> str | None:
-    """Return the current span's context in W3C form, or None where nothing is traced."""
+    """Return the current span's context in W3C format, or None without tracing."""
     if not enabled():
         return None
     from opentelemetry import trace

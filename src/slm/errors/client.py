@@ -1,4 +1,4 @@
-"""What the client raises by itself: no usable answer from the SLM, or no agent or key to serve."""
+"""Errors of the client itself: no usable response from the SLM, or no agent or key."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from slm.errors.root import SLMError
 
 
 class ProtocolError(SLMError):
-    """A message that is not JSON or not of the contract's shape; never holds the message."""
+    """A message is not JSON or violates the protocol; never includes the message."""
 
     code = "protocol"
 
 
 class UnclearAnswer(ProtocolError):
-    """An answer to a question that is not of the contract's shape.
+    """An answer to a question violates the protocol.
 
     Attributes:
-        question: the id of the question, where the answer names one.
+        question: the id of the question, if the answer names one.
     """
 
     code = "unclear-answer"
@@ -26,30 +26,30 @@ class UnclearAnswer(ProtocolError):
 
 
 class NotJSON(ProtocolError):
-    """A message that is no JSON at all, which ends a stream with 1007 rather than an `error`."""
+    """A message is not JSON at all, which ends a stream with 1007 rather than an `error`."""
 
     code = "not-json"
 
 
 class SLMUnavailable(SLMError):
-    """The SLM did not answer, or not in a way that can be used; the cache goes on serving."""
+    """The SLM did not answer, or not in a usable way; the cache is still served."""
 
     code = "slm-unavailable"
 
 
 class TLSError(SLMUnavailable):
-    """The SLM's certificate is expired, untrusted or another host's; nothing was sent."""
+    """The SLM's certificate is expired, untrusted or for another host; nothing was sent."""
 
     code = "tls-error"
 
 
 class AgentKeyUnavailable(SLMError):
-    """The agent needs an API key that cannot be had now, and nothing whole is there to serve.
+    """The agent needs an API key that is unavailable now, and there is no complete config to use.
 
-    Raised rather than going on with the default agent's config (docs/protocol.md section 6).
+    Raised instead of using the default agent's config (docs/protocol.md section 6).
 
     Attributes:
-        agent_id: the agent whose key is missing.
+        agent_id: the agent with the missing key.
     """
 
     code = "agent-key-unavailable"
@@ -61,11 +61,11 @@ class AgentKeyUnavailable(SLMError):
 
 
 class AgentUnknown(SLMError):
-    """A strict client was asked for an agent that the SLM does not have, or that is switched off.
+    """A strict client was asked for an agent that does not exist on the SLM or is switched off.
 
     Attributes:
-        agent_id: the agent that was asked for.
-        nearest: the agent whose name is most like it, if there is one.
+        agent_id: the requested agent.
+        nearest: the agent with the most similar name, if there is one.
     """
 
     code = "agent-unknown"

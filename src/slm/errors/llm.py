@@ -1,4 +1,4 @@
-"""How a call to a language model fails. Keeps no exception of an HTTP library."""
+"""How a call to a language model can fail. Keeps no exception of an HTTP library."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from slm.errors.root import SLMError
 class LLMError(SLMError):
     """A call to a language model failed.
 
-    Carries what an operator needs to see which configuration was at work; the HTTP library's own
-    exception object is not kept, since the key can be reached through it.
+    Carries what an operator needs to identify the configuration in use. The HTTP library's
+    exception is not kept, because it exposes the key.
 
     Attributes:
         agent_id: the agent the call was made for.
         provider: `ollama`, `openai` or `anthropic`.
         model: the model that was asked for.
-        revision: the revision of the config the call began with; None outside the SLM's steps.
+        revision: the revision of the config the call started with; None if it was not from the SLM.
         step: which step of the chain answered (`agent`, `default`, `environment`, `hardcoded`).
-        status: the provider's HTTP status, where there was one.
-        provider_error: the class name of the exception that the call ended with.
-        retry_after_seconds: what the provider asked for, where it did.
-        passed_over: why the earlier steps of the chain did not answer, where another one did.
+        status: the provider's HTTP status, if there was one.
+        provider_error: the class name of the exception that ended the call.
+        retry_after_seconds: how long the provider asked to wait, if it did.
+        passed_over: why earlier steps of the chain did not answer, if a later one did.
     """
 
     code: ClassVar[str] = "llm-error"
@@ -62,7 +62,7 @@ class LLMError(SLMError):
         if self.revision is not None:
             config += f", revision {self.revision}"
         status = f" HTTP {self.status}:" if self.status else ""
-        # Why it is this config at all comes first: what failed with it may be of no interest then.
+        # Why this config was used comes first: it may make the failure itself irrelevant.
         first = f"{self.passed_over}: " if self.passed_over else ""
         return f"{first}[{where}{config}]{status} {self.detail}"
 
@@ -74,37 +74,37 @@ class LLMTimeout(LLMError):
 
 
 class LLMRateLimited(LLMError):
-    """The provider asks to slow down; `retry_after_seconds` where it said for how long."""
+    """The provider asks to slow down; `retry_after_seconds` if it said for how long."""
 
     code, retryable = "llm-rate-limited", True
 
 
 class LLMQuotaExhausted(LLMRateLimited):
-    """Nothing is left to pay the provider with; trying again does not help, a person has to act."""
+    """The provider account has no credit left; retrying does not help, a person must act."""
 
     code, retryable = "llm-quota-exhausted", False
 
 
 class LLMAuthError(LLMError):
-    """The provider refuses the key."""
+    """The provider rejects the key."""
 
     code = "llm-auth"
 
 
 class LLMBadRequest(LLMError):
-    """The provider refuses the request itself: its messages, options or model."""
+    """The provider rejects the request itself: its messages, options or model."""
 
     code = "llm-bad-request"
 
 
 class LLMUnavailable(LLMError):
-    """The provider cannot be reached or answers that it cannot serve now."""
+    """The provider cannot be reached or reports that it cannot serve now."""
 
     code, retryable = "llm-unavailable", True
 
 
 class LLMBadResponse(LLMError):
-    """The provider answered with something that is not of its own protocol."""
+    """The provider's response violates its own protocol."""
 
     code = "llm-bad-response"
 
@@ -130,6 +130,6 @@ class LLMEndpointRefused(LLMError):
 
 
 class LLMProviderMissing(LLMError):
-    """The provider is unknown here; the message says which are known."""
+    """The provider is unknown here; the message lists the known ones."""
 
     code = "llm-provider-missing"

@@ -1,4 +1,4 @@
-"""The root of every error of this package, and what refuses to start. Knows no other module."""
+"""The root of all errors of this package, and startup errors. Knows no other module."""
 
 from __future__ import annotations
 
@@ -22,6 +22,6 @@ class StartupError(SLMError):
 
 
 class ConfigurationError(SLMError):
-    """A setting or an argument of this package makes no sense; the message says which."""
+    """A setting or an argument of this package is invalid; the message says which."""
 
     code = "configuration"

@@ -1,6 +1,6 @@
-"""A provider's answer over HTTP: read piece by piece, decompressed, never more than was allowed.
+"""A provider's HTTP response body: read in pieces, decompressed, and limited in size.
 
-Knows nothing of what is in it, nor of the connection it came on.
+Knows nothing about its content or its connection.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ if TYPE_CHECKING:
 
 
 class AnswerUnreadable(Exception):
-    """The answer is larger than allowed, or compressed in a way that nobody asked for."""
+    """The response is larger than allowed, or its compression is broken or was not requested."""
 
 
 class Answer:
-    """An answer whose head is there and whose body comes piece by piece, decompressed.
+    """A response with its head received and its body arriving in pieces, decompressed.
 
     Attributes:
         status: the HTTP status.
-        headers: by name, in any case.
-        content_type: without its parameters, in lower case.
+        headers: by name, case-insensitive.
+        content_type: without parameters, in lower case.
     """
 
     def __init__(self, response: ClientResponse, max_bytes: int) -> None:
@@ -40,7 +40,7 @@ class Answer:
         self._inflate = _decompressor(response.headers.get("content-encoding", ""))
 
     async def some(self) -> bytes:
-        """Return the next bytes of the body, none at its end.
+        """Return the next bytes of the body; empty at its end.
 
         Raises:
             AnswerUnreadable: it is larger than allowed, or its compression is broken.
@@ -67,7 +67,7 @@ class Answer:
         return b"".join(parts)[:limit]
 
     async def drain(self, seconds: float) -> None:
-        """Read what is left, if it comes soon: the connection can be used again then."""
+        """Read the rest if it arrives soon, so that the connection can be reused."""
         with contextlib.suppress(Exception):
             async with asyncio.timeout(seconds):
                 while await self.some():
@@ -75,17 +75,17 @@ class Answer:
 
     def _inflated(self, data: bytes, inflate: Decompressor) -> bytes:
         try:
-            # One byte more than allowed is enough to know; the rest is never unpacked.
+            # One byte more than allowed is enough to tell; the rest is never decompressed.
             return inflate.decompress(data, self._left + 1)
         except zlib.error:
             raise AnswerUnreadable("the answer is not compressed as it says") from None
 
 
 class Decompressor(Protocol):
-    """What `zlib.decompressobj` returns."""
+    """The result of `zlib.decompressobj`."""
 
     def decompress(self, data: bytes, max_length: int, /) -> bytes:
-        """Return what the data unpacks to, so many bytes at most."""
+        """Decompress the data to at most this many bytes."""
 
 
 def _decompressor(encoding: str) -> Decompressor | None:

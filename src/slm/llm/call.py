@@ -1,6 +1,6 @@
-"""One call: a config, messages and overrides made into a request, and exceptions into our errors.
+"""One call: turns a config, messages and overrides into a request, and exceptions into our errors.
 
-Knows no transport; resolves no agent. Nothing here outlives the call.
+Knows no transport and resolves no agent. Nothing here outlives the call.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ _logger = logging.getLogger(__name__)
 MAX_DETAIL: Final = 500
 _MAX_TIMEOUT_SECONDS: Final = 30 * 86400
 
-# Named in llm_options, these would turn a request into another one or send it, or its key,
-# elsewhere; the first line is set by the interface, the rest are arguments of SDKs.
+# In llm_options, these would change the kind of request or send it, or its key, elsewhere; the
+# interface sets those in the first line, the rest are SDK arguments.
 _RESERVED: Final = frozenset(
     [
         *("model", "messages", "stream", "system", "prompt", "input"),
@@ -50,12 +50,12 @@ _KEY: Final = re.compile(r"[\x21-\x7e]+")
 
 
 class Call:
-    """What one call needs, from the config it began with.
+    """What one call needs, from the config it started with.
 
     Raises:
-        ConfigurationError: an override is unknown or makes no sense.
-        LLMEndpointRefused: the endpoint is of a kind that no request may go to.
-        LLMAuthError: the key holds a character that no header can carry.
+        ConfigurationError: an override is unknown or invalid.
+        LLMEndpointRefused: the endpoint is of a forbidden kind.
+        LLMAuthError: the key contains a character that no header can carry.
     """
 
     def __init__(
@@ -68,21 +68,21 @@ class Call:
         self.provider = provider
         self.config = config
         self.model = overrides.get("model", config.llm_model)
-        # The SLM's database, which others can write to, may hold a number too large for any clock.
+        # Others can write to the SLM's database; the number may be too large for any clock.
         timeout = overrides.get("timeout", config.llm_timeout)
         self.timeout_seconds = float(min(max(timeout, 0), _MAX_TIMEOUT_SECONDS))
         self._stale = config.stale
         self.request = self._request(messages, overrides)
 
     def result(self, completion: Completion) -> ChatResult:
-        """Return the result, naming the config that made it."""
+        """Return the result, with the config that produced it."""
         return result_of(completion, self.config, self.model, self._stale)
 
     def failure(self, error: Exception, *, timed_out: bool = False) -> LLMError:
-        """Return our error for what the adapter raised; raises nothing, whatever the provider sent.
+        """Return our error for an adapter's exception; raises nothing, whatever the provider sent.
 
-        To be raised outside the `except` block. There it has no `__context__`: the key can be
-        reached through the HTTP library's exception, as `exc.request_info.headers`.
+        Must be raised outside the `except` block, so that it has no `__context__`: the HTTP
+        library's exception exposes the key, as `exc.request_info.headers`.
         """
         if timed_out:
             detail = f"no answer within llm_timeout ({self.timeout_seconds:g} s)"
@@ -90,18 +90,18 @@ class Call:
         return self._error(self._explained(error), type(error).__name__)
 
     def _explained(self, error: Exception) -> Failure:
-        # What an adapter reads of an exception is the provider's words, of any type and length.
+        # The adapter extracts the provider's text, of any type and length.
         with contextlib.suppress(Exception):
             failure = self.provider.explain(error)
             if failure.kind is LLMUnavailable and failure.status is None:
-                # Nobody answered, so the place is what is to be looked at.
+                # No one answered, so the endpoint is what to check.
                 place = origin(self.config.llm_provider, self.config.llm_endpoint)
                 return replace(failure, detail=f"{failure.detail} (endpoint {place})")
             return failure
         return Failure(LLMBadResponse, "the provider's error is not of its own protocol")
 
     def broken(self, text: str, error: LLMError | None = None) -> LLMError:
-        """Return the error of a stream that ended too soon after it had begun to answer."""
+        """Return the error for a stream that started and then ended too soon."""
         if isinstance(error, LLMTimeout):
             return error
         detail = "the stream ended before the provider said that it was finished"
@@ -125,7 +125,7 @@ class Call:
         )
 
     def _scrubbed(self, text: object) -> str:
-        """Return the provider's words on one line, without the key, which some of them echo."""
+        """Return the provider's text on one line, without the key, which some of them echo."""
         if not isinstance(text, str):
             text = "the provider's error has no text"
         return one_line(self._without_key(text[:MAX_TEXT]), MAX_DETAIL)
@@ -172,7 +172,7 @@ class Call:
 
 
 def context_of(config: ResolvedConfig, model: str) -> dict[str, Any]:
-    """Return what every `LLMError` tells of the config at work."""
+    """Return what every `LLMError` reports about the config in use."""
     return {
         "agent_id": config.agent_id,
         "provider": config.llm_provider,
@@ -184,7 +184,7 @@ def context_of(config: ResolvedConfig, model: str) -> dict[str, Any]:
 
 
 def check_overrides(messages: Sequence[Message], overrides: Mapping[str, Any]) -> None:
-    """Refuse what makes no sense before anything is asked.
+    """Reject invalid overrides and messages before anything is requested.
 
     Raises:
         ConfigurationError: the message says what is wrong.
@@ -228,7 +228,7 @@ def _warn_of_reserved(name: str, whose: str) -> None:
 
 
 def where_from(config: ResolvedConfig) -> str:
-    """Return the agent, the step and the revision, as every log line has them."""
+    """Return the agent, the step and the revision, as included in every log line."""
     text = f"agent {config.agent_id}, step {config.step.value}"
     return text if config.revision is None else f"{text}, revision {config.revision}"
 
@@ -246,7 +246,7 @@ def _max_tokens(
     limit: int | None = options.pop("max_tokens", config.llm_max_tokens)
     for name in ("max_completion_tokens", "num_predict"):
         if name in options:
-            # The option is the provider's own word for the limit: kept as the one word sent.
+            # The option is the provider's own name for the limit, so it is the only one sent.
             if "max_tokens" in overrides:
                 options[name] = overrides["max_tokens"]
             return None

@@ -1,7 +1,7 @@
-"""LLMInterface: an agent's name and messages in, the answer of its current model out.
+"""LLMInterface: takes an agent's name and messages, returns its current model's answer.
 
-Resolves the agent, picks the provider, calls, retries, reports. Knows no provider's protocol and
-keeps no config: each call resolves anew, and finishes on what it began with.
+Resolves the agent, selects the provider, calls, retries, reports. Knows no provider's protocol and
+keeps no config: each call resolves again, and keeps the config it started with.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ _log = logging.getLogger("slm.llm")
 
 
 class Resolver(Protocol):
-    """What LLMInterface needs of a client; `slm.SLMClient` is one."""
+    """What LLMInterface needs from a client; `slm.SLMClient` is one."""
 
     async def resolve(self, agent_id: str) -> ResolvedConfig:
-        """Return the config in force for the agent."""
+        """Return the agent's current config."""
 
 
 class LLMInterface:
@@ -58,14 +58,14 @@ class LLMInterface:
         retry: RetrySettings | None = None,
         transport: TransportSettings | None = None,
     ) -> None:
-        # A BlockingSLMClient is known by this alone: to import it would be to import aiohttp.
+        # A BlockingSLMClient is detected by this alone; importing it would import aiohttp.
         resolver: Any = getattr(client, "_asynchronous", client)
         self._client: Resolver = resolver
         self._retry = retry or RetrySettings()
         transport = transport or TransportSettings()
         self._connections = Connections(transport)
         self._providers: dict[str, Provider] = {}
-        # An SLMClient has both; whatever else resolves need not.
+        # An SLMClient has both; other resolvers need not.
         self._in_use: Callable[[ResolvedConfig], AbstractContextManager[None]] = getattr(
             resolver, "in_use", _not_counted
         )
@@ -81,19 +81,19 @@ class LLMInterface:
         """Return the model's answer.
 
         Args:
-            agent_id: whose config to use; the chain of docs/protocol.md section 5 resolves it.
-            messages: dicts with `role` (system, user, assistant, tool) and `content`, in the form
-                that OpenAI made common; translated for the other providers, tool calls included.
+            agent_id: the agent; resolved by the chain in docs/protocol.md section 5.
+            messages: dicts with `role` (system, user, assistant, tool) and `content`, in OpenAI's
+                format; translated for the other providers, including tool calls.
             **overrides: what this call sets differently; see `Overrides`.
 
         Raises:
             LLMError: the call failed; its subclass says how (see `slm.errors`).
-            AgentKeyUnavailable: the agent's key cannot be had.
-            ConfigurationError: an override or a message makes no sense.
+            AgentKeyUnavailable: the agent's key is unavailable.
+            ConfigurationError: an override or a message is invalid.
         """
         check_overrides(messages, overrides)
         config = await self._client.resolve(agent_id)
-        # A call in flight holds its key until it ends, however often it is tried.
+        # A call holds its key until it ends, including retries.
         with self._in_use(config):
             call = await self._begin(config, messages, overrides)
             span = spans.begin(call)
@@ -108,7 +108,7 @@ class LLMInterface:
     def chat_now(
         self, agent_id: str, messages: Sequence[Message], **overrides: Unpack[Overrides]
     ) -> ChatResult:
-        """Do what `chat` does, in synchronous code; from any thread."""
+        """Do what `chat` does, in synchronous code; callable from any thread."""
         return self._waiter.wait(lambda: self.chat(agent_id, messages, **overrides))
 
     async def _chat(self, call: Call) -> ChatResult:
@@ -130,10 +130,10 @@ class LLMInterface:
     def stream(
         self, agent_id: str, messages: Sequence[Message], **overrides: Unpack[Overrides]
     ) -> LLMStream:
-        """Return the model's answer as it comes, an asynchronous iterator of `StreamChunk`.
+        """Stream the model's answer: returns an asynchronous iterator of `StreamChunk`.
 
-        Arguments and errors are those of `chat`; nothing is sent before the first chunk is asked
-        for. Nothing is tried again after the first chunk.
+        Arguments and errors are those of `chat`; nothing is sent before the first chunk is
+        requested. After the first chunk, nothing is retried.
         """
         check_overrides(messages, overrides)
         state = _StreamState()
@@ -142,13 +142,13 @@ class LLMInterface:
     def stream_now(
         self, agent_id: str, messages: Sequence[Message], **overrides: Unpack[Overrides]
     ) -> LLMStreamNow:
-        """Do what `stream` does, in synchronous code: an iterator; from any thread."""
+        """Do what `stream` does, in synchronous code: an iterator; callable from any thread."""
         return LLMStreamNow(self.stream(agent_id, messages, **overrides), self._waiter)
 
     async def close(self) -> None:
         """Close the connections of the running event loop and those of synchronous calls.
 
-        Other loops close their own. The client no longer asks this interface what it can call.
+        Other loops close their own. The client stops using this interface to validate configs.
         """
         self._unregister()
         await self._connections.aclose()
@@ -184,7 +184,7 @@ class LLMInterface:
         context = context_of(config, config.llm_model)
         if name not in PROVIDERS:
             raise LLMProviderMissing(unknown_provider(), **context)
-        # In a thread: reading the system's certificates takes 20 to 40 ms.
+        # In a thread, because loading the system's certificates takes 20 to 40 ms.
         provider = await asyncio.to_thread(self._make, name)
         return self._providers.setdefault(name, provider)
 
@@ -237,7 +237,7 @@ class LLMInterface:
                     yield outcome
                     deadline = loop.time() + call.timeout_seconds
             finally:
-                # What closing may raise is the SDK's, and says nothing that is not known yet.
+                # Exceptions while closing are the SDK's, and add nothing.
                 with contextlib.suppress(Exception):
                     await pieces.aclose()
             if received.ended:
@@ -257,10 +257,10 @@ class LLMInterface:
 
 
 class LLMStream:
-    """An answer as it comes: iterate over it for the chunks, then ask for its `result`.
+    """A streamed answer: iterate over it for the chunks, then read its `result`.
 
-    Closed when it ends; leaving it early closes the connection as soon as it is let go of, or at
-    once as a context manager (`async with llm.stream(…) as stream`) or by `aclose`.
+    Closes its connection when it ends. If you stop early, the connection is closed once the stream
+    is garbage-collected, or at once with `async with llm.stream(…) as stream` or `aclose`.
     """
 
     def __init__(self, chunks: AsyncGenerator[StreamChunk, None], state: _StreamState) -> None:
@@ -274,7 +274,7 @@ class LLMStream:
 
     @property
     def result(self) -> ChatResult:
-        """The whole answer, and which config made it.
+        """The complete answer, and the configuration that produced it.
 
         Raises:
             ConfigurationError: the stream has not been read to its end.
@@ -315,7 +315,7 @@ def _log_answer(call: Call, result: ChatResult) -> None:
 
 
 def _log_failure(error: LLMError, pause: float | None) -> None:
-    """Log a failure; its text names provider, model, agent, step and revision."""
+    """Log a failure; its text includes provider, model, agent, step and revision."""
     if pause is None:
         _log.debug("%s", error)
     else:
@@ -323,7 +323,7 @@ def _log_failure(error: LLMError, pause: float | None) -> None:
 
 
 class _StreamState:
-    """What a stream and its generator share; apart from both, so that they form no cycle."""
+    """Shared by a stream and its generator, separate from both so that they form no cycle."""
 
     def __init__(self) -> None:
         self.received = Accumulator()
@@ -331,7 +331,7 @@ class _StreamState:
 
 
 async def _answer(call: Call, deadline: float) -> ChatResult | LLMError:
-    """Try once; return an error rather than raise it, so that it has no `__context__`."""
+    """Try once; return an error instead of raising it, so that it has no `__context__`."""
     limit = asyncio.timeout_at(deadline)
     try:
         async with limit:
@@ -349,7 +349,7 @@ async def _answer(call: Call, deadline: float) -> ChatResult | LLMError:
 async def _next(
     call: Call, pieces: AsyncGenerator[StreamChunk, None], deadline: float
 ) -> StreamChunk | LLMError | None:
-    """Return the next chunk, None at the stream's end, or an error; raises nothing of the SDK."""
+    """Return the next chunk, None at the end, or an error; raises nothing from the SDK."""
     limit = asyncio.timeout_at(deadline)
     try:
         async with limit:
@@ -365,6 +365,6 @@ async def _next(
 
 
 def _without_way_back(error: BaseException) -> BaseException:
-    """Return a cancellation without the frames of the SDK, whose variables hold the key."""
+    """Return a cancellation without the SDK's frames, which have the key in variables."""
     error.__context__ = error.__cause__ = None
     return error.with_traceback(None)

@@ -1,4 +1,4 @@
-"""What a caller of LLMInterface gets: the result with the config that made it, and the overrides.
+"""What LLMInterface returns: the result with the config that produced it, and the overrides.
 
 Knows no provider and no transport.
 """
@@ -18,7 +18,7 @@ from slm.llm.providers.base import PARTS, Completion, ToolCall, Usage
 class Overrides(TypedDict, total=False):
     """What one call may set differently from the agent's config.
 
-    For each: the override, else `llm_options`, else the agent's own column.
+    Precedence for each value: the override, then `llm_options`, then the agent's own column.
 
     Attributes:
         model: another model of the same provider.
@@ -83,10 +83,10 @@ class ChatResult:
 
     @property
     def message(self) -> dict[str, Any]:
-        """The assistant's turn, ready to append before the answers of its tool calls.
+        """The assistant's turn, ready to append before the results of its tool calls.
 
-        It is plain JSON. What only its provider understands, such as signatures of what it thought,
-        is in `provider_parts`: sent back to the same origin as it came, and to no other.
+        It is plain JSON. Data that only its provider understands, such as reasoning signatures, is
+        in `provider_parts`, which is only sent back to the origin it came from.
         """
         message: dict[str, Any] = {"role": "assistant", "content": self.text}
         if self.tool_calls:
@@ -110,7 +110,7 @@ class ChatResult:
 def result_of(
     completion: Completion, config: ResolvedConfig, model: str, stale: bool
 ) -> ChatResult:
-    """Return the completion together with the config that made it."""
+    """Combine the completion with the config that produced it."""
     return ChatResult(
         text=completion.text,
         tool_calls=completion.tool_calls,
@@ -130,7 +130,7 @@ def result_of(
 
 
 def _marked(parts: Mapping[str, Any], config: ResolvedConfig) -> Mapping[str, Any]:
-    """Return the parts with where they come from."""
+    """Return the parts, marked with their origin."""
     if not parts:
         return {}
     place = origin(config.llm_provider, config.llm_endpoint)

@@ -1,4 +1,4 @@
-"""When a failed call is tried again, and after how long.
+"""When a failed call is retried, and after how long.
 
 Knows neither providers nor clocks.
 """
@@ -14,12 +14,12 @@ from slm.errors import LLMError, LLMStreamBroken
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RetrySettings:
-    """How failed calls are tried again, always within the call's own deadline.
+    """How failed calls are retried, always within the call's own deadline.
 
     Attributes:
-        max_retries: how often a call is tried again.
-        backoff_seconds: the longest first pause; it doubles with each retry.
-        backoff_max_seconds: the longest pause.
+        max_retries: the maximum number of retries.
+        backoff_seconds: the maximum first pause; it doubles with each retry.
+        backoff_max_seconds: the maximum pause.
     """
 
     max_retries: int = 2
@@ -27,15 +27,15 @@ class RetrySettings:
     backoff_max_seconds: float = 8.0
 
     def pause(self, error: LLMError, tries: int, seconds_left: float) -> float | None:
-        """Return how long to wait before the next try, or None to give up.
+        """Return how long to wait before the next attempt, or None to give up.
 
-        Full jitter, so that those who failed together do not come back together; where the
-        provider said when to come back (Retry-After), not before that.
+        Uses full jitter, so that calls that failed together are not retried together, and waits at
+        least as long as the provider asks (Retry-After).
 
         Args:
-            error: what the last try ended with, before anything of an answer came.
-            tries: how many there were.
-            seconds_left: until the call's deadline; a pause that passes it is not worth taking.
+            error: what the last attempt ended with, before any part of an answer arrived.
+            tries: the number of attempts so far.
+            seconds_left: the time until the call's deadline; no retry if the pause exceeds it.
         """
         if tries > self.max_retries:
             return None

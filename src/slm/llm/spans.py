@@ -1,6 +1,6 @@
-"""The span of one LLM call: OpenTelemetry's GenAI names, plus the agent and the config's revision.
+"""The span of one LLM call: OpenTelemetry's GenAI names, plus agent and revision.
 
-Knows no provider. Holds no prompt, no answer and no key.
+Knows no provider. Contains no prompt, no answer and no key.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from slm.llm.results import ChatResult
 
 
 def begin(call: Call) -> Any:
-    """Return the started span of a call; None where nothing is traced.
+    """Return the started span of a call, or None without tracing.
 
     Names: https://opentelemetry.io/docs/specs/semconv/gen-ai/gen-ai-spans/
     """
@@ -39,7 +39,7 @@ def begin(call: Call) -> Any:
 
 
 def end(span: Any, outcome: ChatResult | BaseException | None) -> None:
-    """End the span with what came of the call; None: whoever asked left before the end."""
+    """End the span with the call's outcome; None if the caller left before the end."""
     if span is None:
         return
     if isinstance(outcome, BaseException):

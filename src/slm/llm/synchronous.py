@@ -1,7 +1,7 @@
-"""LLMInterface for synchronous code: its calls run in one background thread, and are waited for.
+"""LLMInterface for synchronous code: runs calls in one background thread and waits for them.
 
-The thread is not the one that follows the SLM, so that a large answer holds up no change. Knows
-nothing of what a call does.
+This thread is not the one that follows the SLM, so a large response delays no change. Does not know
+what a call does.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ _calling: Final = Background("slm-llm")
 
 
 class Waiter:
-    """Runs one interface's calls in the background thread; there while the interface is open.
+    """Runs one interface's calls in the background thread, which exists while it is open.
 
     Args:
-        close_connections: closes those of the loop it is awaited in.
+        close_connections: closes the connections of the loop it is awaited in.
     """
 
     def __init__(self, close_connections: Callable[[], Coroutine[Any, Any, None]]) -> None:
         self._close_connections = close_connections
         self._holder = new_holder()
         self._used = False
-        # One that nobody holds any more is closed; at exit, the thread ends with the process.
+        # One that nothing refers to is closed; at exit, the thread ends with the process.
         weakref.finalize(self, _close_later, self._holder, close_connections).atexit = False
 
     def wait(self, work: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
-        """Run it there, in the caller's context, and wait for it."""
+        """Run work in the background thread, in the caller's context, and wait for it."""
         self._used = True
-        _calling.hold(self._holder)  # with its connections, from one call to the next
+        _calling.hold(self._holder)  # keeps it and its connections between calls
         return _calling.start(work, contextvars.copy_context()).wait()
 
     async def close(self) -> None:
@@ -49,16 +49,16 @@ class Waiter:
             _calling.let_go(self._holder)
 
     def close_now(self) -> None:
-        """Do the same from synchronous code."""
+        """Do what `close` does, in synchronous code."""
         if self._used and _calling.is_running:
             _calling.start(self._close_connections).wait()
             _calling.let_go(self._holder)
 
 
 def _close_later(holder: int, close_connections: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    """Close what nobody holds any more; called by the garbage collector, in the middle of anything.
+    """Close an unreferenced interface; called by the garbage collector, at any point.
 
-    Takes no lock and waits for nothing.
+    Takes no lock and does not wait.
     """
     loop = _calling.loop
 
@@ -69,12 +69,12 @@ def _close_later(holder: int, close_connections: Callable[[], Coroutine[Any, Any
             _calling.let_go(holder)
 
     if loop is not None:
-        with contextlib.suppress(RuntimeError):  # it has ended
+        with contextlib.suppress(RuntimeError):  # the loop has ended
             loop.call_soon_threadsafe(lambda: loop.create_task(close()))
 
 
 class Stream(Protocol):
-    """What is iterated over there: an `LLMStream`."""
+    """What is iterated over in the background: an `LLMStream`."""
 
     @property
     def text(self) -> str:
@@ -91,10 +91,10 @@ class Stream(Protocol):
 
 
 class LLMStreamNow:
-    """An answer as it comes, for synchronous code; see `LLMStream`.
+    """A streamed answer for synchronous code; see `LLMStream`.
 
-    Leaving it early closes the connection once it is let go of, or at once as a context manager
-    (`with llm.stream_now(…) as stream`) or by `close`.
+    If you stop early, the connection is closed once the stream is garbage-collected, or at once
+    with `with llm.stream_now(…) as stream` or `close`.
     """
 
     def __init__(self, stream: Stream, waiter: Waiter) -> None:
@@ -108,7 +108,7 @@ class LLMStreamNow:
 
     @property
     def result(self) -> ChatResult:
-        """The whole answer, and which config made it.
+        """The complete answer, and the configuration that produced it.
 
         Raises:
             ConfigurationError: the stream has not been read to its end.

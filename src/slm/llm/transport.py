@@ -1,7 +1,7 @@
-"""HTTP to the providers: one pool of connections an event loop, every address checked.
+"""HTTP to the providers: one connection pool per event loop, with every address checked.
 
-No redirect is followed, no cookie kept, nothing taken from the environment that was not asked for.
-Knows nothing of providers' protocols or agents.
+Follows no redirect, keeps no cookie, uses nothing from the environment unless asked. Knows nothing
+about provider protocols or agents.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from slm.llm.answer import Answer
 _HEADER_NAME: Final = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
 _HEADER_VALUE: Final = re.compile(r"[\x20-\x7e]*")
 _SECRET_NAME: Final = re.compile(r"key|token|secret|auth|cookie|passw|signature|credential")
-# What a server may send in one header; content security policies grow past aiohttp's 8 KiB.
+# The limit for one response header; content security policies exceed aiohttp's 8 KiB.
 _MAX_HEADER_BYTES: Final = 65536
 _STALE_TRIES: Final = 5
 _LARGE_BYTES: Final = 2**20
 
 KEY_MARK: Final = "{key}"
-"""Stands for the agent's key in a header of `TransportSettings.headers`."""
+"""Placeholder for the agent's key in a header of `TransportSettings.headers`."""
 
 
 class AddressRefused(Exception):
-    """A request would go to a place that it may not go to; nothing was sent."""
+    """A request would go to a forbidden address; nothing was sent."""
 
 
 def _policy_of_environment() -> EndpointPolicy:
@@ -61,24 +61,24 @@ class TransportSettings:
     """How connections to providers are made and kept.
 
     Attributes:
-        ca_file: certificates of a private CA, trusted beside the system's.
-        proxy: an HTTP proxy that all requests go through, such as `http://user:pw@proxy:3128`; by
-            default what SLM_PROVIDER_PROXY says. The proxy resolves the providers' names then.
-        trust_env: also use HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and NO_PROXY where `proxy` is not
-            set. By default they are ignored, since they decide where keys and prompts go.
-        headers: further headers, by origin: `{"https://gateway.example": {"X-Team": "billing"}}`.
-            `{key}` in a value stands for the agent's key; the key is then sent in no other header:
-            `{"https://x.azure-api.net": {"api-key": "{key}"}}`. None as a value leaves a header
-            out that would be sent otherwise.
-        max_connections: at once, of one event loop.
+        ca_file: certificates of a private CA, trusted in addition to the system's.
+        proxy: an HTTP proxy for all requests, such as `http://user:pw@proxy:3128`; by default
+            SLM_PROVIDER_PROXY. The proxy then resolves the providers' names.
+        trust_env: also use HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and NO_PROXY if `proxy` is not set.
+            Ignored by default, because they decide where keys and prompts are sent.
+        headers: additional headers, by origin: `{"https://gateway.example": {"X-Team":
+            "billing"}}`. `{key}` in a value stands for the agent's key, which is then sent in no
+            other header: `{"https://x.azure-api.net": {"api-key": "{key}"}}`. A value of None
+            removes a header that would otherwise be sent.
+        max_connections: the maximum number of open connections per event loop.
         keepalive_seconds: how long an idle connection is kept.
-        address_seconds: for one address of a name, before the next one is tried beside it.
-        max_answer_bytes: the most that is read of one answer, decompressed.
-        endpoints: which addresses requests may go to; by default what SLM_ENDPOINTS and
-            SLM_ENDPOINT_ALLOW say in this process's environment.
+        address_seconds: how long to try one address of a name before trying the next in parallel.
+        max_answer_bytes: the maximum size of a response, decompressed.
+        endpoints: the addresses that requests may go to; by default those allowed by SLM_ENDPOINTS
+            and SLM_ENDPOINT_ALLOW in this process's environment.
 
     Raises:
-        ConfigurationError: the proxy or a header makes no sense.
+        ConfigurationError: the proxy or a header is invalid.
     """
 
     ca_file: str | None = None
@@ -117,8 +117,8 @@ def _is_proxy(url: str) -> bool:
 class Connections:
     """The connections of each event loop.
 
-    Closed by `aclose` for the loop it is called in; a loop that ends by itself closes its own, as
-    `asyncio.run` does with every asynchronous generator that is still open.
+    `aclose` closes those of the running loop; a loop that ends closes its own, because
+    `asyncio.run` closes every open asynchronous generator.
     """
 
     def __init__(self, settings: TransportSettings) -> None:
@@ -139,18 +139,17 @@ class Connections:
         bound_to: str,
         secret: str | None,
     ) -> AsyncIterator[Answer]:
-        """Send a request and give its answer once the head of it is there.
+        """Send a request and yield the response once its head has arrived.
 
         Args:
-            url: where to.
+            url: the URL.
             body: JSON.
-            headers: what the protocol wants; the settings' own headers replace these.
-            bound_to: the origin that the key is bound to, as `slm.endpoints` words it.
-            secret: what `{key}` stands for.
+            headers: those of the protocol; the settings' headers override them.
+            bound_to: the origin that the key is bound to, as formatted by `slm.endpoints`.
+            secret: the value for `{key}`.
 
         Raises:
-            AddressRefused: it would go to another origin, or to an address of a kind that no
-                request may go to.
+            AddressRefused: it would go to another origin, or to a forbidden kind of address.
         """
         loop = await self.current()
         sent = self._all_headers(bound_to, headers, secret)
@@ -159,7 +158,7 @@ class Connections:
                 response = await loop.post(url, body, sent, bound_to)
                 break
             except aiohttp.ClientConnectionResetError:
-                # The server closed a kept connection just now, and nothing was sent on it.
+                # The server had just closed an idle connection, and nothing was sent on it.
                 if not left:
                     raise
                 await asyncio.sleep(0)
@@ -167,7 +166,7 @@ class Connections:
             yield Answer(response, self.settings.max_answer_bytes)
 
     async def current(self) -> LoopConnections:
-        """Return those of the running loop."""
+        """Return the connections of the running loop."""
         loop = asyncio.get_running_loop()
         found = self._loops.get(loop)
         if found is None:
@@ -185,7 +184,7 @@ class Connections:
             await found.aclose()
 
     def prepare(self) -> ssl.SSLContext:
-        """Return the TLS context, made once: reading the system's certificates takes 20 to 40 ms.
+        """Return the TLS context, created once: loading the system certificates takes 20-40 ms.
 
         Raises:
             ConfigurationError: `ca_file` cannot be read.
@@ -201,7 +200,7 @@ class Connections:
         return self._ssl_context
 
     def secrets(self, place: str) -> list[str]:
-        """Return the secrets in the headers set for an origin: they may come back in an error."""
+        """Return the secrets in the headers for an origin: an error may echo them."""
         named = self._headers.get(place, {}).items()
         return [value for name, value in named if value and _SECRET_NAME.search(name.lower())]
 
@@ -219,14 +218,14 @@ class Connections:
             and not (elsewhere and secret and secret in value)
         }
         for name, value in ours.items():
-            # Without a key, a header that is there to carry it is left out.
+            # Without a key, a header meant to carry it is omitted.
             if value is not None and not (KEY_MARK in value and secret is None):
                 kept[name] = value.replace(KEY_MARK, secret or "")
         return kept
 
 
 class LoopConnections:
-    """One event loop's connections; made by `Connections`."""
+    """One event loop's connections; created by `Connections`."""
 
     def __init__(self, settings: TransportSettings, context: ssl.SSLContext) -> None:
         self._settings = settings
@@ -236,7 +235,7 @@ class LoopConnections:
         self._closer = self._close_at_the_end()
 
     async def open(self) -> None:
-        """Start what closes the connections when the loop ends."""
+        """Start the generator that closes the connections when the loop ends."""
         await anext(self._closer)
 
     async def aclose(self) -> None:
@@ -247,22 +246,21 @@ class LoopConnections:
         """Return one request, to be awaited.
 
         Raises:
-            AddressRefused: the URL is of another origin, or names an address that no request may
-                go to.
+            AddressRefused: the URL has another origin, or contains a forbidden address.
         """
         target = URL(url, encoded=True)
-        # What is compared is what is connected to: the URL as the HTTP library reads it.
+        # Compare exactly what will be connected to: the URL as the HTTP library parses it.
         if _destination(target) != bound_to:
             raise AddressRefused("the request would go to another place than the endpoint's origin")
         proxy = self._settings.proxy or (_proxy_of(target) if self._settings.trust_env else None)
         self._check_literal(target.host or "")
         session = self._session(proxied=proxy is not None)
-        # A body of megabytes, as images make it, is sent in pieces: the loop has others to serve.
+        # Send large bodies, such as images, in pieces so that the loop can run other tasks.
         data = body if len(body) < _LARGE_BYTES else io.BytesIO(body)
         return session.post(target, data=data, headers=headers, proxy=proxy, allow_redirects=False)
 
     def _check_literal(self, host: str) -> None:
-        # A name is judged by what it resolves to; an address is not resolved.
+        # Names are judged by what they resolve to; addresses are not resolved.
         address = literal_address(host)
         if address is not None:
             reason = self._settings.endpoints.refused_address(address, host)
@@ -272,23 +270,23 @@ class LoopConnections:
     def _session(self, *, proxied: bool) -> aiohttp.ClientSession:
         found = self._proxied if proxied else self._direct
         if found is None:
-            # The proxy's own address is the operator's choice; the providers' names are its affair.
+            # The operator chose the proxy's address; the proxy resolves the providers' names.
             resolver = None if proxied else CheckedResolver(self._settings.endpoints)
             found = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(
                     ssl=self._context,
                     resolver=resolver,
-                    # Look-up and connection are one step, so a name that resolves differently the
+                    # Lookup and connection are one step, so a name that resolves differently the
                     # second time gains nothing (docs/protocol.md section 1, row `llm_endpoint`).
                     use_dns_cache=False,
                     limit=self._settings.max_connections,
                     keepalive_timeout=self._settings.keepalive_seconds,
                     happy_eyeballs_delay=self._settings.address_seconds,
                 ),
-                # The interface has a deadline of its own.
+                # The interface has its own deadline.
                 timeout=aiohttp.ClientTimeout(total=None, sock_connect=None),
                 cookie_jar=aiohttp.DummyCookieJar(),
-                # Decompressed in `Answer`, where it has a bound.
+                # Decompressed in `Answer`, where it is limited.
                 auto_decompress=False,
                 trust_env=False,
                 max_line_size=_MAX_HEADER_BYTES,
@@ -318,13 +316,13 @@ def _proxy_of(url: URL) -> str | None:
         return None
     proxy = proxy if "://" in proxy else f"http://{proxy}"
     if not _is_proxy(proxy):
-        # Going straight out instead is what whoever set it did not want.
+        # Connecting directly instead is not what the person who set it wanted.
         raise AddressRefused("the environment names a proxy that is not an HTTP proxy")
     return proxy
 
 
 def _destination(url: URL) -> str:
-    """Return where the HTTP library would connect to, as `slm.endpoints.origin` words it."""
+    """Return where the HTTP library would connect to, as `slm.endpoints.origin` formats it."""
     host = url.host or ""
     return (
         f"{url.scheme}://[{host}]:{url.port}"
@@ -334,7 +332,7 @@ def _destination(url: URL) -> str:
 
 
 class CheckedResolver(AbstractResolver):
-    """Looks a name up and refuses it where one of its addresses may not be connected to."""
+    """Resolves a name and rejects it if any of its addresses is forbidden."""
 
     def __init__(self, policy: EndpointPolicy) -> None:
         self._policy = policy
@@ -345,7 +343,7 @@ class CheckedResolver(AbstractResolver):
         """Return the addresses of `host`.
 
         Raises:
-            AddressRefused: one of the addresses is of a kind that no request may go to.
+            AddressRefused: one of the addresses is of a forbidden kind.
         """
         loop = asyncio.get_running_loop()
         try:

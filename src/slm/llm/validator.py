@@ -1,6 +1,6 @@
-"""Says before its first call that a config cannot work here: unknown provider, URL refused.
+"""Detects before the first call that a config cannot work: unknown provider, forbidden URL.
 
-`LLMInterface` registers it with the client, which then keeps the last good config and tells the
+`LLMInterface` registers it with the client, which then keeps the last good config and informs the
 SLM. Knows no provider's protocol.
 """
 
@@ -18,17 +18,17 @@ PROVIDERS: Final = {
     "openai": ("slm.llm.providers.openai", "OpenAIProvider"),
     "anthropic": ("slm.llm.providers.anthropic", "AnthropicProvider"),
 }
-"""By name: our module and its class."""
+"""By provider name: our module and its class."""
 
 
 @functools.lru_cache(maxsize=1024)
 def refused_address(url: str) -> str | None:
-    """Say why no call may be made to `url`, which was saved once, or None when it may."""
+    """Return why no call may be made to a stored `url`, or None if it may."""
     return refused_endpoint(url, stored=True)
 
 
 class Check(InlineValidator):
-    """What `LLMInterface` registers; those of one policy are equal, so that many cost as one.
+    """The validator that `LLMInterface` registers; equal policies compare equal and run once.
 
     Args:
         policy: what this backend allows; the SLM may allow more.
@@ -52,7 +52,7 @@ def reason_against(config: ResolvedConfig, policy: EndpointPolicy) -> str | None
     """Return why no call can be made with this config, or None.
 
     Args:
-        config: what would come into force.
+        config: the config that would come into use.
         policy: what this backend allows; the SLM may allow more.
     """
     name = config.llm_provider
@@ -64,5 +64,5 @@ def reason_against(config: ResolvedConfig, policy: EndpointPolicy) -> str | None
 
 
 def unknown_provider() -> str:
-    """Return the sentence about a provider that is not ours."""
+    """Return the sentence about an unknown provider."""
     return f"unknown provider; known are {', '.join(sorted(PROVIDERS))}"

@@ -1,6 +1,6 @@
-"""`slm agents create|set|delete|rollback`: every command that changes an agent and can `--wait`.
+"""`slm agents create|set|delete|rollback`: all commands that change an agent and can `--wait`.
 
-Knows what can be said by `agent_options`; who took the change is asked by `receipts`.
+The options are defined in `agent_options`; `receipts` asks who has applied the change.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def create(
     revision = _revision_of(answer)
     if not as_json:
         said = f"[bold]{escape(agent)}[/] created at revision {revision}"
-        # To a token without the scope config:read the server answers no more than this.
+        # A token without the scope config:read gets no more than this.
         if "llm_model" in answer.data:
             made = parsed(Agent, answer)
             said += f": {escape(made.llm_provider)}/{escape(made.llm_model)}, {key_state(made)}"
@@ -184,7 +184,7 @@ def set_agent(
         if "llm_api_key" in body:
             raise output.UsageError("--clear api-key contradicts giving one")
         body["llm_api_key"] = key
-    given = merged({}, option or [])  # what is wrong is said before anything is asked
+    given = merged({}, option or [])  # report errors before sending any request
     if not body and not option:
         raise output.UsageError("nothing to set; name at least one field")
     body |= sent(comment=comment)
@@ -275,7 +275,7 @@ def key_state(agent: Agent) -> str:
 
 
 def _revision_of(answer: ApiAnswer) -> int:
-    """Return the revision of the agent that was written."""
+    """Return the revision of the written agent."""
     revision = answer.data.get("revision")
     if not isinstance(revision, int):
         raise SLMUnavailable("the server's answer is not of the shape that was expected")
@@ -283,7 +283,7 @@ def _revision_of(answer: ApiAnswer) -> int:
 
 
 def _warned_of_cleared_key(answer: ApiAnswer) -> bool:
-    """Say so where a write cleared the stored key, and return whether it did."""
+    """Warn if a write cleared the stored key, and return whether it did."""
     cleared = bool(answer.data.get("api_key_cleared"))
     if cleared:
         output.warning(
@@ -300,10 +300,11 @@ async def _update(
     option: list[str] | None,
     if_match: int | None,
 ) -> tuple[Agent, ApiAnswer]:
-    """Change the agent and return it as it was, and the answer.
+    """Change the agent; return its previous state and the response.
 
-    Always with If-Match, so that "old → new" tells what this command did and options merge into
-    what is there. Where somebody else was quicker and the user named no revision: once more.
+    Always uses If-Match, so that "old → new" shows what this command did and options are merged
+    into the current ones. If someone else was faster and the user gave no revision, tries once
+    more.
     """
     async with Api(target) as api:
         for attempt in range(_RETRIES_ON_CONFLICT):
@@ -323,7 +324,7 @@ async def _update(
 
 
 def _changes(old: Agent, new: Agent) -> dict[str, list[Any]]:
-    """Return what differs, as `{"llm_model": [old, new]}`; of the key, what became of it."""
+    """Return the differences as `{"llm_model": [old, new]}`; for the key, what happened to it."""
     if old.revision == new.revision:
         return {}
     changed = history.differences(old, new)

@@ -1,6 +1,6 @@
-"""`slm agents`: the group of its commands; those that only list and show agents are here.
+"""`slm agents`: its command group; the commands that only list and show agents are here.
 
-Knows the REST API by `http`, and how an agent is shown; whatever changes one is in `writes`.
+Uses the REST API through `http`; everything that changes an agent is in `writes`.
 """
 
 from __future__ import annotations

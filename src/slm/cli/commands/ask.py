@@ -1,6 +1,6 @@
 """`slm ask`: one request through the LLM interface, exactly as a backend makes it.
 
-The answer goes to stdout as it comes; which configuration made it, and why that one, to stderr.
+The answer goes to stdout as it arrives; the configuration used, and why, to stderr.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ async def _ask(
     *,
     as_json: bool,
 ) -> None:
-    # What the SDK would log for an operator is told to the user below.
+    # What the SDK would log for an operator is shown to the user below.
     logging.getLogger("slm").addHandler(logging.NullHandler())
     client = SLMClient(
         target.url,
@@ -135,7 +135,7 @@ async def _ask(
 
 
 def _why(config: ResolvedConfig) -> str:
-    """Return one line: whose config, what it is, and why this one."""
+    """Return one line: the agent of the config, its content, and why it was used."""
     source = config.source_agent_id or ""
     reason = {
         Step.AGENT: "its own config",

@@ -1,6 +1,6 @@
-"""`slm audit`: who did what, to which agent, when and from where; and is that still what it says.
+"""`slm audit`: who did what to which agent, when and from where, and whether it was altered.
 
-Knows the REST API by `http`; the chain is checked by the server, that of a file without one.
+Uses the REST API through `http`; the server checks the chain, that of a file needs no server.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ app = typer.Typer(
 )
 
 _TIMEOUT_SECONDS: Final = 600.0
-"""A long audit takes its time to be checked."""
+"""Checking a long audit takes a while."""
 
 
 @app.command("list")

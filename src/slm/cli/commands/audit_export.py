@@ -1,6 +1,6 @@
-"""`slm audit export` and the check of what it wrote: the chain as JSON lines, in a file.
+"""`slm audit export` and the check of its files: the chain as JSON lines in a file.
 
-Knows the REST API by `http`; what a chain is, is the server's rule, which needs no server to run.
+Uses the REST API through `http`. The server's code defines the chain, but checking needs no server.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def export(
             copy.flush()
             os.fsync(copy.fileno())
         checked = check([unfinished])
-        # Fails where the name was taken meanwhile; a rename would replace that file.
+        # Fails if the name was taken meanwhile; a rename would replace that file.
         os.link(unfinished, file)
         _sync(file.absolute().parent)
     except OSError as error:
@@ -63,7 +63,7 @@ def export(
         unfinished.unlink(missing_ok=True)
     whole = checked["whole"]
     if whole and told["rows"]:
-        # Only now: what the server may remove is on the disk.
+        # Only now, when what the server may remove is on disk.
         asyncio.run(_confirm(target, told["head"]))
     if as_json:
         output.print_json({"file": str(file), **checked})
@@ -76,7 +76,7 @@ def export(
 
 
 async def _export(target: Target, copy: IO[str], everything: bool) -> dict[str, Any]:
-    """Write every page; return the head, and how many rows there were."""
+    """Write every page; return the head and the number of rows."""
     rows = 0
     head = None
     params: dict[str, str | int] = {"all": "true"} if everything else {}
@@ -84,7 +84,7 @@ async def _export(target: Target, copy: IO[str], everything: bool) -> dict[str, 
         while True:
             page = (await api.call("GET", _PATH, params=params)).data
             if head is None:
-                # What is appended meanwhile is for the next export.
+                # Entries added meanwhile belong to the next export.
                 head = page["head"]
                 _line(copy, {"slm_audit": FORMAT, "after": page["after"]})
             for entry in page["entries"]:
@@ -103,13 +103,10 @@ async def _confirm(target: Target, head: str) -> None:
 
 
 def check(files: list[Path], expect: str | None = None) -> dict[str, Any]:
-    """Check exported files, each of which goes on where the one before ends; no server is asked.
+    """Check exported files, each continuing the one before, without a server.
 
     Returns:
-        `whole`, `rows`, `after`, `head`, and `reason` where something is wrong.
-
-    Raises:
-        ConfigurationError: a file cannot be read.
+        `whole`, `rows`, `after`, `head`, and `reason` if something is wrong.
     """
     from slm.server.security.audit_chain import ChainEntry, Walk, parse_link
 
@@ -154,7 +151,7 @@ def check(files: list[Path], expect: str | None = None) -> dict[str, Any]:
 
 
 class _File:
-    """An export, read line by line: where it begins, its entries, and how it says that it ends."""
+    """An export, read line by line: its start, its entries, and its stated end."""
 
     def __init__(self, lines: Iterator[str]) -> None:
         first = json.loads(next(lines))

@@ -1,6 +1,6 @@
-"""`slm certs dev`: a private CA with a server's and a client's certificate, to try TLS with.
+"""`slm certs dev`: a private CA with a server and a client certificate, for trying TLS.
 
-Knows no server. The CA's key is never written, so that nobody can sign anything else with it.
+Knows no server. The CA's key is never written, so that no one can sign anything else with it.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def dev(
 
 
 def make_certificates(hosts: list[str], client: str, days: int) -> dict[str, bytes]:
-    """Return the five files' contents, by name.
+    """Return the contents of the five files, by name.
 
     Args:
         hosts: the server's names and addresses.
@@ -86,7 +86,7 @@ def make_certificates(hosts: list[str], client: str, days: int) -> dict[str, byt
         days: how long they are valid.
 
     Raises:
-        ConfigurationError: a name is none that a certificate can hold.
+        ConfigurationError: a certificate cannot contain one of the names.
     """
     until = datetime.now(UTC) + timedelta(days=days)
     ca_key = ec.generate_private_key(ec.SECP256R1())
@@ -149,7 +149,7 @@ def _builder(
         .issuer_name(issuer)
         .public_key(key)
         .serial_number(x509.random_serial_number())
-        # A clock that is a little behind elsewhere must not refuse it.
+        # Clocks elsewhere that are slightly slow must still accept it.
         .not_valid_before(datetime.now(UTC) - timedelta(minutes=5))
         .not_valid_after(until)
     )

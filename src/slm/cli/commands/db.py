@@ -1,7 +1,7 @@
 """`slm db`: upgrade, back up and restore the server's database.
 
-`backup` goes through the running server; `upgrade` and `restore` open the database themselves, and
-on SQLite want the server stopped, since one process holds the file.
+`backup` uses the running server; `upgrade` and `restore` open the database themselves and, with
+SQLite, require the server to be stopped, because one process holds the file.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def backup(
             copy.flush()
             os.fsync(copy.fileno())
             size = copy.tell()
-        # Fails where the name was taken meanwhile; a rename would replace that file.
+        # Fails if the name was taken meanwhile; a rename would replace that file.
         os.link(unfinished, file)
     except FileExistsError:
         _refuse_existing(file)

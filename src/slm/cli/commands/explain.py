@@ -1,4 +1,4 @@
-"""`slm explain`: how a backend resolves an agent now, as that backend itself says over its stream.
+"""`slm explain`: how a backend resolves an agent now, as reported by the backend itself.
 
 Asks the server, which asks the backend; shows every step of the chain and never a key.
 """
@@ -64,9 +64,9 @@ def explain(
 
 
 def _whole_name(target: Target, name: str) -> str:
-    """Return the name of the connected backend that is meant: whole, or how it begins.
+    """Return the full name of the connected backend, given the full name or its beginning.
 
-    The server asks by the whole name alone, and says which there are where this is none.
+    The server accepts only the full name; otherwise its error lists the candidates.
     """
     backends = call(target, "GET", "/api/fleet").data["backends"]
     names = [each["backend"] for each in backends if each["state"] != "gone"]
@@ -80,7 +80,7 @@ def _whole_name(target: Target, name: str) -> str:
 
 
 def _config(step: ExplainedStep) -> str:
-    """Return what the step has: the model, where it is, whose it is, how old, and its key."""
+    """Return the step's config: model, endpoint, agent, age and key state."""
     told = f"{step.llm_provider}/{step.llm_model}"
     if step.llm_endpoint is not None:
         told += f" at {step.llm_endpoint}"

@@ -1,6 +1,6 @@
-"""`slm fleet` and `slm agents key-status`: who is connected, who runs what, who holds which key.
+"""`slm fleet` and `slm agents key-status`: connected backends, their configs and their keys.
 
-Reads the fleet view and shows it; what it says comes from the backends' own acks.
+Displays the fleet view, which is based on the backends' own acks.
 """
 
 from __future__ import annotations
@@ -123,11 +123,11 @@ def key_status(
 
 
 def holders(backends: list[dict[str, Any]], agent: Agent) -> list[dict[str, Any]]:
-    """Return who may still use an older key of the agent, and why.
+    """Return which backends may still use an older key of the agent, and why.
 
     Args:
-        backends: the fleet view's, at least as new as `agent`.
-        agent: as it is now.
+        backends: from the fleet view, at least as new as `agent`.
+        agent: its current state.
     """
     return [held for each in backends if (held := _held(each, agent)) is not None]
 
@@ -160,13 +160,13 @@ def _held(backend: dict[str, Any], agent: Agent) -> dict[str, Any] | None:
 
 
 def _covers(pattern: str, agent_id: str) -> bool:
-    # As the server: `*` is any text, and nothing else has a meaning.
+    # As on the server: `*` is any text, and no other character is special.
     return fnmatchcase(agent_id, pattern.replace("[", "[[]").replace("?", "[?]"))
 
 
 async def _agent_and_fleet(target: Target, agent_id: str) -> tuple[Agent, dict[str, Any]]:
     async with Api(target) as api:
-        # In this order: the fleet is at least as new as the key that is asked about.
+        # In this order, so that the fleet is at least as new as the key in question.
         agent = await api.agent(agent_id)
         return agent, (await api.call("GET", "/api/fleet")).data
 

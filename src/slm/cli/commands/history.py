@@ -1,6 +1,6 @@
-"""`slm agents history|diff` and `slm changes`: what was, and who did it.
+"""`slm agents history|diff` and `slm changes`: what was changed, and by whom.
 
-Knows the routes of the history and how a change is shown.
+Knows the history routes and how a change is displayed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ FIELDS: Final = {
     "is_default": "default",
     "is_active": "active",
 }
-"""What a change can be of, and how a person calls it; the API key apart."""
+"""The fields a change can affect, with their display names; the API key is separate."""
 
 Limit = Annotated[
     int, typer.Option("--limit", metavar="N", min=1, max=1000, help="At most so many, the newest.")
@@ -66,7 +66,7 @@ def history(
         then = collect(target, path, {"at": _utc(at)}, rows="changes", cursor="upto", limit=1)
         _show_then(agent, at, then, as_json)
         return
-    # One more, to tell what the oldest of them changed.
+    # One more, to see what the oldest of them changed.
     asked = min(limit + 1, 1000)
     answer = collect(target, path, {}, rows="changes", cursor="upto", limit=asked)
     found = parsed(ChangeList, answer)
@@ -140,14 +140,14 @@ def changes(
         output.print_json(answer.data)
         return
     found = parsed(ChangeList, answer)
-    # What others changed in between is not in a list of one actor's changes.
+    # A list of one actor's changes does not contain changes by others in between.
     befores = {} if actor is not None else _befores(found.changes)
     _print_changes([(each, befores.get(each.revision)) for each in found.changes], with_agent=True)
     output.note(f"revision {found.revision}, {target.url}")
 
 
 def differences(old: Agent, new: Agent) -> dict[str, list[Any]]:
-    """Return what differs, as `{"llm_model": [old, new]}`; of the key, its revisions."""
+    """Return the differences as `{"llm_model": [old, new]}`; for the key, its revisions."""
     return {
         field: [getattr(old, field), getattr(new, field)]
         for field in (*FIELDS, "api_key_revision")
@@ -156,24 +156,24 @@ def differences(old: Agent, new: Agent) -> dict[str, list[Any]]:
 
 
 def arrow(old: Any, new: Any) -> str:
-    """Return `old → new` as a person reads it."""
+    """Return `old → new`, formatted for people."""
     return f"{output.shown(old)} → [bold]{output.shown(new)}[/]"
 
 
 def label(field: str) -> str:
-    """Return how a person calls a field that a change can be of."""
+    """Return the display name of a field that a change can affect."""
     return FIELDS.get(field, "api key")
 
 
 def _arrow(field: str, both: list[Any]) -> str:
     if field != "api_key_revision":
         return arrow(*both)
-    # Of a key there is nothing to show but when it was set.
+    # For a key, only the time it was set can be shown.
     return arrow(*(each and f"set at {each}" for each in both))
 
 
 def _print_changes(changes: list[tuple[Change, Change | None]], *, with_agent: bool) -> None:
-    # In a pipe a change is a line; a terminal is too narrow for that.
+    # In a pipe, each change is one line; a terminal is too narrow for that.
     at_terminal = output.out().is_terminal
     columns = ["REV", "WHEN", "WHO", *(["AGENT"] if with_agent else []), "WHAT"]
     rows = []
@@ -191,7 +191,7 @@ def _print_changes(changes: list[tuple[Change, Change | None]], *, with_agent: b
 
 
 def _befores(changes: list[Change]) -> dict[int, Change]:
-    """Return the change before each one of the same agent, by revision, where it is among them."""
+    """Return the previous change of the same agent, by revision, if it is in the list."""
     befores: dict[int, Change] = {}
     last: dict[str, Change] = {}
     for change in sorted(changes, key=lambda each: each.revision):
@@ -202,7 +202,7 @@ def _befores(changes: list[Change]) -> dict[int, Change]:
 
 
 def _what(change: Change, before: Change | None) -> list[str]:
-    """Return what a change did, as rich markup: a field each, where it is known what was before."""
+    """Return what a change did, as rich markup, one item per field with a known old value."""
     if change.type == "agent_deleted":
         return ["[red]deleted[/]"]
     agent = change.agent

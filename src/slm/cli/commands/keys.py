@@ -1,7 +1,7 @@
-"""`slm keys`: which encryption keys there are, and the steps of going on to another one.
+"""`slm keys`: the encryption keys, and the steps of rotating to another one.
 
-Each step is a request that can be made again; nothing is lost when one is broken off. An encryption
-key is never sent: the server makes it where it is kept, or it is made and shown here.
+Each step is a request that can be repeated; nothing is lost if one is interrupted. An encryption
+key is never sent: the server creates it where it is stored, or it is created and shown here.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ async def _rotate(
 
 
 async def _activate(api: Api, body: dict[str, str], wait: float) -> str:
-    """Ask until every server has the key: they look for it within seconds of being told."""
+    """Repeat until every server has the key; they look for it within seconds of being asked."""
     deadline = time.monotonic() + wait
     while True:
         try:

@@ -1,6 +1,6 @@
-"""`slm serve`: the server, until Ctrl-C or SIGTERM; and the file by which commands find it.
+"""`slm serve`: runs the server until Ctrl-C or SIGTERM, and writes the file that commands use.
 
-Reads options into settings and says where things are; everything else is `slm.server`'s.
+Parses options into settings and prints where things are; `slm.server` does everything else.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def serve(
       slm serve --host 0.0.0.0 --tls-cert cert.pem --tls-key key.pem
       SLM_DATABASE_URL=postgresql://slm:…@db/slm SLM_ENCRYPTION_KEYS=… slm serve
     """
-    # Only here: the other commands need neither FastAPI nor SQLAlchemy, and start faster.
+    # Imported here: the other commands need neither FastAPI nor SQLAlchemy, and start faster.
     from slm.server.serve import serve as run_server
     from slm.server.settings import load_settings
     from slm.server.settings_source import ignored_variables
@@ -133,7 +133,7 @@ def serve(
     except SLMError:
         raise
     except Exception:
-        # An operator finds in the log what a bug was, where a command's user would be bothered.
+        # Operators find bugs in the log, where they don't bother the user of a command.
         logger.critical("the server failed", exc_info=True)
         raise typer.Exit(1) from None
     finally:
@@ -142,7 +142,7 @@ def serve(
 
 
 def _log_to_stderr(level: str) -> None:
-    """Log what is ours; of the libraries warnings alone, since SQL and URLs may hold secrets."""
+    """Log our own messages; only warnings of libraries, as SQL and URLs may hold secrets."""
     form = "%(asctime)s %(levelname)s %(name)s: %(message)s"
     logging.basicConfig(level=logging.WARNING, format=form)
     logging.getLogger("slm").setLevel(level.upper())
@@ -153,14 +153,14 @@ def _leave_url(data_dir: Path, url: str) -> None:
     from slm.server.encryption.secret_files import replace_private
 
     try:
-        # Readable by us alone: a command sends its token to the address in it.
+        # Readable only by us: a command sends its token to the address in it.
         replace_private(file, f"{_from_here(url)}\n")
     except StartupError as error:
         output.warning(f"{error} Commands need --url {url}.")
 
 
 def _take_url_back(data_dir: Path, url: str) -> None:
-    """Remove the file, unless another server of the same directory has written it since."""
+    """Remove the file, unless another server has since written it in the same directory."""
     file = data_dir / URL_FILE
     with contextlib.suppress(OSError):
         if file.read_text().strip() == _from_here(url):
@@ -168,5 +168,5 @@ def _take_url_back(data_dir: Path, url: str) -> None:
 
 
 def _from_here(url: str) -> str:
-    """Return the address as this machine reaches it: "all addresses" is one to listen on."""
+    """Return the address as reachable from this machine; "all addresses" is only for listening."""
     return url.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")

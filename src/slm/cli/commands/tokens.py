@@ -1,6 +1,6 @@
 """`slm tokens`: create, list and revoke tokens through a running server.
 
-A new token is printed once, to stdout and alone there, so that a script can take it.
+A new token is printed once, as the only output on stdout, so that a script can read it.
 """
 
 from __future__ import annotations
@@ -206,7 +206,7 @@ def _time(text: str) -> str:
 
 
 def _create_private(file: Path) -> TextIO:
-    """Open a new file before the token is made: a token that cannot be written is lost."""
+    """Open a new file before the token is created: a token that cannot be written is lost."""
     try:
         return os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w")
     except FileExistsError:

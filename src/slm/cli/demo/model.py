@@ -1,7 +1,7 @@
-"""Which real language model the demo talks to: an Ollama on this machine, else the local model.
+"""Selects the real language model for the demo: an Ollama on this machine, or the local model.
 
-Either speaks OpenAI's and Anthropic's protocols, so that the demo can change from one to the other.
-Knows nothing of agents.
+Both support OpenAI's and Anthropic's protocols, so the demo can switch between them. Knows nothing
+about agents.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class RealModel:
     """A language model that answers.
 
     Attributes:
-        what: how a person would call it.
-        name: the `llm_model` to ask for.
+        what: a description for people.
+        name: the `llm_model` to request.
         openai_url: its `llm_endpoint` for provider `openai`.
         anthropic_url: its `llm_endpoint` for provider `anthropic`.
     """
@@ -39,10 +39,10 @@ class RealModel:
 
 @contextlib.asynccontextmanager
 async def real_model() -> AsyncIterator[RealModel]:
-    """Find a model or start one, for as long as the block lasts.
+    """Find a model or start one, for the duration of the block.
 
     Raises:
-        StartupError: there is no Ollama that serves, and the local model is not installed.
+        StartupError: no Ollama is running, and the local model is not installed.
     """
     found = await find_ollama()
     if found is not None:
@@ -58,23 +58,23 @@ async def real_model() -> AsyncIterator[RealModel]:
             local.anthropic_url,
         )
     finally:
-        # Not in a thread: a Ctrl-C cancels whatever is awaited here, and the child must end.
+        # Not in a thread: Ctrl-C cancels what is awaited here, and the child must end.
         local.stop()
 
 
 async def is_at_hand() -> bool:
-    """Say whether `real_model` would find one, without starting it."""
+    """Return whether `real_model` would find one, without starting it."""
     return missing() is None or await find_ollama() is not None
 
 
 async def find_ollama() -> RealModel | None:
-    """Return the smallest model of an Ollama that also speaks Anthropic's protocol, or None."""
+    """Return the smallest model of an Ollama that also supports Anthropic's protocol, or None."""
     timeout = aiohttp.ClientTimeout(total=_PROBE_SECONDS)
     try:
         async with aiohttp.ClientSession(timeout=timeout, trust_env=False) as http:
             async with http.get(f"{OLLAMA_URL}/api/tags") as answer:
                 models = (await answer.json())["models"] if answer.status == 200 else []
-            # An older Ollama knows no /v1/messages; a newer one finds this body wanting.
+            # An older Ollama has no /v1/messages; a newer one rejects this body as incomplete.
             async with http.post(f"{OLLAMA_URL}/v1/messages", json={}) as answer:
                 speaks_anthropic = answer.status not in (404, 405)
         talking = [m for m in models if "embed" not in m["name"]]

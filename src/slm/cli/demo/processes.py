@@ -1,7 +1,7 @@
-"""The processes of the demo: an SLM that can be stopped and started, and a backend to talk to.
+"""The processes of the demo: an SLM that can be stopped and started, and a backend.
 
-Each is a child in a session of its own, so that a Ctrl-C at the terminal reaches the demo alone and
-the demo ends them in order. Knows nothing of how the demo looks.
+Each is a child in its own session, so that Ctrl-C in the terminal reaches only the demo, which ends
+them in order. Knows nothing about how the demo looks.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ _LOOK_SECONDS: Final = 0.02
 
 
 class Server:
-    """`slm serve` on a temporary data directory.
+    """`slm serve` with a temporary data directory.
 
     Attributes:
         data_dir: its database, key and tokens.
-        log_path: what it printed.
-        url: where it answers; the same after every start.
+        log_path: its output.
+        url: its address; the same after every start.
     """
 
     def __init__(self, data_dir: Path) -> None:
@@ -46,10 +46,10 @@ class Server:
         return self._process.pid
 
     async def start(self) -> None:
-        """Start it, after the first time on the same port, and wait until it answers.
+        """Start it and wait until it responds; later starts use the same port.
 
         Raises:
-            StartupError: it ended, or was too slow; the message has the last that it said.
+            StartupError: it exited or was too slow; the message ends with its last output.
         """
         port = self.url.rpartition(":")[2] or "0"
         said_before = self._said()
@@ -77,16 +77,16 @@ class Server:
         return self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
 
     async def stop(self) -> None:
-        """End it as an operator does, with SIGTERM."""
+        """Stop it as an operator does, with SIGTERM."""
         await _end(self._process)
 
 
 class DemoBackend:
-    """The demo's backend and what it reports.
+    """The demo's backend and its reports.
 
     Args:
         url: the SLM's address.
-        token_file: its token, in the SLM's data directory; its log goes beside that directory.
+        token_file: its token, in the SLM's data directory; its log is next to that directory.
     """
 
     def __init__(self, url: str, token_file: Path) -> None:
@@ -106,7 +106,7 @@ class DemoBackend:
         return self._process.pid
 
     async def start(self) -> None:
-        """Start it and wait until it has taken its first configs from the SLM."""
+        """Start it and wait until it has received its first configs from the SLM."""
         with self._log_path.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", "slm.cli.demo.backend", self._url),
@@ -116,7 +116,7 @@ class DemoBackend:
                 env=_clean_environment()
                 | {
                     "SLM_TOKEN_FILE": str(self._token_file),
-                    # Its cache file, too, is gone when the demo ends.
+                    # Its cache file is also gone when the demo ends.
                     "XDG_STATE_HOME": str(self._log_path.with_name("state")),
                 },
                 start_new_session=True,
@@ -125,7 +125,7 @@ class DemoBackend:
         await self._next_report()
 
     async def ask(self, agent_id: str, prompt: str) -> dict[str, Any]:
-        """Let it make one request; return its report.
+        """Have it make one request; return its report.
 
         Raises:
             StartupError: the request failed; the message is the backend's.
@@ -139,13 +139,13 @@ class DemoBackend:
         return report
 
     async def in_force(self, revision: int) -> float:
-        """Return when (monotonic clock) its cache held this revision or a later one."""
+        """Return when (monotonic clock) its cache had this revision or a later one."""
         async with asyncio.timeout(_START_SECONDS), self._news:
             await self._news.wait_for(lambda: max(self._in_force, default=0) >= revision)
         return min(at for known, at in self._in_force.items() if known >= revision)
 
     async def stop(self) -> None:
-        """End it by closing its input, which is what it waits for."""
+        """Stop it by closing its input, which it waits for."""
         if self._process is not None and self._process.stdin is not None:
             self._process.stdin.close()
         await _end(self._process, ask_first=True)
@@ -172,7 +172,7 @@ class DemoBackend:
 
 
 def _clean_environment() -> dict[str, str]:
-    """Return the environment without what would point our children elsewhere."""
+    """Return the environment without variables that would redirect our children."""
     return {k: v for k, v in os.environ.items() if not k.startswith(("SLM_", "AUTOBOT_LLM_"))}
 
 
@@ -182,7 +182,7 @@ async def _read_line(process: Process) -> str:
 
 
 async def _end(process: Process | None, *, ask_first: bool = False) -> None:
-    """End a child for certain, in the orderly way if it can."""
+    """Ensure that a child ends, in an orderly way if possible."""
     if process is None or process.returncode is not None:
         return
     try:

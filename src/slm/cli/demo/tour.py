@@ -1,7 +1,7 @@
-"""`slm demo`: a tour on this machine with real parts, that ends by itself and leaves nothing.
+"""`slm demo`: a tour on this machine with real parts, which ends and cleans up by itself.
 
-Tells the story; the processes are `demo_parts`', the model is `demo_model`'s. What is changed is
-changed over HTTP, as anybody would.
+Tells the story; `demo_parts` has the processes and `demo_model` the model. Changes are made over
+HTTP, as by any client.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def demo(
 
 
 async def _until_told(tour: Any) -> None:
-    """Run the tour; SIGTERM and a closed terminal end it as Ctrl-C does, with everything undone."""
+    """Run the tour; SIGTERM and a closed terminal end and clean it up as Ctrl-C does."""
     task = asyncio.ensure_future(tour)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGHUP):
@@ -74,7 +74,7 @@ async def _until_told(tour: Any) -> None:
 
 @dataclass
 class TourStep:
-    """What one step showed, for the table at the end."""
+    """What one step showed, for the final table."""
 
     what: str
     revision: int
@@ -132,7 +132,7 @@ async def _stage(console: Console) -> AsyncIterator[_Stage]:
 
 
 class _Stage:
-    """The parts while they run, and the steps of the tour."""
+    """The running parts, and the steps of the tour."""
 
     def __init__(
         self, console: Console, model: RealModel, server: Server, backend: DemoBackend, api: Api
@@ -206,7 +206,7 @@ class _Stage:
         return step
 
     async def _change(self, what: str, method: str, path: str, body: dict[str, Any]) -> TourStep:
-        """Make one change over HTTP, see it reach the backend, and let the backend ask."""
+        """Make one change over HTTP, wait for it to reach the backend, and have the backend ask."""
         self._line("sent", f"{method} {path}  [cyan]{escape(_shown_body(body))}[/]")
         sent = time.monotonic()
         answer = await self._api.call(method, path, body=body)
@@ -328,7 +328,7 @@ def _farewell(console: Console) -> None:
 
 
 def _shown_body(body: dict[str, Any]) -> str:
-    """Return what a change sends, in short; the key is a demo's, and masked all the same."""
+    """Return a summary of what a change sends; the key is a demo's, but masked nevertheless."""
     shown = {
         name.removeprefix("llm_"): "***" if name == "llm_api_key" else value
         for name, value in body.items()
@@ -349,7 +349,7 @@ def _around(seconds: float) -> str:
 
 
 def _command() -> str:
-    """Return how this very command is called from here, so that printed lines work as they are."""
+    """Return how this command is called from here, so that printed lines can be copied."""
     mine = Path(sys.argv[0]).resolve()
     found = shutil.which("slm")
     if found is not None and Path(found).resolve() == mine:

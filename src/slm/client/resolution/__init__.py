@@ -1,1 +1,1 @@
-"""From an agent's name to its configuration."""
+"""Resolves an agent's name to its configuration."""

@@ -1,6 +1,6 @@
-"""The chain: agent, default, environment, hardcoded; the first that answers (docs/protocol.md 5).
+"""The chain: agent, default, environment, hardcoded; the first with a value wins (protocol 5).
 
-Reads the cache, and asks for what is missing there; knows no connection, no file and no thread.
+Reads the cache and requests what is missing there; knows no connection, no file and no thread.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _log = quiet_logger("slm.client")
 
 
 class Fetcher(Protocol):
-    """Fetches what the cache lacks, and raises nothing."""
+    """Fetches what the cache lacks; raises nothing."""
 
     async def ask(self, agent_id: str) -> None:
         """Fetch one agent."""
@@ -32,43 +32,43 @@ class Fetcher(Protocol):
         """Fetch an agent in the background."""
 
     def lacks(self, agent_id: str) -> bool:
-        """Say whether the SLM said within the last seconds that it has no such agent."""
+        """Return whether the SLM said within the last seconds that this agent does not exist."""
 
 
 class Source(Protocol):
-    """Who keeps the cache up to date, as the chain needs it."""
+    """What keeps the cache up to date, as seen by the chain."""
 
     @property
     def fetcher(self) -> Fetcher:
-        """Whom to ask for what is missing."""
+        """The fetcher for what is missing."""
 
     @property
     def closed(self) -> bool:
-        """Whether it was closed, so that nothing more comes of waiting."""
+        """Whether it was closed, so that waiting is pointless."""
 
     @property
     def status(self) -> ClientStatus:
-        """How things stand with the SLM."""
+        """The state of the connection to the SLM."""
 
     @property
     def last_error(self) -> str | None:
-        """What failed last; None while all is well."""
+        """What failed last; None if nothing is wrong."""
 
     def hurry_key(self, agent_id: str) -> None:
-        """Ask for an agent's awaited key at once: a call waits for it."""
+        """Request an agent's missing key at once, because a call is waiting for it."""
 
     async def wait_for_change(self, timeout: float) -> None:
         """Return when anything in the cache changed, or after the timeout."""
 
 
 class Chain:
-    """Answers for one cache.
+    """Resolves agents from one cache.
 
     Args:
         cache: what is known.
-        key_wait: how long an answer waits for a key that changed a moment ago, in seconds.
-        strict: whether to raise instead of answering with another agent's config, or with values
-            that nobody set.
+        key_wait: how long to wait for a key that has just changed, in seconds.
+        strict: whether to raise an error instead of using another agent's config or built-in
+            values.
     """
 
     def __init__(self, cache: AgentConfigCache, key_wait: float, *, strict: bool = False) -> None:
@@ -81,17 +81,18 @@ class Chain:
     async def answer(
         self, agent_id: str | None, sync: Source | None, *, judged: bool = True
     ) -> ResolvedConfig:
-        """Answer for an agent, or for the default agent when `agent_id` is None.
+        """Resolve an agent, or the default agent if `agent_id` is None.
 
         Args:
             agent_id: the agent.
-            sync: whom to ask for what is not known; None: nobody.
-            judged: whether to wait for a validator that has not answered.
+            sync: fetches what is unknown; None for no fetching.
+            judged: whether to wait for a validator that has not answered yet.
 
         Raises:
-            AgentKeyUnavailable: the agent needs an API key that cannot be had now.
-            AgentUnknown: the client is strict; there is no such agent, or it is switched off.
-            SLMUnavailable: the client is strict, and neither the SLM nor the environment answers.
+            AgentKeyUnavailable: the agent needs an API key that is unavailable now.
+            AgentUnknown: the client is strict; the agent does not exist or is switched off.
+            SLMUnavailable: the client is strict, and neither the SLM nor the environment has a
+                value.
         """
         config = await self._own(agent_id, sync, judged) if agent_id is not None else None
         if config is not None:
@@ -108,7 +109,7 @@ class Chain:
         return config or self._without_slm(agent_id or "default", self._why_not(agent_id, sync))
 
     def answer_in_place(self, agent_id: str | None) -> ResolvedConfig:
-        """Answer from what is known, and ask nobody.
+        """Resolve from what is known, without fetching.
 
         Raises:
             SLMError: as `answer` does.
@@ -123,14 +124,14 @@ class Chain:
         raise AssertionError("an answer from what is known waits for nothing")
 
     def _is_missing(self, agent_id: str, sync: Source | None) -> bool:
-        """Say whether the SLM is known not to have this agent."""
+        """Return whether the SLM is known not to have this agent."""
         cache = self._cache
         if cache.find(agent_id) is not None:
             return False
         return cache.position.synced or (sync is not None and sync.fetcher.lacks(agent_id))
 
     def _why_not(self, agent_id: str | None, sync: Source | None) -> str:
-        """Return why the agent itself did not answer, as a sentence."""
+        """Return why the agent's own config was not used, in one sentence."""
         if agent_id is not None and self._cache.find(agent_id) is not None:
             return f"agent {agent_id!r} is switched off, or what is known of it is too old"
         if agent_id is not None and self._is_missing(agent_id, sync):
@@ -141,7 +142,7 @@ class Chain:
         return said.rstrip(".")
 
     async def _own(self, agent_id: str, sync: Source | None, judged: bool) -> ResolvedConfig | None:
-        """Step 1: the agent's own config, or None where it is unknown or inactive."""
+        """Step 1: the agent's own config, or None if it is unknown or inactive."""
         cache = self._cache
         if cache.find(agent_id) is None and not cache.liveness.live and sync is not None:
             await sync.fetcher.ask(agent_id)
@@ -165,7 +166,7 @@ class Chain:
         )
 
     def _without_slm(self, agent_id: str, why: str) -> ResolvedConfig:
-        """Steps 3 and 4: the environment, else the hardcoded values."""
+        """Steps 3 and 4: the environment, or else the hardcoded values."""
         answer = from_environment(agent_id, passed_over=f"{why}, so AUTOBOT_LLM_* answer")
         for warning in answer.warnings:
             if warning not in self._warned:
@@ -181,7 +182,7 @@ class Chain:
     async def _whole(
         self, agent_id: str, sync: Source | None, judged: bool
     ) -> ResolvedConfig | None:
-        """Return a known agent's whole value: the current one, or the last one as stale."""
+        """Return a known agent's complete value: the current one, or the last one as stale."""
         cache = self._cache
         known = await self._once_its_key_is_here(agent_id, sync, judged)
         if known is None:
@@ -203,7 +204,7 @@ class Chain:
         config = known.config
         gone = config is not None and cache.liveness.expired(config.age)
         if known.unjudged and (config is None or gone):
-            return known.pending  # as after a validator that failed: a call says what is wrong
+            return known.pending  # as after a failed validator: the call reports what is wrong
         if known.pending is not None and (config is None or gone):
             raise AgentKeyUnavailable(agent_id, "it has not come from the SLM yet")
         return None if gone else config
@@ -211,11 +212,11 @@ class Chain:
     async def _once_its_key_is_here(
         self, agent_id: str, sync: Source | None, judged: bool
     ) -> KnownAgent | None:
-        """Return what is known of the agent, after waiting up to `key_wait` for a changed key.
+        """Return what is known about the agent, after waiting up to `key_wait` for a changed key.
 
-        A validator that has not said yet what it thinks of a change is waited for in the same way.
-        The wait counts from the change as well as from the question: once the SLM has been slow
-        with a key, later questions do not wait for it again.
+        It waits in the same way for a validator that has not judged a change yet. The limit counts
+        from the change as well as from the question: once the SLM has been slow to deliver a key,
+        later questions do not wait for it again.
         """
         cache = self._cache
         asked_at = cache.clock()

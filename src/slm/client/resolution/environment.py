@@ -1,7 +1,7 @@
-"""The chain's last two steps: AUTOBOT_LLM_* of the environment, and the hardcoded values.
+"""The chain's last two steps: AUTOBOT_LLM_* from the environment, and the hardcoded values.
 
-Knows no SLM and no cache. Nothing that was set for one provider is ever sent to another: where it
-is not certain whom a value was set for, it is not used (docs/protocol.md section 5).
+Knows no SLM and no cache. A value set for one provider is never sent to another: if it is unclear
+which provider a value was set for, it is not used (docs/protocol.md section 5).
 """
 
 from __future__ import annotations
@@ -44,16 +44,16 @@ _TYPES: Final[dict[str, Any]] = {
 _NUMBERS: Final = {"TIMEOUT": int, "TEMPERATURE": float, "MAX_TOKENS": int}
 _NONE: Final = "none"
 """AUTOBOT_LLM_TEMPERATURE=none: no temperature is sent."""
-# Without these the request would go to another place than the one that was meant.
+# Without these, the request would go somewhere other than intended.
 _WHERE: Final = frozenset({"PROVIDER", "ENDPOINT", "MODEL", "API_KEY"})
 
 
 class FromEnvironment(NamedTuple):
-    """What the environment answers.
+    """The result of the environment step.
 
     Attributes:
-        config: the config, or None where the step is passed over.
-        warnings: what was passed over and why; names variables, never their values.
+        config: the config, or None if the step is skipped.
+        warnings: what was skipped and why; names variables, never their values.
     """
 
     config: ResolvedConfig | None
@@ -63,17 +63,17 @@ class FromEnvironment(NamedTuple):
 def from_environment(
     agent_id: str, environ: Mapping[str, str] | None = None, *, passed_over: str | None = None
 ) -> FromEnvironment:
-    """Return what AUTOBOT_LLM_* say.
+    """Return the config in AUTOBOT_LLM_*.
 
-    A number that does not parse is passed over alone. A provider, endpoint, model or key that does
-    not, or another provider than ollama without a model, passes the whole step over: going on
-    without it would send the rest somewhere it was not set for. A key without a provider is not
-    used, since nobody said whose it is.
+    A number that does not parse is skipped on its own. If a provider, endpoint, model or key does
+    not parse, or a provider other than ollama has no model, the whole step is skipped: continuing
+    without the value would send the rest somewhere it was not set for. A key without a provider is
+    not used, because it is unclear which provider it is for.
 
     Args:
-        agent_id: the agent that is asked for; it alone decides nothing.
-        environ: the environment; the process's own by default.
-        passed_over: why the SLM's steps did not answer.
+        agent_id: the agent that is resolved; does not affect the result.
+        environ: the environment; by default that of the process.
+        passed_over: why the SLM's steps were not used.
     """
     environ = os.environ if environ is None else environ
     texts = {name: text for name in _NAMES if (text := variable(PREFIX + name, environ))}
@@ -104,22 +104,22 @@ def from_environment(
 
 
 def hardcoded(agent_id: str, passed_over: str | None = None) -> ResolvedConfig:
-    """Return the last step of all: ollama on this machine *(mission)*."""
+    """Return the last step of the chain: ollama on this machine *(mission)*."""
     return _config(agent_id, Step.HARDCODED, HARDCODED_PROVIDER, {}, passed_over)
 
 
 @functools.cache
 def _adapter(name: str) -> TypeAdapter[Any]:
-    # Built when a variable is set: hardly any backend has one, and all would start slower.
+    # Built only when a variable is set: few backends set one, and all would start more slowly.
     return TypeAdapter(_TYPES[name])
 
 
 def _reason(error: ValueError) -> str:
-    """Return what is wrong with a value, without the value."""
+    """Return what is wrong with a value, without repeating the value."""
     if isinstance(error, ValidationError):
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         if first["type"] == "value_error":
-            # One of ours, which holds no value.
+            # One of our own errors, which contains no value.
             return first["msg"].removeprefix("Value error, ")
     return "is not a valid value"
 

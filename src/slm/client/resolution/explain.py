@@ -1,6 +1,6 @@
-"""Explains an answer: every step of the chain, what it said, and why it was passed over.
+"""Explains a resolution: every step of the chain, its result, and why it was skipped.
 
-Reads what is known and asks nobody. Says where a key came from, never what it is
+Reads what is known and requests nothing. Shows where a key came from, never the key
 (docs/protocol.md section 5).
 """
 
@@ -36,9 +36,9 @@ def explained(
 
     Args:
         cache: what is known.
-        agent_id: who is asked for.
-        outcome: what the chain answered or raised.
-        status: how the client stands to its SLM.
+        agent_id: the agent that is resolved.
+        outcome: what the chain returned or raised.
+        status: how the client is connected.
         last_error: what failed last.
     """
     answer, error = None, None
@@ -62,13 +62,13 @@ def explained(
 def explain_steps(
     cache: AgentConfigCache, agent_id: str, answer: ResolvedConfig | None, unreachable: str
 ) -> list[ExplainedStep]:
-    """Return what each of the four steps says; raises nothing, whatever is in the cache.
+    """Return the result of each of the four steps; raises nothing, whatever is in the cache.
 
     Args:
         cache: what is known.
-        agent_id: who is asked for.
-        answer: what the chain answered; None where it raised.
-        unreachable: why the SLM cannot be asked, where it cannot.
+        agent_id: the agent that is resolved.
+        answer: what the chain returned; None if it raised.
+        unreachable: why the SLM cannot be asked, if it cannot.
     """
     answered = answer.step if answer is not None else None
     steps = [
@@ -84,7 +84,7 @@ def explain_steps(
 
 
 def _told(step: Step, tell: Callable[[], ExplainedStep]) -> ExplainedStep:
-    """Return what the step says; one that cannot be told hides no other."""
+    """Return a step's explanation; if it fails, the other steps are still explained."""
     try:
         return tell()
     except Exception as error:
@@ -176,7 +176,7 @@ def _step(
         said=said,
         agent_id=config.source_agent_id and storable(config.source_agent_id),
         llm_provider=storable(config.llm_provider),
-        # A query may hold what nobody should see twice.
+        # A query may contain secrets.
         llm_endpoint=config.llm_endpoint and storable(config.llm_endpoint.partition("?")[0]),
         llm_model=storable(config.llm_model),
         revision=config.revision,

@@ -1,4 +1,4 @@
-"""Agents that were asked for and that the SLM does not have: the nearest name, logged once.
+"""Agents that were requested but don't exist on the SLM: finds the nearest name, logs once.
 
 Pure rules over names, and one logger.
 """
@@ -12,7 +12,7 @@ from typing import Final
 from slm.client.runtime.log import quiet_logger
 
 MAX_SAID: Final = 1_000
-"""How many names are remembered, and so logged, at most: a name may come from a request."""
+"""The maximum number of names remembered and logged: a name may come from a request."""
 
 _MAX_NAME: Final = 64
 _MAX_ASKED: Final = 256
@@ -25,8 +25,8 @@ _log = quiet_logger("slm.client")
 def nearest(agent_id: str, names: Iterable[str]) -> str | None:
     """Return the name that this one is most likely a misspelling of, or None.
 
-    At most 2,000 names of about the same length are compared, those with the same first character
-    first, so that a hundred thousand agents do not hold up the event loop.
+    Compares at most 2,000 names of about the same length, those with the same first character
+    first, so that a hundred thousand agents do not block the event loop.
     """
     if not 0 < len(agent_id) <= _MAX_NAME + _SLACK:
         return None
@@ -37,17 +37,17 @@ def nearest(agent_id: str, names: Iterable[str]) -> str | None:
 
 
 class UnknownAgents:
-    """Says of each unknown agent once that it is not there, and remembers what was said."""
+    """Logs each unknown agent once, and remembers the result."""
 
     def __init__(self) -> None:
         self._near: dict[str, str | None] = {}
 
     def near(self, agent_id: str, names: Iterable[str]) -> str | None:
-        """Return the nearest name; with the first question about an agent, log that it is missing.
+        """Return the nearest name; the first time an agent is requested, log that it is missing.
 
         Args:
-            agent_id: who was asked for.
-            names: the agents that there are.
+            agent_id: the requested agent.
+            names: the existing agents.
         """
         if agent_id in self._near:
             return self._near[agent_id]
@@ -60,7 +60,7 @@ class UnknownAgents:
         return near
 
     def sentence(self, agent_id: str, names: Iterable[str]) -> str:
-        """Return a sentence for an agent that is not there."""
+        """Return a sentence about a missing agent."""
         return _missing(agent_id, self.near(agent_id, names))
 
 

@@ -1,1 +1,1 @@
-"""Keeps the cache equal to the SLM server."""
+"""Keeps the cache in sync with the SLM server."""

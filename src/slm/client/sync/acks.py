@@ -1,8 +1,8 @@
-"""Acks: tells the SLM what was received, what of it is not in force, and which keys are held.
+"""Acks: reports to the SLM what was received, what of it is not in use, and which keys are held.
 
-The full state each time: at once in an idle process, after its callbacks in a busy one, and at most
-once an interval, which grows with what there is to name. Reads the cache and changes nothing; how a
-message reaches the SLM is the stream's affair (docs/protocol.md section 4).
+Sends the full state each time: at once in an idle process, after its callbacks in a busy one, and
+at most once per interval, which grows with the amount to report. Only reads the cache; the stream
+delivers the messages (docs/protocol.md section 4).
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from slm.client.timings import Timings
 from slm.protocol import MAX_REASON, Ack, NotInForce, encode, storable
 
 AFTER_SECONDS: Final = 0.001
-"""So long after a change it is acked in an idle process."""
+"""How soon after a change an idle process acks it."""
 
 KEY_DID_NOT_COME: Final = "the key did not come"
 NOT_JUDGED: Final = "a validator has not answered"
 _MAX_NAMED: Final = 5000
-"""So many agents fit into an ack of 1 MiB."""
+"""How many agents fit into an ack of 1 MiB."""
 
 _NAMED_AN_INTERVAL: Final = 16
 _MAX_INTERVALS: Final = 10
 
 
 class Acks:
-    """What one client says of itself; belongs to one loop.
+    """What one client reports about itself; belongs to one event loop.
 
     Args:
-        cache: what is held.
-        in_use: which keys calls in flight hold.
-        timings: how long a busy process may put an ack off, and the shortest time between two.
+        cache: what the client holds.
+        in_use: the keys used by calls in progress.
+        timings: how long a busy process may delay an ack, and the shortest time between two.
         key_wait: how long an ack waits for a changed key.
-        send: sends a message, and returns whether there was a stream to send it on.
+        send: sends a message; returns whether there was a stream to send it on.
     """
 
     def __init__(
@@ -70,13 +70,13 @@ class Acks:
         self._awaited: dict[str, tuple[int, float]] = {}
 
     def subscribed(self) -> None:
-        """Begin anew: this connection has heard nothing from us yet."""
+        """Start over: nothing was reported on this connection yet."""
         self._last = None
         self._due.set()
 
     def changed(self) -> None:
-        """Note that something may be different; it is told once the loop has nothing else to do."""
-        # Callbacks come first: their thread runs once this one waits for something.
+        """Note a possible change; it is reported once the loop has nothing else to do."""
+        # Callbacks come first: their thread runs once this one waits.
         free_at = max(self._sent_at + self._interval(), self._loop.time() + AFTER_SECONDS)
         if self._noted:
             if self._soon is None or free_at >= self._soon.when():
@@ -86,10 +86,10 @@ class Acks:
         self._soon = self._loop.call_at(free_at, self._when_quiet)
 
     def _interval(self) -> float:
-        """Return the shortest time between two acks, now.
+        """Return the current minimum time between two acks.
 
-        To say of two hundred agents that their keys are awaited takes two hundred times as long as
-        of one, on both sides; once all are here that is told without delay.
+        Reporting two hundred agents with missing keys costs both sides two hundred times as much as
+        reporting one. Once all keys have arrived, that is reported without delay.
         """
         if self._named == 0 or next(self._cache.unsettled(), None) is None:
             return self._interval_seconds
@@ -100,12 +100,12 @@ class Acks:
         self._quiet.then(self._due.set, self._delay_seconds)
 
     def changed_elsewhere(self) -> None:
-        """The same, from any thread."""
+        """Do what `changed` does, from any thread."""
         with contextlib.suppress(RuntimeError):  # the loop has ended
             self._loop.call_soon_threadsafe(self.changed)
 
     async def run(self) -> None:
-        """Tell, until cancelled."""
+        """Send acks until cancelled."""
         while True:
             await self._due.wait()
             self._due.clear()
@@ -118,7 +118,7 @@ class Acks:
                 self._last, self._sent_at = ack, self._loop.time()
 
     def _state(self) -> Ack:
-        """Return what is to be said now."""
+        """Return the current state to report."""
         cache = self._cache
         revision = self._received()
         unsettled = dict(cache.unsettled())
@@ -134,7 +134,7 @@ class Acks:
                 )
                 left = since + self._key_wait - cache.clock()
                 if left > 0:
-                    # Not passed before the swap, but never back behind what was passed already.
+                    # Not past a pending swap, but never back behind what was acked already.
                     revision = min(revision, max(first - 1, self._passed))
                     again_at = left if again_at is None else min(again_at, left)
                 else:
@@ -153,7 +153,7 @@ class Acks:
         return Ack(ack=revision, not_in_force=not_in_force, keys=keys)
 
     def _received(self) -> int:
-        """Return up to where everything is here; of another epoch than the SLM's, nothing."""
+        """Return the revision up to which all is here; nothing if the epoch is not the SLM's."""
         cache = self._cache
         if cache.position.synced:
             self._synced_epoch = cache.position.epoch

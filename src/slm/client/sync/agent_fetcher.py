@@ -1,7 +1,7 @@
-"""Fetches into the cache what is missing there: one agent, which one is the default, or all keys.
+"""Fetches what the cache lacks: one agent, the default agent, or all keys.
 
-All who ask for one agent at one time share one request, and an SLM that could not be asked is left
-alone for a few seconds. Knows no stream; what follows from an answer is its recipient's.
+Concurrent requests for one agent share one HTTP request, and an SLM that could not be reached is
+left alone for a few seconds. Knows no stream; the recipient handles the results.
 """
 
 from __future__ import annotations
@@ -16,37 +16,37 @@ from slm.client.transport.http import Connection, EpochChanged
 from slm.errors import AgentInactive, AgentNotFound, KeyUndecryptable, SLMError
 
 _REMEMBERED: Final = 10_000
-_DEFAULT: Final = "/default"  # no agent_id: those are tried as they are, this is the alias
+_DEFAULT: Final = "/default"  # the alias; can't be an agent_id, which is used literally
 
 
 class Recipient(Protocol):
-    """Who is told what came of a request."""
+    """Receives the results of requests."""
 
     def fetched(self, agent_id: str, swapped: bool, *, for_key: bool = False) -> None:
-        """Hear that a request about an agent ended, and whether its config was swapped."""
+        """Called when a request for an agent ended, with whether its config was swapped."""
 
     def snapshot_applied(self, swapped: list[str]) -> None:
-        """Hear which agents' config a snapshot swapped."""
+        """Called with the agents whose config a snapshot swapped."""
 
     def answered(self) -> None:
-        """Hear that the SLM answered."""
+        """Called when the SLM answered."""
 
     def not_answered(self, error: SLMError) -> None:
-        """Hear why it did not."""
+        """Called with the reason when it did not."""
 
     def other_epoch(self) -> None:
-        """Hear that the answer was of another epoch than what is held."""
+        """Called when the answer belongs to another epoch than the cache."""
 
 
 class AgentFetcher:
-    """Asks one SLM for one cache; belongs to one loop.
+    """Sends requests to one SLM for one cache; belongs to one event loop.
 
     Args:
-        connection: how to ask.
-        cache: where what comes is put.
-        timings: for how long what failed is not asked again.
+        connection: sends the requests.
+        cache: stores the results.
+        timings: how long a failed request is not repeated.
         spawn: runs a request in a task.
-        recipient: who is told.
+        recipient: receives the results.
     """
 
     def __init__(
@@ -68,19 +68,18 @@ class AgentFetcher:
         self._away_until = 0.0
 
     async def ask(self, agent_id: str) -> None:
-        """Fetch one agent; raises nothing: what came is in the cache, or nothing came.
+        """Fetch one agent; raises nothing: the result is in the cache, or there is none.
 
-        An SLM that could not be asked, and an agent that it does not know, are not asked again for
-        a few seconds.
+        After a failed request, or for an unknown agent, waits a few seconds before asking again.
         """
         generation = self._cache.position.generation
         await asyncio.wait({self._asking(agent_id)})
         if generation != self._cache.position.generation and not self._cache.position.synced:
-            # The stream began anew meanwhile, so that the answer was of no use.
+            # The stream restarted meanwhile, which made the answer useless.
             await asyncio.wait({self._asking(agent_id)})
 
     async def ask_default(self) -> None:
-        """Fetch which agent is the default; its key, if it has one, follows by itself."""
+        """Fetch which agent is the default; its key, if it has one, follows on its own."""
         await asyncio.wait({self._asking(None)})
 
     def refresh(self, agent_id: str) -> None:
@@ -89,20 +88,20 @@ class AgentFetcher:
             self._asking(agent_id)
 
     def lacks(self, agent_id: str) -> bool:
-        """Say whether the SLM said within the last seconds that it has no such agent."""
+        """Return whether the SLM said within the last seconds that this agent does not exist."""
         return agent_id in self._not_before
 
     def ask_again(self) -> None:
-        """Forget what was not to be asked for a while: the SLM is there."""
+        """Forget all pauses between requests: the SLM is reachable."""
         self._away_until = 0.0
         self._not_before.clear()
 
     async def fetch_key(self, agent_id: str) -> SLMError | None:
-        """Fetch one agent for its key, now; return why nothing came."""
+        """Fetch one agent for its key, now; return the error if nothing came."""
         return await self._fetch(agent_id, for_key=True)
 
     async def fetch_all_keys(self) -> SLMError | None:
-        """Fetch a snapshot for the keys in it, while the stream goes on; return why none came."""
+        """Fetch a snapshot for its keys while the stream runs; return the error if none came."""
         cache = self._cache
         generation = cache.position.generation
         try:
@@ -111,7 +110,7 @@ class AgentFetcher:
             self._could_not_ask(error)
             return error
         if generation != cache.position.generation:
-            return None  # a snapshot for the new beginning is under way
+            return None  # a snapshot after the restart is in progress
         if cache.position.contradicts(snapshot):
             self._recipient.other_epoch()
             return None
@@ -119,7 +118,7 @@ class AgentFetcher:
         return None
 
     def _asking(self, agent_id: str | None) -> asyncio.Task[Any]:
-        """Return the request under way for this agent, made if need be; None is the default."""
+        """Return this agent's request in progress, starting one if needed; None is the default."""
         name = agent_id if agent_id is not None else _DEFAULT
         task = self._asked.get(name)
         if task is None:
@@ -130,7 +129,7 @@ class AgentFetcher:
         return task
 
     async def _fetch(self, agent_id: str, *, for_key: bool = False) -> SLMError | None:
-        """Fetch one agent and apply what came; return why nothing did."""
+        """Fetch one agent and apply the result; return the error if nothing came."""
         if agent_id in ("", ".", "..") or not (for_key or self._may_ask(agent_id)):
             return None
         cache, position = self._cache, self._cache.position

@@ -1,6 +1,6 @@
-"""What a failure means: try again soon or in minutes, and what the status then says.
+"""Classifies failures: whether to retry soon or in minutes, and the resulting status.
 
-The one place that classifies failures; knows no socket and waits for nothing.
+The only place that classifies failures; knows no socket and does not wait.
 """
 
 from __future__ import annotations
@@ -16,25 +16,26 @@ from slm.errors import ProblemError, TLSError
 
 
 def is_retryable(error: BaseException) -> bool:
-    """Say whether trying again soon may help.
+    """Return whether retrying soon may help.
 
-    A refused token or scope does not mend itself within seconds: these are tried every few minutes
-    (docs/protocol.md section 5). Nothing is ever given up.
+    A rejected token or scope does not fix itself within seconds, so those are retried every few
+    minutes (docs/protocol.md section 5). The client never gives up.
     """
     return not (isinstance(error, ProblemError) and error.status in (401, 403))
 
 
 def status_after(error: BaseException) -> ClientStatus:
-    """Return what the status is once this failed."""
+    """Return the status after this failure."""
     if not is_retryable(error):
         return ClientStatus.UNAUTHORIZED
     return ClientStatus.TLS_ERROR if isinstance(error, TLSError) else ClientStatus.DISCONNECTED
 
 
 class Backoff:
-    """How long to wait before the next try: full jitter, doubling, and what the server asked for.
+    """How long to wait before the next attempt: full jitter, doubling, and any server request.
 
-    While nobody listens at all the waits stay short, so that a server is found soon once it is up.
+    While nothing listens at the address, waits stay short, so that the server is found soon after
+    it starts.
     """
 
     def __init__(
@@ -45,18 +46,18 @@ class Backoff:
         self._failures = 0
 
     def reset(self) -> None:
-        """Start anew: the last connection was healthy."""
+        """Start over, because the last connection was healthy."""
         self._failures = 0
 
     def delay_elsewhere(self) -> float:
-        """Return the seconds to wait before another address is tried, which has not failed yet."""
+        """Return the seconds to wait before trying another address that has not failed yet."""
         return self._uniform(0, self._timings.backoff_initial_seconds)
 
     def delay_after(self, error: BaseException) -> float:
         """Return the seconds to wait after this failure.
 
         Args:
-            error: what failed; a `ProblemError` may say how long to stay away.
+            error: what failed; a `ProblemError` may say how long to wait.
         """
         timings = self._timings
         if not is_retryable(error):
@@ -66,7 +67,7 @@ class Backoff:
             limit = min(limit, timings.nobody_max_seconds)
         longest = longest_pause(self._failures, timings.backoff_initial_seconds, limit)
         if longest < limit:
-            # A long absence does not count against the server that comes back.
+            # A long outage does not count against a server that comes back.
             self._failures += 1
         asked = error.retry_after_seconds if isinstance(error, ProblemError) else None
         return min(asked or 0.0, timings.retry_after_max_seconds) + self._uniform(0, longest)

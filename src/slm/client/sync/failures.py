@@ -1,6 +1,6 @@
-"""What failed last: the sentence and the status that follow from it, each logged once.
+"""What failed last: the resulting sentence and status, each failure logged once.
 
-Tries nothing again; a token or certificate that the SLM refused is watched until it is replaced.
+Retries nothing; watches a token or certificate that the SLM rejected until it is replaced.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ _REFUSED: Final = (ClientStatus.UNAUTHORIZED, ClientStatus.TLS_ERROR)
 
 
 class Failures:
-    """Belongs to one loop.
+    """Belongs to one event loop.
 
     Args:
-        files: those that what is shown to the SLM comes from.
-        spawn: runs the watch over them in a task.
-        replaced: called once one of them was replaced after the SLM refused it.
+        files: the files of the credentials.
+        spawn: runs the file watch in a task.
+        replaced: called when one of them was replaced after the SLM rejected it.
 
     Attributes:
-        last_error: what failed last; None while all is well.
-        status: what the client's status is because of it; None: what else is known says that.
+        last_error: what failed last; None if nothing is wrong.
+        status: the resulting client status; None if other state determines it.
     """
 
     def __init__(
@@ -51,16 +51,16 @@ class Failures:
         self._watching: asyncio.Task[None] | None = None
 
     def note(self, error: SLMError, *, connected: bool) -> bool:
-        """Note a failure; return whether the SLM was refused or refuses, so that waiting is vain.
+        """Note a failure; return whether a side rejected the other, so that waiting is pointless.
 
         Args:
             error: what failed.
-            connected: whether a stream is up all the same.
+            connected: whether a stream is up nevertheless.
         """
         status = status_after(error)
         self.last_error = str(error)
         if self.last_error not in self._said:
-            # With several addresses failures alternate; each is logged once.
+            # With several addresses, failures alternate; each is logged once.
             if len(self._said) >= _SAID:
                 self._said.clear()
             self._said.add(self.last_error)
@@ -73,7 +73,7 @@ class Failures:
         return refused
 
     def clear(self) -> None:
-        """Note that all is well."""
+        """Note that nothing is wrong any more."""
         if self.last_error is not None:
             _log.info("the SLM is back")
         self.last_error = self.status = None

@@ -1,6 +1,6 @@
-"""Follows the SLM for one client: starts and ends what keeps its cache up to date, and answers.
+"""Follows the SLM for one client: starts and stops what updates its cache, and resolves.
 
-Everything here runs in the background thread's loop unless it says otherwise; `client` hands over.
+Everything runs in the background thread's loop unless stated otherwise; `client` delegates here.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _log = quiet_logger("slm.client")
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What a client was made with, checked."""
+    """The checked options of a client."""
 
     options: ClientOptions
     strict: bool
@@ -50,17 +50,17 @@ class Settings:
 
 
 class Follower:
-    """One client's following, from its connecting to its closing, and again.
+    """Follows the SLM for one client, from connecting to closing, repeatedly.
 
     Args:
-        settings: what the client was made with.
-        cache: what it fills; everything else reads.
+        settings: the client's options.
+        cache: filled by this; everything else only reads it.
 
     Attributes:
-        closed: whether it was closed, and not connected since.
+        closed: whether it was closed and not connected again.
         sync: what follows the SLM now, or None.
-        hooks: what the user hangs in.
-        in_use: which keys calls in flight hold.
+        hooks: the user's callbacks and validators.
+        in_use: the keys used by calls in progress.
     """
 
     def __init__(self, settings: Settings, cache: AgentConfigCache) -> None:
@@ -83,7 +83,7 @@ class Follower:
 
     @property
     def status(self) -> ClientStatus:
-        """How this client stands to its SLM."""
+        """How this client is connected."""
         if self.closed:
             return ClientStatus.CLOSED
         sync = self.sync
@@ -91,40 +91,40 @@ class Follower:
 
     @property
     def last_error(self) -> str | None:
-        """What failed last; None while all is well."""
+        """What failed last; None if nothing is wrong."""
         sync = self.sync
         return sync.last_error if sync is not None else None
 
     def answer_in_place(self, agent_id: str | None) -> ResolvedConfig:
-        """Answer from what is known, and ask nobody; for a client that is closed."""
+        """Resolve from what is known, without fetching; for a closed client."""
         return self._chain.answer_in_place(agent_id)
 
     def hear_no_more(self) -> None:
-        """Note that the client is to be closed: what is still to be read changes nothing."""
+        """Note that the client is about to close: messages still to be read have no effect."""
         self.closed = True
         sync = self.sync
         if sync is not None:
             sync.closed = True
 
     def key_use_changed(self) -> None:
-        """Note that a key which is no longer the present one is held, or no longer held."""
+        """Note that an outdated key came into or went out of use."""
         sync = self.sync
         if sync is not None:
             sync.acks.changed_elsewhere()
 
     def drop(self) -> None:
-        """Close without waiting, after whoever made the client let go of it.
+        """Close without waiting, after the client object was garbage-collected.
 
-        Not where somebody wants to hear of changes: that is what it is still there for. May be
-        called in the middle of anything, by the garbage collector.
+        Does nothing while callbacks are registered: the client still exists for them. May be called
+        at any point, by the garbage collector.
         """
         loop = self._loop
         if loop is not None and not self.hooks.has_callbacks:
-            with contextlib.suppress(RuntimeError):  # it has ended
+            with contextlib.suppress(RuntimeError):  # the loop has ended
                 loop.call_soon_threadsafe(lambda: loop.create_task(self.close()))
 
     def abandon(self) -> None:
-        """Start anew in a forked child: nothing of the parent's thread is here."""
+        """Reset in a forked child, which has nothing of the parent's thread."""
         if self.sync is not None:
             _abandoned.append(self.sync)
         self.sync = self._saver = self._closing = self._loop = None
@@ -137,13 +137,13 @@ class Follower:
     def _validators_changed(self, added: bool) -> None:
         loop = self._loop
         if loop is not None:
-            with contextlib.suppress(RuntimeError):  # it has ended
+            with contextlib.suppress(RuntimeError):  # the loop has ended
                 loop.call_soon_threadsafe(self._judging.judge_anew, added)
 
-    # --- life ---
+    # --- start and stop ---
 
     async def connect(self) -> None:
-        """Start following, and wait up to `start_timeout` until the SLM's state is here."""
+        """Start following, and wait up to `start_timeout` until the SLM's state has arrived."""
         while self._closing is not None:
             await asyncio.wait({self._closing})
         self.closed = False
@@ -153,7 +153,7 @@ class Follower:
             async with asyncio.timeout(seconds):
                 await sync.settled.wait()
         except TimeoutError:
-            sync.settled.set()  # long enough for all who wait
+            sync.settled.set()  # long enough for everyone who waits
             _log.warning(
                 "the SLM at %s did not answer within %g s: %s; trying on in the background",
                 self._settings.options.site,
@@ -162,11 +162,11 @@ class Follower:
             )
 
     async def close(self) -> None:
-        """Stop following; what a caller waits for is answered from what is known."""
+        """Stop following; pending questions are answered from what is known."""
         self.closed = True
         if self._closing is None:
             self._closing = asyncio.get_running_loop().create_task(self._close())
-        # In a task of its own: a caller who waits no longer leaves nothing half closed.
+        # In its own task: a caller that stops waiting must not leave it half closed.
         await asyncio.shield(self._closing)
 
     async def _close(self) -> None:
@@ -191,7 +191,7 @@ class Follower:
                 background.following.let_go(self._holder)
 
     def _started(self) -> Synchroniser:
-        """Return what follows the SLM, started if it is not yet."""
+        """Return what follows the SLM, starting it if needed."""
         if self.sync is not None:
             return self.sync
         settings = self._settings
@@ -216,14 +216,14 @@ class Follower:
         sync.start()
         return sync
 
-    # --- answers ---
+    # --- resolving ---
 
     async def answer(self, agent_id: str | None, *, judged: bool = True) -> ResolvedConfig:
-        """Answer for an agent, None standing for the default one; connect first if need be.
+        """Resolve an agent, or the default agent for None; connect first if needed.
 
         Args:
             agent_id: the agent.
-            judged: whether to wait for a validator that is to say what it thinks.
+            judged: whether to wait for a pending verdict of a validator.
         """
         if self.sync is not None:
             self.sync.notice_pause()
@@ -232,28 +232,28 @@ class Follower:
         return await self._chain.answer(agent_id, self.sync, judged=judged)
 
     async def explained(self, agent_id: str, *, judged: bool = True) -> Explanation:
-        """Say how an agent is resolved now."""
+        """Explain how an agent is resolved now."""
         answer: ResolvedConfig | Exception
         try:
             answer = await self.answer(agent_id, judged=judged)
         except Exception as problem:
-            # Whatever it is, it is what a caller who resolves this agent gets.
+            # Whatever the exception, a caller who resolves this agent gets it too.
             answer = problem
         return explained(self._cache, agent_id, answer, self.status, self.last_error)
 
     def _judged(self, take: Callable[[], list[str]]) -> None:
-        """Have verdicts come into force, unless the client was closed meanwhile."""
+        """Apply verdicts, unless the client was closed meanwhile."""
         if self.closed:
-            return  # they are asked again if it is connected again
+            return  # they are requested again if it reconnects
         for agent_id in take():
             self.swapped(agent_id)
         if self.sync is not None:
             self.sync.wake()
 
-    # --- what is told (synchroniser.Owner) ---
+    # --- notifications (synchroniser.Owner) ---
 
     def swapped(self, agent_id: str) -> None:
-        """Tell the callbacks of an agent whose config was swapped, left or came into force."""
+        """Call the callbacks for an agent after its config was swapped, removed or enabled."""
         if self.closed:
             return
         if self._saver is not None:
@@ -262,14 +262,14 @@ class Follower:
         self.hooks.tell(agent_id, known.in_force if known is not None else None)
 
     def became_live(self) -> None:
-        """Have the snapshot file written soon."""
+        """Save the snapshot file soon."""
         if self._saver is not None:
             self._saver.soon()
 
-    # --- who follows, and the file ---
+    # --- following, and the file ---
 
     def _info(self) -> ClientInfo:
-        # Imported here: it loads email, csv and zipfile, for which a backend's start would wait.
+        # Imported here: it loads email, csv and zipfile, which would slow a backend's start.
         from importlib.metadata import version
 
         host = socket.gethostname()

@@ -1,7 +1,7 @@
-"""Has validators that may take a while judge configs before they come into force, many at once.
+"""Has slow validators judge configs before they are used, many at once.
 
-Decides what is asked and when; validators run where `Hooks` has them run, and the cache holds what
-came of it. Runs in the client's loop.
+Decides what is judged and when; `Hooks` runs the validators, and the cache stores the verdicts.
+Runs in the client's loop.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ class Judging:
     """One client's verdicts.
 
     Args:
-        cache: whose configs are judged.
+        cache: the configs to judge.
         hooks: the validators.
-        judged: called with what takes the verdicts over and returns which agents it swapped.
+        judged: called with a function that applies the verdicts and returns the swapped agents.
     """
 
     def __init__(
@@ -40,18 +40,18 @@ class Judging:
         cache.ask_first = self._ask_first
 
     def forget(self) -> None:
-        """Ask of nothing that was to be asked of."""
+        """Drop everything that was queued for judging."""
         self._waiting = {}
         self._anew = self._all = False
 
     def judge_later(self, agents: dict[str, KnownAgent]) -> None:
-        """Ask of these in the loop's next turn, with whatever else comes until then."""
+        """Judge these in the loop's next turn, with whatever else is queued until then."""
         if agents and not self._waiting:
             asyncio.get_running_loop().call_soon(self._ask_of_waiting)
         self._waiting |= agents
 
     def judge_anew(self, added: bool) -> None:
-        """Ask of all that is known after a validator came, of the refused after one went."""
+        """Judge all configs after a validator was added, or refused ones after one was removed."""
         if not self._anew:
             self._anew = True
             asyncio.get_running_loop().call_soon(self._ask_anew)
@@ -104,7 +104,7 @@ class Judging:
     def _ask(
         self, configs: list[ResolvedConfig], take: Callable[[list[str | None]], list[str]]
     ) -> None:
-        """Ask the validators, and go on in this loop with what they say."""
+        """Ask the validators, and continue in this loop with their verdicts."""
         loop = asyncio.get_running_loop()
 
         def tell(reasons: list[str | None]) -> None:

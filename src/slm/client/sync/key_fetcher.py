@@ -1,9 +1,9 @@
-"""Fetches the keys that come after their change: a few one by one, many with one snapshot.
+"""Fetches keys after their change: a few one by one, many with one snapshot.
 
-An event carries no key, so every backend asks for it at the same moment. Requests are spread over
-a short time and one client has one under way; a call that waits for its key is not put off. While
-keys go on changing, more of them come together the slower the last request was. Knows when to ask;
-asking is `sync`'s (docs/decisions/0039-what-a-key-storm-costs.md).
+Events carry no keys, so every backend requests them at the same moment. Requests are spread over a
+short time, and each client has one in progress; a call that waits for its key is not delayed. While
+keys keep changing, the slower the last request was, the more keys are fetched at once. Decides when
+to fetch; `sync` sends the requests (docs/decisions/0039-what-a-key-storm-costs.md).
 """
 
 from __future__ import annotations
@@ -21,33 +21,37 @@ from slm.client.timings import Timings
 from slm.errors import SLMError, SLMUnavailable
 
 FEW: Final = 3
-"""With more keys than this to fetch, one snapshot brings them all: a request of its own for each
-costs both sides more than a few dozen agents in an answer."""
+"""With more keys than this to fetch, one snapshot brings them all.
+
+Separate requests would cost both sides more than a few dozen agents in one response.
+"""
 
 MAX_SINGLE: Final = 8
-"""How many are asked for one by one at once, where a snapshot would be waste."""
+"""How many are fetched one by one at once if a snapshot would be wasteful."""
 
 _SHARE: Final = 64
-"""A snapshot of more than so many times what is awaited would be waste."""
+"""A snapshot with more than this many times the awaited agents would be wasteful."""
 
 _PATIENCE: Final = 4
-"""After an answer a client waits about so many times as long as that took: a server that is busy
-is asked less often. Once no further key changes, a quarter of that is enough: what is missing then
-is the last of it."""
+"""The client waits about this many times as long as the last response took.
+
+A busy server therefore gets fewer requests. Once no more keys change, a quarter of that is enough,
+because only the last keys are missing.
+"""
 
 _OVER_AFTER: Final = 3
-"""After so many times the jitter without a change, no further one is waited for."""
+"""After this many times the jitter without a change, no further change is expected."""
 
 
 @dataclass(slots=True, eq=False)
 class _Awaited:
-    """One agent whose key is missing.
+    """One agent with a missing key.
 
     Attributes:
         backoff: for its further attempts.
-        not_before: when it is asked for next, by the loop's clock.
-        again: whether it changed since it was last asked for.
-        hurried: whether a call waits for it.
+        not_before: when it is requested next, by the loop's clock.
+        again: whether it changed since the last request.
+        hurried: whether a call is waiting for it.
         failed: whether an attempt brought nothing.
     """
 
@@ -59,15 +63,15 @@ class _Awaited:
 
 
 class KeyFetcher:
-    """Belongs to one loop; `run` goes on until it is cancelled.
+    """Belongs to one event loop; `run` continues until it is cancelled.
 
     Args:
-        cache: says which keys are awaited.
-        timings: how long to wait for what.
-        fetch_one: fetches one agent into the cache; returns why nothing came.
+        cache: says which keys are missing.
+        timings: all durations.
+        fetch_one: fetches one agent into the cache; returns the error if nothing came.
         fetch_all: the same with a snapshot.
         spawn: runs a request that does not wait for its turn.
-        uniform: draws a number between two.
+        uniform: returns a random number between two numbers.
     """
 
     def __init__(
@@ -88,15 +92,15 @@ class KeyFetcher:
         self._loop = asyncio.get_running_loop()
         self._awaited: dict[str, _Awaited] = {}
         self._asking: set[str] = set()
-        # When the next request may begin: while keys go on changing, and once they do not.
+        # When the next request may start: while keys keep changing, and once they do not.
         self._free_at = self._free_when_over = 0.0
         self._wanted_at = float("-inf")
-        # Until when `run` waits; None: until something is awaited.
+        # How long `run` waits; None for until a key is missing.
         self._until: float | None = None
         self._changed = asyncio.Event()
 
     def want(self, agent_id: str) -> None:
-        """Note that this agent's key is awaited, or awaited anew since it changed again."""
+        """Note that this agent's key is missing, or missing again because it changed."""
         now = self._wanted_at = self._loop.time()
         awaited = self._awaited.get(agent_id)
         if awaited is None:
@@ -111,9 +115,9 @@ class KeyFetcher:
             self._changed.set()
 
     def hurry(self, agent_id: str) -> None:
-        """Ask for this agent's key now: a call waits for it."""
+        """Request this agent's key now, because a call is waiting for it."""
         awaited = self._awaited.get(agent_id)
-        # One that failed is tried again in its time.
+        # A failed one is retried at its scheduled time.
         if awaited is None or awaited.failed:
             return
         awaited.hurried = True
@@ -137,14 +141,14 @@ class KeyFetcher:
                     await self._changed.wait()
 
     def _pause(self, took: float) -> None:
-        """Leave the server alone for a while, after a request that took so long."""
+        """Leave the server alone for a while after a request that took this long."""
         now, longest = self._loop.time(), self._timings.key_pause_max_seconds
         took *= self._uniform(0.5, 1.5)
         self._free_at = now + min(took * _PATIENCE, longest)
         self._free_when_over = now + min(took, longest / _PATIENCE)
 
     def _free(self) -> float:
-        """Return when the next request may begin, if nothing more changes."""
+        """Return when the next request may start if nothing more changes."""
         over_at = self._wanted_at + _OVER_AFTER * self._timings.key_jitter_seconds
         return min(self._free_at, max(self._free_when_over, over_at))
 
@@ -155,7 +159,7 @@ class KeyFetcher:
         free = {i: each for i, each in self._awaited.items() if i not in self._asking}
         if all(each.not_before > now for each in free.values()):
             return []
-        # With the first that is due go all that only waited for a moment: many are one request.
+        # Send all that wait only for their jitter with the first that is due, as one request.
         return [i for i, each in free.items() if each.not_before <= now or not each.failed]
 
     def _is_awaited(self, agent_id: str) -> bool:
@@ -163,11 +167,11 @@ class KeyFetcher:
         return known is not None and known.awaits_key
 
     async def _fetch(self, agent_ids: list[str]) -> None:
-        """Ask for these, and say of each that is still missing when it is asked for again."""
+        """Request these, and schedule the next attempt for each that is still missing."""
         cache = self._cache
         many = len(agent_ids) > FEW and len(agent_ids) * _SHARE >= cache.size
         if not (many and cache.position.synced):
-            # With no snapshot yet, the one under way brings the others.
+            # Before the first snapshot, the one in progress brings the others.
             agent_ids = agent_ids[:MAX_SINGLE]
         for agent_id in agent_ids:
             if (awaited := self._awaited.get(agent_id)) is not None:
@@ -199,7 +203,7 @@ class KeyFetcher:
             if awaited.hurried:
                 self._spawn(self._fetch([agent_id]))
         elif known is not None and known.key_error is not None:
-            # An operator's change comes over the stream; this is for a mended server.
+            # An operator's change arrives over the stream; this is for a repaired server.
             awaited.not_before = now + self._timings.refused_retry_seconds
         else:
             missing = failure or SLMUnavailable("the key did not come")

@@ -1,6 +1,6 @@
-"""What the client does where following as usual is not possible: poll, or go to another server.
+"""What the client does when it cannot follow normally: poll, or switch to another server.
 
-Decides when to ask; what is asked is `http`'s, and what comes of it `sync`'s.
+Decides when to send requests; `http` sends them and `sync` handles the results.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from slm.client.transport.http import Connection
 from slm.errors import SLMError, SLMUnavailable
 
 _SPREAD: Final = (0.75, 1.25)
-"""A thousand backends behind one proxy do not ask in one moment."""
+"""So that a thousand backends behind one proxy do not poll at the same moment."""
 
 
 class Poller:
-    """Asks for changes every few seconds while something lets no WebSocket through.
+    """Polls for changes every few seconds while something blocks WebSockets.
 
-    It begins after a handshake that failed on the way, and goes on for as long as it is answered.
-    One request asks whether anything changed; only then is a snapshot taken.
+    Starts after a handshake that was blocked on the way, and continues as long as it gets
+    responses. One request asks whether anything changed; a snapshot is fetched only if so.
 
     Args:
-        connection: whom to ask.
+        connection: sends the requests.
         cache: what is known.
-        timings: how often.
-        take_all: takes a snapshot of this revision or later, and returns once it is here.
-        answered: called after each look that found what is known to be the newest.
-        refused: called with what the SLM answered instead.
+        timings: how often to poll.
+        take_all: fetches a snapshot of this revision or later, and returns once it is applied.
+        answered: called after each poll that found the cache up to date.
+        refused: called with the SLM's error response.
 
     Attributes:
-        works: whether the last look was answered, and no stream is up.
+        works: whether the last poll was answered and no stream is up.
     """
 
     def __init__(
@@ -56,16 +56,16 @@ class Poller:
         self.works = False
 
     def begin(self) -> None:
-        """Look from now on, until a look is not answered."""
+        """Start polling, until a poll is not answered."""
         self._wanted.set()
 
     def end(self) -> None:
-        """Look no more: a stream is up."""
+        """Stop polling, because a stream is up."""
         self._wanted.clear()
         self.works = False
 
     async def run(self) -> None:
-        """Go on until cancelled."""
+        """Poll until cancelled."""
         while True:
             await self._wanted.wait()
             if self._cache.position.synced:
@@ -86,7 +86,7 @@ class Poller:
         if other or not position.synced or news.changes:
             await self._take_all(0 if other else news.revision)
         elif news.revision < position.revision:
-            return  # a replica that is behind: what it says confirms nothing
+            return  # a replica that is behind confirms nothing
         if self._wanted.is_set() and position.synced:
             self.works = True
             self._answered()
@@ -98,14 +98,14 @@ async def leave_for_a_better_one(
     stuck: Callable[[], str | None],
     leave: Callable[[SLMError], Awaitable[None]],
 ) -> None:
-    """Go to another address while the server in use cannot bring this client up to date.
+    """Switch to another address while the current server cannot bring this client up to date.
 
-    Only to one that says it is ready: where all have lost one database, nobody moves.
+    Only to one that reports it is ready: if all have lost a shared database, nobody switches.
 
     Args:
-        connection: the addresses, and how to ask there.
-        timings: how often to look.
-        stuck: says why this client is not live though its stream is up; None: all is well.
+        connection: the addresses, and how to ask them.
+        timings: how often to check.
+        stuck: returns why this client is not live although its stream is up; None if all is well.
         leave: closes the stream; the next one goes to the new address.
     """
     before = None

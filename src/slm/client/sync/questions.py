@@ -1,6 +1,6 @@
-"""Answers the SLM's questions about how an agent is resolved here, a few at once.
+"""Answers the SLM's questions about how an agent is resolved here, a few at a time.
 
-One that cannot be answered harms nothing. Knows neither the chain nor the stream.
+An unanswerable question has no other effect. Knows neither the chain nor the stream.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ class Questions:
     """Belongs to one stream.
 
     Args:
-        explain: says how an agent is resolved.
+        explain: explains how an agent is resolved.
         send: sends a message.
         spawn: runs an answer in a task.
 
     Attributes:
-        under_way: how many are being answered; further ones are passed over while they are many.
+        under_way: how many are being answered; above a limit, new questions are ignored.
     """
 
     def __init__(

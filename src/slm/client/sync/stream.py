@@ -1,6 +1,6 @@
-"""The subscription: connect, subscribe from where we are, hear, and never give up.
+"""The subscription: connect, subscribe from the current position, receive, and never give up.
 
-Knows the WebSocket; what a message means is its listener's affair.
+Knows the WebSocket; the listener interprets the messages.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _log = quiet_logger("slm.client")
 
 
 class Resume(NamedTuple):
-    """Where to resume: a revision, its epoch, and which change it is, where that is known."""
+    """Where to resume: a revision, its epoch, and its change id if known."""
 
     since: int
     epoch: str
@@ -43,33 +43,33 @@ class Resume(NamedTuple):
 
 
 class Listener(Protocol):
-    """Who is told what the stream hears, in order."""
+    """Receives what arrives on the stream, in order."""
 
     def position(self) -> Resume | None:
-        """Return what to resume after; None to hear from now on."""
+        """Return the position to resume after; None to start from now."""
 
     def heard(self, until: float) -> None:
-        """Hear that a message came: the SLM is there, which counts `until` then."""
+        """Called for each message: the SLM is reachable, which is valid `until` then."""
 
     def subscribed(self, message: Subscribed, since: int | None) -> None:
-        """Hear that the stream begins; `since` is what was asked for."""
+        """Called when the stream starts; `since` is the requested position."""
 
     def received(self, message: ServerMessage) -> None:
-        """Hear any later message."""
+        """Called for each later message."""
 
     def left(self) -> None:
-        """Hear that the connection is left, in whatever way: nothing is heard from now on."""
+        """Called when the connection ends in any way: nothing is received from now on."""
 
     def lost(self, error: SLMError) -> None:
-        """Hear that there is no stream, and why; the next try follows by itself."""
+        """Called with the reason when there is no stream; the next attempt follows on its own."""
 
 
 class StoodStill(SLMUnavailable):
-    """Nothing was heard for too long, and it was this process, or its machine, that stood still."""
+    """Nothing arrived for too long, because this process or its machine was suspended."""
 
 
 class Stream:
-    """Keeps one subscription up until its task is cancelled."""
+    """Keeps one subscription running until its task is cancelled."""
 
     _listener: Listener
 
@@ -88,7 +88,7 @@ class Stream:
         self._healthy = False
 
     async def run(self, listener: Listener) -> None:
-        """Connect, and connect again with backoff, for ever; tell the listener what is heard."""
+        """Connect, and reconnect with backoff, forever; pass what arrives to the listener."""
         self._listener = listener
         backoff = Backoff(self._timings)
         while True:
@@ -102,7 +102,7 @@ class Stream:
             except SLMError as error:
                 failure = error
             except Exception:
-                # A mistake of ours must not end the stream for the life of the process.
+                # One of our own errors must not end the stream for the life of the process.
                 _log.exception("the stream failed; connecting again")
                 failure = SLMUnavailable("the stream failed on our side; the log has more")
             self._connection.streaming = False
@@ -112,9 +112,9 @@ class Stream:
             if self._healthy:
                 backoff.reset()
                 if isinstance(failure, StoodStill):
-                    continue  # somebody may wait for it, and nobody else stood still with us
+                    continue  # a call may wait for it, and no one else was suspended
             seconds = backoff.delay_elsewhere() if elsewhere else backoff.delay_after(failure)
-            # A refused token or certificate is tried again as soon as its file is replaced.
+            # A rejected token or certificate is retried as soon as its file is replaced.
             await self._watch.wait(seconds)
 
     def note_caught_up(self, caught_up: bool) -> None:
@@ -135,29 +135,29 @@ class Stream:
         try:
             await ws.send_str(text)
         except (aiohttp.ClientError, OSError):
-            return False  # the reader finds out by itself, and why
+            return False  # the reader notices, and learns the reason
         return True
 
     def deafen(self) -> None:
-        """Hear nothing more on this connection, at once: its end takes a few turns of the loop."""
+        """Stop receiving on this connection at once; closing it takes a few turns of the loop."""
         if self._ws is not None:
             self._ws.deafen()
 
     def leave(self) -> None:
-        """Give the connection up: this process stood still, and what it missed is not known."""
+        """Abandon the connection: this process was suspended, and what it missed is unknown."""
         self._stood_still = True
         self.deafen()
         if self._silence is not None:
             self._silence.give_up()
 
     async def restart(self, why: SLMError | None = None) -> None:
-        """Close the connection, so that the next one starts from the listener's position."""
+        """Close the connection so that the next one starts from the listener's position."""
         if self._ws is not None:
             self._left_for = why
             await self._ws.close()
 
     async def _live_once(self) -> SLMError:
-        """Hold one connection until it ends, and return why it did."""
+        """Keep one connection until it ends, and return why it ended."""
         position = self._listener.position()
         since, epoch, change_id = position if position is not None else (None, None, None)
         self._left_for = None
@@ -190,7 +190,7 @@ class Stream:
             silence.told_at = silence.heard_at = clock()
             told_at = now()
             if self._stood_still or (window and told_at >= self._told_until):
-                # What comes now was sent while nobody listened, and may not be all of it.
+                # This was sent while nothing was listening, and may be incomplete.
                 self._stood_still = True
                 raise StoodStill("nothing was heard for too long: this process stood still")
             message = parse_server_message(text)
@@ -232,7 +232,7 @@ class Stream:
             ws.deafen()
 
     def _heartbeat(self, message: ServerMessage | None) -> float:
-        """Return the interval that the first message names, or say what is wrong with it."""
+        """Return the interval from the first message, or raise what is wrong with it."""
         if isinstance(message, Error):
             code = self._connection.repeated(message.code)
             raise ProtocolError(f"the SLM refused the subscription: {code}")
@@ -243,7 +243,7 @@ class Stream:
         return message.heartbeat
 
     def _begin(self, message: ServerMessage | None, since: int | None) -> None:
-        """Take the first message, which `_heartbeat` found to be in order."""
+        """Process the first message, which `_heartbeat` has checked."""
         assert isinstance(message, Subscribed)  # noqa: S101 - for the type checker
         self._subscribed_at = asyncio.get_running_loop().time()
         self._connection.streaming = True
@@ -258,7 +258,7 @@ class Stream:
         return SLMUnavailable(f"the stream ended (close code {code})")
 
     def _swallowed(self, what: str) -> SLMError:
-        """Return the error for an end without a word; at the very beginning it is a proxy's way."""
+        """Return the error for a silent end; right at the start, it suggests a proxy."""
         if self._subscribed_at is not None:
             return SLMUnavailable(what)
         self._connection.upgrade_refused = True

@@ -1,7 +1,7 @@
-"""Keeps the cache equal to the SLM: what the stream tells, snapshots, and what `status` says.
+"""Keeps the cache in sync with the SLM: stream messages, snapshots, and the client's status.
 
-The stream hears, the fetchers ask, the cache holds. Knows no socket and nothing of the chain. Runs
-in one event loop.
+The stream receives, the fetchers request, the cache stores. Knows no socket and nothing about the
+chain. Runs in one event loop.
 """
 
 from __future__ import annotations
@@ -43,33 +43,33 @@ _log = quiet_logger("slm.client")
 
 
 class Owner(Protocol):
-    """Whom the cache is kept up to date for: the follower."""
+    """The owner of the cache: the follower."""
 
     def swapped(self, agent_id: str) -> None:
-        """Hear that an agent's config was swapped, left or came into force."""
+        """Called when an agent's config was swapped, removed or enabled."""
 
     def became_live(self) -> None:
-        """Hear that the cache became live."""
+        """Called when the cache became live."""
 
     async def explained(self, agent_id: str) -> Explanation:
-        """Say how an agent is resolved, when the SLM asks."""
+        """Explain how an agent is resolved, when the SLM asks."""
 
 
 class Synchroniser:
-    """One connection's worth of work; made in the loop it runs in, started once, closed once.
+    """The work for one connection; created in its event loop, started once, closed once.
 
     Args:
-        cache: what is kept equal.
-        connection: how the SLM is asked; closed with this.
-        stream: how it is heard.
-        acks: how it is told what was received.
-        timings: how long to wait for what.
-        owner: for whom this is done.
+        cache: what is kept in sync.
+        connection: sends requests to the SLM; closed with this.
+        stream: receives from the SLM.
+        acks: report what was received.
+        timings: all durations.
+        owner: the owner of the cache.
 
     Attributes:
-        fetcher: asks for what is not known.
+        fetcher: fetches what is not known.
         closed: whether it was closed.
-        settled: set once waiting for the SLM's state helps no more.
+        settled: set once waiting for the SLM's state is pointless.
     """
 
     def __init__(
@@ -108,31 +108,31 @@ class Synchroniser:
         self._behind = False
         self._heard_until = NEVER
         self._resuming = False
-        # The revision that a resumed stream must reach before it counts as live; 0: it has.
+        # The revision that a resumed stream must reach to be live; 0 once it has.
         self._live_from = 0
 
     # --- for the client ---
 
     @property
     def status(self) -> ClientStatus:
-        """How things stand, from what is up and what failed last."""
+        """The status, based on what is up and what failed last."""
         if self._cache.liveness.live:
             return ClientStatus.LIVE
         if self._poller.works:
             return ClientStatus.POLLING
         if self._cache.liveness.live_until != NEVER:
-            return ClientStatus.DISCONNECTED  # nothing was heard for too long, as will be noticed
+            return ClientStatus.DISCONNECTED  # nothing arrived for too long, as will be noticed
         if self._connected and self._failures.status is None:
             return ClientStatus.BEHIND if self._behind else ClientStatus.SYNCING
         return self._failures.status or ClientStatus.STARTING
 
     @property
     def last_error(self) -> str | None:
-        """What failed last; None while all is well."""
+        """What failed last; None if nothing is wrong."""
         return self._failures.last_error
 
     def start(self) -> None:
-        """Start the stream; it goes on until `close`."""
+        """Start the stream; it runs until `close`."""
         tasks = self._tasks
         tasks.keep_up(functools.partial(self._stream.run, self))
         tasks.keep_up(self.acks.run)
@@ -152,7 +152,7 @@ class Synchroniser:
         self.closed = True
         self._cache.liveness.set(False)
         self._stream.deafen()
-        # Whoever waits for something gets what is known.
+        # Release all waiters with what is known.
         self.settled.set()
         await self._tasks.close()
         await self._connection.close()
@@ -160,14 +160,14 @@ class Synchroniser:
         self.wake()
 
     def notice_pause(self) -> None:
-        """Notice, before a question is answered, that this process or its machine stood still."""
+        """Check, before answering a question, whether this process or its machine was suspended."""
         if self._cache.liveness.live_until != NEVER and not self._cache.liveness.live:
             self._cache.liveness.set(False)
             self.settled.clear()
             self._stream.leave()
 
     def hurry_key(self, agent_id: str) -> None:
-        """Ask for an agent's awaited key at once: a call waits for it."""
+        """Request an agent's missing key at once, because a call is waiting for it."""
         self._keys.hurry(agent_id)
 
     async def wait_for_change(self, timeout: float) -> None:
@@ -180,16 +180,16 @@ class Synchroniser:
             self._waiting.discard(future)
 
     def wake(self) -> None:
-        """Have whoever waits for a change look again, and have it acked."""
+        """Make everyone who waits for a change check again, and have it acked."""
         self.acks.changed()
         for future in self._waiting:
             if not future.done():
                 future.set_result(None)
 
-    # --- what the stream tells (stream.Listener) ---
+    # --- events of the stream (stream.Listener) ---
 
     def position(self) -> Resume | None:
-        """Return where to resume: only what is complete up to a revision may be resumed."""
+        """Return where to resume; only possible if everything up to a revision is here."""
         position = self._position
         if not position.synced or position.epoch is None:
             return None
@@ -197,7 +197,7 @@ class Synchroniser:
         return Resume(since, position.epoch, change_id)
 
     def heard(self, until: float) -> None:
-        """Go on being live, where this client is."""
+        """Extend the live state, if this client is live."""
         if self.closed:
             return
         self._heard_until = until
@@ -205,30 +205,30 @@ class Synchroniser:
             self._cache.liveness.live_until = until
 
     def subscribed(self, message: Subscribed, since: int | None) -> None:
-        """Go on from where we were, or begin with a snapshot; nothing between is lost."""
+        """Continue from the last position, or start with a snapshot; nothing in between is lost."""
         self._connected = True
         self._behind = False
         self._failures.status = None
         self._poller.end()
         self.acks.subscribed()
-        self._want_keys()  # whom the SLM refused a key may have another token now
+        self._want_keys()  # whoever was refused a key may have another token now
         if since is None:
             self._begin(message)
         elif message.epoch == self._position.epoch and message.revision == since:
-            # Live only once everything up to the head of that moment is here.
+            # Live only once everything up to the head at that moment is here.
             self._live_from = message.head or 0
             self._position.advance(since, message.change_id)
             self._reached()
-        # else: a resync follows, and until then what is held may be of another life.
+        # else: a resync follows, and until then the cache may belong to another epoch.
 
     def received(self, message: ServerMessage) -> None:
-        """Apply what the stream says."""
+        """Apply a message from the stream."""
         position = self._position
         if not self._connected or self.closed:
-            return  # left over in the buffer of a stream that was given up
+            return  # left in the buffer of an abandoned stream
         if isinstance(message, AgentChanged | AgentDeleted):
             if position.synced and message.revision > position.revision + 1:
-                # The contract excludes this; but a hole must not stay, whoever made it.
+                # The protocol excludes this, but a gap must never remain, whatever caused it.
                 _log.warning("the stream skipped a revision; fetching a snapshot")
                 self._start_over(position.epoch or "", message.revision, message.change_id)
             about: tracing.Attributes = {
@@ -252,12 +252,12 @@ class Synchroniser:
             self._reached()
 
     def left(self) -> None:
-        """Note that nothing is heard any more."""
+        """Note that nothing is received any more."""
         self._connected = False
         self._update_liveness()
 
     def lost(self, error: SLMError) -> None:
-        """Note why nothing is heard any more."""
+        """Note why nothing is received any more."""
         self.left()
         self.not_answered(error)
         if self._connection.upgrade_refused and not self._connection.addresses.untried:
@@ -270,13 +270,13 @@ class Synchroniser:
             self.settled.set()
 
     def _stuck(self) -> str | None:
-        """Say why this client is not live though its stream is up; None: it is, or has none."""
+        """Return why this client is not live with its stream up; None if it is or has none."""
         if self._cache.liveness.live or not self._connected:
             return None
         return "is behind" if self._behind else "does not bring this client up to date"
 
     def _reached(self) -> None:
-        """Become live once the head that `subscribed` named is reached."""
+        """Become live once the head named in `subscribed` is reached."""
         if self._position.synced and self._position.revision >= self._live_from:
             self._live_from = 0
             self._all_is_well()
@@ -299,19 +299,19 @@ class Synchroniser:
         self.wake()
 
     def _note_refusal(self, error: SLMError) -> None:
-        """Note what polling was answered, where it says more than the handshake did."""
+        """Note the response to polling if it says more than the handshake did."""
         if status_after(error) is not ClientStatus.DISCONNECTED:
             self.not_answered(error)
 
     def _polled(self) -> None:
-        """Note that without a stream, too, what is known is the newest."""
+        """Note that even without a stream the cache is up to date."""
         self._failures.status = None
         self._cache.liveness.confirm()
         self.wake()
         self.settled.set()
 
     def _replaced(self) -> None:
-        """Ask anew, once a token or a certificate that the SLM refused was replaced."""
+        """Retry once a token or certificate that the SLM rejected was replaced."""
         self.fetcher.ask_again()
         self._want_keys()
 
@@ -332,7 +332,7 @@ class Synchroniser:
         self._snapshot = self._tasks.spawn(self._until_snapshot(min_revision))
 
     async def _take_all(self, min_revision: int) -> None:
-        """Take a snapshot, and return once it is here or another one is under way."""
+        """Fetch a snapshot; return once it is applied or another one is in progress."""
         self._fetch_snapshot(min_revision)
         if self._snapshot is not None:
             await asyncio.wait({self._snapshot})
@@ -352,17 +352,17 @@ class Synchroniser:
             self._swapped(agent_id)
         self._want_keys()
         if other_life:
-            # The stream is of a replica that does not know of it yet.
+            # The stream is from a replica that does not have this revision yet.
             self._connected = False
             await self._stream.restart()
         elif self._connected:
             self._all_is_well()
         self.settled.set()
 
-    # --- what is fetched (agent_fetcher.Recipient) ---
+    # --- results of requests (agent_fetcher.Recipient) ---
 
     def fetched(self, agent_id: str, swapped: bool, *, for_key: bool = False) -> None:
-        """Tell of a swap, and see to a key that is missing now."""
+        """Report a swap, and fetch a key that is now missing."""
         if swapped:
             self._swapped(agent_id)
         self.wake()
@@ -371,7 +371,7 @@ class Synchroniser:
             self._keys.want(agent_id)
 
     def snapshot_applied(self, swapped: list[str]) -> None:
-        """Tell of the agents whose config was swapped by a snapshot."""
+        """Report the agents whose config a snapshot swapped."""
         for agent_id in swapped:
             self._swapped(agent_id)
         self.wake()
@@ -388,7 +388,7 @@ class Synchroniser:
             self.settled.set()
 
     def other_epoch(self) -> None:
-        """Take what is there now as a whole: positions of another epoch mean nothing."""
+        """Reload everything: positions of another epoch are meaningless."""
         if self._snapshot is None or self._snapshot.done():
             self._fetch_snapshot(0)
 

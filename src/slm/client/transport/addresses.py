@@ -1,4 +1,4 @@
-"""The addresses of one SLM: which are usable, which is in use, and when the next one is tried.
+"""The addresses of one SLM: which are valid, which is in use, and when the next one is tried.
 
 Pure rules; opens no connection.
 """
@@ -16,10 +16,10 @@ from slm.endpoints import literal_address
 from slm.errors import ConfigurationError
 
 MAX_ADDRESSES: Final = 16
-"""More is a mistake, not a deployment."""
+"""More than this is a mistake, not a deployment."""
 
 ROUTES: Final = ("/api", "/api/agents", "/api/snapshot", "/ws", "/readyz", "/healthz", "/metrics")
-"""What somebody may copy along with the address, and does not belong to it."""
+"""Characters that are often copied with an address but don't belong to it."""
 
 _SCHEMES: Final = {"http": "http", "ws": "http", "https": "https", "wss": "https"}
 
@@ -27,9 +27,8 @@ _SCHEMES: Final = {"http": "http", "ws": "http", "https": "https", "wss": "https
 def normalised_url(slm_url: str, *, allow_insecure: bool = False) -> str:
     """Return `http(s)://host[:port][/path]` for an http(s) or ws(s) URL of an SLM.
 
-    Plain http is for loopback alone, unless that was decided otherwise: the token and the keys
-    would be there for all to read, and the SLM hands out no key that way (docs/protocol.md
-    section 3).
+    Plain http is for loopback only, unless explicitly allowed: anyone on the network could read the
+    token and the keys, and the SLM sends no key that way (docs/protocol.md section 3).
 
     Raises:
         ConfigurationError: it is not such a URL; the message does not repeat it.
@@ -69,7 +68,7 @@ def normalised_url(slm_url: str, *, allow_insecure: bool = False) -> str:
         )
     try:
         return str(URL(f"{scheme}://{parts.netloc}{parts.path}")).rstrip("/")
-    except ValueError:  # what yarl finds wrong with a host, it quotes
+    except ValueError:  # yarl's errors quote the host
         pass
     raise ConfigurationError("slm_url names a host that is not a valid one")
 
@@ -77,21 +76,21 @@ def normalised_url(slm_url: str, *, allow_insecure: bool = False) -> str:
 def usable_urls(
     given: str | Sequence[str] | None, *, allow_insecure: bool = False
 ) -> tuple[str, ...]:
-    """Return the addresses in the order in which they are tried, each once.
+    """Return the addresses in the order in which they are tried, without duplicates.
 
     Args:
-        given: one address, several separated by commas, or a list; None: SLM_URL.
-        allow_insecure: whether plain http to another machine was decided on.
+        given: one address, several separated by commas, or a list; None for SLM_URL.
+        allow_insecure: whether plain http to another machine is allowed.
 
     Raises:
-        ConfigurationError: there is none, or one of them is not usable.
+        ConfigurationError: there is none, or one of them is invalid.
     """
     if given is None:
         given = variable("SLM_URL") or ""
         if not given:
             raise ConfigurationError(_no_url())
     texts = listed(given) if isinstance(given, str) else [*given]
-    # One that is empty is refused by what it is, rather than as "no address".
+    # An empty one gets an error about itself rather than "no address".
     urls = [normalised_url(text, allow_insecure=allow_insecure) for text in texts or [""]]
     if len(urls) > MAX_ADDRESSES:
         raise ConfigurationError(f"slm_url names more than {MAX_ADDRESSES} addresses")
@@ -100,7 +99,8 @@ def usable_urls(
 
 def _no_url() -> str:
     if variable("SLM_SERVICE_HOST") is not None:
-        # Not taken by itself: whoever may make a Service in a namespace would be sent the token.
+        # Not used automatically: anyone who may create a Service in a namespace would get the
+        # token.
         port = variable("SLM_SERVICE_PORT") or "8760"
         port = port if port.isdecimal() else "8760"
         return (
@@ -111,7 +111,7 @@ def _no_url() -> str:
 
 
 def is_loopback(host: str) -> bool:
-    """Say whether this host is this machine, by its literal address or as `localhost`."""
+    """Return whether this host is this machine: a loopback address or `localhost`."""
     if host.rstrip(".").lower() == "localhost":
         return True
     address = literal_address(host)
@@ -119,17 +119,17 @@ def is_loopback(host: str) -> bool:
 
 
 def is_insecure(url: str) -> bool:
-    """Say whether what is sent to this address can be read on the way."""
+    """Return whether traffic to this address can be read on the network."""
     return url.startswith("http://") and not is_loopback(urlsplit(url).hostname or "")
 
 
 class Addresses:
-    """The addresses of one SLM, of which one is in use; the others are tried in turn.
+    """The addresses of one SLM, one of which is in use; the others are tried in turn.
 
     Attributes:
-        current: the one in use.
-        untried: whether it has not failed yet since the last one served us, or since all failed.
-        patient: whether it gets all the time there is: there is no other, or none has answered.
+        current: the address in use.
+        untried: whether it has not failed yet since the last one worked or all had failed.
+        patient: whether it gets the full timeout: there is no other, or none has answered.
     """
 
     def __init__(self, urls: Sequence[str]) -> None:
@@ -141,21 +141,21 @@ class Addresses:
 
     @property
     def several(self) -> bool:
-        """Whether there is another one to go to."""
+        """Whether there is another address."""
         return len(self._urls) > 1
 
     @property
     def others(self) -> tuple[str, ...]:
-        """The addresses that are not in use, the next one first."""
+        """The addresses that are not in use, starting with the next one."""
         at = self._urls.index(self.current)
         return self._urls[at + 1 :] + self._urls[:at]
 
     def arrived(self) -> None:
-        """Note that the present one serves us."""
+        """Note that the current address works."""
         self._left, self.untried, self.patient = 0, False, not self.several
 
     def leave(self, url: str) -> bool:
-        """Go on to the next one, unless `url` was left already; return `untried`."""
+        """Move to the next address, unless `url` was already left; return `untried`."""
         if url == self.current and self.several:
             self.current = self.others[0]
             self._left += 1
@@ -165,6 +165,6 @@ class Addresses:
         return self.untried
 
     def go_to(self, url: str) -> None:
-        """Use this one of the others from now on."""
+        """Use this one of the other addresses from now on."""
         self.arrived()
         self.current, self.untried = url, True

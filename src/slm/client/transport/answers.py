@@ -1,6 +1,6 @@
-"""What an answer other than the expected one means, as an error of `slm.errors` with a sentence.
+"""Turns unexpected responses into errors of `slm.errors`, with a sentence.
 
-Tells the SLM's own words from those of what stands in front of it. Sends nothing.
+Distinguishes the SLM's own responses from those of an intermediary. Sends nothing.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _BY_STATUS: dict[int, type[ProblemError]] = {
     503: Unavailable,
 }
 UPGRADE: Final = "a WebSocket upgrade"
-"""What a handshake asks for, in the words of an error."""
+"""What a handshake requests, as named in an error."""
 
 _HINTS: Final = {
     200: "something other than the SLM answers there",
@@ -61,19 +61,19 @@ _NO_TLS: Final = (
 
 
 class NobodyListens(SLMUnavailable):
-    """The SLM's host refused the connection: no server is there, so asking costs none anything."""
+    """The SLM's host refused the connection: no server runs, so a retry burdens none."""
 
 
 class UpgradeFailed(SLMUnavailable):
-    """Something between here and the SLM lets no WebSocket through."""
+    """Something between the client and the SLM blocks WebSockets."""
 
 
 class Redirected(aiohttp.ClientError):
-    """An answer that leads elsewhere, which is never followed: it would take the token there.
+    """A redirect, which is never followed: it would send the token elsewhere.
 
     Attributes:
-        status: 3xx.
-        target: the scheme and host that it leads to, if it names one.
+        status: the 3xx status.
+        target: the scheme and host of the redirect's target, if it names one.
     """
 
     def __init__(self, status: int, location: str) -> None:
@@ -87,11 +87,11 @@ class Redirected(aiohttp.ClientError):
 
 
 class AskedServer:
-    """Whom a request went to, as errors name it.
+    """The server that a request went to, as named in errors.
 
     Args:
         url: the SLM's address.
-        proxy: host and port of the proxy on the way, if there is one.
+        proxy: host and port of the proxy, if there is one.
     """
 
     def __init__(self, url: str, proxy: str | None) -> None:
@@ -103,17 +103,17 @@ class AskedServer:
         self.proxy = proxy
 
     def answered_by(self, headers: Mapping[str, str]) -> str:
-        """Name what gave this answer: the SLM puts its epoch on each of its own."""
+        """Name the sender of this response; the SLM adds its epoch to each of its own."""
         if is_ours(headers):
             return f"the SLM at {self.name}"
-        # Without TLS, what is named as the proxy answers for the SLM's address as well.
+        # Without TLS, the proxy can also answer in the name of the SLM.
         where = self.name if self.secure or self.proxy is None else self.proxy
         kind = one_line(headers.get("Server", ""), 40)
         return f"the proxy at {where}" + (f" ({kind})" if kind else "")
 
 
 def is_ours(headers: Mapping[str, str]) -> bool:
-    """Say whether an answer is the SLM's own rather than that of something before it."""
+    """Return whether a response is the SLM's own rather than an intermediary's."""
     return "SLM-Epoch" in headers
 
 
@@ -125,15 +125,15 @@ def problem(
     place: AskedServer,
     what: str,
 ) -> SLMError:
-    """Return the error that an answer other than success stands for.
+    """Return the error for a response other than success.
 
     Args:
         status: its status.
         headers: its headers.
         body: its body, as far as it is known.
-        repeated: makes the peer's words fit to repeat.
-        place: whom was asked.
-        what: for what.
+        repeated: makes the peer's text safe to repeat.
+        place: the server that was asked.
+        what: what was requested.
     """
     code, detail = "", ""
     with contextlib.suppress(ValidationError):
@@ -160,7 +160,7 @@ def _without_words(
     place: AskedServer,
     what: str,
 ) -> str:
-    """Return a sentence for an answer in whose body nobody says what is wrong."""
+    """Return a sentence for a response without an explanation in its body."""
     who = repeated(place.answered_by(headers))
     if not is_ours(headers):
         hint = _HINTS.get(status) if what == UPGRADE or status in (502, 504) else None
@@ -183,7 +183,7 @@ def _without_words(
 def handshake_failure(
     error: aiohttp.WSServerHandshakeError, repeated: Callable[[str], str], place: AskedServer
 ) -> SLMError:
-    """Return the error for a handshake that was answered, though not as a WebSocket's is."""
+    """Return the error for a handshake with a response that is not a WebSocket's."""
     headers: Mapping[str, str] = error.headers or {}
     if error.status == 101:
         who = repeated(place.answered_by(headers))
@@ -195,14 +195,14 @@ def handshake_failure(
 def failure_of(
     error: Exception, what: str, timeout: float, place: AskedServer, repeated: Callable[[str], str]
 ) -> SLMError:
-    """Return the error of ours for what the HTTP library raised, which knows the request.
+    """Return our error for an exception of the HTTP library, which contains the request.
 
     Args:
-        error: what it raised.
-        what: what was asked for.
-        timeout: how long it was given, in seconds.
-        place: whom was asked.
-        repeated: makes the peer's words fit to repeat.
+        error: the exception.
+        what: what was requested.
+        timeout: the time limit in seconds.
+        place: the server that was asked.
+        repeated: makes the peer's text safe to repeat.
     """
     if isinstance(error, SLMError):
         return error.with_traceback(None)
@@ -242,7 +242,7 @@ def failure_of(
         said = one_line(str(error)) or type(error).__name__
         refused = getattr(error, "errno", None) == errno.ECONNREFUSED
         return (NobodyListens if refused else SLMUnavailable)(f"the SLM did not answer: {said}")
-    # Whatever else an answer makes the library raise, the client must go on.
+    # Whatever else a response makes the library raise, the client must continue.
     return SLMUnavailable(f"the SLM's answer cannot be read: {type(error).__name__}")
 
 
@@ -272,7 +272,7 @@ def _os_reason(error: aiohttp.ClientProxyConnectionError) -> str:
 
 
 def _connect_reason(error: OSError) -> str:
-    """Return why no connection came about, without the library's account of how it tried."""
+    """Return why a connection failed, without the library's details of its attempts."""
     if error.errno is not None and error.errno > 0:
         return os.strerror(error.errno).lower()
     return one_line(error.strerror or str(error)) or type(error).__name__

@@ -1,6 +1,6 @@
-"""What the client shows the SLM: its token and its certificate, read anew when their files change.
+"""The client's credentials: its token and its certificate, reloaded when their files change.
 
-Knows files and what is in them; opens no connection.
+Knows files and their content; opens no connection.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from slm.common.scrub import MAX_TEXT, one_line, scrubbed
 from slm.errors import ConfigurationError
 
 LOOK_SECONDS: Final = 1.0
-"""How often a file is looked at, at most, while its content is refused."""
+"""How often, at most, a file is checked while its content is rejected."""
 
 _log = quiet_logger("slm.client")
 
 Signature = tuple[object, ...]
-"""What is different once a file was written or replaced."""
+"""Values that change when a file is written or replaced."""
 
 
 def signature_of(paths: Sequence[str | os.PathLike[str]]) -> Signature:
-    """Return what tells these files from what they were before; a missing one is None."""
+    """Return what distinguishes these files from earlier versions; None for a missing one."""
     found: list[object] = []
     for path in paths:
         try:
@@ -47,14 +47,14 @@ def signature_of(paths: Sequence[str | os.PathLike[str]]) -> Signature:
 
 
 class TokenSource:
-    """The bearer token of the moment; one that comes from a file is read anew each time.
+    """The current bearer token; if it comes from a file, the file is read each time.
 
     Args:
         token: the token itself; else `token_file`, SLM_TOKEN or SLM_TOKEN_FILE, in this order.
         token_file: a file that holds it, so that it can be replaced while the backend runs.
 
     Raises:
-        ConfigurationError: there is none, the file cannot be read, or it is no possible token.
+        ConfigurationError: there is none, the file cannot be read, or the token is malformed.
     """
 
     def __init__(
@@ -78,26 +78,26 @@ class TokenSource:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """The file it comes from, if any."""
+        """The token's file, if any."""
         return () if self._file is None else (self._file,)
 
     @property
     def identity(self) -> str:
-        """What tells this token from others: its file, which outlives it, else a hash of it."""
+        """What distinguishes this token: its file, which stays the same, or else a hash of it."""
         if self._file is not None:
             return f"file {self._file.absolute()}"
         return hashlib.sha256(self._token.get_secret_value().encode()).hexdigest()[:16]
 
     def headers(self) -> dict[str, str]:
-        """Return the Authorization header of the next request."""
+        """Return the Authorization header for the next request."""
         if self._file is not None:
-            # A file that is being replaced may be gone or empty for a moment.
+            # A file that is being replaced may be missing or empty for a moment.
             with contextlib.suppress(ConfigurationError):
                 self._token = self._read(self._file)
         return {"Authorization": f"Bearer {self._token.get_secret_value()}"}
 
     def repeated(self, text: str) -> str:
-        """Return a server's words as one line for an error or a log, without the token."""
+        """Return a server's text as one line for an error or a log, without the token."""
         return one_line(scrubbed(text[:MAX_TEXT], self._token.get_secret_value()))
 
     @staticmethod
@@ -106,10 +106,10 @@ class TokenSource:
 
 
 def text_of(path: str | os.PathLike[str], what: str) -> str:
-    """Return the text of a small file that the operator names, tidied.
+    """Return the text of a small file named by the operator, tidied.
 
     Raises:
-        ConfigurationError: it cannot be read, or is no text; the message says which file.
+        ConfigurationError: it cannot be read or is not text; the message names the file.
     """
     try:
         return decoded(read_given(path))
@@ -118,15 +118,15 @@ def text_of(path: str | os.PathLike[str], what: str) -> str:
     except (OSError, ValueError) as error:
         said = getattr(error, "strerror", None) or "it is not text"
         reason = f"{what} {os.fspath(path)!s} cannot be read: {said}"
-    # Outside the handler: a UnicodeDecodeError holds the file's content.
+    # Outside the handler: a UnicodeDecodeError contains the file's content.
     raise ConfigurationError(reason)
 
 
 def usable_token(text: str, where: str) -> SecretStr:
-    """Return the token that the text is, without what is around it.
+    """Return the token in the text, without surrounding characters.
 
     Raises:
-        ConfigurationError: it cannot be one; the message does not repeat it.
+        ConfigurationError: it cannot be a token; the message does not repeat it.
     """
     text = tidied(text)
     for scheme in ("Bearer ", "bearer "):
@@ -139,10 +139,10 @@ def usable_token(text: str, where: str) -> SecretStr:
 
 
 class TlsContext:
-    """The TLS context of the moment, made anew once one of its files was written or replaced.
+    """The current TLS context, recreated when one of its files was written or replaced.
 
-    A pair that is being replaced fits together only once both are there: until then the former
-    context stays in use.
+    While a certificate and key are being replaced, they match only once both are written; until
+    then the previous context stays in use.
     """
 
     def __init__(self, files: TlsFiles) -> None:
@@ -170,7 +170,7 @@ class TlsContext:
 
 
 class Watch:
-    """Waits for a time, or until one of some files was written or replaced.
+    """Waits for a time, or until one of several files was written or replaced.
 
     Args:
         paths: the files.
@@ -181,11 +181,11 @@ class Watch:
         self._seen = signature_of(self._paths)
 
     def note(self) -> None:
-        """Note what the files are now: what is refused from here on was read from these."""
+        """Record the files' current state: what is rejected from now on was read from them."""
         self._seen = signature_of(self._paths)
 
     async def wait(self, seconds: float) -> bool:
-        """Wait; return whether it was for less, since a file changed since the last `note`."""
+        """Wait; return True if it ended early because a file changed since the last `note`."""
         if not self._paths:
             await asyncio.sleep(seconds)
             return False

@@ -1,7 +1,8 @@
-"""The client's connection to one SLM: the GETs and the handshake, at the address that is in use.
+"""The client's connection to one SLM: GET requests and the handshake, at the current address.
 
-An answer becomes a schema, anything else an error (`answers`). Knows no cache. No proxy or netrc of
-the environment is used unasked, no redirect followed, TLS always verified.
+A response becomes a schema, anything else an error (`answers`). Knows no cache. Proxies from the
+environment are used only if asked for, netrc never; redirects are not followed; TLS is always
+verified.
 """
 
 from __future__ import annotations
@@ -41,20 +42,20 @@ _T = TypeVar("_T")
 _M = TypeVar("_M", bound=BaseModel)
 
 MAX_ANSWER_BYTES: Final = 1024 * 1024
-"""The largest answer about one agent, and the largest error."""
+"""The largest response about one agent, and the largest error."""
 
 MAX_SNAPSHOT_BYTES: Final = 256 * 1024 * 1024
-"""The largest snapshot: that of 100,000 agents has about a third of it."""
+"""The largest snapshot; that of 100,000 agents is about a third of it."""
 
 
 class EpochChanged(SLMError):
-    """The answer comes from another life of the database than the one that was asked about."""
+    """The response belongs to a different epoch of the database than requested."""
 
     code = "epoch-changed"
 
 
 class News(BaseModel):
-    """What a page of changes says of where the SLM is; what the changes are is not looked at."""
+    """The SLM's position, from a page of changes; the changes themselves are ignored."""
 
     model_config = ConfigDict(defer_build=True)
 
@@ -64,13 +65,13 @@ class News(BaseModel):
 
 
 class Connection:
-    """One HTTP session to one SLM, for the GETs and the stream; bound to the loop it is made in.
+    """One HTTP session to one SLM, for GET requests and the stream; bound to its event loop.
 
     Attributes:
-        addresses: the SLM's, and which is in use.
-        streaming: whether a stream is up, which the GETs then follow.
-        upgrade_refused: whether the last handshake came to nothing on the way, rather than by the
-            SLM's own word: asking over HTTP may still do.
+        addresses: the SLM's addresses, one of which is in use.
+        streaming: whether a stream is up; GET requests then use its address.
+        upgrade_refused: whether the last handshake was blocked on the way, rather than by the SLM
+            itself, so that HTTP may still work.
     """
 
     def __init__(self, site: Site, timings: Timings) -> None:
@@ -91,7 +92,7 @@ class Connection:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """Every file that what is shown to the SLM comes from."""
+        """The files of all credentials."""
         return self._site.files
 
     async def close(self) -> None:
@@ -99,7 +100,7 @@ class Connection:
         await self._session.close()
 
     def repeated(self, text: str) -> str:
-        """Return the SLM's words as one line for an error or a log, without the token."""
+        """Return the SLM's text as one line for an error or a log, without the token."""
         return self._site.token.repeated(text)
 
     async def get_llm(
@@ -108,14 +109,14 @@ class Connection:
         """Return one agent's config with its key.
 
         Args:
-            agent_id: the agent; taken literally.
-            min_revision: the answer must not be older than this.
-            epoch: which `min_revision` belongs to; None: not known yet.
+            agent_id: the agent; used literally.
+            min_revision: the response must not be older than this.
+            epoch: the epoch of `min_revision`; None if not known yet.
 
         Raises:
-            EpochChanged: the SLM's database is in another life by now.
-            ProblemError: what the SLM answered instead.
-            SLMUnavailable: no answer, or none that can be used.
+            EpochChanged: the SLM's database has a different epoch by now.
+            ProblemError: the SLM's error response.
+            SLMUnavailable: there was no response, or no usable one.
         """
         path = f"/api/agents/{quote(agent_id, safe='')}/llm?min_revision={min_revision}"
         agent = await self._get(path, LLMConfigWithKey, epoch)
@@ -138,13 +139,13 @@ class Connection:
         )
 
     async def get_news(self, *, since: int) -> News:
-        """Say where the SLM is, and whether anything that the token may see changed since."""
+        """Return the SLM's position, and whether anything the token may see has changed."""
         return await self._get(f"/api/changes?since={since}&limit=1", News, None)
 
     async def find_ready(self) -> str | None:
-        """Return one of the other addresses whose server is ready to serve; None: there is none.
+        """Return one of the other addresses with a server that is ready, or None.
 
-        The token is not sent.
+        Does not send the token.
         """
         for url in self.addresses.others:
             with contextlib.suppress(SLMError):
@@ -159,7 +160,7 @@ class Connection:
         return None
 
     async def open_stream(self) -> DirectWebSocket:
-        """Return the WebSocket, open and not yet subscribed."""
+        """Return the WebSocket, open but not yet subscribed."""
         timings, url = self._timings, self.addresses.current
         self.upgrade_refused = False
         timeout = timings.request_timeout_seconds
@@ -177,9 +178,9 @@ class Connection:
         try:
             ws: aiohttp.ClientWebSocketResponse = await self._session.ws_connect(
                 URL(url + "/ws", encoded=True),
-                autoping=False,  # the stream pings, and answers
+                autoping=False,  # the stream sends pings and pongs
                 timeout=aiohttp.ClientWSTimeout(ws_close=self._timings.close_timeout_seconds),
-                # Compression costs the SLM 2 to 4 times the CPU and 40 KiB a connection.
+                # Compression costs the SLM 2 to 4 times the CPU and 40 KiB per connection.
                 compress=0,
                 ssl=self._tls.current(),
                 **self._site.proxies.options(url, self._site.token.headers()),
@@ -197,7 +198,7 @@ class Connection:
         timeout: float | None = None,
         max_bytes: int = MAX_ANSWER_BYTES,
     ) -> _M:
-        """Ask the server in use, or while no stream is up the first that answers."""
+        """Send a request to the current server, or without a stream to the first that responds."""
         while True:
             url = self.addresses.current
             try:
@@ -232,8 +233,8 @@ class Connection:
             failure = ProtocolError(f"the SLM's answer to {shown} is not of the contract's shape")
         else:
             failure = problem(status, headers, body, self.repeated, self._place(url), shown)
-        # The body may hold keys. The validation error knows it, so this is outside the handler; and
-        # a crash reporter sends the variables of each frame along.
+        # The body may contain keys, and so does the validation error, so this is outside the
+        # handler; crash reporters also send the variables of each frame.
         del body
         raise failure
 
@@ -244,7 +245,7 @@ class Connection:
         options = self._site.proxies.options(base, shown)
         async with self._session.get(url, ssl=self._tls.current(), **options) as answer:
             pieces, size = [], 0
-            # Counted as it is decompressed: a few bytes on the wire may stand for gigabytes.
+            # Counted after decompression: a few bytes on the wire may become gigabytes.
             async for piece in answer.content.iter_any():
                 pieces.append(piece)
                 size += len(piece)
@@ -260,17 +261,17 @@ class Connection:
         return AskedServer(url, None if way is None else way.place)
 
     async def _translated(self, call: Awaitable[_T], url: str, what: str, timeout: float) -> _T:
-        """Turn the HTTP library's exceptions into ours: theirs know the request and its token."""
+        """Translate the HTTP library's exceptions, which contain the request and its token."""
         try:
             async with asyncio.timeout(timeout):
                 return await call
         except Exception as error:
             failed = error
         except BaseException as error:
-            # A cancellation, without the library's frames, whose variables hold the token.
+            # A cancellation without the library's frames, whose variables contain the token.
             error.__context__ = error.__cause__ = None
             raise error.with_traceback(None)  # noqa: B904 - it is the same one
-        # Outside the handler, so that the original is not carried along as its context.
+        # Outside the handler, so that the original is not attached as context.
         try:
             failure = failure_of(failed, what, timeout, self._place(url), self.repeated)
         finally:
@@ -281,7 +282,7 @@ class Connection:
 async def _refuse_redirects(
     request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType
 ) -> aiohttp.ClientResponse:
-    """Let no redirect be followed, in the handshake either: it would take the token elsewhere."""
+    """Reject redirects, in the handshake too: following one would send the token elsewhere."""
     answer = await handler(request)
     if 300 <= answer.status < 400:
         status, location = answer.status, answer.headers.get("Location", "")

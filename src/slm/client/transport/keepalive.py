@@ -1,7 +1,7 @@
-"""Silence: pings a connection that has gone quiet, and gives up one that stays so.
+"""Silence: pings a connection that has gone quiet, and gives up one that stays quiet.
 
-One timer a connection, and a frame does no more than note the time. Knows the WebSocket, and
-nothing of what is said over it.
+Uses one timer per connection; a frame only updates the time. Knows the WebSocket, and nothing about
+the messages.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ _HEAR_FIRST_SECONDS: Final = 0.01
 
 
 class Silence:
-    """When something was last heard over one connection, and for how long nothing may be.
+    """Tracks when a connection last received something, and how long it may be silent.
 
     Args:
-        ws: the connection, not pinging by itself.
-        ping_seconds: after how long without a frame it is pinged; it has as long to answer.
-        message_seconds: how long it may go on without a message, until `allow` says otherwise.
+        ws: the connection, which must not send pings itself.
+        ping_seconds: how long without a frame before a ping; it has as long to answer.
+        message_seconds: how long it may go without a message, until `allow` changes it.
 
     Attributes:
-        heard_at: when the last frame of any kind came, on the loop's clock.
-        told_at: when the last message came.
-        seconds: for how long nothing had come, once it was given up.
+        heard_at: when the last frame of any kind arrived, by the loop's clock.
+        told_at: when the last message arrived.
+        seconds: how long it had been silent when it was given up.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Silence:
 
     @contextlib.asynccontextmanager
     async def limited(self) -> AsyncIterator[None]:
-        """Ping while the block waits, and end its wait once nothing came for too long.
+        """Send pings while the block waits, and end the wait if nothing arrives for too long.
 
         Raises:
             TimeoutError: no answer to a ping, or no message (docs/protocol.md section 4).
@@ -63,7 +63,7 @@ class Silence:
                     self._ping.cancel()
 
     def allow(self, message_seconds: float) -> None:
-        """Change how long the connection may go on without a message."""
+        """Change how long the connection may go without a message."""
         self._message_seconds = message_seconds
         if self._timer is not None:
             self._timer.cancel()
@@ -71,7 +71,7 @@ class Silence:
 
     def give_up(self) -> None:
         """End the wait now."""
-        with contextlib.suppress(RuntimeError):  # it has ended already
+        with contextlib.suppress(RuntimeError):  # it has already ended
             self._deadline.reschedule(self._loop.time())
 
     def _tick(self, *, again: bool = False) -> None:
@@ -84,7 +84,7 @@ class Silence:
             self.seconds = self._message_seconds if now >= message_by else 2 * self._ping_seconds
             self._deadline.reschedule(now)
         elif gone:
-            # It may be this loop that stood still: what came meanwhile is heard first.
+            # This loop itself may have stalled: process what arrived meanwhile first.
             self._timer = self._loop.call_later(
                 _HEAR_FIRST_SECONDS, partial(self._tick, again=True)
             )
@@ -96,4 +96,4 @@ class Silence:
 
     async def _send_ping(self) -> None:
         with contextlib.suppress(aiohttp.ClientError, OSError):
-            await self._ws.ping()  # where it fails, the reader finds out by itself
+            await self._ws.ping()  # if it fails, the reader notices

@@ -1,6 +1,6 @@
-"""The proxy on the way to the SLM: the one that was named, or where it is wanted the environment's.
+"""The proxy to the SLM: an explicit one, or the environment's if requested.
 
-Knows URLs and variables; opens no connection. A proxy's password is shown nowhere.
+Knows URLs and variables; opens no connection. Never shows a proxy's password.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ class Proxy:
     """One proxy.
 
     Attributes:
-        url: `http(s)://host[:port]`, without who we are.
-        user: our name there, if it asks for one.
-        password: and the password that goes with it.
+        url: `http(s)://host[:port]`, without credentials.
+        user: the user name, if the proxy requires one.
+        password: the password for it.
     """
 
     url: str
@@ -41,26 +41,26 @@ class Proxy:
         return urlsplit(self.url).netloc
 
     def options(self, url: str, headers: dict[str, str]) -> dict[str, Any]:
-        """Return what a request to this address with these headers needs to go through it."""
+        """Return the options for sending a request to this address through the proxy."""
         if self.user is None:
             return {"proxy": URL(self.url), "headers": headers}
         pair = f"{self.user}:{self.password.get_secret_value()}".encode()
         shown = {"Proxy-Authorization": "Basic " + base64.b64encode(pair).decode()}
-        # Before a tunnel the proxy is asked for it; without one it reads the request itself.
+        # With a tunnel, credentials go to CONNECT; without one, the proxy reads the request itself.
         if url.startswith("https://"):
             return {"proxy": URL(self.url), "headers": headers, "proxy_headers": shown}
         return {"proxy": URL(self.url), "headers": headers | shown}
 
 
 def parsed_proxy(text: str | SecretStr, what: str) -> Proxy:
-    """Return the proxy that a URL names; user and password in it are percent-encoded.
+    """Parse a proxy URL; user name and password in it are percent-encoded.
 
     Args:
         text: the URL.
-        what: the argument or variable that it comes from, for the error.
+        what: the argument or variable it comes from, for the error.
 
     Raises:
-        ConfigurationError: it is no such URL; the message does not repeat it.
+        ConfigurationError: it is not such a URL; the message does not repeat it.
     """
     text = tidied(text.get_secret_value() if isinstance(text, SecretStr) else text)
     try:
@@ -75,7 +75,7 @@ def parsed_proxy(text: str | SecretStr, what: str) -> Proxy:
             user, password = unquote(parts.username or ""), unquote(parts.password or "")
             if ":" not in user and (user + password).isprintable():
                 return Proxy(url, user, SecretStr(password))
-    except ValueError:  # it quotes the URL
+    except ValueError:  # the error quotes the URL
         pass
     kind = " (SOCKS is not supported)" if text.lower().startswith("socks") else ""
     raise ConfigurationError(f"{what} must be {_EXPECTED}{kind}")
@@ -83,21 +83,21 @@ def parsed_proxy(text: str | SecretStr, what: str) -> Proxy:
 
 @dataclass(frozen=True)
 class Proxies:
-    """Which proxy a request goes through.
+    """Selects the proxy for a request.
 
     Attributes:
-        named: the one that was named; every request goes through it.
-        trust_env: whether, with none named, HTTP_PROXY, HTTPS_PROXY and NO_PROXY say so.
+        named: the explicit proxy; all requests go through it.
+        trust_env: whether to use HTTP_PROXY, HTTPS_PROXY and NO_PROXY if no proxy is named.
     """
 
     named: Proxy | None = None
     trust_env: bool = False
 
     def on_the_way_to(self, url: str) -> Proxy | None:
-        """Return the proxy for a request to this address; None: there is none.
+        """Return the proxy for a request to this address, or None.
 
         Raises:
-            ConfigurationError: the environment names one that cannot be used.
+            ConfigurationError: the environment names an unusable one.
         """
         if self.named is not None or not self.trust_env:
             return self.named
@@ -109,14 +109,14 @@ class Proxies:
         return parsed_proxy(given, f"{parts.scheme.upper()}_PROXY") if given else None
 
     def full_url(self, url: str) -> URL | None:
-        """Return the proxy for a session that goes to this address alone, password and all."""
+        """Return the proxy URL, with password, for a session that only uses this address."""
         way = self.on_the_way_to(url)
         if way is None or way.user is None:
             return None if way is None else URL(way.url)
         return URL(way.url).with_user(way.user).with_password(way.password.get_secret_value())
 
     def options(self, url: str, headers: dict[str, str]) -> dict[str, Any]:
-        """Return the arguments of a request to this address with these headers."""
+        """Return the options for a request to this address with these headers."""
         way = self.on_the_way_to(url)
         return {"headers": headers} if way is None else way.options(url, headers)
 
@@ -124,16 +124,17 @@ class Proxies:
 def usable_proxies(
     proxy: str | SecretStr | None, trust_env: bool, urls: tuple[str, ...], *, allow_insecure: bool
 ) -> Proxies:
-    """Return how the addresses are reached.
+    """Return the proxies for the addresses.
 
     Args:
-        proxy: the argument; None: SLM_PROXY.
-        trust_env: whether the environment's own proxy variables count.
+        proxy: the argument; None for SLM_PROXY.
+        trust_env: whether to use the environment's standard proxy variables.
         urls: the SLM's addresses.
-        allow_insecure: whether plain http to another machine was decided on.
+        allow_insecure: whether plain http to another machine is allowed.
 
     Raises:
-        ConfigurationError: the proxy is no usable URL, or would be shown the token in plain text.
+        ConfigurationError: the proxy URL is invalid, or the proxy would see the token in plain
+            text.
     """
     named = None
     if proxy is not None:
@@ -145,7 +146,7 @@ def usable_proxies(
         way = proxies.on_the_way_to(url)
         if way is None or allow_insecure or url.startswith("https://"):
             continue
-        # A proxy passes TLS on as it is; what comes without TLS it reads, and so does the network.
+        # A proxy forwards TLS untouched; without TLS, both it and the network can read the traffic.
         if not is_loopback(urlsplit(way.url).hostname or ""):
             raise ConfigurationError(
                 f"an SLM over plain http cannot be reached through the proxy {way.place}, which "

@@ -12,13 +12,13 @@ from slm.client.transport.tls import TlsFiles
 
 @dataclass(frozen=True)
 class Site:
-    """One SLM, at one address or several.
+    """One SLM, at one or more addresses.
 
     Attributes:
         urls: its addresses, `http(s)://host[:port][/path]`, in the order in which they are tried.
-        token: what it is shown.
-        tls: a private CA and a certificate of our own, where there are any.
-        proxies: the proxy on the way, if there is one.
+        token: the token for it.
+        tls: a private CA and our own certificate, if any.
+        proxies: the proxy to it, if there is one.
     """
 
     urls: tuple[str, ...]
@@ -28,7 +28,7 @@ class Site:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """Every file that what is shown to the SLM comes from."""
+        """The files of all credentials."""
         return (*self.token.files, *map(Path, self.tls.paths))
 
     def __str__(self) -> str:

@@ -1,6 +1,6 @@
-"""How the client speaks TLS: always verifying, with a certificate of its own where one is wanted.
+"""The client's TLS: always verifying, with a client certificate if configured.
 
-Reads certificate files and makes contexts; opens no connection.
+Reads certificate files and creates contexts; opens no connection.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ ClientCert = str | os.PathLike[str] | tuple[str | os.PathLike[str], str | os.Pat
 
 
 class TlsFiles(NamedTuple):
-    """The files of TLS.
+    """The TLS files.
 
     Attributes:
-        ca_file: certificates of a private CA, which alone are trusted then; None: the system's.
-        client_cert: shown to a server that asks for one (mutual TLS); None: there is none.
+        ca_file: certificates of a private CA, the only ones trusted; None for the system's.
+        client_cert: presented to a server that asks for one (mutual TLS); None for no certificate.
     """
 
     ca_file: Path | None = None
@@ -30,16 +30,16 @@ class TlsFiles(NamedTuple):
 
     @property
     def paths(self) -> tuple[str | os.PathLike[str], ...]:
-        """Every file that is read."""
+        """All files that are read."""
         cert = self.client_cert
         own = () if cert is None else cert if isinstance(cert, tuple) else (cert,)
         return own if self.ca_file is None else (self.ca_file, *own)
 
     def context(self) -> ssl.SSLContext | bool:
-        """Return a context that verifies, made anew, so that replaced files are read again.
+        """Return a new verifying context, so that replaced files are read again.
 
         Raises:
-            ConfigurationError: a file cannot be read, or does not hold what it should.
+            ConfigurationError: a file cannot be read, or has the wrong content.
         """
         if self.ca_file is None and self.client_cert is None:
             return True
@@ -63,7 +63,7 @@ class TlsFiles(NamedTuple):
             if path is not None:
                 _check("client_cert", path)
         try:
-            # An empty password, or OpenSSL would ask for one on the terminal.
+            # With an empty password, OpenSSL does not prompt for one on the terminal.
             context.load_cert_chain(cert, key, password="")  # nosec B106
         except (OSError, ssl.SSLError) as error:
             reason = (
@@ -77,7 +77,7 @@ class TlsFiles(NamedTuple):
 
 
 def _check(argument: str, path: str | os.PathLike[str]) -> None:
-    """Refuse a file that another account could have put there."""
+    """Reject a file that another account could have put there."""
     try:
         check_given(path)
     except NotTrusted as error:

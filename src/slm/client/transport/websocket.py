@@ -1,8 +1,8 @@
-"""Direct hearing: a message is taken in the turn of the event loop that read it.
+"""Direct delivery: a message is processed in the turn of the event loop that read it.
 
-By aiohttp's `receive` it waits for a task's turn; in a process of many streams, all reads of one
+With aiohttp's `receive`, it waits for a task's turn; in a process with many streams, all reads of a
 turn come before the first callback of the next. Knows frames (RFC 6455 section 5.2), and nothing
-of what they say.
+about their content.
 """
 
 from __future__ import annotations
@@ -17,58 +17,61 @@ from slm.client.runtime.log import quiet_logger
 from slm.errors import SLMError
 
 SHORT_BYTES: Final = 4096
-"""What is longer and comes in pieces is better collected by aiohttp."""
+"""Longer, fragmented data is left to aiohttp."""
 
 _TEXT, _PING, _PONG = 0x81, 0x89, 0x8A
 """The first byte of a whole message in one frame, of a ping and of a pong."""
 _OTHER: Final = 0
-"""Stands for every frame that is none of these, or that breaks the protocol."""
+"""Any other frame, or one that violates the protocol."""
 
 _log = quiet_logger("slm.client")
 
 Take = Callable[[str], None]
-"""Takes a message. One that it raises an SLMError for comes by `receive`, with all that follow; any
-other exception ends the connection."""
+"""Processes a message.
+
+If it raises an SLMError, that message and all that follow come through `receive`; any other
+exception ends the connection.
+"""
 
 
 class DirectWebSocket(aiohttp.ClientWebSocketResponse):
-    """aiohttp's WebSocket, which can be heard directly: `ClientSession(ws_response_class=…)`."""
+    """aiohttp's WebSocket with direct delivery: `ClientSession(ws_response_class=…)`."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        # By its type, since what else aiohttp gives, and in which order, is its own affair; and by
-        # names that none of its own can be.
+        # Identified by type, because what else aiohttp passes, and in which order, may change; and
+        # by names that aiohttp cannot use.
         given = (*args, *options.values())
         answer = next((each for each in given if isinstance(each, aiohttp.ClientResponse)), None)
         self.__connection = None if answer is None else answer.connection
         self.__ear: _Ear | None = None
 
     def hear(self, take: Take) -> None:
-        """Have each whole text message given to `take` as it is read, until `deafen`.
+        """Pass each whole text message to `take` as it is read, until `deafen`.
 
-        Pings, pongs and the end come by `receive`, as they would without this; so does everything
-        from the first message on that comes in fragments, is not text, or breaks the protocol.
+        Pings, pongs and the end still come through `receive`; so does everything from the first
+        message on that is fragmented, not text, or violates the protocol.
         """
         connection = self.__connection
         transport = None if connection is None else connection.transport
         library = None if transport is None else transport.get_protocol()
         if transport is None or not isinstance(library, asyncio.Protocol):
-            return  # It ended already, as `receive` will say.
+            return  # Already ended, as `receive` will report.
         self.__ear = _Ear(transport, library, take)
 
     def deafen(self) -> None:
-        """Give nothing to `take` any more."""
+        """Stop passing messages to `take`."""
         if self.__ear is not None:
             self.__ear.leave()
 
 
 class _Ear(asyncio.Protocol):
-    """Stands between a transport and aiohttp's protocol for as long as all is as usual.
+    """Sits between a transport and aiohttp's protocol as long as nothing unusual arrives.
 
     Args:
-        transport: of an open WebSocket; nothing was read from it yet.
+        transport: the transport of an open WebSocket; nothing was read from it yet.
         library: aiohttp's protocol.
-        take: takes a message.
+        take: processes a message.
     """
 
     __slots__ = ("_left", "_library", "_take", "_transport", "_unread")
@@ -82,25 +85,25 @@ class _Ear(asyncio.Protocol):
         transport.set_protocol(self)
 
     def leave(self) -> None:
-        """Leave what is unread, and all that follows, to aiohttp."""
+        """Hand what is unread, and everything after it, to aiohttp."""
         if self._left:
             return
         self._left = True
         unread, self._unread = self._unread, b""
-        # One that is closing may be in pieces already (asyncio's, over TLS).
+        # A closing transport may be partly torn down already (asyncio's, over TLS).
         if not self._transport.is_closing():
             self._transport.set_protocol(self._library)
         if unread:
             self._library.data_received(unread)
 
-    # --- the transport calls these ---
+    # --- called by the transport ---
 
     def data_received(self, data: bytes) -> None:
-        """Take whole messages, pass on pings and pongs, keep the beginning of a short one."""
+        """Process whole messages, pass on pings and pongs, keep the start of a short one."""
         try:
             self._read(data)
         except Exception:
-            # A mistake of ours ends the connection, and not without a word.
+            # One of our own errors ends the connection, and is logged.
             _log.exception("the stream failed; connecting again")
             self._transport.abort()
 
@@ -148,9 +151,9 @@ class _Ear(asyncio.Protocol):
 
 
 def _frame_at(data: bytes, start: int) -> tuple[int, int, int] | None:
-    """Return the frame's first byte, or _OTHER, and where its payload begins and ends.
+    """Return the frame's first byte, or _OTHER, and where its payload starts and ends.
 
-    None where it is not whole yet, and worth waiting for here.
+    Returns None if it is incomplete and short enough to wait for here.
     """
     size = len(data) - start
     if size < 2:
@@ -162,7 +165,7 @@ def _frame_at(data: bytes, start: int) -> tuple[int, int, int] | None:
         length, begin = int.from_bytes(data[begin : begin + 2], "big"), begin + 2
         usual = length >= 126
     else:
-        # The highest bit is that of a mask, which no server may use.
+        # The highest bit marks a mask, which a server must not use.
         usual = length <= 125 and first in (_TEXT, _PING, _PONG)
     end = begin + length
     if usual and end <= len(data):

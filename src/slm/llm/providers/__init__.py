@@ -1,1 +1,1 @@
-"""One adapter a provider; each is imported when it is first used, and its SDK with it."""
+"""One adapter per provider; each is imported, with its SDK, when it is first used."""

@@ -1,6 +1,6 @@
-"""What a model refuses, learnt once: a parameter left out, or sent under its other name.
+"""Parameters that a model refuses, learnt once: omitted, or sent under another name.
 
-Knows no provider and no transport; host names decide nothing here.
+Knows no provider and no transport, and does not depend on host names.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from slm.llm.providers.failures import Refused
 _log = logging.getLogger("slm.llm")
 
 MAX_MODELS: Final = 1024
-"""How many pairs of origin and model are remembered; the oldest goes first."""
+"""How many pairs of origin and model are remembered; the oldest is dropped first."""
 
 _SAMPLING: Final = (
     *("temperature", "top_p", "top_k", "min_p", "typical_p", "seed", "frequency_penalty"),
     *("presence_penalty", "repetition_penalty", "repeat_penalty", "logit_bias"),
 )
-# None of these changes what the answer may be used for. What does, such as tools, response_format,
-# stop or a provider's own safety settings, is never left out.
+# None of these changes what the response may be used for. Parameters that do, such as tools,
+# response_format, stop or a provider's own safety settings, are never omitted.
 DROPPABLE: Final = frozenset(
     [
         *_SAMPLING,
@@ -34,7 +34,7 @@ DROPPABLE: Final = frozenset(
     ]
 )
 REASONING: Final = "reasoning of earlier turns"
-"""Not a parameter, but what some servers refuse in messages; see `Adjustments.learn`."""
+"""Not a parameter, but something that some servers refuse in messages; see `Adjustments.learn`."""
 
 _REFUSAL: Final = re.compile(
     r"unsupport|not (currently )?support|n't support|deprecat|not permitted|not allowed|forbidden"
@@ -47,14 +47,14 @@ _REFUSAL: Final = re.compile(
 )
 _TOGETHER: Final = re.compile(r"\bboth\b|together|only one|at the same time|alongside")
 FORMER_DEFAULT_TEMPERATURE: Final = 0.7
-"""What agents had before a temperature could be null; nobody need have chosen it."""
+"""The default before a temperature could be null, so it may not be anyone's choice."""
 
 
 class Adjustments:
-    """What each model at each origin refuses, for one provider; bounded, and of this process.
+    """What each model at each origin refuses, for one provider; bounded, and per process.
 
     Args:
-        renamed: which parameters of this protocol have another name, and which.
+        renamed: this protocol's parameters with another name, and that name.
     """
 
     def __init__(self, renamed: Mapping[str, str] | None = None) -> None:
@@ -65,12 +65,12 @@ class Adjustments:
         return len(self._known)
 
     def applied(self, place: str, model: str, body: dict[str, Any]) -> tuple[str, ...]:
-        """Leave out or rename in `body` what is known to be refused, and say what.
+        """Omit or rename what is known to be refused in `body`, and return what was changed.
 
         Args:
             place: the origin.
-            model: what is asked there.
-            body: the request's; changed.
+            model: the model requested there.
+            body: the request's body; modified.
         """
         known = self._known.get((place, model))
         if not known:
@@ -104,10 +104,10 @@ class Adjustments:
 
         Args:
             place: the origin.
-            model: what was asked there.
+            model: the model requested there.
             body: what was sent.
-            error: what came back.
-            earlier: the members that earlier turns held of their provider's own.
+            error: the resulting error.
+            earlier: the provider-specific fields in earlier turns.
 
         Returns:
             Whether the request is worth sending again.
@@ -115,7 +115,7 @@ class Adjustments:
         if error.status not in (400, 422):
             return False
         known = self._known.get((place, model), {})
-        # Known already where another call learnt it while this one was under way.
+        # Already known if another call learnt it while this one was in progress.
         news = {
             name: other
             for name, other in self._refused(body, error, earlier)
@@ -137,7 +137,7 @@ class Adjustments:
     def _refused(
         self, body: Mapping[str, Any], error: Refused, earlier: Iterable[str]
     ) -> Iterable[tuple[str, str | None]]:
-        """Yield what the error refuses, and the name to send it by instead, if there is one."""
+        """Yield what the error refuses, with the name to send it by instead, if any."""
         text = error.words.text.lower()
         codes = " ".join(error.words.codes).replace("_", " ")
         if not _REFUSAL.search(f"{text} {codes}"):
@@ -149,7 +149,7 @@ class Adjustments:
             and _names(name, text, error.words.parameters)
         ]
         if {"temperature", "top_p"} <= set(named) and _TOGETHER.search(text):
-            # Of two that exclude each other the one that somebody chose is kept.
+            # Of two mutually exclusive ones, keep the one that someone chose.
             chosen = body["temperature"] != FORMER_DEFAULT_TEMPERATURE
             named.remove("temperature" if chosen else "top_p")
         for name in named:
@@ -158,7 +158,7 @@ class Adjustments:
             elif self._renamed[name] not in body:
                 yield name, self._renamed[name]
         said = f"{text} {' '.join(error.words.parameters)}"
-        # `messages.1.reasoning_content` is no parameter, but what is wrong all the same.
+        # `messages.1.reasoning_content` is not a parameter, but it is what is wrong.
         if not named and any(re.search(rf"\b{re.escape(name)}\b", said) for name in earlier):
             yield REASONING, None
 
@@ -166,7 +166,7 @@ class Adjustments:
 def _names(name: str, text: str, parameters: tuple[str, ...]) -> bool:
     if name in parameters:
         return True
-    # A word such as `user` or `seed` stands in many sentences; in quotes it is the parameter.
+    # A word like `user` or `seed` occurs in many sentences; in quotes, it is the parameter.
     if name == "temperature" or "_" in name:
         return re.search(rf"(?<![\w.-]){name}(?![\w-])", text) is not None
     return re.search(rf"['\"`]{name}['\"`]", text) is not None

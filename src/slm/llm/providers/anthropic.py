@@ -1,6 +1,6 @@
-"""Anthropic's Messages, as Anthropic and those who are compatible with it speak them.
+"""Anthropic's Messages API, as used by Anthropic and compatible servers.
 
-Knows nothing of agents, retries or deadlines.
+Knows nothing about agents, retries or deadlines.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from slm.llm.providers.failures import Unsupported
 from slm.llm.providers.http import HTTPProvider
 
 DEFAULT_MAX_TOKENS: Final = 4096
-"""Used where the agent has no llm_max_tokens: this protocol has no request without a limit."""
+"""The default if the agent has no llm_max_tokens: this protocol requires a limit."""
 
 VERSION: Final = "2023-06-01"
 
-# What the common form has in a message and this protocol has not, or says elsewhere.
+# Message fields of the common form that this protocol lacks or expresses elsewhere.
 _OF_THE_COMMON_FORM: Final = frozenset(
     [
         *("role", "content", "tool_calls", "tool_call_id", "name", "refusal", "annotations"),
@@ -45,12 +45,12 @@ class AnthropicProvider(HTTPProvider):
     route = "/v1/messages"
     members = frozenset({"type", "content", "role", "stop_reason", "id", "usage", "delta", "index"})
 
-    # Anthropic's own SDK sent the key so before 2.0.
+    # Anthropic's own SDK sent the key this way before 2.0.
     other_key_header = "X-Api-Key"
     other_key_words = re.compile(r"x-api-key|bearer|authorization")
 
     def headers(self, request: ChatRequest, *, other: bool) -> dict[str, str]:
-        """Return the headers of this protocol."""
+        """Return the headers for this protocol."""
         return {"anthropic-version": VERSION} | super().headers(request, other=other)
 
     def body(self, request: ChatRequest, *, streamed: bool) -> tuple[dict[str, Any], list[str]]:
@@ -58,7 +58,7 @@ class AnthropicProvider(HTTPProvider):
         body, max_tokens = _body(request)
         adjusted = []
         if _goes_on_without_thinking(body):
-            # As when the agent came here from another provider between a call and its answer.
+            # For example after the agent switched providers between a tool call and its result.
             del body["thinking"]
             adjusted.append("thinking dropped, since the turn that goes on began without it")
         if request.max_tokens and request.max_tokens != max_tokens:
@@ -71,7 +71,7 @@ class AnthropicProvider(HTTPProvider):
         return {name: value for name, value in body.items() if value is not None}, adjusted
 
     def completion(self, answer: Mapping[str, Any]) -> Completion:
-        """Return a whole answer."""
+        """Parse a whole response."""
         content = answer["content"]
         blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
         parser = AnthropicParser()
@@ -81,7 +81,7 @@ class AnthropicProvider(HTTPProvider):
         return parser.completion(usage(answer.get("usage"), None))
 
     def parser(self, request: ChatRequest) -> AnthropicParser:
-        """Return what reads one stream."""
+        """Return a parser for one stream."""
         return AnthropicParser()
 
 
@@ -89,7 +89,7 @@ class AnthropicProvider(HTTPProvider):
 
 
 def _body(request: ChatRequest) -> tuple[dict[str, Any], int]:
-    """Return the body, and the limit that goes with it."""
+    """Return the body and its token limit."""
     options = dict(request.options)
     system, messages = _messages(request.messages, origin("anthropic", request.endpoint))
     body: dict[str, Any] = {"messages": messages}
@@ -105,10 +105,10 @@ def _body(request: ChatRequest) -> tuple[dict[str, Any], int]:
     if isinstance(thinking, Mapping) and isinstance(thinking.get("budget_tokens"), int):
         budget = thinking["budget_tokens"]
         if thinks and max_tokens <= budget:
-            # What is thought counts, too: what was meant for the answer is left for it.
+            # Thinking counts towards the limit; keep what was meant for the answer.
             max_tokens += budget
     if request.temperature is not None and not thinks:
-        # The protocol's range ends at 1, an agent's at 2.
+        # The protocol's range ends at 1, that of an agent at 2.
         body["temperature"] = min(request.temperature, 1.0)
     if request.tools:
         body["tools"] = [_tool(tool) for tool in request.tools]
@@ -120,7 +120,7 @@ def _body(request: ChatRequest) -> tuple[dict[str, Any], int]:
 
 
 def _goes_on_without_thinking(body: Mapping[str, Any]) -> bool:
-    """Whether the turn that goes on after a tool's answer began without the thinking asked for."""
+    """Whether the turn continued after a tool result started without the requested thinking."""
     thinking = body.get("thinking")
     if not isinstance(thinking, Mapping) or thinking.get("type") != "enabled":
         return False
@@ -137,7 +137,7 @@ def _goes_on_without_thinking(body: Mapping[str, Any]) -> bool:
 
 
 def _messages(messages: Sequence[Message], place: str) -> tuple[Any, list[dict[str, Any]]]:
-    """Return the system prompt, which stands apart here, and the turns in alternation."""
+    """Return the system prompt, which is separate here, and the alternating turns."""
     system: list[dict[str, Any]] = []
     turns: list[dict[str, Any]] = []
     for message in messages:
@@ -145,13 +145,13 @@ def _messages(messages: Sequence[Message], place: str) -> tuple[Any, list[dict[s
         if role in ("system", "developer"):
             system += _marked(_parts(message.get("content")), message)
             continue
-        # The answers to all tool calls of a turn must come in the one turn after it.
+        # The results of all tool calls of a turn must be in the one turn after it.
         role = "assistant" if role == "assistant" else "user"
         blocks = _blocks(message, place)
         more = {name: each for name, each in message.items() if name not in _OF_THE_COMMON_FORM}
         more.pop("cache_control", None)
         if message["role"] == "tool":
-            # Of an answer, such as `is_error`: `_blocks` puts it there.
+            # Fields of a tool result, such as `is_error`: `_blocks` adds them there.
             more.clear()
         if turns and turns[-1]["role"] == role:
             turns[-1]["content"] += blocks
@@ -165,7 +165,7 @@ def _messages(messages: Sequence[Message], place: str) -> tuple[Any, list[dict[s
 
 
 def _marked(blocks: list[dict[str, Any]], message: Message) -> list[dict[str, Any]]:
-    """Put a message's cache mark where this protocol has it: on its last block."""
+    """Put a message's cache marker where this protocol expects it: on its last block."""
     mark = message.get("cache_control")
     if mark is not None and blocks:
         blocks[-1] = blocks[-1] | {"cache_control": mark}
@@ -186,7 +186,7 @@ def _blocks(message: Message, place: str) -> list[dict[str, Any]]:
     calls = message.get("tool_calls") or ()
     if own and _says_the_same(own, content, calls):
         return _marked([dict(block) for block in own], message)
-    # The text was changed by the caller, but what was thought before it was not.
+    # The caller changed the text, but not the thinking before it.
     blocks = [dict(block) for block in own if block.get("type") in _THOUGHTS]
     blocks += _parts(content)
     for call in calls:
@@ -217,7 +217,7 @@ def _says_the_same(own: Sequence[Any], content: Any, calls: Sequence[Mapping[str
 
 def _parts(content: Any) -> list[dict[str, Any]]:
     if content is None or isinstance(content, str):
-        # An empty text block is refused by the provider.
+        # The provider rejects empty text blocks.
         return [{"type": "text", "text": content}] if content else []
     parts = [_part(part) for part in content]
     return [part for part in parts if part.get("type") != "text" or part.get("text")]

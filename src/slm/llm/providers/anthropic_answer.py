@@ -1,6 +1,6 @@
-"""An answer of Anthropic's Messages: its blocks, whole or as a stream of events.
+"""A response of Anthropic's Messages API: its blocks, whole or as a stream of events.
 
-Knows nothing of requests.
+Knows nothing about requests.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ _FINISH: Final = {
 
 
 class AnthropicParser(AnswerParser):
-    """Reads one stream, block by block, or the blocks of a whole answer."""
+    """Reads one stream block by block, or the blocks of a whole response."""
 
     def __init__(self) -> None:
         super().__init__()
         self._begun = False
         self._prompt: Any = None
-        # The provider's own blocks, and where the pieces of the ones being read go.
+        # The provider's own blocks, and the pieces of those still being read.
         self._blocks: list[dict[str, Any]] = []
         self._pieces: dict[int, list[str]] = {}
         self._stopped: set[int] = set()
         self._by_index: dict[int, int] = {}
 
     def take(self, event: ServerSentEvent) -> StreamChunk | None:
-        """Return what the event adds to the answer."""
+        """Return what the event adds to the response."""
         value = event.value
         kind = value.get("type") or event.name
         if kind == "message_start":
@@ -63,7 +63,7 @@ class AnthropicParser(AnswerParser):
         if kind == "message_stop":
             self.done = True
         elif kind == "message":
-            # The whole of it as one event.
+            # A whole response as a single event.
             pieces = [self.whole(block) for block in value.get("content") or ()]
             self.finish_reason = finish(value.get("stop_reason")) or "stop"
             return StreamChunk(
@@ -76,14 +76,14 @@ class AnthropicParser(AnswerParser):
         return None
 
     def whole(self, block: Mapping[str, Any] | None) -> StreamChunk:
-        """Take a block that came whole."""
+        """Process a block that arrived whole."""
         if block is None:
             return NOTHING
         first = self.begin(dict(block))
         return StreamChunk(tool_calls=first.tool_calls + self.stop().tool_calls)
 
     def begin(self, block: dict[str, Any]) -> StreamChunk:
-        """Take a block that begins, and return what it adds."""
+        """Process the start of a block, and return what it adds."""
         self._begun = True
         at = len(self._blocks)
         self._blocks.append(block)
@@ -93,13 +93,13 @@ class AnthropicParser(AnswerParser):
         self._text.append(text)
         self._reasoning.append(reasoning)
         calls: tuple[ToolCallDelta, ...] = ()
-        # What runs at the provider, a server tool, is no call for the caller.
+        # Server tools run at the provider and are not calls for the caller.
         if kind == "tool_use":
             calls = self._piece(at, id=block.get("id"), function={"name": block.get("name")})
         return StreamChunk(text=text, reasoning=reasoning, tool_calls=calls)
 
     def stop(self, at: int | None = None) -> StreamChunk:
-        """End a block, the last one if not said otherwise, and return what it still adds."""
+        """End a block, by default the last one, and return what it still adds."""
         at = len(self._blocks) - 1 if at is None else at
         if at < 0 or at in self._stopped:
             return NOTHING
@@ -112,7 +112,7 @@ class AnthropicParser(AnswerParser):
             return NOTHING
         if not kind.endswith("tool_use"):
             return NOTHING
-        # Some servers give the whole of it where the block begins.
+        # Some servers send the whole block at its start.
         given = "".join(pieces) if pieces else block.get("input")
         block["input"] = _object_or_text(given)
         if kind != "tool_use" or pieces or not given:
@@ -124,7 +124,7 @@ class AnthropicParser(AnswerParser):
         return () if delta is None else (delta,)
 
     def end(self) -> StreamChunk | None:
-        """Return the last piece; None where the stream was cut."""
+        """Return the last piece; None if the stream was cut off."""
         if not self._begun and self.finish_reason is None:
             return None
         if not (self.done or self.finish_reason):
@@ -133,7 +133,7 @@ class AnthropicParser(AnswerParser):
         return self.last(tuple(pieces))
 
     def ended(self) -> End:
-        """Return what is known only at the end."""
+        """Return what is only known at the end."""
         blocks = [b for b in self._blocks if b.get("type") != "text" or b.get("text")]
         plain = all(block.keys() <= _PLAIN.get(block.get("type"), set()) for block in blocks)
         return End(tool_calls=self._calls.result(), parts={} if plain else {"content": blocks})
@@ -166,7 +166,7 @@ class AnthropicParser(AnswerParser):
         return NOTHING
 
     def _block_of(self, value: Mapping[str, Any], kind: str) -> int:
-        """Return which block a piece belongs to; some servers leave out its start or its index."""
+        """Return the block that a piece belongs to; some servers omit its start or its index."""
         at = self._by_index.get(_index(value, -1))
         if at is not None:
             return at
@@ -180,7 +180,7 @@ class AnthropicParser(AnswerParser):
         return at
 
 
-# Blocks that hold no more than this are the common form, and need not be kept beside it.
+# Blocks with only these fields match the common form and need not be kept separately.
 _PLAIN: Final[Mapping[Any, set[str]]] = {
     "text": {"type", "text"},
     "tool_use": {"type", "id", "name", "input"},
@@ -205,7 +205,7 @@ def _index(value: Mapping[str, Any], default: int) -> int:
 
 
 def _object_or_text(given: Any) -> Any:
-    """Return a tool's input as the object it has to be, where it is one."""
+    """Return a tool's input as an object if possible; it should be one."""
     if isinstance(given, str):
         try:
             return json.loads(given or "{}")
@@ -215,19 +215,19 @@ def _object_or_text(given: Any) -> Any:
 
 
 def finish(reason: Any) -> str | None:
-    """Return the reason in the common words, or the provider's own."""
+    """Return the common finish reason, or the provider's own."""
     if not reason:
         return None
     return _FINISH.get(reason, reason) if isinstance(reason, str) else string(reason)
 
 
 def usage(prompt: Any, last: Any) -> Usage | None:
-    """Return the usage; `input_tokens` counts only what was not cached, ours counts all.
+    """Return the usage; `input_tokens` excludes cached tokens in Anthropic's, not in ours.
 
     Args:
-        prompt: what the stream began with, or a whole answer's.
-        last: what it ended with, which counts what was generated, and the prompt as well where it
-            grew on the way, by a server's tool.
+        prompt: the usage at the start of a stream, or of a whole response.
+        last: the usage at the end, which has the output tokens, and the input tokens if they grew
+            in between through a server tool.
     """
     if not (isinstance(prompt, Mapping) and prompt) and not (isinstance(last, Mapping) and last):
         return None

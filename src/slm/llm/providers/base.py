@@ -1,6 +1,7 @@
-"""What every provider adapter takes and gives: the request, and the answer in pieces or whole.
+"""The interface of provider adapters: the request, and the response in pieces or whole.
 
-Knows no provider and nothing of agents; an adapter translates between these values and a protocol.
+Knows no provider and nothing about agents; an adapter translates between these values and a
+protocol.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from slm.llm.transport import Connections
 T = TypeVar("T")
 
 PARTS: Final = "provider_parts"
-"""The member of a message that holds what its provider wants back; see `Parts`."""
+"""The field of a message that holds what its provider needs back; see `Parts`."""
 
 Message = Mapping[str, Any]
 """A message in the common form: `role`, `content`, and for tools `tool_calls`, `tool_call_id`."""
@@ -26,12 +27,12 @@ Message = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToolCall:
-    """A call of a tool that the model asks for.
+    """A tool call requested by the model.
 
     Attributes:
-        id: what the tool's answer names as its `tool_call_id`.
+        id: the tool's result refers to it as `tool_call_id`.
         name: the tool's name.
-        arguments_json: the arguments as the model wrote them; a model may write what is no JSON.
+        arguments_json: the arguments as written by the model, which may not be valid JSON.
     """
 
     id: str
@@ -56,11 +57,11 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
-    """How many tokens a request took, as the provider counted.
+    """The number of tokens a request used, as counted by the provider.
 
     Attributes:
-        input_tokens: all of the prompt's, cached ones included.
-        output_tokens: what was generated, reasoning included.
+        input_tokens: all tokens of the prompt, including cached ones.
+        output_tokens: the generated tokens, including reasoning.
         cached_input_tokens: how many of `input_tokens` came from the provider's cache.
     """
 
@@ -70,13 +71,13 @@ class Usage:
 
     @property
     def total_tokens(self) -> int:
-        """Input and output together."""
+        """Input and output tokens together."""
         return self.input_tokens + self.output_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToolCallDelta:
-    """A piece of a tool call; `index` says which of the answer's calls it belongs to."""
+    """A piece of a tool call; `index` is the call's position in the response."""
 
     index: int
     id: str = ""
@@ -91,12 +92,12 @@ class ToolCallDelta:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class End:
-    """What is known only when a stream is over.
+    """What is only known once a stream has ended.
 
     Attributes:
-        tool_calls: whole.
-        parts: what the provider wants back with the next request, in its own form.
-        adjusted: what of the request the model refused, and was sent differently.
+        tool_calls: the complete calls.
+        parts: what the provider needs back with the next request, in its own format.
+        adjusted: the parameters that the model refused and that were changed.
     """
 
     tool_calls: tuple[ToolCall, ...] = ()
@@ -106,14 +107,14 @@ class End:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StreamChunk:
-    """A piece of a streamed answer; most hold a few characters of `text` and nothing else.
+    """A piece of a streamed response; most hold a few characters of `text` and nothing else.
 
     Attributes:
-        text: the next piece of the answer.
-        reasoning: the next piece of what the model thinks, where the provider shows it.
-        tool_calls: pieces of tool calls; whole ones are in the stream's `result`.
-        finish_reason: set in the piece with which the provider says that it is done.
-        usage: what the provider has counted so far, where this piece says so.
+        text: the next piece of the response.
+        reasoning: the next piece of the model's reasoning, if the provider shows it.
+        tool_calls: pieces of tool calls; the complete ones are in the stream's `result`.
+        finish_reason: set in the piece in which the provider says that it is done.
+        usage: the tokens counted so far, if this piece contains them.
         end: set in the last piece, for `LLMStream.result`.
     """
 
@@ -130,7 +131,7 @@ class StreamChunk:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
-    """A whole answer, before it is known which agent's config made it."""
+    """A whole response, before it is combined with the agent's config."""
 
     text: str
     reasoning: str
@@ -146,17 +147,17 @@ class Completion:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatRequest:
-    """One request, with everything that it needs.
+    """A request with everything it needs.
 
     Attributes:
         endpoint: the base URL, checked.
         key: the API key, or None.
-        max_tokens: None leaves it to the provider.
-        temperature: None leaves it to the provider.
-        tools: in OpenAI's form.
+        max_tokens: None for the provider's default.
+        temperature: None for the provider's default.
+        tools: in OpenAI's format.
         tool_choice: `auto`, `none`, `required` or `{"type": "function", "function": {"name": …}}`.
-        response_format: in OpenAI's form (`json_object` or `json_schema`).
-        options: further members of the request's body, in the provider's own words.
+        response_format: in OpenAI's format (`json_object` or `json_schema`).
+        options: further fields of the request body, in the provider's own terms.
     """
 
     endpoint: str
@@ -171,34 +172,34 @@ class ChatRequest:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def secret(self) -> str | None:
-        """Return the key in plain text; never to be kept in a variable of a frame."""
+        """Return the key in plain text; never keep it in a frame's variable."""
         return self.key.get_secret_value() if self.key is not None else None
 
 
 class Provider(Protocol):
-    """What an adapter does. Its methods raise whatever comes; `explain` reads that."""
+    """The interface of an adapter. Its methods raise any exception; `explain` interprets it."""
 
     def __init__(self, connections: Connections) -> None: ...
 
     async def chat(self, request: ChatRequest) -> Completion:
-        """Return the whole answer."""
+        """Return the whole response."""
 
     def stream(self, request: ChatRequest) -> AsyncGenerator[StreamChunk, None]:
-        """Yield the answer as it comes; each piece is progress, so pings are not yielded."""
+        """Yield the response as it arrives; each piece is progress, so pings are not yielded."""
 
     def secrets(self, endpoint: str) -> list[str]:
-        """Return what else is sent to the endpoint that an error must not repeat."""
+        """Return other secrets sent to the endpoint, which an error must not repeat."""
 
     def explain(self, error: Exception) -> Failure:
-        """Say what an exception of the adapter's methods means."""
+        """Return the meaning of an exception from the adapter's methods."""
 
 
 class Accumulator:
-    """Puts the pieces of a stream together.
+    """Assembles the pieces of a stream.
 
     Attributes:
-        finish_reason: None until the provider said why it is done.
-        started: whether anything came.
+        finish_reason: None until the provider has said why it is done.
+        started: whether anything arrived.
     """
 
     def __init__(self) -> None:
@@ -211,7 +212,7 @@ class Accumulator:
 
     @property
     def ended(self) -> bool:
-        """Whether the answer is whole."""
+        """Whether the response is complete."""
         return self._end is not None
 
     @property
@@ -220,7 +221,7 @@ class Accumulator:
         return "".join(self._text)
 
     def add(self, chunk: StreamChunk) -> None:
-        """Take the next piece."""
+        """Add the next piece."""
         self.started = True
         if chunk.text:
             self._text.append(chunk.text)
@@ -231,7 +232,7 @@ class Accumulator:
         self.finish_reason = chunk.finish_reason or self.finish_reason
 
     def completion(self) -> Completion:
-        """Return the whole, once `finish_reason` is set."""
+        """Return the whole response, once `finish_reason` is set."""
         end = self._end or End()
         return Completion(
             text=self.text,
@@ -245,11 +246,11 @@ class Accumulator:
 
 
 def translated(build: Callable[[ChatRequest], T], request: ChatRequest) -> T:
-    """Return the request's body in the provider's words.
+    """Return the request's body in the provider's format.
 
     Raises:
-        Unsupported: the caller's messages or tools are not of the common form; told apart from an
-            answer that is not of the provider's protocol, which raises the same errors.
+        Unsupported: the caller's messages or tools are not in the common form. Distinguishes this
+            from an invalid response, which raises the same built-in errors.
     """
     try:
         return build(request)
@@ -259,7 +260,7 @@ def translated(build: Callable[[ChatRequest], T], request: ChatRequest) -> T:
 
 
 def texts(*values: object) -> None:
-    """Refuse what is not text where the protocol has text.
+    """Check that values are text where the protocol requires it.
 
     Raises:
         TypeError: one of the values is not a string.
@@ -270,7 +271,7 @@ def texts(*values: object) -> None:
 
 
 def counted(number: object) -> int:
-    """Return a number of tokens as an integer, 0 for what is no such number."""
+    """Return a token count as an integer; 0 for an invalid one."""
     if isinstance(number, str):
         number = int(number) if len(number) < 19 and number.isdecimal() else 0
     if not isinstance(number, int | float) or not 0 <= number < 2**63:
@@ -279,7 +280,7 @@ def counted(number: object) -> int:
 
 
 def text_of(content: Any) -> str:
-    """Return the text of a message's content, a string or a list of parts."""
+    """Return the text of a message's content, which is a string or a list of parts."""
     if content is None or isinstance(content, str):
         return content or ""
     parts = (part.get("text", "") for part in content if part.get("type") in (None, "text"))
@@ -287,7 +288,7 @@ def text_of(content: Any) -> str:
 
 
 def data_url(part: Mapping[str, Any]) -> tuple[str, str] | None:
-    """Return media type and base64 text of an `image_url` part that is a data URL, else None."""
+    """Return media type and base64 data of an `image_url` part with a data URL, or None."""
     url = part["image_url"]["url"]
     head, comma, data = url.partition(",")
     if not (comma and head.startswith("data:") and head.endswith(";base64")):
@@ -296,7 +297,7 @@ def data_url(part: Mapping[str, Any]) -> tuple[str, str] | None:
 
 
 def arguments_of(call: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of an assistant message's tool call as the dict that they stand for."""
+    """Return the arguments of an assistant message's tool call as a dict."""
     arguments = call["function"].get("arguments") or "{}"
     if isinstance(arguments, str):
         try:
@@ -309,14 +310,14 @@ def arguments_of(call: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def parts_of(message: Message, provider: str, place: str) -> Mapping[str, Any]:
-    """Return what the message's own provider wants back, if it goes to that provider again.
+    """Return what the message's own provider needs back, if the request goes to that provider.
 
-    Signatures and reasoning mean nothing elsewhere; another server refuses them, or is told what
-    was not meant for it.
+    Signatures and reasoning are meaningless elsewhere; another server would reject them, or see
+    data that was not meant for it.
 
     Args:
         message: an earlier turn.
-        provider: where the request goes.
+        provider: the provider the request goes to.
         place: the origin it goes to.
     """
     held = message.get(PARTS)

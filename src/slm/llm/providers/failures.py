@@ -1,6 +1,6 @@
-"""What a provider's refusal means: which of our errors, in the provider's own words.
+"""What a provider's error means: which of our errors, with the provider's own text.
 
-Knows HTTP's statuses and the shapes in which providers word an error; nothing of what was asked.
+Knows HTTP statuses and the formats of providers' errors; nothing about the request.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from slm.llm.providers.wire import NotOfTheProtocol
 from slm.llm.providers.words import Words, calls_itself_error, words_of
 from slm.llm.transport import AddressRefused
 
-# An error inside a 200 or a stream has no status of its own; its code says what it would have been.
+# An error inside a 200 or a stream has no status of its own; its code tells what it would be.
 _STATUS_OF_CODE: Final = {
     **dict.fromkeys(("invalid_request_error", "invalid_argument", "failed_precondition"), 400),
     **dict.fromkeys(("bad_request", "badrequesterror", "validation_error"), 400),
@@ -64,13 +64,13 @@ _BY_WORDS: Final = (
                      r"|(unsupported|unrecogni[sz]ed|unknown) (parameter|argument|value|field)"
                      r"|not permitted|does not support|is not supported")),
 )  # fmt: skip
-# What gives hope that a quota comes back by itself, as Gemini's do each minute.
+# These suggest that a quota recovers by itself, as Gemini's do each minute.
 _COMES_BACK: Final = re.compile(r"retry in|try again in|per (minute|second|day)|retrydelay")
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """What an adapter makes of an exception: which error, and the facts that may be kept of it."""
+    """How an adapter interprets an exception: which error, and the facts that may be kept."""
 
     kind: type[LLMError]
     detail: str
@@ -79,16 +79,16 @@ class Failure:
 
 
 class Unsupported(Exception):
-    """The request asks for something that the provider's protocol has no word for."""
+    """The request asks for something that the provider's protocol cannot express."""
 
 
 class Refused(Exception):
-    """The provider answered with an error, with whatever status.
+    """The provider answered with an error, whatever the status.
 
     Attributes:
-        status: the answer's; of an error inside a 200 or a stream, what it stands for.
-        words: what the error says.
-        failure: which of our errors that is.
+        status: the response's status; for an error inside a 200 or a stream, the equivalent one.
+        words: the content of the error.
+        failure: the corresponding error of ours.
     """
 
     def __init__(self, status: int, words: Words, failure: Failure) -> None:
@@ -101,15 +101,14 @@ class Refused(Exception):
 def refused(
     status: int, body: Any, headers: Mapping[str, str], place: str, *, in_answer: bool = False
 ) -> Refused:
-    """Return what an error means.
+    """Return the meaning of an error response.
 
     Args:
-        status: the answer's HTTP status.
+        status: the response's HTTP status.
         body: its JSON, or its text.
-        headers: the answer's.
-        place: which path was asked, without its query: an endpoint with a segment too many is seen
-            by that alone.
-        in_answer: the error came in an answer of status 200, or in the middle of a stream.
+        headers: the response's headers.
+        place: the requested path without its query; it reveals an endpoint with an extra segment.
+        in_answer: the error came in a response with status 200, or in the middle of a stream.
     """
     words = words_of(body)
     if 300 <= status < 400:
@@ -130,8 +129,8 @@ def refused(
 
 
 def not_an_answer(body: bytes, place: str) -> Failure:
-    """Return the failure for an answer of status 200 that is HTML, text or something else."""
-    # JSON without a reason may be somebody's answer, which belongs in no log.
+    """Return the failure for a response with status 200 that is HTML, text or something else."""
+    # JSON without a reason may be an actual answer, which must not be logged.
     text = words_of(body.decode("utf-8", "replace"), dumped=False).text
     said = f": {text}" if text else ""
     return Failure(
@@ -143,7 +142,7 @@ def not_an_answer(body: bytes, place: str) -> Failure:
 def _kind(status: int, words: Words) -> type[LLMError]:
     said = _status_by_code(words)
     if status in (402, 429) or said == 402:
-        # Nothing left to pay with is no rate limit: the next try fails as this one did.
+        # An exhausted balance is not a rate limit: the next attempt would fail as well.
         text = words.text.lower()
         paid = said == 402 or (_BY_WORDS[0][1].search(text) and not _COMES_BACK.search(text))
         if status == 402 or (paid and words.wait_seconds is None):
@@ -156,7 +155,7 @@ def _kind(status: int, words: Words) -> type[LLMError]:
 
 
 def _status_said(words: Words) -> int | None:
-    """Return the HTTP status that an error without one stands for, where it says so."""
+    """Return the HTTP status that an error without one implies, if its text says so."""
     for code in words.codes:
         status = status_of(code)
         if status is not None:
@@ -170,8 +169,8 @@ def _status_said(words: Words) -> int | None:
 
 def _status_by_code(words: Words) -> int | None:
     found = [_STATUS_OF_CODE[code] for code in words.codes if code in _STATUS_OF_CODE]
-    # "insufficient_quota" stands beside "rate_limit_error", and "api_key_invalid" beside
-    # "invalid_argument": what says most counts.
+    # "insufficient_quota" comes with "rate_limit_error", and "api_key_invalid" with
+    # "invalid_argument"; the more specific one wins.
     if 402 in found:
         return 402
     telling = [status for status in found if status not in (400, 500)]
@@ -179,14 +178,14 @@ def _status_by_code(words: Words) -> int | None:
 
 
 def status_of(code: object) -> int | None:
-    """Return the HTTP status that an error's own `code` stands for, where it is one."""
+    """Return the HTTP status that an error's own `code` is or implies, if any."""
     if isinstance(code, str) and len(code) == 3 and code.isascii() and code.isdecimal():
         code = int(code)
     return code if isinstance(code, int) and 400 <= code < 600 else None
 
 
 def by_status(status: int) -> type[LLMError]:
-    """Return the error that an HTTP status stands for (RFC 9110; 529 is Anthropic's overload)."""
+    """Return the error for an HTTP status (RFC 9110; 529 is Anthropic's overload)."""
     if status == 402:
         return LLMQuotaExhausted
     if status == 429:
@@ -208,11 +207,11 @@ def connection_failure(error: BaseException) -> Failure:
         if isinstance(cause, Unsupported):
             return Failure(LLMBadRequest, str(cause))
         if isinstance(cause, aiohttp.ClientHttpProxyError):
-            # Its text would name the proxy's URL, which may hold a password.
+            # Its text would contain the proxy's URL, which may include a password.
             return Failure(LLMUnavailable, f"the proxy refuses the request with {cause.status}")
         if isinstance(cause, aiohttp.ClientResponseError):
             return Failure(LLMUnavailable, "no connection, or it broke: the answer is no HTTP")
-    # The innermost says most, such as which check of a certificate failed.
+    # The innermost is the most informative, such as which certificate check failed.
     reason = [str(cause) for cause in causes(error) if str(cause)][-1:]
     return Failure(LLMUnavailable, ": ".join(["no connection, or it broke", *reason]))
 
@@ -224,7 +223,7 @@ OF_NO_PROTOCOL: Final = (
 
 
 def failure_of(error: Exception) -> Failure:
-    """Return the failure for any exception that a call can end with."""
+    """Return the failure for any exception that can end a call."""
     if isinstance(error, Refused):
         return error.failure
     if isinstance(error, Unsupported):
@@ -242,7 +241,7 @@ def failure_of(error: Exception) -> Failure:
 
 
 def causes(error: BaseException) -> Iterable[BaseException]:
-    """Yield the exception and what it came from."""
+    """Yield the exception and its causes."""
     seen: set[int] = set()
     current: BaseException | None = error
     while current is not None and id(current) not in seen:

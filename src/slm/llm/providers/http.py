@@ -1,7 +1,7 @@
-"""One call to a provider over HTTP: sent, read as what it is, sent again without what was refused.
+"""One HTTP call to a provider: sends it, reads the response, resends without refused parameters.
 
-Knows no provider: each adapter translates a request and reads an answer. Nothing is retried here
-but a request that the model refuses for a parameter it can do without.
+Knows no provider: each adapter translates a request and reads a response. The only retry here is
+for a parameter that the model refuses and that the request can do without.
 """
 
 from __future__ import annotations
@@ -49,8 +49,10 @@ from slm.llm.transport import Connections
 T = TypeVar("T")
 
 GRACE_SECONDS: Final = 0.25
-"""How long a stream may go on after its finish reason: some servers send the usage after it, others
-keep the connection open and send nothing more."""
+"""How long a stream may continue after its finish reason.
+
+Some servers send the usage after it; others keep the connection open and send nothing more.
+"""
 
 MAX_ORIGINS: Final = 256
 _DRAIN_SECONDS: Final = 0.05
@@ -72,29 +74,29 @@ class Sent:
 
 
 class HTTPProvider:
-    """What the adapters share; see `slm.llm.providers.base.Provider`."""
+    """The common base of the adapters; see `slm.llm.providers.base.Provider`."""
 
     name: ClassVar[str]
     route: ClassVar[str]
     lines: ClassVar[bool] = False
     renamed: ClassVar[Mapping[str, str]] = {}
-    # One of these is in whatever is no error.
+    # Every successful response contains one of these.
     members: ClassVar[frozenset[str]] = frozenset()
 
-    # The header that some servers take the key from instead, and what they say where it is missing.
+    # Another header that some servers expect the key in, and what they say if it is missing.
     other_key_header: ClassVar[str] = "api-key"
     other_key_words: ClassVar[re.Pattern[str]] = re.compile(r"subscription key|\bapi-key\b")
 
     def __init__(self, connections: Connections) -> None:
         self._connections = connections
         self._adjustments = Adjustments(self.renamed)
-        # Origins that take the key from the other header alone.
+        # Origins that only accept the key in the other header.
         self._others: OrderedDict[str, None] = OrderedDict()
 
-    # --- what an adapter says ---
+    # --- overridden by adapters ---
 
     def headers(self, request: ChatRequest, *, other: bool) -> dict[str, str]:
-        """Return the headers of this protocol."""
+        """Return the headers for this protocol."""
         secret = request.secret()
         if secret is None:
             return {}
@@ -103,19 +105,19 @@ class HTTPProvider:
         return {"Authorization": f"Bearer {secret}"}
 
     def body(self, request: ChatRequest, *, streamed: bool) -> tuple[dict[str, Any], list[str]]:
-        """Return the request's body, and what in it is not as the agent has it."""
+        """Return the request's body, and what in it differs from the agent's configuration."""
         raise NotImplementedError
 
     def completion(self, answer: Mapping[str, Any]) -> Completion:
-        """Return a whole answer; raises whatever comes of one that is not of the protocol."""
+        """Parse a whole response; raises any exception if it does not follow the protocol."""
         raise NotImplementedError
 
     def parser(self, request: ChatRequest) -> AnswerParser:
-        """Return what reads one stream."""
+        """Return a parser for one stream."""
         raise NotImplementedError
 
     def learn(self, sent: Sent, error: Refused) -> bool:
-        """Return whether the request is to be sent again, differently."""
+        """Return whether the request should be sent again with a change."""
         if error.status == 401 and sent.request.key is not None:
             return self._learn_key_header(sent, error)
         earlier = _earlier_members(sent.request.messages, self.name, sent.place)
@@ -125,7 +127,7 @@ class HTTPProvider:
 
     def _learn_key_header(self, sent: Sent, error: Refused) -> bool:
         if sent.other_header:
-            # It was the key that was wrong, not its header.
+            # The key was wrong, not its header.
             self._others.pop(sent.place, None)
             return False
         if not self.other_key_words.search(error.words.text.lower()):
@@ -135,10 +137,10 @@ class HTTPProvider:
             self._others.popitem(last=False)
         return True
 
-    # --- what is done with it ---
+    # --- the call ---
 
     async def chat(self, request: ChatRequest) -> Completion:
-        """Return the whole answer."""
+        """Return the whole response."""
         while True:
             sent = self._fitted(request, streamed=False)
             try:
@@ -151,7 +153,7 @@ class HTTPProvider:
             return replace(completion, adjusted=sent.adjusted)
 
     async def stream(self, request: ChatRequest) -> AsyncGenerator[StreamChunk, None]:
-        """Yield the answer as it comes."""
+        """Yield the response as it arrives."""
         while True:
             sent = self._fitted(request, streamed=True)
             begun = False
@@ -170,11 +172,11 @@ class HTTPProvider:
             return
 
     def secrets(self, endpoint: str) -> list[str]:
-        """Return what else is sent to the endpoint that an error must not repeat."""
+        """Return other secrets sent to the endpoint, which an error must not repeat."""
         return self._connections.secrets(origin(self.name, endpoint))
 
     def explain(self, error: Exception) -> Failure:
-        """Say what an exception of `chat` or `stream` means."""
+        """Return the meaning of an exception from `chat` or `stream`."""
         return failure_of(error)
 
     def _fitted(self, request: ChatRequest, *, streamed: bool) -> Sent:
@@ -197,7 +199,7 @@ class HTTPProvider:
         headers = {
             "Content-Type": "application/json",
             "Accept": "application/json, text/event-stream, application/x-ndjson",
-            # A stream that is compressed comes late; what is decompressed has a bound all the same.
+            # Compressed streams arrive late, so none is requested; decompression is limited anyway.
             "Accept-Encoding": "identity",
             "User-Agent": f"autobot-slm/{__version__}",
             **self.headers(sent.request, other=sent.other_header),
@@ -211,14 +213,14 @@ class HTTPProvider:
 
     async def _refusal(self, answer: Answer, sent: Sent) -> Refused:
         data = b""
-        # The status says enough where the body breaks off or never ends.
+        # The status is enough if the body breaks off or never ends.
         with contextlib.suppress(Exception):
             async with asyncio.timeout(_ERROR_SECONDS):
                 data = await answer.read(_MAX_ERROR_BYTES)
         return refused(answer.status, data.decode("utf-8", "replace"), answer.headers, sent.path)
 
     def _read(self, data: bytes, answer: Answer, sent: Sent) -> Completion:
-        """Return the answer that these bytes are, whole or as a stream that nobody asked for."""
+        """Parse these bytes as a whole response, or as a stream that was not requested."""
         value = _json_or_none(data)
         if value is not None:
             return self._whole(value, data, answer, sent)
@@ -265,13 +267,13 @@ class HTTPProvider:
                 if parser.done:
                     break
                 if isinstance(item, Exception):
-                    # Whatever breaks after the finish reason, the answer is whole.
+                    # Whatever breaks after the finish reason, the response is complete.
                     if parser.finish_reason is None:
                         raise item
                     more = False
                     break
                 if isinstance(item, Body):
-                    # Read as what it is, once: it has been paid for.
+                    # Read it as what it is, without asking again: it has been paid for.
                     whole = self._whole(_json_or_none(item.data), item.data, answer, sent)
                     yield _as_chunk(whole, sent.adjusted)
                     return
@@ -301,10 +303,10 @@ class HTTPProvider:
 
 @functools.lru_cache(maxsize=1024)
 def url_of(endpoint: str, route: str) -> tuple[str, str]:
-    """Return the URL that is asked, and its path without the query.
+    """Return the URL to request, and its path without the query.
 
-    The endpoint's query is kept. An endpoint that ends with the route, as an adopted row may, is
-    not extended twice.
+    Keeps the endpoint's query. If the endpoint already ends with the route, as an adopted row's
+    may, the route is not added again.
 
     Args:
         endpoint: the base URL.
@@ -316,7 +318,7 @@ def url_of(endpoint: str, route: str) -> tuple[str, str]:
 
 
 def _caught(items: Iterable[T]) -> Iterator[T | Exception]:
-    """Yield the items, and what ends them too soon; what came before it is the caller's."""
+    """Yield the items, then any exception; the caller handles what came before it."""
     try:
         yield from items
     except Exception as error:
@@ -342,7 +344,7 @@ def _encoded(body: Mapping[str, Any]) -> bytes:
 
 
 def _earlier_members(messages: Sequence[Message], provider: str, place: str) -> set[str]:
-    """Return the names of what is sent back to the provider of its own."""
+    """Return the names of provider-specific fields that are sent back to the provider."""
     found: set[str] = set()
     for message in messages:
         parts = parts_of(message, provider, place)

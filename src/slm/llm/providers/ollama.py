@@ -1,6 +1,6 @@
 """Ollama's own chat protocol.
 
-Knows nothing of agents, retries or deadlines.
+Knows nothing about agents, retries or deadlines.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from slm.llm.providers.http import HTTPProvider
 from slm.llm.providers.parsing import AnswerParser, shown, string
 from slm.llm.providers.wire import ServerSentEvent
 
-# These stand beside `options` in a request; everything else is the model's own and goes inside.
+# These are next to `options` in a request; everything else is the model's and goes inside.
 _TOP_LEVEL: Final = frozenset({"format", "keep_alive", "logprobs", "think", "top_logprobs"})
-# Members of the common form that this protocol says elsewhere, or not at all.
+# Fields of the common form that this protocol expresses elsewhere, or not at all.
 _OTHERS: Final = frozenset(
     [
         *("tool_calls", "tool_call_id", "name", "refusal", "annotations", "audio"),
@@ -53,7 +53,7 @@ class OllamaProvider(HTTPProvider):
         return _body(request) | {"stream": streamed}, []
 
     def completion(self, answer: Mapping[str, Any]) -> Completion:
-        """Return a whole answer."""
+        """Parse a whole response."""
         if not isinstance(answer.get("message"), Mapping) and not answer.get("done"):
             raise TypeError("an answer without a message")
         parser = OllamaParser()
@@ -61,14 +61,14 @@ class OllamaProvider(HTTPProvider):
         return parser.completion(_usage(answer))
 
     def parser(self, request: ChatRequest) -> OllamaParser:
-        """Return what reads one stream."""
+        """Return a parser for one stream."""
         return OllamaParser()
 
 
 def _body(request: ChatRequest) -> dict[str, Any]:
     given = dict(request.options)
     body = {name: given.pop(name) for name in _TOP_LEVEL & given.keys()}
-    # As the request itself has an `options` member, it may have been written out.
+    # The request itself has an `options` field, so a user may have spelled it out.
     nested = given.pop("options", None)
     options = (dict(nested) if isinstance(nested, Mapping) else {}) | given
     if request.temperature is not None:
@@ -113,7 +113,7 @@ def _messages(messages: Sequence[Message], place: str) -> list[dict[str, Any]]:
                 function["arguments"] = arguments_of(call)
                 turn["tool_calls"].append({**extra, "function": function})
         if role == "tool":
-            # The protocol names the tool, not the call.
+            # The protocol refers to the tool, not the call.
             name = message.get("name") or names.get(str(message.get("tool_call_id")), "")
             turn["tool_name"] = name
         turns.append(turn)
@@ -150,7 +150,7 @@ def _format(wanted: Mapping[str, Any]) -> Any:
 
 
 class OllamaParser(AnswerParser):
-    """Reads one stream, or the one part of a whole answer."""
+    """Reads one stream, or the single part of a whole response."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -158,12 +158,12 @@ class OllamaParser(AnswerParser):
         self._extra: dict[str, Any] = {}
 
     def take(self, event: ServerSentEvent) -> StreamChunk | None:
-        """Return what the event adds to the answer."""
+        """Return what the event adds to the response."""
         chunk = self.read(event.value)
         return shown(chunk)
 
     def read(self, part: Mapping[str, Any]) -> StreamChunk:
-        """Take one part, and return what it adds."""
+        """Process one part, and return what it adds."""
         message = part.get("message")
         if message is None:
             message = {}
@@ -173,7 +173,7 @@ class OllamaParser(AnswerParser):
         text, reasoning = string(message.get("content")), string(message.get("thinking"))
         self._text.append(text)
         self._reasoning.append(reasoning)
-        # Each comes whole, and all of them with index 0.
+        # Each call arrives whole, and all of them with index 0.
         pieces = tuple(self._calls.whole(call) for call in message.get("tool_calls") or ())
         for name, value in message.items():
             if name not in _COMMON and name != "thinking" and value not in (None, "", [], {}):
@@ -192,17 +192,17 @@ class OllamaParser(AnswerParser):
         )
 
     def end(self) -> StreamChunk | None:
-        """Return the last piece; None where the stream was cut."""
+        """Return the last piece; None if the stream was cut off."""
         if not (self._answered and self.done):
             return None
         return self.last()
 
     def ended(self) -> End:
-        """Return what is known only at the end."""
+        """Return what is only known at the end."""
         calls = self._calls.result()
         extra = dict(self._extra)
         if self.reasoning:
-            # Models that think lose their thread between the calls of one turn without it.
+            # Without it, thinking models lose their train of thought between the calls of a turn.
             extra["thinking"] = self.reasoning
         parts: dict[str, Any] = {"message": extra} if extra else {}
         if extras := self._calls.extras():

@@ -1,6 +1,6 @@
-"""OpenAI's chat completions, as OpenAI and everybody who is compatible with it speaks them.
+"""OpenAI's chat completions, as used by OpenAI and all compatible servers.
 
-Knows nothing of agents, retries or deadlines. Which host is asked decides nothing here.
+Knows nothing about agents, retries or deadlines. Does not depend on the host.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from slm.llm.providers.http import HTTPProvider
 from slm.llm.providers.parsing import AnswerParser, shown, string
 from slm.llm.providers.wire import ServerSentEvent
 
-# What a message of an answer has beside these is the provider's own, and goes back to it.
+# Other fields of a response message are the provider's own, and are sent back to it.
 _COMMON: Final = frozenset(
     [
         *("role", "content", "tool_calls", "refusal", "annotations", "audio", "function_call"),
@@ -39,7 +39,7 @@ class OpenAIProvider(HTTPProvider):
 
     name = "openai"
     route = "/chat/completions"
-    # OpenAI's newer models refuse the former name, most compatible servers know only that.
+    # OpenAI's newer models reject the former name; most compatible servers only know that one.
     renamed: ClassVar[Mapping[str, str]] = {
         "max_tokens": "max_completion_tokens",
         "max_completion_tokens": "max_tokens",
@@ -51,12 +51,12 @@ class OpenAIProvider(HTTPProvider):
         body = _body(request)
         if streamed:
             body["stream"] = True
-            # Null in llm_options switches it off, as with every member.
+            # Null in llm_options turns it off, as with every field.
             body.setdefault("stream_options", {"include_usage": True})
         return {name: value for name, value in body.items() if value is not None}, []
 
     def completion(self, answer: Mapping[str, Any]) -> Completion:
-        """Return a whole answer."""
+        """Parse a whole response."""
         choice = _choice(answer["choices"], None)
         if choice is None:
             raise TypeError("an answer without a choice")
@@ -68,7 +68,7 @@ class OpenAIProvider(HTTPProvider):
         return parser.completion(_usage(answer.get("usage")))
 
     def parser(self, request: ChatRequest) -> OpenAIParser:
-        """Return what reads one stream."""
+        """Return a parser for one stream."""
         several = request.options.get("n") not in (None, 1)
         return OpenAIParser(0 if several else None)
 
@@ -93,7 +93,7 @@ def _body(request: ChatRequest) -> dict[str, Any]:
 
 
 def _message(message: Mapping[str, Any], place: str) -> dict[str, Any]:
-    """Return the message as OpenAI takes it, with what its own provider wants back."""
+    """Return the message in OpenAI's format, with what its own provider needs back."""
     turn = {name: value for name, value in message.items() if name != PARTS}
     parts = parts_of(message, "openai", place)
     calls = turn.get("tool_calls")
@@ -103,7 +103,7 @@ def _message(message: Mapping[str, Any], place: str) -> dict[str, Any]:
     for name, value in (parts.get("message") or {}).items():
         turn.setdefault(name, value)
     content = parts.get("content")
-    # A caller who changed the text meant to.
+    # The caller changed the text on purpose.
     if content and _joined(content) == turn.get("content"):
         turn["content"] = content
     return turn
@@ -112,16 +112,16 @@ def _message(message: Mapping[str, Any], place: str) -> dict[str, Any]:
 def _call(call: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
     function = {**(extra.get("function") or {}), **call["function"]}
     given = function.get("arguments")
-    # Arguments are text in this protocol; other libraries hand them over as an object.
+    # Arguments are text in this protocol; other libraries pass them as an object.
     function["arguments"] = given if isinstance(given, str) else json.dumps(given or {})
     return {**extra, "type": "function", **call, "function": function}
 
 
 class OpenAIParser(AnswerParser):
-    """Reads one stream, or the one choice of a whole answer.
+    """Reads one stream, or the one choice of a whole response.
 
     Args:
-        wanted: the index of the choice that is read; None reads the first one that comes.
+        wanted: the index of the choice to read; None for the first one that arrives.
     """
 
     def __init__(self, wanted: int | None = None) -> None:
@@ -132,7 +132,7 @@ class OpenAIParser(AnswerParser):
         self._content: list[dict[str, Any]] = []
 
     def take(self, event: ServerSentEvent) -> StreamChunk | None:
-        """Return what the event adds to the answer."""
+        """Return what the event adds to the response."""
         usage = _usage(event.value.get("usage"))
         choice = _choice(event.value.get("choices") or (), self._wanted)
         if choice is None:
@@ -149,9 +149,9 @@ class OpenAIParser(AnswerParser):
         return shown(chunk)
 
     def choose(self, choice: Mapping[str, Any], *, delta: bool) -> StreamChunk:
-        """Take one choice, and return what it adds."""
+        """Process one choice, and return what it adds."""
         self._answered = True
-        # One event with the whole message is a stream, too.
+        # A single event with the whole message is also a valid stream.
         message = choice.get("delta") if delta else None
         whole = message is None
         message = choice.get("message") if whole else message
@@ -188,13 +188,13 @@ class OpenAIParser(AnswerParser):
         return chunk
 
     def end(self) -> StreamChunk | None:
-        """Return the last piece; None where the stream was cut."""
+        """Return the last piece; None if the stream was cut off."""
         if not self._answered or not (self.done or self.finish_reason):
             return None
         return self.last()
 
     def ended(self) -> End:
-        """Return what is known only at the end."""
+        """Return what is only known at the end."""
         calls = self._calls.result()
         parts: dict[str, Any] = {}
         if self._extra:
@@ -207,7 +207,7 @@ class OpenAIParser(AnswerParser):
 
 
 def _choice(choices: Any, wanted: int | None) -> Mapping[str, Any] | None:
-    """Return the choice that is read; of several answers there is only ever one."""
+    """Return the choice to read; of several, only one is ever read."""
     found = None
     for choice in choices:
         if choice is None:
@@ -248,13 +248,13 @@ def _joined(content: Any) -> str:
 
 
 def _reasoning(message: Mapping[str, Any]) -> str:
-    # Not OpenAI's own: vLLM, llama.cpp, DeepSeek, OpenRouter and others name it so.
+    # Not OpenAI's own: vLLM, llama.cpp, DeepSeek, OpenRouter and others use this name.
     text = message.get("reasoning_content") or message.get("reasoning")
     return text if isinstance(text, str) else ""
 
 
 def _merged(values: list[Any]) -> Any:
-    """Return one value of the pieces that a stream cut it into."""
+    """Return one value, assembled from the pieces of a stream."""
     if all(isinstance(value, str) for value in values):
         return "".join(values)
     if all(isinstance(value, list) for value in values):
@@ -265,7 +265,7 @@ def _merged(values: list[Any]) -> Any:
 
 
 def _merged_parts(parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the parts of a content, those of one kind that follow each other as one."""
+    """Return the parts of a content, merging consecutive ones of the same kind."""
     merged: list[dict[str, Any]] = []
     texts: list[list[str]] = []
     for part in parts:
@@ -294,7 +294,7 @@ def _usage(usage: Any) -> Usage | None:
         return None
     details = usage.get("prompt_tokens_details")
     cached = details.get("cached_tokens") if isinstance(details, Mapping) else None
-    # DeepSeek and Moonshot have names of their own for it.
+    # DeepSeek and Moonshot have their own names for it.
     cached = cached or usage.get("prompt_cache_hit_tokens") or usage.get("cached_tokens")
     return Usage(
         input_tokens=counted(usage.get("prompt_tokens")),

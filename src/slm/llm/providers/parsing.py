@@ -1,6 +1,6 @@
-"""What every reader of an answer shares: what has come so far, and how it ends.
+"""The common base of response parsers: what has arrived so far, and how it ends.
 
-Knows no protocol: each adapter says what an event or a whole answer adds.
+Knows no protocol: each adapter says what an event or a whole response adds.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ NOTHING: Final = StreamChunk()
 
 
 class AnswerParser:
-    """Reads the events of one stream, or one whole answer.
+    """Reads the events of one stream, or one whole response.
 
     Attributes:
-        finish_reason: None until the provider said that it is done.
-        done: whether the protocol's own end mark was seen; nothing comes after it.
+        finish_reason: None until the provider has said that it is done.
+        done: whether the protocol's own end marker was seen; nothing comes after it.
     """
 
     def __init__(self) -> None:
@@ -40,19 +40,19 @@ class AnswerParser:
         return "".join(self._reasoning)
 
     def take(self, event: ServerSentEvent) -> StreamChunk | None:
-        """Return what the event adds to the answer, None where it only says that it is there."""
+        """Return what the event adds to the response; None if it is only a sign of life."""
         raise NotImplementedError
 
     def end(self) -> StreamChunk | None:
-        """Return the last piece, with its `end`; None where the stream was cut."""
+        """Return the last piece, with its `end`; None if the stream was cut off."""
         raise NotImplementedError
 
     def ended(self) -> End:
-        """Return what is known only at the end."""
+        """Return what is only known at the end."""
         raise NotImplementedError
 
     def completion(self, usage: Usage | None) -> Completion:
-        """Return the whole answer that was read."""
+        """Return the whole response that was read."""
         last = self.last()
         end = last.end or End()
         return Completion(
@@ -65,7 +65,7 @@ class AnswerParser:
         )
 
     def last(self, pieces: tuple[ToolCallDelta, ...] = ()) -> StreamChunk:
-        """Return the last piece, which says why it ends where the provider did not."""
+        """Return the last piece, which says why the stream ends if the provider did not."""
         end = self.ended()
         reason = None
         if self.finish_reason is None:
@@ -74,12 +74,12 @@ class AnswerParser:
 
 
 def shown(chunk: StreamChunk) -> StreamChunk | None:
-    """Return the piece, or None where it adds nothing."""
+    """Return the piece, or None if it adds nothing."""
     return None if chunk == NOTHING else chunk
 
 
 def string(value: Any) -> str:
-    """Return a member of an answer that has to be text, where it is there."""
+    """Return a field of a response that must be text if it is present."""
     if value is None:
         return ""
     if not isinstance(value, str):

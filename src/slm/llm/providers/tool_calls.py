@@ -1,6 +1,6 @@
-"""Which piece of a streamed tool call belongs to which call: the right one, or an error.
+"""Assigns the pieces of streamed tool calls to their calls: the right one, or an error.
 
-Knows OpenAI's pieces and what compatible servers make of them. Whole calls come through here, too.
+Knows OpenAI's pieces and the variations of compatible servers. Also handles whole calls.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, Final
 from slm.llm.providers.base import ToolCall, ToolCallDelta
 
 MAX_CALLS: Final = 1000
-"""Of one answer; no model asks for so many."""
+"""Per response; no model makes this many."""
 
 _decoder: Final = json.JSONDecoder()
 
@@ -33,17 +33,17 @@ class _Call:
         return self.parts[0] if self.parts else ""
 
     def is_whole(self) -> bool:
-        # Asked for each piece that repeats the name, so it must cost little while there is more.
+        # Called for each piece that repeats the name, so it must be cheap until the end.
         ends = bool(self.parts) and self.parts[-1].rstrip().endswith("}")
         return ends and _objects_in(self.arguments()) == 1
 
 
 class ToolCalls:
-    """The tool calls of one answer, put together from pieces.
+    """The tool calls of one response, assembled from pieces.
 
     Some servers give every call index 0, some give none; some repeat a call's id in each piece,
-    some send none at all. A new id begins a new call, a repeated one continues it; without ids a
-    new name does, or the same name after arguments that are whole.
+    some send none at all. A new id starts a new call, a repeated one continues it. Without ids, a
+    new name starts one, or the same name after complete arguments.
     """
 
     def __init__(self) -> None:
@@ -56,10 +56,10 @@ class ToolCalls:
         return len(self._calls)
 
     def piece(self, piece: Mapping[str, Any]) -> ToolCallDelta | None:
-        """Return the piece with the number of the call that it belongs to, None for a repetition.
+        """Return the piece with the number of its call, or None if it is a repetition.
 
         Raises:
-            TypeError: it belongs to no call that is known, or a member is not what it has to be.
+            TypeError: it belongs to no known call, or a field has the wrong type.
         """
         function = _mapping(piece.get("function"))
         index = _index(piece.get("index"))
@@ -82,7 +82,7 @@ class ToolCalls:
         return self._added(call, identity, name, arguments, piece)
 
     def whole(self, piece: Mapping[str, Any]) -> ToolCallDelta:
-        """Take a call that is whole, and return it as a piece."""
+        """Add a whole call, and return it as a piece."""
         function = _mapping(piece.get("function"))
         identity, name = _text(piece.get("id")), _text(function.get("name"))
         arguments = _arguments(function.get("arguments"))
@@ -92,7 +92,7 @@ class ToolCalls:
         """Return the calls.
 
         Raises:
-            TypeError: a call has no name, or the arguments of two calls were sent as one's.
+            TypeError: a call has no name, or the arguments of two calls were sent as one.
         """
         result = []
         for call in self._calls:
@@ -108,11 +108,11 @@ class ToolCalls:
         return tuple(result)
 
     def extras(self) -> dict[str, dict[str, Any]]:
-        """Return by a call's id what the provider said of it beyond the common form."""
+        """Return the provider's additional fields for each call, by the call's id."""
         return {call.id: call.extra for call in self._calls if call.extra}
 
     def _named(self, index: int | None, identity: str, name: str, arguments: str) -> _Call | None:
-        """Return the call that has this id already, if the piece can be one of it."""
+        """Return the call that already has this id, if the piece can belong to it."""
         known = self._by_wire_id.get(identity)
         if known is None:
             return None
@@ -121,12 +121,12 @@ class ToolCalls:
             known = at_index
         if not name:
             return known
-        # Two calls with one id: the second is begun, and gets an id of its own.
+        # Two calls with one id: start the second, and give it its own id.
         another = arguments and known.is_whole() and known.arguments() != arguments
         return None if at_index is not known or another else known
 
     def _continued(self, index: int | None, identity: str, name: str) -> _Call | None:
-        """Return the call that the piece continues by its place."""
+        """Return the call that the piece continues by position."""
         last = self._calls[-1] if self._calls else None
         found = self._by_index.get(index) if index is not None else last
         if found is None or (identity and found.id):
@@ -167,7 +167,7 @@ class ToolCalls:
 
 
 def extra_of(piece: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the members of a tool call that are not of the common form, such as a signature."""
+    """Return a tool call's fields beyond the common form, such as a signature."""
     known = ("id", "index", "type", "function")
     extra = {
         name: value for name, value in piece.items() if name not in known and value is not None
@@ -215,7 +215,7 @@ def _mapping(given: Any) -> Mapping[str, Any]:
 
 
 def _objects_in(text: str) -> int:
-    """Return how many JSON objects follow each other in the text; 0 where it is not of these."""
+    """Return how many consecutive JSON objects the text contains; 0 if anything else."""
     count, at = 0, 0
     if not text.rstrip().endswith("}"):
         return 0

@@ -1,6 +1,6 @@
-"""What comes over the wire, bytes into values: server-sent events, JSON a line, or a plain body.
+"""Decodes bytes from the wire: server-sent events, JSON lines, or a plain body.
 
-A tolerant reader of what servers really send, whatever they call it. Knows no provider.
+A tolerant reader of what servers actually send, whatever they label it. Knows no provider.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Any, Final
 
 _FIELD: Final = re.compile(rb"(data|event|id|retry)?:|(data|event|id|retry)[\r\n]")
 _FIELD_BEGUN: Final = re.compile(rb"(d(at?|ata)?|e(v|ve|ven|vent)?|id?|r(e|et|etr|etry)?)?\Z")
-# Words that some servers send in place of a comment, to keep a connection open.
+# Words that some servers send instead of a comment to keep a connection open.
 _IDLE_WORDS: Final = frozenset({"", "null", "ping", "pong", "keepalive", "keep-alive", "heartbeat"})
 
 
 class NotOfTheProtocol(ValueError):
-    """What came is not what the protocol has in its place; `text` is what came instead."""
+    """The data does not follow the protocol; `text` is what arrived instead."""
 
     def __init__(self, text: str) -> None:
         super().__init__("the answer is not of the provider's protocol")
@@ -28,7 +28,7 @@ class NotOfTheProtocol(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class ServerSentEvent:
-    """One event of a stream: its name, where it has one, and its JSON object."""
+    """One event of a stream: its name, if any, and its JSON object."""
 
     name: str
     value: dict[str, Any]
@@ -36,13 +36,13 @@ class ServerSentEvent:
 
 @dataclass(frozen=True, slots=True)
 class Body:
-    """What came is no stream but one body: JSON, HTML or text."""
+    """The response is not a stream but a single body: JSON, HTML or text."""
 
     data: bytes
 
 
 class Done(enum.Enum):
-    """`[DONE]`, with which many servers say that a stream is whole."""
+    """`[DONE]`, with which many servers mark the end of a stream."""
 
     DONE = enum.auto()
 
@@ -55,18 +55,18 @@ class _Kind(enum.Enum):
 
 
 class StreamReader:
-    """Takes the bytes of an answer as they come, and gives what is in them.
+    """Decodes the bytes of a response as they arrive.
 
     Args:
-        content_type: what the answer calls itself; believed only where its bytes do not say.
-        lines: whether the protocol has a JSON object a line rather than server-sent events.
+        content_type: the response's declared type; used only if the bytes are ambiguous.
+        lines: whether the protocol uses one JSON object per line rather than server-sent events.
     """
 
     def __init__(self, content_type: str = "", *, lines: bool = False) -> None:
         self._lines = lines or "ndjson" in content_type or "jsonl" in content_type
         self._says_events = content_type == "text/event-stream"
         self._kind = _Kind.UNKNOWN
-        # What has been split into lines already is not looked at again: a line may be megabytes.
+        # Lines that were already split are not scanned again: a line may be megabytes.
         self._line: list[bytes] = []
         self._after_cr = False
         self._name = ""
@@ -74,10 +74,10 @@ class StreamReader:
         self._begun = False
 
     def feed(self, data: bytes) -> Iterator[ServerSentEvent | Done]:
-        """Yield what these bytes make whole.
+        """Yield what these bytes complete.
 
         Raises:
-            NotOfTheProtocol: an event holds no JSON object.
+            NotOfTheProtocol: an event does not contain a JSON object.
         """
         if self._kind is _Kind.UNKNOWN:
             self._line.append(data)
@@ -92,11 +92,12 @@ class StreamReader:
             yield from self._fed_events(data)
 
     def end(self) -> Iterator[ServerSentEvent | Done | Body]:
-        """Yield what is left when nothing more comes."""
+        """Yield what is left at the end of the data."""
         rest = b"".join(self._line)
         self._line.clear()
         if self._kind in (_Kind.EVENTS, _Kind.LINES):
-            # The last event may lack its blank line; half of one says only that the stream is cut.
+            # The last event may lack its blank line; half an event only means the stream was cut
+            # off.
             try:
                 if self._kind is _Kind.LINES:
                     yield from _objects("", rest)
@@ -120,7 +121,7 @@ class StreamReader:
         return _Kind.UNKNOWN if _FIELD_BEGUN.match(data[:8]) else _Kind.BODY
 
     def _fed_lines(self, data: bytes) -> Iterator[ServerSentEvent | Done]:
-        # At "\n" alone: U+2028 and U+0085 stand inside JSON, and end no line there.
+        # Only at "\n": U+2028 and U+0085 can occur inside JSON without ending a line.
         *whole, rest = data.split(b"\n")
         for line in whole:
             self._line.append(line)
@@ -154,7 +155,7 @@ class StreamReader:
         if name == b"data":
             self._data.append(value)
         elif name == b"event":
-            # Some servers leave out the blank line between events.
+            # Some servers omit the blank line between events.
             yield from self._dispatched()
             self._name = value.decode("utf-8", "replace").strip()
 
@@ -164,7 +165,7 @@ class StreamReader:
         if len(parts) < 2:
             yield from self._noted(_objects(name, *parts))
             return
-        # An event of several lines is one value; servers that leave out blank lines have several.
+        # An event with several lines is one value; without blank lines, it may be several.
         try:
             found = list(_objects(name, b"\n".join(parts)))
         except NotOfTheProtocol:
@@ -204,7 +205,7 @@ def _objects(name: str, data: bytes = b"") -> Iterator[ServerSentEvent | Done]:
 
 
 def json_of(data: bytes) -> Any:
-    """Return the JSON value; a byte that is no UTF-8 costs one character, not the answer.
+    """Return the JSON value; an invalid UTF-8 byte costs one character, not the response.
 
     Raises:
         ValueError: it is not JSON.

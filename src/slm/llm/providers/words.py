@@ -1,6 +1,6 @@
-"""The words of a provider's error, whatever its shape: an object, a list, text or HTML.
+"""The text of a provider's error, whatever its form: an object, a list, text or HTML.
 
-Knows no status and no error of ours.
+Knows no status and none of our errors.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 MAX_WORDS: Final = 2048
-# Where providers put the reason, most telling first.
+# Where providers put the reason, the most informative first.
 _REASONS: Final = (
     *("message", "msg", "detail", "details", "error_message", "error_msg", "error_description"),
     *("reason", "raw", "title", "description", "error", "errors", "fault", "faultstring"),
@@ -37,13 +37,13 @@ _TITLE: Final = re.compile(r"(?is)<title[^>]*>(.*?)</title")
 
 @dataclass(frozen=True, slots=True)
 class Words:
-    """What an error says.
+    """The content of an error.
 
     Attributes:
-        text: the reason, for a person.
-        codes: what its members `code`, `type` and `status` hold, in lower case.
-        parameters: the members of the request that it names as the ones at fault.
-        wait_seconds: for how long the provider wants to be left alone, where the text says so.
+        text: the reason, for people.
+        codes: the values of `code`, `type` and `status`, in lower case.
+        parameters: the request fields that it blames.
+        wait_seconds: how long to wait before retrying, if the text says so.
     """
 
     text: str
@@ -53,11 +53,11 @@ class Words:
 
 
 def error_in_answer(value: Any, members: frozenset[str]) -> bool:
-    """Whether an answer, or an event of a stream, is an error in place of one.
+    """Whether a response, or an event of a stream, is an error instead.
 
     Args:
         value: its JSON.
-        members: what the protocol has in an answer, of which an error has none.
+        members: fields that a response has and an error does not.
     """
     if isinstance(value, list):
         return any(error_in_answer(each, members) for each in value[:3])
@@ -69,7 +69,7 @@ def error_in_answer(value: Any, members: frozenset[str]) -> bool:
 
 
 def calls_itself_error(value: Any) -> bool:
-    """Whether a value says in so many words that it is an error."""
+    """Whether a value explicitly says that it is an error."""
     if isinstance(value, list):
         return any(calls_itself_error(each) for each in value[:3])
     if not isinstance(value, dict):
@@ -82,11 +82,11 @@ def calls_itself_error(value: Any) -> bool:
 
 
 def words_of(body: Any, *, dumped: bool = True) -> Words:
-    """Return what an error says, whatever its shape: an object, a list, text or HTML.
+    """Return the content of an error, whatever its form: an object, a list, text or HTML.
 
     Args:
         body: its JSON, or its text.
-        dumped: whether JSON that gives no reason is quoted as it is.
+        dumped: whether to quote JSON that gives no reason as it is.
     """
     if isinstance(body, str):
         parsed = _parsed(body)
@@ -99,7 +99,7 @@ def words_of(body: Any, *, dumped: bool = True) -> Words:
     wait = None
     for place, each in _walk(body):
         if isinstance(each, Mapping):
-            # AWS puts a namespace before it: com.amazon.coral.service#ThrottlingException.
+            # AWS prefixes a namespace: com.amazon.coral.service#ThrottlingException.
             given = [str(each[name]) for name in _CODES if _is_code(each.get(name))]
             codes += [code.rpartition("#")[2].lower() for code in given]
             parameters += _parameters(each)
@@ -115,14 +115,14 @@ def words_of(body: Any, *, dumped: bool = True) -> Words:
 
 
 def _walk(body: Any) -> Iterator[tuple[str, Any]]:
-    """Yield what may say something, in the order in which it says most; a few places at most."""
+    """Yield the values that may explain the error, best first; visits only a few places."""
     pending: list[tuple[str, Any, int]] = [("message", body, 0)]
     seen = 0
     while pending and seen < 60:
         name, value, depth = pending.pop(0)
         seen += 1
         if isinstance(value, str) and value[:1] in ("{", "[") and depth < 5:
-            # A gateway hands on what the provider behind it said, as text.
+            # A gateway passes on the error of the provider behind it, as text.
             value = _parsed(value) or value
         yield name, value
         if depth >= 6:
@@ -147,7 +147,7 @@ def _parameters(error: Mapping[str, Any]) -> list[str]:
     named = [error.get("param"), error.get("parameter")]
     place = error.get("loc")
     if isinstance(place, list) and place:
-        # FastAPI says ["body", "seed"], or ["body", "messages", 1, "assistant", "reasoning"].
+        # FastAPI has ["body", "seed"], or ["body", "messages", 1, "assistant", "reasoning"].
         named.append(".".join(str(part) for part in place[place[0] == "body" :][:8]))
     return [each for each in named if isinstance(each, str) and len(each) < 80]
 
@@ -172,7 +172,7 @@ def _dumped(value: Any) -> str:
 
 
 def _plain(text: str) -> str:
-    """Return the text without markup: a proxy or a portal answers in HTML."""
+    """Return the text without markup, since proxies and portals answer in HTML."""
     text = text[: 4 * MAX_WORDS].strip()
     if text[:1] == "<" or "<html" in text[:500].lower():
         title = _TITLE.search(text)
@@ -183,7 +183,7 @@ def _plain(text: str) -> str:
 
 
 def number(text: str | None) -> float | None:
-    """Return a number that a text says, None for what is none."""
+    """Return a number written as text, or None if it is not one."""
     try:
         number = float(text or "")
     except ValueError:

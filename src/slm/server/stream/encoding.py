@@ -51,8 +51,8 @@ def encode_change(
     Args:
         change: the change.
         view: what the token sees.
-        hidden_today: in a replay, whether the view can no longer see the agent. The frame then says
-            only that the agent left the view, so that a client that has it drops it.
+        hidden_today: in a replay, whether the view can no longer see the agent. Then nothing about
+            it is sent except that it left the view, so that a client that has it drops it.
     """
     agent, change_id = change.agent, change.change_id or None
     message: AgentChanged | AgentDeleted | Heartbeat
