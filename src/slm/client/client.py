@@ -131,7 +131,7 @@ class SLMClient:
     async def connect(self) -> None:
         """Start following the SLM, and wait until its state has arrived, up to `start_timeout`.
 
-        Returns in any case, and at once if the SLM refuses the token. `status` and `last_error` say
+        Always returns, and at once if the SLM refuses the token. `status` and `last_error` say
         how the client is connected; it keeps trying in the background.
         """
         await self._waited(self._follower.connect)
@@ -143,7 +143,7 @@ class SLMClient:
     async def close(self) -> None:
         """Stop following the SLM; the last known configurations can still be read.
 
-        Questions under way in other threads and loops are answered from them. `connect` starts the
+        Pending questions in other threads and loops are answered from them. `connect` starts the
         client again.
         """
         if self._closes():

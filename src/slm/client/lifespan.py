@@ -32,7 +32,7 @@ def lifespan(
     Args:
         slm: the SLM's address, or a client that you made; None: the address is SLM_URL.
         inner: your own lifespan, if you have one; it runs inside, and finds `app.state.slm`.
-        options: for `SLMClient`, where an address was given.
+        options: arguments for `SLMClient`, if an address is given.
     """
 
     @asynccontextmanager

@@ -41,8 +41,8 @@ _FLAGS: Final = {
 def tidied(text: str) -> str:
     """Return the value without surrounding blanks, invisible characters or quotes.
 
-    A pair of quotes is removed only if it encloses the whole value: in a command such as `"sh" -c
-    "x"`, both ends are quotes but do not form a pair.
+    A pair of quotes is removed only if it encloses the whole value: in a command such as
+    `"sh" -c "x"`, both ends are quotes but do not form a pair.
     """
     while True:
         text = _BLANKS.sub("", text)

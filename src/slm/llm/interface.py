@@ -47,7 +47,7 @@ class LLMInterface:
 
     Args:
         client: the source of configurations, an `SLMClient` or a `BlockingSLMClient`.
-        retry: how failed calls are tried again.
+        retry: how failed calls are retried.
         transport: proxy, certificates, headers and limits of the connections to providers.
     """
 

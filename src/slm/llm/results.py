@@ -49,7 +49,7 @@ class ChatResult:
 
     Attributes:
         text: the model's answer.
-        tool_calls: the calls of tools that the model asks for.
+        tool_calls: the tool calls that the model asks for.
         usage: the tokens used; None if the provider did not say.
         finish_reason: `stop`, `length`, `tool_calls`, `content_filter`, or the provider's own word.
         provider: `ollama`, `openai` or `anthropic`.

@@ -42,7 +42,7 @@ KEY_MARK: Final = "{key}"
 
 
 class AddressRefused(Exception):
-    """A request would go to a forbidden address; nothing was sent."""
+    """A request would go somewhere that it may not go; nothing was sent."""
 
 
 def _policy_of_environment() -> EndpointPolicy:
@@ -66,10 +66,10 @@ class TransportSettings:
             SLM_PROVIDER_PROXY. The proxy then resolves the providers' names.
         trust_env: also use HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and NO_PROXY if `proxy` is not set.
             Ignored by default, because they decide where keys and prompts are sent.
-        headers: additional headers, by origin: `{"https://gateway.example": {"X-Team":
-            "billing"}}`. `{key}` in a value stands for the agent's key, which is then sent in no
-            other header: `{"https://x.azure-api.net": {"api-key": "{key}"}}`. A value of None
-            removes a header that would otherwise be sent.
+        headers: more headers, by origin: `{"https://gateway.example": {"X-Team": "billing"}}`.
+            `{key}` in a value stands for the agent's key, which is then sent in no other header:
+            `{"https://x.azure-api.net": {"api-key": "{key}"}}`. A value of None removes a header
+            that would otherwise be sent.
         max_connections: the maximum number of open connections per event loop.
         keepalive_seconds: how long an idle connection is kept.
         address_seconds: how long to try one address of a name before trying the next in parallel.

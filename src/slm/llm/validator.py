@@ -28,7 +28,7 @@ def refused_address(url: str) -> str | None:
 
 
 class Check(InlineValidator):
-    """The validator that `LLMInterface` registers; equal policies compare equal and run once.
+    """What `LLMInterface` registers; validators with equal policies are equal and run once.
 
     Args:
         policy: what this backend allows; the SLM may allow more.

@@ -1,4 +1,4 @@
-"""The chain: agent, default, environment, hardcoded; the first with a value wins (protocol 5).
+"""The chain: agent, default, environment, hardcoded; first value wins (docs/protocol.md 5).
 
 Reads the cache and requests what is missing there; knows no connection, no file and no thread.
 """
