@@ -83,7 +83,7 @@ async def restart_under(
 async def test_three_hundred_clients_and_one_restart(
     sqlite_site: Site, http: aiohttp.ClientSession, record_property: Callable[[str, object], None]
 ) -> None:
-    """SIGTERM closes hundreds of streams one after the other; jitter spreads them; all come back."""
+    """SIGTERM closes the streams one after the other; jitter spreads them; all come back."""
     backoff = {"backoff_initial_seconds": 0.5, "ping_interval_seconds": 10.0}
     backoff |= {"request_timeout_seconds": 10.0, "snapshot_timeout_seconds": 30.0}
     await restart_under(
