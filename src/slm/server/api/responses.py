@@ -25,6 +25,11 @@ from slm.server.security.token_table import Caller
 from slm.server.services import Services
 
 
+def compact_json(value: Any) -> bytes:
+    """Return a value as JSON without blanks, as every response is."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+
+
 def json_response(
     body: bytes, status: int = 200, headers: Mapping[str, str] | None = None
 ) -> Response:
@@ -155,7 +160,7 @@ async def written_answer(
     if agent is None:
         if status == 204:
             return Response(None, status, headers)
-        return json_response(json.dumps(more, ensure_ascii=False).encode(), status, headers)
+        return json_response(compact_json(more), status, headers)
     headers["etag"] = agent_etag(written.epoch, agent.revision)
     if status == 201:
         headers["location"] = f"/api/agents/{quote(agent.agent_id, safe='')}"
@@ -164,11 +169,11 @@ async def written_answer(
     if "config:read" not in caller.scopes:
         # Otherwise an empty PUT would return what the scope does not cover.
         more = WrittenAgent.model_validate(agent, from_attributes=True).model_dump() | more
-        return json_response(json.dumps(more, ensure_ascii=False).encode(), status, headers)
+        return json_response(compact_json(more), status, headers)
     if not more:
         return json_response(agent.model_dump_json().encode(), status, headers)
     body = agent.model_dump(mode="json") | more
-    return json_response(json.dumps(body, ensure_ascii=False).encode(), status, headers)
+    return json_response(compact_json(body), status, headers)
 
 
 async def receipt_of(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from typing import Annotated, Final
 
@@ -44,6 +43,7 @@ from slm.server.api.responses import (
     WrittenAgent,
     catalog_headers,
     catch_up,
+    compact_json,
     json_response,
     none_match,
     not_modified,
@@ -183,7 +183,7 @@ async def get_llm_config(
     config, revision, epoch = await services.reads.llm(agent_id, who=who, view=caller.view)
     services.counts.key_reads += 1
     await catch_up(services, revision)
-    body = json.dumps(config.to_wire(), ensure_ascii=False).encode()
+    body = compact_json(config.to_wire())
     headers = revision_headers(revision, epoch) | {"cache-control": "no-store"}
     return json_response(body, headers=headers)
 

@@ -189,4 +189,6 @@ def _detail(text: object) -> dict[str, Any]:
 
 def _answer(body: dict[str, Any]) -> Response:
     # Not with the model, which would refuse to show a value that was altered to another type.
-    return json_response(json.dumps(body).encode(), 200, {"cache-control": "no-store"})
+    return json_response(
+        json.dumps(body, separators=(",", ":")).encode(), 200, {"cache-control": "no-store"}
+    )

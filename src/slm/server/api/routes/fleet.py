@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Response
@@ -25,7 +24,7 @@ from slm.server.api.parameters import (
     Waiting,
 )
 from slm.server.api.problems import KEYED_PROBLEMS, READ_PROBLEMS, problem_responses
-from slm.server.api.responses import catalog_headers, json_response, named_for
+from slm.server.api.responses import catalog_headers, compact_json, json_response, named_for
 from slm.server.api.route import SLMRoute
 
 router = APIRouter(prefix="/api", route_class=SLMRoute, tags=["fleet"])
@@ -82,4 +81,4 @@ async def get_receipt(
         revision, lambda agent_id: sees_today(services.catalog, caller, agent_id)
     )
     receipt = await services.receipts.receipt(subject, query.wait or 0.0, named=named_for(caller))
-    return json_response(json.dumps(receipt, ensure_ascii=False).encode())
+    return json_response(compact_json(receipt))

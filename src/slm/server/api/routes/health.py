@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,7 +18,7 @@ from slm.errors import Unauthorized
 from slm.server.api.access import note_failed_login
 from slm.server.api.parameters import Parts
 from slm.server.api.problems import problem_responses
-from slm.server.api.responses import json_response
+from slm.server.api.responses import compact_json, json_response
 from slm.server.api.route import SLMRoute
 from slm.server.security.token_table import bearer_token
 from slm.server.services import Services
@@ -74,7 +73,7 @@ async def get_readiness(services: Parts) -> Response:
     body["keys_undecryptable"] = len(services.reads.undecryptable)
     body["background"] = _background(services)
     headers = {"cache-control": "no-store"}
-    return json_response(json.dumps(body).encode(), 200 if ready else 503, headers)
+    return json_response(compact_json(body), 200 if ready else 503, headers)
 
 
 def _background(services: Services) -> dict[str, dict[str, Any]]:
