@@ -1,6 +1,6 @@
 """`slm agents create|set|delete|rollback`: all commands that change an agent and can `--wait`.
 
-The options are defined in `agent_options`; `receipts` asks who has applied the change.
+The options are defined in `agent_options`; `wait` asks who has applied the change.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """`slm agents`: its command group; the commands that only list and show agents are here.
 
-Uses the REST API through `http`; everything that changes an agent is in `writes`.
+Uses the REST API through `api_client`; everything that changes an agent is in `agent_writes`.
 """
 
 from __future__ import annotations

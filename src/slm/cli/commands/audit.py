@@ -1,6 +1,6 @@
 """`slm audit`: who did what to which agent, when and from where, and whether it was altered.
 
-Uses the REST API through `http`; the server checks the chain, that of a file needs no server.
+Uses the REST API through `api_client`; the server checks the chain, that of a file needs no server.
 """
 
 from __future__ import annotations

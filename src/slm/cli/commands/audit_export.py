@@ -1,6 +1,7 @@
 """`slm audit export` and the check of its files: the chain as JSON lines in a file.
 
-Uses the REST API through `http`. The server's code defines the chain, but checking needs no server.
+Uses the REST API through `api_client`. The server's code defines the chain; checking it needs no
+server.
 """
 
 from __future__ import annotations

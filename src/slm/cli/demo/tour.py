@@ -1,6 +1,6 @@
 """`slm demo`: a tour on this machine with real parts, which ends and cleans up by itself.
 
-Tells the story; `demo_parts` has the processes and `demo_model` the model. Changes are made over
+Tells the story; `processes` has the processes and `model` the model. Changes are made over
 HTTP, as by any client.
 """
 

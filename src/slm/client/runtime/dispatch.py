@@ -20,7 +20,7 @@ _log = quiet_logger("slm.client")
 class Dispatcher:
     """A daemon thread, started with the first job and ended with the last client.
 
-    The caller bounds the queue: `hooks` merges the changes that a slow callback cannot follow.
+    The caller bounds the queue: `callbacks` merges the changes that a slow callback cannot follow.
     """
 
     def __init__(self) -> None:

@@ -3,7 +3,7 @@
 Events carry no keys, so every backend requests them at the same moment. Requests are spread over a
 short time, and each client has one in progress; a call that waits for its key is not delayed. While
 keys keep changing, the slower the last request was, the more keys are fetched at once. Decides when
-to fetch; `sync` sends the requests (docs/decisions/0039-what-a-key-storm-costs.md).
+to fetch; `agent_fetcher` sends the requests (docs/decisions/0039-what-a-key-storm-costs.md).
 """
 
 from __future__ import annotations

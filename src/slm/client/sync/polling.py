@@ -1,6 +1,6 @@
 """What the client does when it cannot follow normally: poll, or switch to another server.
 
-Decides when to send requests; `http` sends them and `sync` handles the results.
+Decides when to send requests; `http` sends them and `synchroniser` handles the results.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The database: runs one plain function as one transaction, in one hop to a thread.
 
-Knows no rule about agents. `engines` opens SQLite and PostgreSQL, `tables` has the tables, and
-`errors` interprets their errors.
+Knows no rule about agents. `engines.opening` opens SQLite and PostgreSQL, `tables` has the tables,
+and `errors` interprets their errors.
 """
 
 from __future__ import annotations
