@@ -123,6 +123,13 @@ class BenchServer:
         async with asyncio.timeout(120):
             return json.loads(await self._reader.readline())
 
+    async def etag(self, path: str) -> str:
+        """Return the entity tag of a path's answer."""
+        assert self._session is not None
+        async with self._session.get(self.url + path) as answer:
+            answer.raise_for_status()
+            return answer.headers["ETag"]
+
     async def put(self, agent_id: str, **fields: Any) -> int:
         """Change an agent over HTTP; return the revision of the change."""
         assert self._session is not None
