@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import functools
 import logging
-import secrets
 from dataclasses import replace
 from typing import Final
 
@@ -20,6 +19,7 @@ from slm.server import failpoints
 from slm.server.agents.catalog import Catalog
 from slm.server.agents.changes import Position, Written
 from slm.server.db.database import Database
+from slm.server.db.state import new_epoch
 from slm.server.metrics import Metrics
 from slm.server.security.agent_scope import View
 from slm.server.security.token_table import TokenTable
@@ -340,7 +340,7 @@ class ChangeFeed:
 
     async def _make_epoch_anew(self, news: News, held: Position) -> None:
         """Set a new epoch: the database may lack what positions of the old epoch refer to."""
-        fresh = secrets.token_hex(8)
+        fresh = new_epoch()
         try:
             made = await self._database.run(
                 lambda connection: renew_epoch(connection, news, held, fresh)

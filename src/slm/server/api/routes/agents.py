@@ -206,11 +206,7 @@ async def create_agent(
     caller.require_writable(agent.agent_id, makes_default=agent.is_default)
     if agent.llm_api_key is not None:
         require_private(request, services.settings)
-    written = await services.registry.create(
-        agent,
-        who=who,
-        comment=agent.comment,
-    )
+    written = await services.registry.create(agent, who=who, comment=agent.comment)
     return await written_answer(services, caller, written, 201, query.wait)
 
 
